@@ -1,0 +1,58 @@
+"""Choice of the device, and waiting for it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from utils.errors import ConfigError
+
+LOGGER = logging.getLogger(__name__)
+
+
+def select_device(text: str = "", batch_size: int = 0) -> torch.device:
+    """The device that `--device` names.
+
+    Args:
+        text: `''` = first CUDA GPU, else the CPU; `'cpu'`; a GPU number such as `'0'` or `'cuda:1'`; `'mps'`.
+        batch_size: total batch, only to check that several GPUs share it evenly.
+
+    Raises:
+        ConfigError: a device that is not there, or several of them in one process.
+    """
+    name = str(text).strip().lower().removeprefix("cuda:").replace("cuda", "")
+    if name == "cpu" or (not name and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            raise ConfigError("--device mps: not available in this PyTorch; use --device cpu")
+        return torch.device("mps")
+    numbers = [part.strip() for part in (name or "0").split(",") if part.strip()]
+    if not all(part.isdigit() for part in numbers):
+        raise ConfigError(f"--device {text}: not a device; allowed are '', cpu, mps, or GPU numbers such as 0 or 0,1")
+    count = torch.cuda.device_count()
+    if not torch.cuda.is_available() or any(int(part) >= count for part in numbers):
+        there = f"{count} CUDA GPU(s), numbered from 0" if count else "no CUDA GPU that this PyTorch can use"
+        raise ConfigError(f"--device {text}: not available; there is {there}; use --device cpu")
+    if len(numbers) > 1:
+        raise ConfigError(
+            f"--device {text}: one process uses one GPU; start with: torchrun --nproc_per_node {len(numbers)} train.py ..."
+        )
+    return torch.device("cuda", int(numbers[0]))
+
+
+def describe_device(device: torch.device) -> str:
+    """One line about the device: name and memory, or threads."""
+    if device.type == "cuda":
+        p = torch.cuda.get_device_properties(device)
+        return f"cuda:{device.index} ({p.name}, {p.total_memory / 2**20:.0f} MiB)"
+    return f"{device.type} ({torch.get_num_threads()} threads)" if device.type == "cpu" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that was asked of it (nothing to wait for on a CPU)."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

@@ -1,0 +1,42 @@
+"""Errors that a user can mend: one line each, printed by the scripts without a traceback (exit status 2)."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: a file, a name, a number. The text is one line that says where and what is allowed."""
+
+
+class SpecError(UserError):
+    """A model YAML that does not describe a network."""
+
+
+class DataError(UserError):
+    """A data set, picture, label or source that cannot be used."""
+
+
+class CheckpointError(UserError):
+    """A weights file that cannot be read, or that does not fit the model."""
+
+
+class ConfigError(UserError):
+    """An option, a hyper-parameter or a configuration file with a value that is not allowed."""
+
+
+class ExportError(UserError):
+    """A model that cannot be written in the wanted format, or an artefact that does not compute what the model does."""
+
+
+def did_you_mean(found: object, allowed: Iterable[str]) -> str:
+    """The ending of an error sentence that names the allowed word nearest to `found`.
+
+    Returns:
+        `"; did you mean 'C3'?"`, or an empty text when nothing is near.
+    """
+    names = [str(name) for name in allowed]
+    by_lower = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(str(found).lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean '{by_lower[near[0]]}'?" if near else ""

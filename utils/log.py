@@ -1,0 +1,27 @@
+"""Logging set-up for the scripts; everything else only calls `logging.getLogger(__name__)`."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+
+def configure_logging(verbose: bool = True, rank: int = -1) -> None:
+    """Send log records to standard error as plain lines; ranks above zero show warnings only."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_LevelFormatter())
+    root.addHandler(handler)
+    root.setLevel(logging.INFO if verbose and rank in (-1, 0) else logging.WARNING)
+    for name in ("matplotlib", "PIL", "torch", "onnxscript", "onnx_ir"):  # chatty libraries
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _LevelFormatter(logging.Formatter):
+    """The message alone for INFO, `WARNING: message` above."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"

@@ -1,0 +1,20 @@
+"""Random generators: one global seed for the network, one generator per (seed, epoch, sample) for the data."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and PyTorch (all devices)."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
+    """The generator of sample `index` in `epoch`: a function of the three numbers alone, whichever process asks."""
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch, index)))

@@ -1,0 +1,76 @@
+"""The records that cross module borders on the way from picture to number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class ImageShapes:
+    """How a picture was fitted into the network's input.
+
+    Attributes:
+        original: (height, width) of the file, in pixels.
+        ratio: (height, width) scale factors, input pixels per original pixel.
+        pad: (left, top) padding in input pixels.
+    """
+
+    original: tuple[int, int]
+    ratio: tuple[float, float]
+    pad: tuple[float, float]
+
+    @property
+    def ratio_pad(self) -> tuple[tuple[float, float], tuple[float, float]]:
+        """What `utils.boxes.scale_boxes` takes."""
+        return self.ratio, self.pad
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture with its labels.
+
+    Attributes:
+        image: (H, W, 3) uint8, BGR.
+        labels: (n, 5) float32: class, centre x, centre y, width, height as parts of the (padded) picture's sides.
+        path: file name.
+        shapes: geometry of the fit; None where several pictures were mixed (mosaic).
+        index: number of the picture in its data set.
+    """
+
+    image: np.ndarray
+    labels: np.ndarray
+    path: str
+    shapes: ImageShapes | None
+    index: int
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pictures of one size, stacked.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, RGB.
+        targets: (M, 6) float32: picture number in the batch, class, centre x, centre y, width, height (parts of the sides).
+        paths: B file names.
+        shapes: B geometries, None for mixed pictures.
+    """
+
+    images: torch.Tensor
+    targets: torch.Tensor
+    paths: tuple[str, ...]
+    shapes: tuple[ImageShapes | None, ...]
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory (called by the loader's pin thread)."""
+        return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`; the copy does not block when the memory is pinned."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=True),
+            targets=self.targets.to(device, non_blocking=True),
+        )
