@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from utils.errors import ConfigError, DataError, UserError
+from utils.errors import ConfigError, DataError, UserError, did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,8 +86,6 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
         for path in (candidate, candidate.with_name(candidate.name + ".yaml") if candidate.name else candidate):
             if path.is_file():
                 return path
-    from utils.errors import did_you_mean
-
     at_hand = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
     if given.parent.is_dir():
         at_hand += [p.name for p in given.parent.iterdir() if p.is_file()]

@@ -1,0 +1,84 @@
+"""Command lines, generated from the option dataclasses; errors of the user become one line and exit status 2.
+
+Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from engine.config import FLAG, MANY, OPTIONAL, Options
+from utils.errors import UserError, did_you_mean
+from utils.log import configure_logging
+
+T = TypeVar("T", bound=Options)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that names the nearest option."""
+
+    def error(self, message: str) -> Any:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            names = [s for a in self._actions for s in a.option_strings]
+            message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser(config: type[Options], prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command; options may be shortened to a unique prefix, and underscores are taken for dashes."""
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(config):  # type: ignore[arg-type]
+        m = f.metadata
+        dashed, plain = "--" + f.name.replace("_", "-"), "--" + f.name
+        names = [plain] if f.name in ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval") else []
+        names = names or [dashed]
+        names += [n for n in (dashed, plain) if n not in names] + list(m.get("aliases", ()))
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        common: dict[str, Any] = {"dest": f.name, "default": default, "help": m["help"].replace("%", "%%")}
+        form = m.get("form")
+        if form == FLAG:
+            parser.add_argument(*names, action="store_true", **common)
+            continue
+        common["type"] = m["kind"]
+        if "choices" in m:
+            common["choices"] = [c for c in m["choices"] if c is not None]
+        if form == OPTIONAL:
+            common.update(nargs="?", const=m["const"])
+        elif form == MANY:
+            common["nargs"] = "+"
+        parser.add_argument(*names, **common)
+    return parser
+
+
+def run_main(
+    config: type[T], prog: str, description: str, work: Callable[[T], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Parse, check, work.
+
+    Args:
+        config: option dataclass of the command.
+        prog, description: for `--help`.
+        work: does the job; imports the engine itself, so that `--help` stays fast; may return an exit status.
+        argv: arguments; None = those of the process.
+
+    Returns:
+        Exit status: 0 or what `work` returned, 2 after a mistake of the user (one line on standard error), 130 after Ctrl-C.
+    """
+    parser = build_parser(config, prog, description)
+    values = parser.parse_args(argv)
+    configure_logging()
+    try:
+        options = config(**vars(values))
+        options.check()
+        return work(options) or 0
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,284 @@
+"""Options of the commands and training hyper-parameters, each stated once: name, default, meaning, allowed values.
+
+The command lines (`engine.cli`) are generated from these dataclasses, so a flag, its default and its help cannot drift apart.
+No torch here: `--help` has to be instant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from utils.errors import ConfigError, did_you_mean
+from utils.yaml_lines import load_yaml
+
+FLAG, OPTIONAL, MANY = "flag", "optional", "many"
+
+
+def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
+    """Declare one option as a dataclass field.
+
+    Args:
+        default: value when the option is not given.
+        text: its help.
+        kind: type of one value.
+        extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when left
+            out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the option is not
+            there yet: giving it is an error).
+    """
+    metadata = {"help": text, "kind": kind, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag(text: str, **extra: Any) -> Any:
+    """Declare an option without a value, off by default."""
+    return option(False, text, bool, form=FLAG, **extra)
+
+
+IMGSZ_NAMES = ("--img", "--img-size")
+
+
+class Options:
+    """Checks that all option dataclasses share."""
+
+    def check(self) -> None:
+        """Raise one ConfigError that names every option out of its range, or not there yet."""
+        problems = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            m = f.metadata
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if "missing" in m and value != default:
+                problems.append(f"{name}: not available: {m['missing']}")
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, bool) or not isinstance(item, (int, float)):
+                    continue
+                if item < m.get("low", item) or item > m.get("high", item):
+                    allowed = f"{m.get('low', '-inf')} to {m.get('high', 'inf')}"
+                    problems.append(f"{name}: {item} is out of range; allowed: {allowed}")
+            if "choices" in m and value not in m["choices"]:
+                problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and checkpoints."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> Any:
+        """Build from keywords (the flags with underscores), for use from Python; unknown ones are an error."""
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in keywords:
+            if name not in names:
+                raise ConfigError(f"{cls.__name__}: unknown option '{name}'{did_you_mean(name, names)}")
+        config = cls(**keywords)
+        config.check()
+        return config
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Options of train.py."""
+
+    weights: str = option("", "checkpoint to start from; empty = random start (then --cfg is needed)")
+    cfg: str = option("", "model YAML; with --weights too, the weights that fit by meaning are copied")
+    data: str = option("data/shapes.yaml", "data set YAML")
+    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyper-parameter YAML")
+    epochs: int = option(100, "number of epochs", int, low=1)
+    batch_size: int = option(16, "images per step over all devices; -1 = choose by GPU memory (CPU: 16)", int, low=-1)
+    imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    rect: bool = flag("rectangular batches sorted by shape: no mosaic, no shuffling")
+    resume: Any = option(False, "go on with the newest run, or with the given last.pt", str, form=OPTIONAL, const=True)
+    nosave: bool = flag("write checkpoints only after the final epoch")
+    noval: bool = flag("validate only after the final epoch")
+    noautoanchor: bool = flag("skip the anchor check")
+    noplots: bool = flag("write no pictures")
+    evolve: Any = option(
+        None, "hyper-parameter evolution", int, form=OPTIONAL, const=300, missing="evolution is not built yet; run train.py with several --hyp files"
+    )
+    evolve_population: str = option(
+        "data/hyps", "folder with start populations", missing="belongs to --evolve, which is not built yet"
+    )
+    resume_evolve: str | None = option(None, "population file", missing="belongs to --evolve, which is not built yet")
+    bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage; copy the run folder yourself")
+    cache: Any = option(
+        None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,
+        form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),
+    )  # fmt: skip
+    image_weights: bool = flag("sample images by class weight and by the last mAP per class")
+    device: str = option("", "'' = first GPU or CPU; cpu; 0; several GPUs by torchrun")
+    multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
+    single_cls: bool = flag("treat all labels as one class")
+    optimizer: str = option("SGD", "optimiser", choices=("SGD", "Adam", "AdamW"))
+    sync_bn: bool = flag("synchronised batch norm over GPUs (under torchrun)")
+    workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
+    project: str = option("runs/train", "parent folder of runs")
+    name: str = option("exp", "run folder name; 'cfg' = the model YAML's name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    quad: bool = flag("four-in-one collate: a quarter of the pictures at double size")
+    cos_lr: bool = flag("cosine instead of linear decay of the learning rate")
+    label_smoothing: float = option(0.0, "epsilon of class label smoothing", float, low=0.0, high=0.5)
+    patience: int = option(100, "epochs without better fitness before stopping (0 = never)", int, low=0)
+    freeze: list[str] = option(
+        ["0"], "one number n: freeze rows 0..n-1; several: those rows; 'backbone': the backbone row", str, form=MANY
+    )
+    save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
+    seed: int = option(0, "random seed", int, low=0)
+    local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
+    entity: str | None = option(None, "logger entity", missing="no hosted logger is built in; CSV and TensorBoard are written")
+    upload_dataset: Any = option(
+        False, "logger: upload the data set", str, form=OPTIONAL, const="val", missing="no hosted logger is built in"
+    )
+    bbox_interval: int = option(-1, "logger: interval of box pictures", int, missing="no hosted logger is built in")
+    backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
+    partial_weights: bool = flag("accept weights that fit only in part")
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class ValConfig(Options):
+    """Options of val.py."""
+
+    data: str = option("data/shapes.yaml", "data set YAML")
+    weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
+    batch_size: int = option(32, "images per step", int, low=1)
+    imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    conf_thres: float = option(0.001, "score threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.6, "NMS threshold", float, low=0.0, high=1.0)
+    max_det: int = option(300, "boxes kept per image", int, low=1)
+    task: str = option("val", "split, or speed / study", choices=("train", "val", "test", "speed", "study"))
+    device: str = option("", "'' = first GPU or CPU; cpu; 0")
+    workers: int = option(8, "loader processes", int, low=0)
+    single_cls: bool = flag("treat all classes as one")
+    augment: bool = flag("test-time augmentation")
+    verbose: bool = flag("print per-class rows")
+    save_txt: bool = flag("one label file per image")
+    save_hybrid: bool = flag("mix labels into NMS as certain boxes; switches --save-txt on")
+    save_conf: bool = flag("scores in the label files")
+    save_json: bool = flag("COCO result file and COCO evaluation")
+    project: str = option("runs/val", "parent folder of runs")
+    name: str = option("exp", "run folder name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    half: bool = flag("half precision (ignored on a CPU)")
+    dnn: bool = flag("run ONNX through OpenCV DNN")
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class DetectConfig(Options):
+    """Options of detect.py."""
+
+    weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
+    source: str = option(
+        "data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen"
+    )
+    data: str = option("", "data set YAML for class names where the model file has none")
+    imgsz: list[int] = option([640], "height width, or one number for a square", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
+    conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
+    max_det: int = option(1000, "boxes per image", int, low=1)
+    device: str = option("", "'' = first GPU or CPU; cpu; 0")
+    view_img: bool = flag("show windows")
+    save_txt: bool = flag("write label files")
+    save_format: int = option(0, "label files hold 0: normalised centre x, y, w, h; 1: normalised corners", int, choices=(0, 1))
+    save_csv: bool = flag("one CSV with image, class, score")
+    save_json: bool = flag("one JSON with the boxes of every image")
+    save_conf: bool = flag("scores in the label files")
+    save_crop: bool = flag("cut-outs per class")
+    nosave: bool = flag("write no pictures or videos")
+    classes: list[int] | None = option(None, "keep only these class numbers", int, form=MANY, low=0)
+    agnostic_nms: bool = flag("NMS over all classes together")
+    augment: bool = flag("test-time augmentation")
+    visualize: bool = flag("write the feature maps of every slot as pictures")
+    update: bool = flag("strip the training state from the given weights afterwards (rewrites the file)")
+    project: str = option("runs/detect", "parent folder of runs")
+    name: str = option("exp", "run folder name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    line_thickness: int = option(3, "box line width in pixels", int, low=1)
+    hide_labels: bool = flag("no text at boxes")
+    hide_conf: bool = flag("no score in the text")
+    half: bool = flag("half precision (ignored on a CPU)")
+    dnn: bool = flag("run ONNX through OpenCV DNN")
+    vid_stride: int = option(1, "use every n-th frame", int, low=1)
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Training hyper-parameters as YOLOv5's hyp files name them.
+
+    Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None: those of
+    the model YAML).
+    """
+
+    lr0: float
+    lrf: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    warmup_momentum: float
+    warmup_bias_lr: float
+    box: float
+    cls: float
+    cls_pw: float
+    obj: float
+    obj_pw: float
+    iou_t: float
+    anchor_t: float
+    fl_gamma: float
+    hsv_h: float
+    hsv_s: float
+    hsv_v: float
+    degrees: float
+    translate: float
+    scale: float
+    shear: float
+    perspective: float
+    flipud: float
+    fliplr: float
+    mosaic: float
+    mixup: float
+    copy_paste: float = 0.0
+    anchors: float | None = None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Hyperparameters:
+        """Read a hyp file.
+
+        Raises:
+            ConfigError: unknown or missing keys and values that are no numbers, all of the file together, with lines.
+        """
+        data = load_yaml(path)
+        return cls.from_mapping(data, where=str(path), lines=data.lines)
+
+    @classmethod
+    def from_mapping(
+        cls, data: Mapping[str, Any], where: str = "hyp", lines: Mapping[str, int] | None = None
+    ) -> Hyperparameters:
+        """Build from a mapping (a hyp file, or what a checkpoint holds)."""
+        names = [f.name for f in fields(cls)]
+        problems = []
+        for key, value in data.items():
+            place = f"{where}:{lines[key]}" if lines and key in lines else where
+            if key not in names:
+                problems.append(f"{place}: unknown hyper-parameter '{key}'{did_you_mean(key, names)}")
+            elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                problems.append(f"{place}: {key} is '{value}'; a number is needed")
+            elif isinstance(value, (int, float)) and value < 0:
+                problems.append(f"{place}: {key} is {value}; it cannot be negative")
+        missing = [n for n in names if n not in data and n not in ("copy_paste", "anchors")]
+        if missing:
+            problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        return cls(**dict(data))
+
+    def to_dict(self) -> dict[str, float]:
+        """Plain values; `anchors` only where it is set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
