@@ -29,15 +29,33 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+# YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
+_UNDERSCORED = ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval")
+
+
+def _spelling(name: str) -> str:
+    return "--" + (name if name in _UNDERSCORED else name.replace("_", "-"))
+
+
+def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
+    """The arguments with each option name in the spelling that the parser knows."""
+    known = {_spelling(f.name).replace("_", "-"): _spelling(f.name) for f in fields(config)}  # type: ignore[arg-type]
+    out = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            dashed = name.replace("_", "-")
+            name = known.get(dashed, dashed)
+        out.append(name + equals + value)
+    return out
+
+
 def build_parser(config: type[Options], prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command; options may be shortened to a unique prefix, and underscores are taken for dashes."""
+    """The parser of a command; options may be shortened to a unique prefix."""
     parser = Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):  # type: ignore[arg-type]
         m = f.metadata
-        dashed, plain = "--" + f.name.replace("_", "-"), "--" + f.name
-        names = [plain] if f.name in ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval") else []
-        names = names or [dashed]
-        names += [n for n in (dashed, plain) if n not in names] + list(m.get("aliases", ()))
+        names = [_spelling(f.name), *m.get("aliases", ())]
         default = f.default_factory() if callable(f.default_factory) else f.default
         common: dict[str, Any] = {"dest": f.name, "default": default, "help": m["help"].replace("%", "%%")}
         form = m.get("form")
@@ -67,10 +85,10 @@ def run_main(
         argv: arguments; None = those of the process.
 
     Returns:
-        Exit status: 0 or what `work` returned, 2 after a mistake of the user (one line on standard error), 130 after Ctrl-C.
+        Exit status: 0 or what `work` returned; 2 after a mistake of the user (one line on stderr); 130 after Ctrl-C.
     """
     parser = build_parser(config, prog, description)
-    values = parser.parse_args(argv)
+    values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
     configure_logging()
     try:
         options = config(**vars(values))

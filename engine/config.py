@@ -1,7 +1,7 @@
 """Options of the commands and training hyper-parameters, each stated once: name, default, meaning, allowed values.
 
-The command lines (`engine.cli`) are generated from these dataclasses, so a flag, its default and its help cannot drift apart.
-No torch here: `--help` has to be instant.
+The command lines (`engine.cli`) are generated from these dataclasses, so a flag, its default and its help cannot drift
+apart. No torch here: `--help` has to be instant.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
         default: value when the option is not given.
         text: its help.
         kind: type of one value.
-        extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when left
-            out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the option is not
-            there yet: giving it is an error).
+        extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when
+            left out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the
+            option is not there yet: giving it is an error).
     """
     metadata = {"help": text, "kind": kind, **extra}
     if isinstance(default, list):
@@ -100,13 +100,14 @@ class TrainConfig(Options):
     noautoanchor: bool = flag("skip the anchor check")
     noplots: bool = flag("write no pictures")
     evolve: Any = option(
-        None, "hyper-parameter evolution", int, form=OPTIONAL, const=300, missing="evolution is not built yet; run train.py with several --hyp files"
-    )
+        None, "hyper-parameter evolution", int, form=OPTIONAL, const=300,
+        missing="evolution is not built yet; run train.py with several --hyp files",
+    )  # fmt: skip
     evolve_population: str = option(
         "data/hyps", "folder with start populations", missing="belongs to --evolve, which is not built yet"
     )
     resume_evolve: str | None = option(None, "population file", missing="belongs to --evolve, which is not built yet")
-    bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage; copy the run folder yourself")
+    bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(
         None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,
         form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),
@@ -131,7 +132,7 @@ class TrainConfig(Options):
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
     local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
-    entity: str | None = option(None, "logger entity", missing="no hosted logger is built in; CSV and TensorBoard are written")
+    entity: str | None = option(None, "logger entity", missing="no hosted logger is built in")
     upload_dataset: Any = option(
         False, "logger: upload the data set", str, form=OPTIONAL, const="val", missing="no hosted logger is built in"
     )
@@ -179,14 +180,14 @@ class DetectConfig(Options):
         "data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen"
     )
     data: str = option("", "data set YAML for class names where the model file has none")
-    imgsz: list[int] = option([640], "height width, or one number for a square", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
+    imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
     conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
     iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
     max_det: int = option(1000, "boxes per image", int, low=1)
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
     view_img: bool = flag("show windows")
     save_txt: bool = flag("write label files")
-    save_format: int = option(0, "label files hold 0: normalised centre x, y, w, h; 1: normalised corners", int, choices=(0, 1))
+    save_format: int = option(0, "label files hold 0: centre x, y, w, h; 1: corners (normalised)", int, choices=(0, 1))
     save_csv: bool = flag("one CSV with image, class, score")
     save_json: bool = flag("one JSON with the boxes of every image")
     save_conf: bool = flag("scores in the label files")
@@ -213,8 +214,8 @@ class DetectConfig(Options):
 class Hyperparameters:
     """Training hyper-parameters as YOLOv5's hyp files name them.
 
-    Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None: those of
-    the model YAML).
+    Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
+    those of the model YAML).
     """
 
     lr0: float

@@ -36,9 +36,8 @@ def select_device(text: str = "", batch_size: int = 0) -> torch.device:
         there = f"{count} CUDA GPU(s), numbered from 0" if count else "no CUDA GPU that this PyTorch can use"
         raise ConfigError(f"--device {text}: not available; there is {there}; use --device cpu")
     if len(numbers) > 1:
-        raise ConfigError(
-            f"--device {text}: one process uses one GPU; start with: torchrun --nproc_per_node {len(numbers)} train.py ..."
-        )
+        start = f"torchrun --nproc_per_node {len(numbers)} train.py ..."
+        raise ConfigError(f"--device {text}: one process uses one GPU; start with: {start}")
     return torch.device("cuda", int(numbers[0]))
 
 

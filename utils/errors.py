@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a file, a name, a number. The text is one line that says where and what is allowed."""
+    """A mistake in what the user gave (a file, a name, a number), told in one line: where, what, what is allowed."""
 
 
 class SpecError(UserError):

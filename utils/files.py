@@ -89,7 +89,8 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
     at_hand = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
     if given.parent.is_dir():
         at_hand += [p.name for p in given.parent.iterdir() if p.is_file()]
-    looked = ", ".join(["the current folder", *(f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places)])
+    names = [f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places]
+    looked = ", ".join(["the current folder", *names])
     raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, at_hand)}")
 
 
@@ -127,7 +128,7 @@ def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Pa
             if sha256_prefix:
                 digest = hashlib.sha256(part.read_bytes()).hexdigest()
                 if not digest.startswith(sha256_prefix.lower()):
-                    raise DataError(f"{url}: SHA-256 is {digest[:16]}..., expected {sha256_prefix}...; not kept; {hint}")
+                    raise DataError(f"{url}: SHA-256 is {digest[:16]}, expected {sha256_prefix}; not kept; {hint}")
     except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
         raise DataError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)}); {hint}") from error
     return dest

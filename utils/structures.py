@@ -53,7 +53,7 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB.
-        targets: (M, 6) float32: picture number in the batch, class, centre x, centre y, width, height (parts of the sides).
+        targets: (M, 6) float32: picture number in the batch, class, centre x, centre y, width, height (parts of sides).
         paths: B file names.
         shapes: B geometries, None for mixed pictures.
     """
@@ -74,3 +74,11 @@ class Batch:
             images=self.images.to(device, non_blocking=True),
             targets=self.targets.to(device, non_blocking=True),
         )
+
+
+def to_unit(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Pixels 0..255 (uint8) as numbers in [0, 1]: the one place where this happens, on whatever device they are.
+
+    Floating-point input is taken to be in [0, 1] already, and only changes its type.
+    """
+    return images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)

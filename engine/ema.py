@@ -1,0 +1,40 @@
+"""Exponential moving average of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import nn
+
+
+class ModelEma:
+    """Averaged copy of a model, for validation and for the saved weights.
+
+    The decay ramps up, `decay * (1 - exp(-updates / tau))`, so that early averages follow the fast first steps. All
+    floating-point entries of the state dict are averaged, buffers too; integer entries keep their first value.
+
+    Attributes:
+        module: the averaged model, in evaluation mode, without gradients.
+        updates: number of updates so far.
+    """
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0) -> None:
+        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+        self.decay, self.tau, self.updates = decay, tau, updates
+
+    def rate(self, updates: int) -> float:
+        """Decay at the given number of updates."""
+        return self.decay * (1 - math.exp(-updates / self.tau))
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Blend the model's current state in; called once per optimiser step."""
+        self.updates += 1
+        d = self.rate(self.updates)
+        source = model.state_dict()
+        pairs = [(v, source[k]) for k, v in self.module.state_dict().items() if v.dtype.is_floating_point]
+        averages, values = [p[0] for p in pairs], [p[1].detach() for p in pairs]
+        torch._foreach_mul_(averages, d)
+        torch._foreach_add_(averages, values, alpha=1 - d)

@@ -1,0 +1,38 @@
+"""Users' own Python files that register backbones (`--plugin my_backbone.py`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from utils.errors import ConfigError, UserError
+
+
+def load_plugins(files: Iterable[str]) -> None:
+    """Import each file once; what it registers is known from then on.
+
+    Raises:
+        ConfigError: a file that is missing, or that fails when it is imported.
+    """
+    for text in files:
+        path = Path(text)
+        if not path.is_file():
+            raise ConfigError(f"--plugin {text}: no such file; give a Python file that registers a backbone")
+        name = f"plugin_{path.stem}_{abs(hash(path.resolve()))}"
+        if name in sys.modules:
+            continue
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ConfigError(f"--plugin {text}: is not a Python file")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        try:
+            spec.loader.exec_module(module)
+        except UserError:
+            del sys.modules[name]
+            raise
+        except Exception as error:  # the user's file may raise anything; it is reported in one line
+            del sys.modules[name]
+            raise ConfigError(f"--plugin {text}: {type(error).__name__}: {error}") from error

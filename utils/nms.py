@@ -1,0 +1,133 @@
+"""Non-maximum suppression whose cost follows what it keeps, and whose result never depends on time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torchvision.ops import nms as suppress
+
+from utils.boxes import xywh2xyxy
+from utils.errors import ConfigError
+
+CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
+MAX_CANDIDATES = 30000  # best-scored boxes of one picture that take part
+FIRST_CHUNK = 512  # candidates compared in the first round on a CPU; later rounds double
+DEVICE_CHUNK = 4096  # on other devices a round costs a wait, not comparisons
+
+
+def non_max_suppression(
+    prediction: torch.Tensor | Sequence[torch.Tensor],
+    conf_thres: float = 0.25,
+    iou_thres: float = 0.45,
+    classes: Sequence[int] | None = None,
+    agnostic: bool = False,
+    multi_label: bool = False,
+    labels: Sequence[torch.Tensor] = (),
+    max_det: int = 300,
+) -> list[torch.Tensor]:
+    """Keep the best of overlapping boxes, picture by picture.
+
+    A box is dropped when a kept box of the same class (of any class when `agnostic`) with a higher score overlaps it
+    with an IoU above `iou_thres`. Boxes are taken in order of falling score, equal scores in order of rows and classes.
+
+    Args:
+        prediction: (B, N, 5 + nc) float tensor on any device, half precision included: centre x, centre y, width,
+            height in pixels, objectness, class scores. A tuple or list holds it as its first entry. Not changed.
+        conf_thres: boxes need an objectness above it, and an objectness * class score above it; 0..1.
+        iou_thres: 0..1.
+        classes: keep only these class numbers; None = all.
+        agnostic: let boxes of different classes suppress each other.
+        multi_label: one box may carry every class above the threshold, not only its best one.
+        labels: per picture (k, 5) certain boxes (class, centre x, centre y, width, height in pixels) that take part
+            with score 1; empty = none.
+        max_det: boxes kept per picture.
+
+    Returns:
+        per picture an (n, 6) float32 tensor: left, top, right, bottom in pixels, score, class; by falling score.
+
+    Raises:
+        ConfigError: a threshold outside 0..1, a negative `max_det`, or a tensor of another form.
+    """
+    if isinstance(prediction, (list, tuple)):
+        prediction = prediction[0]
+    assert isinstance(prediction, torch.Tensor)
+    _check(prediction, conf_thres, iou_thres, labels, max_det)
+    multi_label = multi_label and prediction.shape[2] > 6
+    likely = prediction[..., 4].float() > conf_thres
+    output = []
+    for number, (rows, keep) in enumerate(zip(prediction, likely)):
+        rows = rows[keep].float()
+        if len(labels) and len(labels[number]):
+            rows = torch.cat((rows, _certain_rows(labels[number].to(rows.device), rows.shape[1])))
+        found = _candidates(rows, conf_thres, classes, multi_label)
+        output.append(_best_boxes(found, iou_thres, agnostic, max_det))
+    return output
+
+
+def _check(
+    prediction: torch.Tensor, conf_thres: float, iou_thres: float, labels: Sequence[torch.Tensor], max_det: int
+) -> None:
+    for name, value in (("conf-thres", conf_thres), ("iou-thres", iou_thres)):
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}: {value} is not a threshold; allowed is 0 to 1")
+    if max_det < 0:
+        raise ConfigError(f"max-det: {max_det} is not a number of boxes; allowed is 0 or more")
+    if prediction.ndim != 3 or prediction.shape[2] < 6:
+        raise ConfigError(
+            f"non_max_suppression: prediction has the shape {tuple(prediction.shape)}; allowed is (B, N, 5 + classes)"
+        )
+    if len(labels) not in (0, len(prediction)):
+        raise ConfigError(f"non_max_suppression: labels of {len(labels)} pictures for {len(prediction)} pictures")
+
+
+def _certain_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
+    """Labels (k, 5) class, xywh as prediction rows (k, width) with objectness 1 and class score 1."""
+    rows = labels.new_zeros((len(labels), width), dtype=torch.float32)
+    rows[:, :4] = labels[:, 1:5]
+    rows[:, 4] = 1
+    return rows.scatter_(1, labels[:, :1].long() + 5, 1.0)
+
+
+def _candidates(
+    rows: torch.Tensor, conf_thres: float, classes: Sequence[int] | None, multi_label: bool
+) -> torch.Tensor:
+    """Rows (n, 5 + nc) to at most MAX_CANDIDATES candidates (m, 6): corners, score, class; by falling score."""
+    scores = rows[:, 5:] * rows[:, 4:5]
+    if multi_label:
+        row, label = (scores > conf_thres).nonzero(as_tuple=True)
+        score = scores[row, label]
+    else:
+        score, label = scores.max(1)
+        row = (score > conf_thres).nonzero()[:, 0]
+        score, label = score[row], label[row]
+    if classes is not None:
+        wanted = torch.isin(label, torch.as_tensor(list(classes), dtype=label.dtype, device=label.device))
+        row, label, score = row[wanted], label[wanted], score[wanted]
+    if len(score) > MAX_CANDIDATES:  # a partial selection is much cheaper than sorting millions; ties stay in
+        possible = score >= score.topk(MAX_CANDIDATES, sorted=False).values.min()
+        row, label, score = row[possible], label[possible], score[possible]
+    order = score.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    row, label, score = row[order], label[order], score[order]
+    return torch.cat((xywh2xyxy(rows[row, :4]), score[:, None], label[:, None].to(score.dtype)), 1)
+
+
+def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: int) -> torch.Tensor:
+    """Greedy suppression of sorted candidates (m, 6), in rounds until `max_det` boxes stand.
+
+    A box is decided by kept boxes with higher scores alone, so what follows the last wanted box need not be looked at:
+    the result equals that of one suppression over everything, cut at `max_det`. Boxes that stand already go in again
+    in front of the next round; they do not overlap, so all of them stay.
+    """
+    # The offset is added in float32 on purpose: it rounds the boxes of high classes to 1/16 pixel, as YOLOv5 does.
+    boxes = found[:, :4] if agnostic else found[:, :4] + found[:, 5:] * CLASS_OFFSET
+    standing = torch.empty(0, dtype=torch.long, device=found.device)
+    start, size = 0, FIRST_CHUNK if found.device.type == "cpu" else DEVICE_CHUNK
+    while start < len(found) and len(standing) < max_det:
+        stop = min(start + size, len(found))
+        entrants = torch.cat((standing, torch.arange(start, stop, device=found.device)))
+        # torchvision sorts once more; falling positions as scores keep ties in order on every device.
+        rank = torch.arange(len(entrants), 0, -1, device=found.device, dtype=boxes.dtype)
+        standing = entrants[suppress(boxes[entrants], rank, iou_thres)]
+        start, size = stop, size * 2
+    return found[standing[:max_det]]
