@@ -94,14 +94,15 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
     raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, at_hand)}")
 
 
+def newest_file(folder: str | Path, pattern: str) -> Path | None:
+    """The file below `folder` that matches `pattern` and was written last; None when there is none."""
+    found = [p for p in Path(folder).glob(pattern) if p.is_file()]
+    return max(found, key=lambda p: p.stat().st_mtime) if found else None
+
+
 def newest_weights(runs: str | Path = "runs/train") -> Path | None:
-    """`weights/best.pt` (or `last.pt`) of the run below `runs` that was written last; None when there is none."""
-    folder = Path(runs)
-    for name in ("best.pt", "last.pt"):
-        found = [p for p in folder.glob(f"*/weights/{name}") if p.is_file()]
-        if found:
-            return max(found, key=lambda p: p.stat().st_mtime)
-    return None
+    """`weights/best.pt` (else `last.pt`) of the run below `runs` that was written last; None when there is none."""
+    return newest_file(runs, "*/weights/best.pt") or newest_file(runs, "*/weights/last.pt")
 
 
 def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Path:

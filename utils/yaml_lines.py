@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from utils.errors import ConfigError, UserError
+from utils.files import atomic_path
 
 
 class LineDict(dict):
@@ -92,3 +93,9 @@ def plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     return value
+
+
+def dump_yaml(path: str | Path, data: Any) -> None:
+    """Write plain data as YAML, keys in their order; the file is whole or not there."""
+    with atomic_path(path) as part:
+        part.write_text(yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,280 @@
+"""From options to everything a training needs: run folder, data, model, loss, optimiser, schedule."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.anchors import check_anchors
+from data.augment import AugmentConfig
+from data.config import DataConfig, load_data_config
+from data.dataset import DetectionDataset
+from data.labels import Annotations, load_annotations
+from data.loader import DetectionLoader, create_loader
+from data.weights import class_weights
+from engine.config import Hyperparameters, TrainConfig
+from engine.distributed import World, main_first
+from engine.ema import ModelEma
+from engine.evaluator import EvalOptions
+from engine.freeze import freeze_rows, rows_to_freeze
+from engine.optim import Schedule, accumulation, build_optimizer, parameter_groups, scaled_decay
+from engine.plugins import load_plugins
+from models.checkpoint import Checkpoint, read_checkpoint, transfer_weights
+from models.loss import DetectionLoss, LossConfig
+from models.yolo import DetectionModel
+from utils.device import describe_device
+from utils.errors import CheckpointError, ConfigError
+from utils.files import find_file, increment_path, make_folder, newest_file
+from utils.seed import seed_everything
+from utils.yaml_lines import dump_yaml
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass
+class Setup:
+    """The parts of one training.
+
+    Attributes:
+        grid: input sides are multiples of it.
+        frozen_rows: rows without gradients, kept in evaluation mode.
+        labels: per training picture (n, 5) class, xywhn.
+        class_weights: (nc,) inverse frequency, mean 1.
+        ema: the averaged model; on rank zero only.
+        start_epoch: first epoch to do.
+    """
+
+    config: TrainConfig
+    hyp: Hyperparameters
+    data: DataConfig
+    folder: Path
+    device: torch.device
+    world: World
+    model: DetectionModel
+    grid: int
+    frozen_rows: list[int]
+    loader: DetectionLoader
+    val_loader: Any
+    labels: list[np.ndarray]
+    class_weights: np.ndarray
+    criterion: DetectionLoss
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    ema: ModelEma | None
+    eval_options: EvalOptions
+    resumed: Checkpoint | None = None
+    start_epoch: int = 0
+    best_fitness: float = 0.0
+    best_epoch: int = -1
+    unused: dict = field(default_factory=dict)
+
+
+def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
+    """Follow `--resume`: the options of the interrupted run, and its checkpoint.
+
+    Device and workers may be given anew, since the machine may be another one.
+
+    Raises:
+        CheckpointError: nothing to resume, or a run that is finished.
+    """
+    load_plugins(config.plugin)
+    if not config.resume:
+        return config, None
+    if config.resume is True:
+        path = newest_file("runs/train", "*/weights/last.pt")
+        if path is None:
+            raise CheckpointError("--resume: there is no runs/train/*/weights/last.pt; give the file: --resume path/last.pt")
+    else:
+        path = Path(config.resume)
+    checkpoint = read_checkpoint(path)
+    if checkpoint.train is None or "options" not in checkpoint.train:
+        raise CheckpointError(
+            f"{path}: holds no training state (the run is finished, or it is another program's file); "
+            f"start anew from its weights with: --weights {path}"
+        )
+    saved = dict(checkpoint.train["options"])
+    known = TrainConfig.from_keywords(**saved)
+    LOGGER.info("Resuming %s after epoch %d", path, checkpoint.epoch)
+    chosen = {
+        "resume": str(path),
+        "device": config.device or known.device,
+        "workers": known.workers if config.workers == TrainConfig().workers else config.workers,
+        "project": str(path.resolve().parents[2]),
+        "name": path.resolve().parents[1].name,
+        "exist_ok": True,
+    }
+    load_plugins(known.plugin)
+    return replace(known, **chosen), checkpoint
+
+
+def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> Setup:
+    """Build everything; all mistakes of the user are found here, before the run folder is made."""
+    config = _batch_size(config, device)
+    hyp = _hyperparameters(config, resumed)
+    seed_everything(config.seed + 1 + world.rank)
+    data = load_data_config(config.data)
+    if config.single_cls:
+        data = replace(data, names={0: "item"} if len(data.names) != 1 else data.names)
+    model = build_model(config, hyp, data, resumed).to(device)
+    grid = max(int(model.stride.max()), 32)
+    config = replace(config, imgsz=_whole(config.imgsz, grid))
+    if device.type == "cpu" and not resumed:
+        _quick_look(config)
+    with main_first(world):
+        train_set = load_annotations(data.split("train"), len(data.names), single_cls=config.single_cls)
+        val_set = load_annotations(data.split("val"), len(data.names), single_cls=config.single_cls)
+    folder = _run_folder(config, world)
+    labels = [r.labels for r in train_set.records]
+    if not config.noautoanchor and not resumed:
+        _fit_anchors(model, train_set, config, hyp)
+    frozen = rows_to_freeze(model, config.freeze)
+    for name in freeze_rows(model, frozen):
+        LOGGER.info("freezing %s", name)
+    if config.sync_bn and world.size > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = model.to(memory_format=torch.channels_last)
+    loader, val_loader = _loaders(config, hyp, (train_set, val_set), grid, world)
+    decay = scaled_decay(hyp.weight_decay, config.batch_size)
+    optimizer = build_optimizer(config.optimizer, parameter_groups(model, decay), hyp.lr0, hyp.momentum)
+    for group in optimizer.param_groups:
+        tensors = len(group["params"])
+        LOGGER.info("%s: %d %s, decay %g", config.optimizer, tensors, group["name"], group["weight_decay"])
+    return Setup(
+        config=config, hyp=hyp, data=data, folder=folder, device=device, world=world, model=model, grid=grid,
+        frozen_rows=frozen, loader=loader, val_loader=val_loader, labels=labels,
+        class_weights=class_weights(labels, len(data.names)) * len(data.names),
+        criterion=build_loss(model, hyp, config), optimizer=optimizer,
+        schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
+        ema=ModelEma(model) if world.is_main else None,
+        eval_options=EvalOptions(names=data.names, single_cls=config.single_cls), resumed=resumed,
+    )  # fmt: skip
+
+
+def build_model(
+    config: TrainConfig, hyp: Hyperparameters, data: DataConfig, resumed: Checkpoint | None
+) -> DetectionModel:
+    """The network: from `--cfg`, from a checkpoint's own description, or both, with the weights that fit."""
+    anchors = hyp.anchors and round(hyp.anchors)
+    num_classes = len(data.names)
+    if resumed is not None:
+        model = DetectionModel(resumed.spec, nc=num_classes)
+        model.load_state_dict(resumed.state)
+    elif config.weights:
+        checkpoint = read_checkpoint(find_file(config.weights, error=CheckpointError))
+        cfg = find_file(config.cfg, "models", "models/hub") if config.cfg else checkpoint.spec
+        model = DetectionModel(cfg, nc=num_classes, anchors=anchors)
+        exclude = ("anchor",) if config.cfg or anchors else ()
+        report = transfer_weights(model, checkpoint, exclude=exclude, partial=config.partial_weights)
+        LOGGER.info("%s: %s", config.weights, report.summary())
+    elif config.cfg:
+        cfg = find_file(config.cfg, "models", "models/hub")
+        model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=config.backbone_weights or None)
+    else:
+        raise ConfigError("--cfg is empty and so is --weights; give a model YAML, for example models/yolov5-riformer.yaml")
+    model.names = dict(data.names)
+    LOGGER.info("%s", model.layer_table())
+    LOGGER.info("%s", model.info(config.imgsz))
+    return model
+
+
+def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig) -> DetectionLoss:
+    """The loss with its gains scaled to levels, classes and image size."""
+    head = model.model[-1]
+    loss_config = LossConfig.from_hyp(
+        hyp.to_dict(),
+        num_levels=head.nl,
+        num_classes=head.nc,
+        imgsz=config.imgsz,
+        label_smoothing=config.label_smoothing,
+    )
+    return DetectionLoss(head.anchors * head.stride.view(-1, 1, 1).to(head.anchors), model.stride, loss_config)
+
+
+def _hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
+    if resumed is not None and resumed.train is not None:
+        return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
+    return Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
+
+
+def _batch_size(config: TrainConfig, device: torch.device) -> TrainConfig:
+    if config.batch_size > 0:
+        return config
+    if config.batch_size == 0 or device.type == "cuda":
+        raise ConfigError(f"--batch-size {config.batch_size}: give a number of images; -1 works on a CPU only so far")
+    return replace(config, batch_size=16)
+
+
+def _whole(imgsz: int, grid: int) -> int:
+    """The size rounded up to the grid, at least two cells of it, as YOLOv5 does."""
+    size = max(-(-imgsz // grid) * grid, 2 * grid)
+    if size != imgsz:
+        LOGGER.warning("--imgsz %d is not a multiple of %d: %d is used", imgsz, grid, size)
+    return size
+
+
+def _quick_look(config: TrainConfig) -> None:
+    if config.epochs * config.imgsz**2 > 30 * 256**2:
+        LOGGER.info(
+            "No GPU in use: %d epochs at %d pixels can take hours. For a quick look: --epochs 10 --imgsz 192",
+            config.epochs,
+            config.imgsz,
+        )
+
+
+def _run_folder(config: TrainConfig, world: World) -> Path:
+    name = Path(config.cfg).stem if config.name == "cfg" else config.name
+    folder = increment_path(Path(config.project) / name, exist_ok=config.exist_ok or not world.is_main)
+    if world.is_main:
+        make_folder(folder / "weights")
+    return folder
+
+
+def save_resolved(setup: Setup) -> None:
+    """Write the resolved options and hyper-parameters beside the results (opt.yaml, hyp.yaml)."""
+    dump_yaml(setup.folder / "opt.yaml", {**setup.config.to_dict(), "save_dir": str(setup.folder)})
+    dump_yaml(setup.folder / "hyp.yaml", setup.hyp.to_dict())
+    LOGGER.info("Training on %s, results in %s", describe_device(setup.device), setup.folder)
+
+
+def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters) -> None:
+    """Check that the anchors reach the labels; replace them by fitted ones where they do not."""
+    head = model.model[-1]
+    stride = head.stride.view(-1, 1, 1).to(head.anchors)
+    fitted = check_anchors(
+        train_set.records, (head.anchors * stride).cpu().numpy(), imgsz=config.imgsz, thr=hyp.anchor_t, seed=config.seed
+    )
+    if fitted is not None:
+        head.anchors.copy_(torch.as_tensor(fitted).to(head.anchors) / stride)
+
+
+def _loaders(
+    config: TrainConfig, hyp: Hyperparameters, sets: tuple[Annotations, Annotations], grid: int, world: World
+) -> tuple[DetectionLoader, Any]:
+    train_set, val_set = sets
+    per_rank = config.batch_size // world.size
+    train_data = DetectionDataset(
+        train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(hyp.to_dict()), rect=config.rect,
+        batch_size=per_rank, stride=grid, cache=config.cache, seed=config.seed,
+    )  # fmt: skip
+    loader = create_loader(
+        train_data, per_rank, workers=config.workers, shuffle=not config.rect, seed=config.seed,
+        rank=world.rank, world_size=world.size, quad=config.quad,
+    )  # fmt: skip
+    if not world.is_main:
+        return loader, None
+    val_data = DetectionDataset(
+        val_set.records, config.imgsz, rect=True, batch_size=per_rank * 2, stride=grid, pad=0.5,
+        cache=None if config.noval else config.cache,
+    )  # fmt: skip
+    return loader, create_loader(val_data, per_rank * 2, workers=config.workers)
+
+
+Builder = Callable[[], Setup]
+_ = accumulation
