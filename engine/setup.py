@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from engine.distributed import World, main_first
 from engine.ema import ModelEma
 from engine.evaluator import EvalOptions
 from engine.freeze import freeze_rows, rows_to_freeze
-from engine.optim import Schedule, accumulation, build_optimizer, parameter_groups, scaled_decay
+from engine.optim import Schedule, build_optimizer, parameter_groups, scaled_decay
 from engine.plugins import load_plugins
 from models.checkpoint import Checkpoint, read_checkpoint, transfer_weights
 from models.loss import DetectionLoss, LossConfig
@@ -276,5 +275,3 @@ def _loaders(
     return loader, create_loader(val_data, per_rank * 2, workers=config.workers)
 
 
-Builder = Callable[[], Setup]
-_ = accumulation
