@@ -134,7 +134,7 @@ class TrainConfig(Options):
     local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
     entity: str | None = option(None, "logger entity", missing="no hosted logger is built in")
     upload_dataset: Any = option(
-        False, "logger: upload the data set", str, form=OPTIONAL, const="val", missing="no hosted logger is built in"
+        False, "logger: upload the data set", str, form=OPTIONAL, const=True, missing="no hosted logger is built in"
     )
     bbox_interval: int = option(-1, "logger: interval of box pictures", int, missing="no hosted logger is built in")
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")

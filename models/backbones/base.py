@@ -12,6 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from utils.errors import SpecError, did_you_mean
+
+# A backbone file imports this module and `layers` alone; what it needs to refuse a wrong argument comes along.
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "FeatureLevel", "SpecError", "did_you_mean"]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
