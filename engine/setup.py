@@ -17,7 +17,7 @@ from data.config import DataConfig, load_data_config
 from data.dataset import DetectionDataset
 from data.labels import Annotations, load_annotations
 from data.loader import DetectionLoader, create_loader
-from data.weights import class_weights
+from data.weights import labels_to_class_weights
 from engine.config import Hyperparameters, TrainConfig
 from engine.distributed import World, main_first
 from engine.ema import ModelEma
@@ -45,7 +45,7 @@ class Setup:
         grid: input sides are multiples of it.
         frozen_rows: rows without gradients, kept in evaluation mode.
         labels: per training picture (n, 5) class, xywhn.
-        class_weights: (nc,) inverse frequency, mean 1.
+        class_weights: (nc,) inverse frequency, sum 1.
         ema: the averaged model; on rank zero only.
         start_epoch: first epoch to do.
     """
@@ -148,7 +148,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     return Setup(
         config=config, hyp=hyp, data=data, folder=folder, device=device, world=world, model=model, grid=grid,
         frozen_rows=frozen, loader=loader, val_loader=val_loader, labels=labels,
-        class_weights=class_weights(labels, len(data.names)) * len(data.names),
+        class_weights=labels_to_class_weights(labels, len(data.names)),
         criterion=build_loss(model, hyp, config), optimizer=optimizer,
         schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
         ema=ModelEma(model) if world.is_main else None,

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data.weights import image_weights
+from data.weights import labels_to_image_weights
 from engine import pictures, run_state
 from engine.config import TrainConfig
 from engine.distributed import World, broadcast, process_group, world_from_environment
@@ -120,7 +120,8 @@ class Trainer:
         """One epoch: train, validate, log, save. Returns whether to stop early."""
         s, config = self.s, self.config
         if config.image_weights:
-            s.loader.set_image_weights(image_weights(s.labels, s.class_weights, self.class_maps))
+            needed = s.class_weights * (1 - self.class_maps) ** 2  # classes that are found badly count more
+            s.loader.set_image_weights(labels_to_image_weights(s.labels, len(needed), needed))
         losses, rates = self._train_epoch(epoch)
         final = epoch + 1 == config.epochs
         stop = False
