@@ -1,0 +1,166 @@
+"""Reading pictures: any common file becomes an (H, W, 3) uint8 BGR array, or a DataError that says why not.
+
+OpenCV decodes, as in YOLOv5, so that pixels agree; Pillow steps in for what OpenCV does not know. Decisions:
+- EXIF orientation is applied: the array is upright.
+- An alpha channel is dropped, not blended; a palette is resolved; grey is repeated over three channels.
+- 16 bits become 8 by dropping the low byte (decoders differ by at most 1), so the whole range 0..65535 maps to 0..255.
+  Floating-point pixels have no agreed range and are refused.
+- Of an animation the first frame counts.
+- A JPEG that breaks off is refused: some OpenCV versions fill the rest with grey, which would be trained on unseen.
+  Bytes *after* the end of a JPEG (phones append previews) do no harm and are accepted.
+"""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import DataError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpe", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
+"""Lower-case endings of the files that a data set folder is searched for."""
+
+VIDEO_SUFFIXES = frozenset(
+    {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
+)
+"""Lower-case endings of what is read as a sequence of frames; GIF is one of them, as in YOLOv5."""
+
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
+_FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
+_CUT = "the JPEG data breaks off before the end of the picture"
+_START_OF_SCAN = 0xDA
+_MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
+
+
+def read(path: str | Path) -> NDArray[np.uint8]:
+    """Read one picture.
+
+    Args:
+        path: file of any format that OpenCV or Pillow decodes; the name may hold any character.
+
+    Returns:
+        (H, W, 3) uint8 BGR, C-contiguous, upright (EXIF orientation applied).
+
+    Raises:
+        DataError: no such file, not readable, empty, not a picture, broken off, or with floating-point pixels.
+    """
+    try:
+        data = np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return decode(data, str(path))
+
+
+def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    """Decode the bytes of one picture file.
+
+    Args:
+        data: (n,) uint8, the whole file.
+        name: what to call it in an error.
+
+    Returns:
+        (H, W, 3) uint8 BGR, C-contiguous, upright.
+
+    Raises:
+        DataError: see `read`.
+    """
+    if data.size == 0:
+        raise DataError(f"{name}: empty file (0 bytes); a picture is needed")
+    head = data[:16].tobytes()
+    if head.startswith(_JPEG_START) and not _jpeg_is_whole(data.data):
+        raise DataError(f"{name}: {_CUT}")
+    if head[:2] in (b"PF", b"Pf"):
+        raise DataError(f"{name}: {_FLOATS}")
+    image = None
+    if head[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
+        try:
+            image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+        except cv2.error:
+            image = None
+    return image if image is not None else _decode_with_pillow(data, name)
+
+
+def probe(path: str | Path) -> tuple[int, int]:
+    """Size of a picture as `read` gives it, without decoding JPEG and PNG files.
+
+    Checks what can be checked cheaply: JPEG header and end, PNG checksums. Other formats are decoded in full.
+
+    Returns:
+        (height, width) in pixels, upright.
+
+    Raises:
+        DataError: see `read`.
+    """
+    from PIL import Image
+
+    try:
+        with open(path, "rb") as stream, Image.open(stream) as picture:
+            if picture.format not in ("JPEG", "PNG", "MPO"):
+                return read(path).shape[:2]
+            width, height = picture.size
+            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+            if picture.format == "PNG":
+                picture.verify()
+            elif not _jpeg_file_is_whole(stream):
+                raise DataError(f"{path}: {_CUT}")
+    except DataError:
+        raise
+    except Exception:  # noqa: BLE001 -- Pillow raises anything on broken headers; a full decode has the last word
+        return read(path).shape[:2]
+    return (width, height) if turned else (height, width)
+
+
+def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(data)) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            if upright.mode == "F":
+                raise DataError(f"{name}: {_FLOATS}")
+            if upright.mode.startswith("I"):  # I;16 and its kin, or 16-bit values held in 32
+                grey = np.asarray(upright).astype(np.int64)
+                if grey.min() < 0 or grey.max() > 0xFFFF:
+                    raise DataError(f"{name}: pixels of more than 16 bits; save it with 8 or 16 bits per channel")
+                return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+            return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
+    except DataError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on broken files
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "cannot identify" in reason:
+            reason = "no known picture format"
+        raise DataError(f"{name}: cannot be decoded: {reason}") from error
+
+
+def _jpeg_file_is_whole(stream: io.BufferedReader) -> bool:
+    stream.seek(-2, os.SEEK_END)
+    if stream.read(2) == _JPEG_END:
+        return True
+    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return _jpeg_is_whole(data)
+
+
+def _jpeg_is_whole(data: memoryview | mmap.mmap) -> bool:
+    """Whether an end marker follows the start of the picture's scan (one in an embedded preview does not count)."""
+    size = len(data)
+    if bytes(data[size - 2 : size]) == _JPEG_END:
+        return True
+    at = 2
+    while at + 4 <= size and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xFF:  # fill byte
+            at += 1
+        elif marker in _MARKERS_WITHOUT_LENGTH:
+            at += 2
+        elif marker == _START_OF_SCAN:
+            return bytes(data[at:size]).find(_JPEG_END) >= 0
+        else:
+            at += 2 + (data[at + 2] << 8 | data[at + 3])
+    return False

@@ -1,0 +1,147 @@
+"""The label cache: verified pictures and labels of a split in one .npz file, without pickle.
+
+An entry counts as long as size and modification time of its picture and label file are unchanged; entries are kept one
+by one, so a changed file costs the verification of that file only. A cache that is broken, of another version or not
+writable is no error: it is made anew, or done without.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import UserError
+from utils.files import atomic_path
+
+LOGGER = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raise it whenever the verification or this layout changes: older caches are then made anew."""
+
+STATUSES = ("labelled", "missing", "empty", "corrupt")
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """What is known about one picture.
+
+    Attributes:
+        stamp: size and modification time (ns) of the picture, then of its label file; -1 = not there.
+        height, width: pixels, upright; 0 if unknown.
+        labels: (n, 5) float32.
+        segments: n polygons (k, 2) float32, or none.
+        status: one of STATUSES.
+        duplicates: label rows removed.
+        messages: problems, one line each.
+    """
+
+    stamp: tuple[int, int, int, int]
+    height: int
+    width: int
+    labels: NDArray[np.float32]
+    segments: tuple[NDArray[np.float32], ...]
+    status: str
+    duplicates: int
+    messages: tuple[str, ...]
+
+    @property
+    def usable(self) -> bool:
+        """Whether the picture takes part."""
+        return self.status != "corrupt"
+
+
+def stamp(image: Path, label: Path) -> tuple[int, int, int, int]:
+    """Size and modification time in ns of the picture and of its label file, -1 where a file is missing."""
+    return (*_stat(image), *_stat(label))
+
+
+def short_hash(texts: Iterable[str]) -> str:
+    """Eight hex digits that differ for different texts."""
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+
+
+def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
+    """Write the cache in one step (the last of several writers wins); a folder that is not writable is only logged."""
+    header = {
+        "version": VERSION,
+        "images": list(images),
+        "messages": {i: entry.messages for i, entry in enumerate(entries) if entry.messages},
+    }
+    segments = [segment for entry in entries for segment in entry.segments]
+    arrays = {
+        "header": np.frombuffer(json.dumps(header).encode("ascii"), np.uint8),
+        "stamps": np.array([entry.stamp for entry in entries], np.int64).reshape(-1, 4),
+        "numbers": np.array([_numbers(entry) for entry in entries], np.int64).reshape(-1, 6),
+        "labels": np.concatenate([np.zeros((0, 5), np.float32), *(entry.labels for entry in entries)]),
+        "segment_lengths": np.array([len(segment) for segment in segments], np.int64),
+        "segment_points": np.concatenate([np.zeros((0, 2), np.float32), *segments]),
+    }
+    try:
+        if not path.parent.is_dir():
+            raise OSError(f"no folder {path.parent}")
+        with atomic_path(path) as temporary, open(temporary, "wb") as stream:
+            np.savez(stream, **arrays)  # type: ignore[arg-type]
+    except (OSError, UserError) as error:
+        LOGGER.info("%s: labels are not cached: %s", path, error)
+
+
+def read(path: Path) -> dict[str, Entry]:
+    """Entries by picture; empty when there is no cache that can be used."""
+    if not path.is_file():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return _entries({name: archive[name] for name in archive.files})
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        LOGGER.info("%s: label cache is not usable and is made anew: %s", path, error)
+        return {}
+
+
+def _numbers(entry: Entry) -> tuple[int, ...]:
+    counts = (len(entry.labels), len(entry.segments), entry.duplicates)
+    return (entry.height, entry.width, STATUSES.index(entry.status), *counts)
+
+
+def _entries(arrays: dict[str, NDArray]) -> dict[str, Entry]:
+    header = json.loads(arrays["header"].tobytes())
+    if header.get("version") != VERSION:
+        raise ValueError(f"version {header.get('version')}, not {VERSION}")
+    images, numbers, labels = header["images"], arrays["numbers"], arrays["labels"]
+    if not len(images) == len(numbers) == len(arrays["stamps"]) or numbers[:, 3].sum() != len(labels):
+        raise ValueError("the parts do not fit together")
+    points = np.split(arrays["segment_points"], np.cumsum(arrays["segment_lengths"])[:-1])
+    found: dict[str, Entry] = {}
+    label_at = segment_at = 0
+    messages = header["messages"]
+    for i, (image, stamps, row) in enumerate(zip(images, arrays["stamps"].tolist(), numbers.tolist())):
+        height, width, status, count, polygons, duplicates = row
+        found[image] = Entry(
+            stamp=tuple(stamps),
+            height=height,
+            width=width,
+            labels=labels[label_at : label_at + count],
+            segments=tuple(points[segment_at : segment_at + polygons]),
+            status=STATUSES[status],
+            duplicates=duplicates,
+            messages=tuple(messages.get(str(i), ())),
+        )
+        label_at += count
+        segment_at += polygons
+    return found
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        info = os.stat(path)
+    except OSError:
+        return -1, -1
+    return info.st_size, info.st_mtime_ns

@@ -1,0 +1,181 @@
+"""Reading pictures: formats, orientation, channels, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe, read
+from utils.errors import DataError
+
+HEIGHT, WIDTH = 48, 64
+
+
+def scene() -> np.ndarray:
+    """Smooth RGB picture whose four quarters differ, so that a flip or a swapped channel shows."""
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
+    picture = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), np.full_like(x, 40)], -1)
+    picture[: HEIGHT // 2, : WIDTH // 2, 2] = 220
+    return picture.astype(np.uint8)
+
+
+def encode(mode: str, kind: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(scene()).convert(mode).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def put(folder: Path, name: str, data: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "tolerance"),
+    [
+        ("RGB", "PNG", 0),
+        ("RGBA", "PNG", 0),
+        ("RGB", "BMP", 0),
+        ("RGB", "TIFF", 0),
+        ("RGB", "JPEG", 5),
+        ("RGB", "WEBP", 10),
+        ("CMYK", "JPEG", 8),
+        ("P", "GIF", 25),
+        ("P", "PNG", 25),
+    ],
+)
+def test_colour_formats_give_bgr(tmp_path: Path, mode: str, kind: str, tolerance: int) -> None:
+    path = put(tmp_path, "x.jpg", encode(mode, kind))  # the suffix does not decide
+    image = read(path)
+    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
+    assert np.abs(image.astype(int) - scene()[..., ::-1]).mean() <= tolerance  # channels swapped: 90
+    assert probe(path) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("L", "JPEG"), ("L", "TIFF")])
+def test_grey_is_repeated_over_three_channels(tmp_path: Path, mode: str, kind: str) -> None:
+    image = read(put(tmp_path, "x.png", encode(mode, kind)))
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert (image == image[..., :1]).all() and image.std() > 20
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, kind: str) -> None:
+    stored = {
+        1: lambda a: a,
+        2: np.fliplr,
+        3: lambda a: np.rot90(a, 2),
+        4: np.flipud,
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: np.rot90(a.transpose(1, 0, 2), 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation](scene())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    path = tmp_path / f"x.{kind.lower()}"
+    Image.fromarray(np.ascontiguousarray(stored)).save(path, kind, exif=exif, **options)
+    image = read(path)
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert np.abs(image.astype(int) - scene()[..., ::-1]).mean() < 6
+    assert probe(path) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tiff"])
+def test_16_bits_keep_the_whole_range(tmp_path: Path, suffix: str) -> None:
+    ramp = np.linspace(0, 65535, 256 * 3).reshape(16, 16, 3).astype(np.uint16)
+    cv2.imwrite(str(tmp_path / f"colour{suffix}"), ramp)
+    cv2.imwrite(str(tmp_path / f"grey{suffix}"), ramp[..., 0])
+    np.testing.assert_allclose(read(tmp_path / f"colour{suffix}"), ramp / 257.0, atol=1)
+    np.testing.assert_allclose(read(tmp_path / f"grey{suffix}"), np.repeat(ramp[..., :1], 3, 2) / 257.0, atol=1)
+
+
+def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
+    rgba = np.dstack([scene(), np.zeros((HEIGHT, WIDTH), np.uint8)])
+    Image.fromarray(rgba).save(tmp_path / "x.png")
+    np.testing.assert_array_equal(read(tmp_path / "x.png"), scene()[..., ::-1])
+
+
+def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert read(tmp_path / "x.gif")[0, 0].tolist() == [0, 0, 255]
+
+
+@pytest.mark.parametrize("name", ["größe_фото_図像.png", "name with  spaces.png", "percent%20.png", "UPPER.PNG"])
+def test_any_file_name(tmp_path: Path, name: str) -> None:
+    np.testing.assert_array_equal(read(put(tmp_path, name, encode("RGB", "PNG"))), scene()[..., ::-1])
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 2), (2000, 4)])
+def test_odd_sizes(tmp_path: Path, size: tuple[int, int]) -> None:
+    Image.new("RGB", size, (1, 2, 3)).save(tmp_path / "x.png")
+    assert read(tmp_path / "x.png").shape == (size[1], size[0], 3)
+
+
+def with_preview(jpeg: bytes) -> bytes:
+    """The JPEG with another, whole one inside an application segment."""
+    preview = encode("RGB", "JPEG", quality=10)
+    return jpeg[:2] + b"\xff\xe5" + (len(preview) + 2).to_bytes(2, "big") + preview + jpeg[2:]
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}])
+def test_bytes_after_the_end_of_a_jpeg_do_no_harm(tmp_path: Path, options: dict) -> None:
+    data = encode("RGB", "JPEG", **options)
+    path = put(tmp_path, "x.jpg", data + b"\0" * 20 + b"trailing")
+    np.testing.assert_array_equal(read(path), read(put(tmp_path, "y.jpg", data)))
+    assert probe(path) == (HEIGHT, WIDTH)
+
+
+def broken_png() -> bytes:
+    data = bytearray(encode("RGB", "PNG"))
+    data[len(data) // 2] ^= 0xFF
+    return bytes(data)
+
+
+BROKEN = {
+    "empty file": b"",
+    "no known picture format": b"just a line of text\n",
+    "breaks off": encode("RGB", "JPEG")[:-200],
+    "breaks off before": with_preview(encode("RGB", "JPEG"))[:-200],
+    "breaks": encode("RGB", "JPEG")[:100],
+    "cannot be decoded": encode("RGB", "PNG")[:-100],
+    "cannot be decoded: ": encode("RGB", "WEBP")[:200],
+    "floating-point": b"PF\n2 2\n-1.0\n" + np.zeros((2, 2, 3), np.float32).tobytes(),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+@pytest.mark.parametrize("function", [read, probe])
+def test_broken_files_are_refused_in_one_line(tmp_path: Path, reason: str, function) -> None:
+    path = put(tmp_path, "x.jpg", BROKEN[reason])
+    with pytest.raises(DataError, match=reason) as caught:
+        function(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_probe_checks_png_checksums(tmp_path: Path) -> None:
+    data = broken_png()
+    assert zlib.crc32(data) != zlib.crc32(encode("RGB", "PNG"))
+    with pytest.raises(DataError):
+        probe(put(tmp_path, "x.png", data))
+
+
+@pytest.mark.parametrize("name", ["missing.jpg", "."])
+def test_missing_file_and_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="cannot be read"):
+        read(tmp_path / name)
+
+
+def test_suffixes_are_lower_case_and_apart() -> None:
+    assert not IMAGE_SUFFIXES & VIDEO_SUFFIXES
+    assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
