@@ -21,7 +21,7 @@ RatioPad = tuple[tuple[float, float], tuple[float, float]]
 def _stack(columns: Sequence[Array], like: Array) -> Array:
     """Join columns as the last axis, in the dtype of `like` when that is a floating one."""
     if isinstance(like, torch.Tensor):
-        return torch.stack(list(columns), -1)  # type: ignore[arg-type]
+        return torch.stack(list(columns), -1)
     stacked = np.stack(columns, -1)
     return stacked.astype(like.dtype, copy=False) if np.issubdtype(like.dtype, np.floating) else stacked
 
@@ -169,14 +169,14 @@ def box_iou(a: Array, b: Array, eps: float = 1e-7) -> Array:
 def _overlap(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> Array:
     """Length of the common part of intervals, 0 where there is none."""
     if isinstance(a_low, torch.Tensor):
-        return (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)  # type: ignore[arg-type]
+        return (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
     return (np.minimum(a_high, b_high) - np.maximum(a_low, b_low)).clip(0)
 
 
 def _span(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> Array:
     """Length of the smallest interval that holds both."""
     if isinstance(a_low, torch.Tensor):
-        return torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)  # type: ignore[arg-type]
+        return torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     return np.maximum(a_high, b_high) - np.minimum(a_low, b_low)
 
 
@@ -261,7 +261,7 @@ def wh_iou(wh1: Array, wh2: Array, eps: float = 1e-7) -> Array:
     """
     a, b = wh1[:, None], wh2[None]
     if isinstance(a, torch.Tensor):
-        inter = torch.minimum(a, b).prod(-1)  # type: ignore[arg-type]
+        inter = torch.minimum(a, b).prod(-1)
     else:
         inter = np.minimum(a, b).prod(-1)
     return inter / (a.prod(-1) + b.prod(-1) - inter + eps)

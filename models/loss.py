@@ -1,0 +1,270 @@
+"""Target assignment and the detection loss of YOLOv5. The loss knows anchors and strides, never a model.
+
+Letters in comments: B images, A anchors per level, Y and X cells, C classes, T targets, M matches of one level.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from utils.boxes import bbox_iou
+from utils.errors import ConfigError
+
+OBJECTNESS_BALANCE: dict[int, tuple[float, ...]] = {3: (4.0, 1.0, 0.4)}  # by number of levels
+OTHER_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
+BALANCE_DECAY = 0.9999
+BALANCED_STRIDE = 16  # automatic balance keeps the weight of this level at 1
+FOCAL_ALPHA = 0.25
+NEIGHBOUR_REACH = 0.5  # in cells: a centre in the nearer half of its cell also claims the neighbour on that side
+# Cell steps of the five candidates of a match: the cell itself, then left, up, right, down.
+STEPS_XY = ((0, 0), (-1, 0), (0, -1), (1, 0), (0, 1))
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Gains and switches of the loss, with gains as they are multiplied (scaled already).
+
+    Attributes:
+        box, obj, cls: gains of the three parts.
+        obj_pw, cls_pw: weights of positives in the binary cross-entropies.
+        anchor_t: largest ratio of sides between a target and an anchor that match.
+        fl_gamma: focal loss exponent (https://arxiv.org/abs/1708.02002); 0 = plain cross-entropy.
+        label_smoothing: epsilon; class targets become 1 - epsilon / 2 and epsilon / 2.
+        autobalance: adapt the weights of the levels' objectness losses.
+    """
+
+    box: float = 0.05
+    obj: float = 1.0
+    cls: float = 0.5
+    obj_pw: float = 1.0
+    cls_pw: float = 1.0
+    anchor_t: float = 4.0
+    fl_gamma: float = 0.0
+    label_smoothing: float = 0.0
+    autobalance: bool = False
+
+    @classmethod
+    def from_hyp(
+        cls,
+        hyp: Mapping[str, Any],
+        *,
+        num_levels: int,
+        num_classes: int,
+        imgsz: int,
+        label_smoothing: float = 0.0,
+    ) -> LossConfig:
+        """Gains of a hyper-parameter file, scaled to levels, classes and picture size.
+
+        Args:
+            hyp: needs `box`, `obj`, `cls`, `obj_pw`, `cls_pw`, `anchor_t`; `fl_gamma` where it is not 0.
+            num_levels: levels of the head; the files are tuned for 3.
+            num_classes: the files are tuned for 80.
+            imgsz: side of the training pictures in pixels; the files are tuned for 640.
+        """
+        share = 3 / num_levels
+        return cls(
+            box=float(hyp["box"]) * share,
+            obj=float(hyp["obj"]) * (imgsz / 640) ** 2 * share,
+            cls=float(hyp["cls"]) * num_classes / 80 * share,
+            obj_pw=float(hyp["obj_pw"]),
+            cls_pw=float(hyp["cls_pw"]),
+            anchor_t=float(hyp["anchor_t"]),
+            fl_gamma=float(hyp.get("fl_gamma", cls.fl_gamma)),
+            label_smoothing=label_smoothing,
+        )
+
+
+class LossOutput(NamedTuple):
+    """Result of one call.
+
+    Attributes:
+        total: 0-d float32, to call `backward` on: sum of the parts times the number of pictures.
+        parts: (3,) float32, detached: box, objectness and class loss with their gains.
+    """
+
+    total: torch.Tensor
+    parts: torch.Tensor
+
+
+class LevelTargets(NamedTuple):
+    """Targets assigned to one level, M rows; a later row wins where several claim one cell and anchor.
+
+    Attributes:
+        image, anchor, gy, gx, cls: (M,) int64: picture, anchor of the level, cell row, cell column, class.
+        box: (M, 4) float32: centre minus cell corner, width, height; in cells.
+        anchor_wh: (M, 2) float32: the matched anchor in cells.
+    """
+
+    image: torch.Tensor
+    anchor: torch.Tensor
+    gy: torch.Tensor
+    gx: torch.Tensor
+    cls: torch.Tensor
+    box: torch.Tensor
+    anchor_wh: torch.Tensor
+
+
+def build_targets(
+    targets: torch.Tensor, anchors: torch.Tensor, grids: Sequence[tuple[int, int]], anchor_t: float
+) -> list[LevelTargets]:
+    """Assign targets to levels, anchors and cells.
+
+    A target matches an anchor when neither side is `anchor_t` times longer or shorter. It claims the cell of its centre
+    and up to two neighbours: those on whose side the centre lies, as long as it is more than one cell from that border.
+    Cells are limited to the grid before the offset is taken, so the offsets of targets on a border may leave -0.5..1.5.
+
+    Args:
+        targets: (T, 6) picture, class, centre x, centre y, width, height as parts of the sides. On a CUDA device the
+            call waits for the device (the number of matches is data); CPU targets cost no wait.
+        anchors: (levels, A, 2) widths and heights in cells of their level.
+        grids: (rows, columns) per level.
+        anchor_t: above 1.
+
+    Returns:
+        one LevelTargets per level, on the device of `targets`; rows are ordered by step, anchor, target.
+    """
+    targets = targets.float()
+    anchors = anchors.to(targets)
+    sizes = torch.tensor([(x, y) for y, x in grids], dtype=torch.float32).to(targets.device)  # (L, 2)
+    centre = targets[None, :, 2:4] * sizes[:, None]  # (L, T, 2) in cells
+    sides = targets[None, :, 4:6] * sizes[:, None]
+    ratio = sides[:, None] / anchors[:, :, None]  # (L, A, T, 2)
+    matched = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_t  # (L, A, T)
+    claimed = _claimed_steps(centre, sizes)  # (L, 5, T)
+    level, step, anchor, target = (claimed[:, :, None] & matched[:, None]).nonzero(as_tuple=True)
+    counts = torch.bincount(level, minlength=len(grids)).tolist()
+
+    steps = torch.tensor(STEPS_XY, dtype=torch.float32).to(targets.device)
+    xy = centre[level, target]
+    cell = (xy + NEIGHBOUR_REACH * steps[step]).long()
+    cell = torch.minimum(cell.clamp(min=0), sizes[level].long() - 1)
+    box = torch.cat((xy - cell, sides[level, target]), 1)
+    label = targets[target, 1].long()
+    rows = (targets[target, 0].long(), anchor, cell[:, 1], cell[:, 0], label, box, anchors[level, anchor])
+    return [LevelTargets(*parts) for parts in zip(*(row.split(counts) for row in rows))]
+
+
+def _claimed_steps(centre: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Which of the five steps a centre claims: (L, T, 2) and sizes (L, 2) in cells to (L, 5, T) bool."""
+    from_end = sizes[:, None] - centre
+    near_start = (centre % 1 < NEIGHBOUR_REACH) & (centre > 1)
+    near_end = (from_end % 1 < NEIGHBOUR_REACH) & (from_end > 1)
+    own = torch.ones_like(near_start[..., 0])
+    return torch.stack((own, *near_start.unbind(-1), *near_end.unbind(-1)), 1)
+
+
+class DetectionLoss(nn.Module):
+    """Box (CIoU), objectness and class loss over all levels of an anchor head.
+
+    Args:
+        anchors: (levels, A, 2) widths and heights in pixels, or per level a flat list w, h, w, h, ...
+        strides: pixels per cell, one per level.
+        config: gains and switches.
+
+    Raises:
+        ConfigError: anchors and strides that do not belong together, or automatic balance without a level of stride 16.
+    """
+
+    balance: torch.Tensor  # weight of each level's objectness loss
+    gains: torch.Tensor  # box, objectness, class
+    positive_weights: torch.Tensor  # objectness, class
+
+    def __init__(
+        self,
+        anchors: torch.Tensor | Sequence[Sequence[float]],
+        strides: torch.Tensor | Sequence[float],
+        config: LossConfig,
+    ) -> None:
+        super().__init__()
+        steps = torch.as_tensor(strides, dtype=torch.float32).cpu().view(-1)
+        pixels = torch.as_tensor(anchors, dtype=torch.float32).cpu()
+        if len(pixels) != len(steps):
+            raise ConfigError(f"DetectionLoss: anchors of {len(pixels)} levels for {len(steps)} strides")
+        if config.autobalance and BALANCED_STRIDE not in steps:
+            raise ConfigError(f"autobalance: needs a level of stride {BALANCED_STRIDE}, this head has {steps.tolist()}")
+        weights = list(OBJECTNESS_BALANCE.get(len(steps), OTHER_BALANCE))
+        weights += weights[-1:] * (len(steps) - len(weights))
+        self.config = config
+        self.anchors = pixels.view(len(steps), -1, 2) / steps.view(-1, 1, 1)  # in cells
+        self.balanced_level = int((steps == BALANCED_STRIDE).nonzero()[0]) if config.autobalance else 0
+        self.register_buffer("balance", torch.tensor(weights[: len(steps)]))
+        # Buffers, so that no step copies constants to the device.
+        self.register_buffer("gains", torch.tensor((config.box, config.obj, config.cls)), persistent=False)
+        self.register_buffer("positive_weights", torch.tensor((config.obj_pw, config.cls_pw)), persistent=False)
+
+    def forward(self, raw: Sequence[torch.Tensor], targets: torch.Tensor) -> LossOutput:
+        """Loss of raw head outputs; float32 inside, also under autocast. In eval mode the balance stays as it is.
+
+        Args:
+            raw: per level (B, A, Y, X, 5 + C), before the sigmoid.
+            targets: (T, 6) picture, class, centre x, centre y, width, height as parts of the sides; T may be 0.
+                They may stay on the CPU while `raw` is on a GPU: then the assignment does not wait for the GPU.
+        """
+        device = raw[0].device
+        if self.balance.device != device:
+            self.to(device)
+        grids = [(level.shape[2], level.shape[3]) for level in raw]
+        with torch.autocast(device.type, enabled=False):
+            assigned = build_targets(targets, self.anchors, grids, self.config.anchor_t)
+            losses = [self._level(level, LevelTargets(*_to(rows, device))) for level, rows in zip(raw, assigned)]
+            box, obj, cls = (torch.stack(part) for part in zip(*losses))
+            parts = torch.stack((box.sum(), (obj * self.balance).sum(), cls.sum())) * self.gains
+            if self.config.autobalance and self.training:
+                self._adapt_balance(obj.detach())
+            return LossOutput(parts.sum() * raw[0].shape[0], parts.detach())
+
+    def _level(self, raw: torch.Tensor, rows: LevelTargets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Box, objectness and class loss of one level, without gains."""
+        batch, anchors, height, width, outputs = raw.shape
+        objectness = raw[..., 4].float()
+        wanted = torch.zeros_like(objectness)
+        box_loss = class_loss = objectness.new_zeros(())
+        if len(rows.image):
+            cell = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx  # (M,)
+            matched = raw.reshape(-1, outputs)[cell].float()  # (M, 5 + C)
+            s = matched[:, :4].sigmoid() * 2
+            predicted = torch.cat((s[:, :2] - 0.5, s[:, 2:] ** 2 * rows.anchor_wh), 1)
+            overlap = bbox_iou(predicted, rows.box, CIoU=True)
+            box_loss = (1 - overlap).mean()
+            wanted.view(-1)[cell] = overlap.detach().clamp(min=0)[_last_row(cell, wanted.numel())]
+            if outputs > 6:
+                class_loss = self._class_loss(matched[:, 5:], rows.cls)
+        return box_loss, self._entropy(objectness, wanted, self.positive_weights[0]), class_loss
+
+    def _class_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        off = 0.5 * self.config.label_smoothing
+        wanted = torch.full_like(logits, off).scatter_(1, labels[:, None], 1 - off)
+        return self._entropy(logits, wanted, self.positive_weights[1])
+
+    def _entropy(self, logits: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Mean binary cross-entropy, focal where `fl_gamma` asks for it."""
+        gamma = self.config.fl_gamma
+        if gamma <= 0:
+            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+        p = logits.sigmoid()
+        p_wanted = wanted * p + (1 - wanted) * (1 - p)
+        alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
+        return (loss * alpha * (1 - p_wanted) ** gamma).mean()
+
+    def _adapt_balance(self, obj: torch.Tensor) -> None:
+        """Move the levels' weights towards the inverse of their objectness losses (L,)."""
+        moved = self.balance * BALANCE_DECAY + (1 - BALANCE_DECAY) / obj
+        self.balance = moved / moved[self.balanced_level]
+
+
+def _to(rows: LevelTargets, device: torch.device) -> list[torch.Tensor]:
+    return [column.to(device, non_blocking=True) for column in rows]
+
+
+def _last_row(cell: torch.Tensor, cells: int) -> torch.Tensor:
+    """For each row the last row with the same cell: a write with repeated indices then has one outcome everywhere."""
+    rows = torch.arange(len(cell), device=cell.device)
+    last = torch.zeros(cells, dtype=rows.dtype, device=cell.device).scatter_reduce_(0, cell, rows, "amax")
+    return last[cell]
