@@ -147,6 +147,9 @@ class RIFormer(Backbone):
         SpecError: unknown architecture or a rate outside its range.
     """
 
+    IGNORED_KEYS = ("head.*",)
+    NEW_KEYS = ("norm0.*", "norm2.*", "norm4.*")
+
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "s12",
@@ -204,7 +207,7 @@ class RIFormer(Backbone):
                         stage[index] = DeployedRIFormerBlock(block)
 
     def param_depth(self, name: str) -> int:
-        """0 for the stem, 1 + i for block i (a downsampling counts as the block after it), then one more for the norms."""
+        """0 for the stem, 1 + i for block i (a downsampling counts as the next block), then one more for the norms."""
         parts = name.split(".")
         if parts[0] == "patch_embed":
             return 0

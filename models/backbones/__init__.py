@@ -1,0 +1,264 @@
+"""The table of backbones, and the one place where a name becomes a backbone.
+
+`BACKBONES` is the whole list: name -> class, arguments. Class files are imported when a backbone of theirs is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from models.backbones.base import Backbone, FeatureLevel
+from utils.errors import SpecError, did_you_mean
+
+__all__ = [
+    "BACKBONES",
+    "ROW_CLASSES",
+    "Backbone",
+    "BackboneEntry",
+    "FeatureLevel",
+    "backbone_class",
+    "backbone_from_row",
+    "create_backbone",
+    "is_backbone_name",
+    "list_backbones",
+    "register_backbone",
+]
+
+TIMM_PREFIX = "timm/"
+BackboneClass = TypeVar("BackboneClass", bound=type[Backbone])
+
+
+@dataclass(frozen=True)
+class BackboneEntry:
+    """One row of the table.
+
+    Attributes:
+        target: where the class is, `"module:Class"`, or the class itself for one that a plugin registered.
+        arguments: arguments that make it the named architecture; a user's arguments come on top.
+    """
+
+    target: str | type[Backbone]
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+RIFORMER = "models.backbones.riformer:RIFormer"
+REVVIT = "models.backbones.revvit:RevViT"
+REPMLP = "models.backbones.repmlp:RepMLPNet"
+NEXTVIT = "models.backbones.nextvit:NextViT"
+TIMM = "models.backbones.timm_backbone:TimmBackbone"
+
+BACKBONES: dict[str, BackboneEntry] = {
+    "riformer_s12": BackboneEntry(RIFORMER, {"arch": "s12"}),
+    "riformer_s24": BackboneEntry(RIFORMER, {"arch": "s24"}),
+    "riformer_s36": BackboneEntry(RIFORMER, {"arch": "s36"}),
+    "riformer_m36": BackboneEntry(RIFORMER, {"arch": "m36"}),
+    "riformer_m48": BackboneEntry(RIFORMER, {"arch": "m48"}),
+    "revvit_small": BackboneEntry(REVVIT, {"arch": "deit-small"}),
+    "revvit_base": BackboneEntry(REVVIT, {"arch": "deit-base"}),
+    "repmlp_t224": BackboneEntry(REPMLP, {"arch": "t224"}),
+    "repmlp_b224": BackboneEntry(REPMLP, {"arch": "b224"}),
+    "repmlp_t256": BackboneEntry(REPMLP, {"arch": "t256"}),
+    "repmlp_b256": BackboneEntry(REPMLP, {"arch": "b256"}),
+    "repmlp_d256": BackboneEntry(REPMLP, {"arch": "d256"}),
+    "repmlp_l256": BackboneEntry(REPMLP, {"arch": "l256"}),
+    "nextvit_small": BackboneEntry(NEXTVIT, {"arch": "small"}),
+    "nextvit_base": BackboneEntry(NEXTVIT, {"arch": "base"}),
+    "nextvit_large": BackboneEntry(NEXTVIT, {"arch": "large"}),
+}
+
+# Class names as model rows: [-1, 1, RIFormer, [s24]]. Without arguments the class's own default architecture.
+ROW_CLASSES: dict[str, BackboneEntry] = {
+    "RIFormer": BackboneEntry(RIFORMER),
+    "RevViT": BackboneEntry(REVVIT),
+    "RepMLPNet": BackboneEntry(REPMLP),
+    "NextViT": BackboneEntry(NEXTVIT),
+}
+
+_PLUGINS: dict[str, BackboneEntry] = {}
+
+
+def list_backbones() -> list[str]:
+    """Registered names: the built-in ones in the order of the table, then those of plugins. timm's names are not among
+    them; any of those works as `timm/<name>`."""
+    return [*BACKBONES, *_PLUGINS]
+
+
+@overload
+def register_backbone(name: str) -> Callable[[BackboneClass], BackboneClass]: ...
+@overload
+def register_backbone(name: BackboneClass) -> BackboneClass: ...
+def register_backbone(name: Any) -> Any:
+    """Class decorator that gives a backbone of your own a name for model YAMLs.
+
+    Use it bare (the class name counts) or with a name: `@register_backbone("my_backbone")`.
+
+    Raises:
+        SpecError: the name is taken, or the class is no `Backbone`.
+    """
+    if isinstance(name, type):
+        return _register(name.__name__, name)
+    return lambda cls: _register(name, cls)
+
+
+def _register(name: str, cls: Any) -> Any:
+    if not (isinstance(cls, type) and issubclass(cls, Backbone)):
+        raise SpecError(f"backbone '{name}': {cls!r} is no subclass of models.backbones.Backbone")
+    known = _PLUGINS.get(name)
+    same = known is not None and isinstance(known.target, type) and known.target.__qualname__ == cls.__qualname__
+    if name in BACKBONES or name in ROW_CLASSES or (known is not None and not same):
+        raise SpecError(f"backbone '{name}' is registered already; choose another name")
+    _PLUGINS[name] = BackboneEntry(cls)  # the same class again: its file was loaded twice
+    return cls
+
+
+def is_backbone_name(name: str) -> bool:
+    """Whether a model row of this name is a backbone: a registered name, a class name, `timm/...`, or exactly a name
+    that timm has. A misspelt name is none, so that its own error is shown."""
+    if name in BACKBONES or name in ROW_CLASSES or name in _PLUGINS or name.startswith(TIMM_PREFIX):
+        return True
+    # timm's names are lower case; so a misspelt layer ('C33') does not cost the import of timm.
+    if not name.islower() or name.startswith("nn."):
+        return False
+    return _is_timm_name(name)
+
+
+def _is_timm_name(name: str) -> bool:
+    try:
+        from models.backbones.timm_backbone import is_timm_name
+    except ImportError:
+        return False
+    return is_timm_name(name)
+
+
+def backbone_class(name: str) -> type[Backbone]:
+    """The class behind a name, imported now.
+
+    Raises:
+        SpecError: unknown name; the nearest one is suggested.
+    """
+    return _class_of(_entry(name))
+
+
+def _entry(name: str) -> BackboneEntry:
+    for table in (BACKBONES, ROW_CLASSES, _PLUGINS):
+        if name in table:
+            return table[name]
+    if is_backbone_name(name):
+        return BackboneEntry(TIMM, {"name": name.removeprefix(TIMM_PREFIX)})
+    known = [*list_backbones(), *ROW_CLASSES]
+    raise SpecError(
+        f"unknown backbone '{name}'; allowed: {', '.join(known)}, or timm/<name>{did_you_mean(name, known)}"
+    )
+
+
+def _class_of(entry: BackboneEntry) -> type[Backbone]:
+    if not isinstance(entry.target, str):
+        return entry.target
+    module, _, cls = entry.target.partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def create_backbone(
+    name: str, weights: str | Path | bool | None = None, *, partial_weights: bool = False, **arguments: Any
+) -> Backbone:
+    """Build a backbone by name.
+
+    Args:
+        name: a registered name (`riformer_s12`), a class name (`RIFormer`), a plugin's, `timm/<name>`, or a timm name.
+        weights: None or False for random weights; True for the published default (timm: its pretrained weights); or a
+            published name, a path, a URL. What was loaded is logged; less than 90 % is an error. Only rank zero loads.
+        partial_weights: accept a file that fits only in part.
+        arguments: of the class; they override those of the entry.
+
+    Raises:
+        SpecError: unknown name or argument, or a value that is not allowed.
+        CheckpointError: the weights cannot be had, or do not fit.
+    """
+    entry = _entry(name)
+    cls = _class_of(entry)
+    _check_arguments(name, cls, arguments)
+    given = {**entry.arguments, **arguments}
+    if entry.target == TIMM and weights is True:
+        return cls(**{**given, "pretrained": True})
+    backbone = cls(**given)
+    if weights is not None and weights is not False:
+        from models.backbones.published import load_published
+
+        load_published(backbone, weights, _published_key(name, entry, cls, given), partial=partial_weights)
+    return backbone
+
+
+def _published_key(name: str, entry: BackboneEntry, cls: type[Backbone], given: Mapping[str, Any]) -> str | None:
+    """The registered name of the architecture that was built, to look published weights up; None for a custom one."""
+    if entry.target == TIMM or name in _PLUGINS:
+        return name
+    default = inspect.signature(cls).parameters["arch"].default
+    arch = given.get("arch", default)
+    for key, row in BACKBONES.items():
+        if row.target == entry.target and row.arguments.get("arch") == arch:
+            return key
+    return None
+
+
+def _check_arguments(name: str, cls: type[Backbone], arguments: Mapping[str, Any]) -> None:
+    parameters = inspect.signature(cls).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key in arguments:
+        if key not in parameters:
+            allowed = ["weights", "partial_weights", *parameters]
+            raise SpecError(
+                f"{name}: unknown argument '{key}'; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
+            )
+
+
+def backbone_from_row(name: str, args: Sequence[Any] | Mapping[str, Any]) -> Backbone:
+    """Build the backbone of a model row `[-1, 1, name, args]`.
+
+    Args:
+        name: see `create_backbone`.
+        args: a mapping of arguments, `weights` among them; or a list of: the architecture's name (`s12`), True, False
+            or the word `pretrained` (whether to take the published weights), and a mapping of arguments, in any order.
+            An empty list means the default architecture with random weights.
+
+    Raises:
+        SpecError, CheckpointError: see `create_backbone`.
+    """
+    arguments: dict[str, Any] = {}
+    for arg in [args] if isinstance(args, Mapping) else args:
+        for key, value in _row_argument(name, arg).items():
+            if key in arguments:
+                raise SpecError(f"{name}: '{key}' is given twice: {arguments[key]!r} and {value!r}")
+            arguments[key] = value
+    if "pretrained" in arguments:  # timm's word for it
+        arguments.setdefault("weights", bool(arguments.pop("pretrained")))
+    weights = arguments.pop("weights", None)
+    return create_backbone(name, weights, **arguments)
+
+
+def _row_argument(name: str, arg: Any) -> dict[str, Any]:
+    if isinstance(arg, Mapping):
+        unfit = [key for key in arg if not isinstance(key, str) or key in ("name", "self")]
+        if unfit:
+            raise SpecError(f"{name}: {unfit[0]!r} is no name of an argument")
+        return dict(arg)
+    if arg is None:
+        return {}
+    if isinstance(arg, bool) or arg == "pretrained":
+        return {"weights": bool(arg)}
+    if isinstance(arg, str) and name in ROW_CLASSES:
+        return {"arch": arg}
+    if isinstance(arg, str) and name not in _PLUGINS:
+        raise SpecError(
+            f"{name}: argument '{arg}' is not allowed, the name says the architecture; allowed: pretrained, True, "
+            f"False, or a mapping such as {{weights: {arg}}}"
+        )
+    raise SpecError(
+        f"{name}: argument {arg!r} is not allowed; allowed: an architecture's name, pretrained, True, False, or a "
+        "mapping such as {arch: s12, weights: path}"
+    )

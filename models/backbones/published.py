@@ -1,0 +1,206 @@
+"""Published weights: the table `published.yaml`, finding and fetching a file, loading it with a report.
+
+A backbone class tells how its published files differ from its own key names by class attributes, all optional:
+`IGNORED_KEYS` (glob patterns of the file's keys that are known and not needed: the classifier), `NEW_KEYS` (patterns of
+its own keys that no published file holds), `convert_official(state) -> state` (other layouts to its own key names) and
+`resize_official(key, tensor, target_shape) -> tensor` (position embeddings).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models.backbones.base import Backbone
+from models.checkpoint import read_state_dict
+from models.weights import LoadReport, load_state, shorten
+from utils.errors import CheckpointError, UserError, did_you_mean
+from utils.files import download
+from utils.yaml_lines import load_yaml
+
+LOGGER = logging.getLogger(__name__)
+TABLE = Path(__file__).with_name("published.yaml")
+NO_PLACE = "no such entry"  # reason in a LoadReport for an entry of the file that the module has no use for
+MAX_SPARE = 0.1  # part of a file's entries that may be without use; more means another architecture
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One published file.
+
+    Attributes:
+        name: what `weights:` in a model YAML calls it.
+        backbone: registered name of the backbone that it fits.
+        layout: key names and wrapper of the file: mmpretrain, SlowFast, RepMLP, Next-ViT or timm.
+        resolution: side of the pictures it was trained on last, in pixels.
+        top1, top5: ImageNet-1k validation accuracy in percent, as published.
+        params, flops: millions of parameters and 10^9 multiply-adds with the classifier at `resolution`, as published.
+        file: name in the cache folder.
+        url: where it is fetched.
+        sha256: leading hex digits of its hash, None where none is published.
+        source: the project that published it.
+    """
+
+    name: str
+    backbone: str
+    layout: str
+    resolution: int
+    top1: float
+    top5: float | None
+    params: float
+    flops: float
+    file: str
+    url: str
+    sha256: str | None
+    source: str
+
+
+@lru_cache(maxsize=1)
+def published_table() -> Mapping[str, PublishedWeights]:
+    """Name -> published file, in the order of `published.yaml`."""
+    data = load_yaml(TABLE)
+    rows = (PublishedWeights(**row, source=data["sources"][row["layout"]]) for row in data["weights"])
+    return {row.name: row for row in rows}
+
+
+def published_for(backbone: str) -> tuple[PublishedWeights, ...]:
+    """Published files that fit a registered backbone, the default first; may be empty."""
+    return tuple(row for row in published_table().values() if row.backbone == backbone)
+
+
+def weights_cache() -> Path:
+    """Folder of fetched files: torch hub's, so that TORCH_HOME moves it."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
+
+
+def process_rank() -> int:
+    """Rank of this process among those that train together; 0 alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return max(int(os.environ.get("RANK", "0") or 0), 0)
+
+
+def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
+    """The local file that `weights` means, fetched into the cache when it is a URL or a published name.
+
+    Args:
+        weights: True (the first published file for `backbone`), a published name, a URL, or a path.
+        backbone: registered name of the backbone, None where it has none (an architecture of the user's).
+
+    Raises:
+        CheckpointError: no such file or name, or it cannot be fetched: says where to put the file by hand.
+    """
+    fitting = {row.name: row for row in published_for(backbone)} if backbone else {}
+    if weights is True:
+        if not fitting:
+            what = f"'{backbone}'" if backbone else "this architecture"
+            raise CheckpointError(f"weights: no published weights for {what}; give a path or a URL")
+        return _fetch(next(iter(fitting.values())))
+    text = str(weights)
+    row = published_table().get(text)
+    if row is not None:
+        if row.name not in fitting:
+            allowed = ", ".join(fitting) or "none published"
+            raise CheckpointError(f"weights: '{text}' are for {row.backbone}, not {backbone}; allowed: {allowed}")
+        return _fetch(row)
+    if "://" in text:
+        return _download(text, text.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "weights.pth", None)
+    path = Path(text).expanduser()
+    if path.is_file():
+        return path
+    names = f"; published for {backbone}: {', '.join(fitting)}" if fitting else ""
+    raise CheckpointError(f"weights: '{text}' is no file, URL or published name{names}{did_you_mean(text, fitting)}")
+
+
+def _fetch(row: PublishedWeights) -> Path:
+    return _download(row.url, row.file, row.sha256)
+
+
+def _download(url: str, file: str, sha256: str | None) -> Path:
+    path = weights_cache() / file
+    try:
+        return download(url, path, sha256)
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in a published file (`torch.save` or safetensors).
+
+    Raises:
+        CheckpointError: damaged, or no state dict in it.
+    """
+    if path.suffix != ".safetensors":
+        return read_state_dict(path)
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise CheckpointError(f"{path}: reading this format needs a package: pip install safetensors") from error
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: damaged or not a safetensors file") from error
+
+
+def load_published(
+    backbone: Backbone, weights: str | Path | bool, name: str | None, *, partial: bool = False
+) -> LoadReport | None:
+    """Load a weights file in any published layout into `backbone`, in place, and log what became of every entry.
+
+    Processes of a rank above zero load nothing: data-parallel training sends them the values of rank zero.
+
+    Args:
+        backbone: a freshly built backbone.
+        weights: see `find_weights`.
+        name: registered name of the backbone, None where it has none.
+        partial: accept wrong shapes, missing and spare entries; the report names them.
+
+    Returns:
+        The report; None where nothing was loaded.
+
+    Raises:
+        CheckpointError: the file cannot be had or read, or is that of another architecture.
+    """
+    if process_rank() > 0:
+        return None
+    path = find_weights(weights, name)
+    state = read_weights(path)
+    convert = getattr(backbone, "convert_official", None)
+    if convert is not None:
+        state = convert(state)
+    resize_official = getattr(backbone, "resize_official", None)
+
+    def resize(key: str, value: Tensor, target: Tensor) -> Tensor | None:
+        if resize_official is None:
+            return None
+        try:
+            return resize_official(key, value, tuple(target.shape))
+        except UserError:
+            return None  # the report says that the shapes differ, for all keys alike
+
+    where = str(path)
+    report = load_state(
+        backbone,
+        state,
+        partial=partial,
+        ignore=getattr(backbone, "IGNORED_KEYS", ()),
+        allow_new=getattr(backbone, "NEW_KEYS", ()),
+        resize=resize,
+        where=where,
+    )
+    spare = [key for key, reason in report.unexpected if reason == NO_PLACE]
+    if not partial and len(spare) > MAX_SPARE * len(state):
+        raise CheckpointError(
+            f"{where}: {len(spare)} of its {len(state)} entries have no place in {name or type(backbone).__name__} "
+            f"({shorten(spare)}): weights of another architecture?"
+        )
+    LOGGER.info("%s: %s: %s", name or type(backbone).__name__, path.name, report.summary())
+    return report
