@@ -1,0 +1,45 @@
+"""Which training-time changes are made to pictures, and how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Strength or probability of each change; 0 leaves it out. Names and meaning as in hyper-parameter files.
+
+    Attributes:
+        hsv_h, hsv_s, hsv_v: largest relative change of hue, saturation and value.
+        degrees: largest rotation, in degrees.
+        translate: largest shift, as part of the picture's sides.
+        scale: largest relative change of size.
+        shear: largest shear, in degrees.
+        perspective: largest perspective term, per pixel (0 .. 0.001).
+        flipud, fliplr: probability of an upside-down, a left-right flip.
+        mosaic: probability of joining pictures instead of taking one.
+        mosaic9: part of the mosaics that join nine pictures instead of four.
+        mixup: probability of blending a mosaic with a second one.
+        copy_paste: part of the outlined objects that are mirrored and pasted.
+    """
+
+    hsv_h: float = 0.0
+    hsv_s: float = 0.0
+    hsv_v: float = 0.0
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: float = 0.0
+    shear: float = 0.0
+    perspective: float = 0.0
+    flipud: float = 0.0
+    fliplr: float = 0.0
+    mosaic: float = 0.0
+    mosaic9: float = 0.0
+    mixup: float = 0.0
+    copy_paste: float = 0.0
+
+    @classmethod
+    def from_hyp(cls, hyp: Mapping[str, float]) -> AugmentConfig:
+        """The part of a hyper-parameter mapping that is about augmentation; other keys are left alone."""
+        return cls(**{f.name: float(hyp[f.name]) for f in fields(cls) if f.name in hyp})

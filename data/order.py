@@ -1,0 +1,111 @@
+"""Which picture comes when: the order of an epoch, its windows and its shards, all functions of numbers alone.
+
+No process keeps state between samples, so the same epoch has the same batches with any number of workers, and after a
+resume.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Union
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.seed import sample_rng
+
+Index = NDArray[np.int64]
+
+WINDOW = 64
+"""Positions of an epoch's order whose pictures may share a mosaic: a block of that many is decoded once and reused."""
+
+_ORDER_STREAM, _WEIGHTED_STREAM = 2**32 - 1, 2**32 - 2  # sample numbers no data set reaches: streams of their own
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """What travels to a worker for one sample.
+
+    Attributes:
+        epoch: epoch number.
+        index: picture number.
+        repeat: how often the picture came before in this epoch (only a weighted draw repeats pictures).
+        window: pictures that may join it in a mosaic; None: the window of the unweighted order.
+    """
+
+    epoch: int
+    index: int
+    repeat: int = 0
+    window: Index | None = field(default=None, compare=False)
+
+
+Key = Union[int, tuple[int, int], SampleKey]
+
+
+def as_key(key: Key) -> SampleKey:
+    """Key of `index` (epoch 0) or of `(epoch, index)`."""
+    if isinstance(key, SampleKey):
+        return key
+    epoch, index = key if isinstance(key, tuple) else (0, key)
+    return SampleKey(int(epoch), int(index))
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Index:
+    """The shuffled order of `n` pictures in one epoch, a function of (n, seed, epoch)."""
+    return sample_rng(seed, epoch, _ORDER_STREAM).permutation(n)
+
+
+def weighted_order(weights: Sequence[float] | NDArray[np.floating], seed: int, epoch: int) -> Index:
+    """Draw as many pictures as there are weights, with replacement, in proportion to them.
+
+    Args:
+        weights: (n,) non-negative; when all are 0 every picture is as likely as the next.
+
+    Returns:
+        (n,) int64 picture numbers, a function of (weights, seed, epoch).
+    """
+    w = np.asarray(weights, np.float64)
+    if w.ndim != 1 or not np.isfinite(w).all() or (w < 0).any():
+        raise ValueError("image weights are one finite, non-negative number per picture")
+    total = w.sum()
+    return sample_rng(seed, epoch, _WEIGHTED_STREAM).choice(len(w), size=len(w), p=w / total if total > 0 else None)
+
+
+def window_at(order: Index, position: int, size: int = WINDOW) -> Index:
+    """The block of `size` places of `order` that holds `position`; the last block reaches back to be as long.
+
+    Blocks, not sliding windows: a worker that makes all samples of a block decodes each of its pictures once.
+    """
+    if len(order) <= size:
+        return order
+    start = min(position // size * size, len(order) - size)
+    return order[start : start + size]
+
+
+def weighted_keys(order: Index, epoch: int, size: int = WINDOW) -> list[SampleKey]:
+    """Keys for a weighted order: repeated pictures are numbered, and each key carries its mosaic window."""
+    seen: dict[int, int] = {}
+    keys = []
+    window = order
+    for position, index in enumerate(order.tolist()):
+        if position % size == 0:
+            window = window_at(order, position, size)
+        keys.append(SampleKey(epoch, index, seen.get(index, 0), window))
+        seen[index] = seen.get(index, 0) + 1
+    return keys
+
+
+def shard(n: int, rank: int, world_size: int) -> Index:
+    """Places of an order of length `n` that belong to `rank`: every `world_size`-th one.
+
+    The order is first repeated from its start until it divides evenly, as
+    `torch.utils.data.DistributedSampler` does, so all ranks take equally many steps.
+
+    Args:
+        rank: 0 .. world_size - 1, or -1 for a single process.
+    """
+    if rank < 0 or world_size <= 1 or n == 0:
+        return np.arange(n)
+    per_rank = -(-n // world_size)
+    return (rank + np.arange(per_rank) * world_size) % n
