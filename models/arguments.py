@@ -1,0 +1,174 @@
+"""Arguments of a YAML row against the constructor of its layer: names, defaults, types; and activations by name.
+
+Sentences of SpecErrors lack the place; `models.builder` puts file, line and row before them.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import re
+import types
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from utils.errors import SpecError, did_you_mean
+
+Arguments = dict[str, Any]
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind
+    for kind in (
+        *(nn.SiLU, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.Mish, nn.GELU),
+        *(nn.ELU, nn.CELU, nn.SELU, nn.Softplus, nn.Sigmoid, nn.Tanh, nn.Identity),
+    )
+}
+
+
+def activation_from_text(text: str) -> nn.Module:
+    """An activation from text such as `nn.LeakyReLU(0.1)`, looked up in a fixed table.
+
+    Raises:
+        SpecError: not of that form, an unknown name, or arguments that it does not take.
+    """
+    match = re.fullmatch(r"\s*(?:torch\.)?(?:nn\.)?(\w+)\s*(?:\((.*)\))?\s*", text)
+    if not match or match[1] not in ACTIVATIONS:
+        near = did_you_mean(match[1] if match else text, ACTIVATIONS)
+        names = ", ".join(ACTIVATIONS)
+        raise SpecError(f"unknown activation '{text}'; allowed: {names}, as in nn.LeakyReLU(0.1){near}")
+    args: list[float | bool] = []
+    named: dict[str, float | bool] = {}
+    for part in filter(None, (piece.strip() for piece in (match[2] or "").split(","))):
+        name, equals, value = part.rpartition("=")
+        if equals:
+            named[name.strip()] = _number(value, text)
+        else:
+            args.append(_number(value, text))
+    try:
+        activation = ACTIVATIONS[match[1]](*args, **named)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"activation '{text}' cannot be built: {error}") from error
+    if hasattr(activation, "inplace"):
+        setattr(activation, "inplace", True)  # noqa: B010 - a plain attribute; nobody else reads the norm's output
+    return activation
+
+
+def _number(text: str, whole: str) -> float | bool:
+    words = {"True": True, "False": False}
+    if text.strip() in words:
+        return words[text.strip()]
+    try:
+        return float(text)
+    except ValueError as error:
+        raise SpecError(f"activation '{whole}' has the argument '{text.strip()}'; numbers are allowed") from error
+
+
+# ---- arguments against a constructor's annotations ------------------------------------------------------------------
+
+
+def parameters(layer: type[nn.Module]) -> tuple[tuple[inspect.Parameter, Any], ...]:
+    """Constructor parameters without `self`, each with its resolved annotation."""
+    constructor = layer.__init__
+    hints = typing.get_type_hints(constructor)
+    parameters = list(inspect.signature(constructor).parameters.values())[1:]
+    return tuple((p, hints.get(p.name, Any)) for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD)
+
+
+def bind(layer: type[nn.Module], args: Sequence[Any], given: Sequence[int] = ()) -> Arguments:
+    """Name a row's arguments, with defaults filled in, and check their types.
+
+    Args:
+        layer: class whose constructor is to be called.
+        args: arguments as the row gives them.
+        given: positions of the constructor's parameters that the builder gives and the row does not.
+
+    Raises:
+        SpecError: too few, too many, or of the wrong type.
+    """
+    own = [parameter for i, parameter in enumerate(parameters(layer)) if i not in given]
+    if len(args) > len(own):
+        raise SpecError(f"{len(args)} arguments are given; it takes {_signature(own)}")
+    bound: Arguments = {}
+    for i, (parameter, hint) in enumerate(own):
+        if i >= len(args):
+            if parameter.default is inspect.Parameter.empty:
+                raise SpecError(f"argument {i + 1} ({parameter.name}) is missing; it takes {_signature(own)}")
+            bound[parameter.name] = parameter.default
+        else:
+            bound[parameter.name] = _converted(args[i], hint, f"argument {i + 1} ({parameter.name})")
+    return bound
+
+
+def _signature(own: Sequence[tuple[inspect.Parameter, Any]]) -> str:
+    empty = inspect.Parameter.empty
+    return "[" + ", ".join(p.name if p.default is empty else f"{p.name}={p.default}" for p, _ in own) + "]"
+
+
+def _converted(value: Any, hint: Any, what: str) -> Any:
+    if isinstance(value, str) and nn.Module in _choices(hint):
+        return activation_from_text(value)
+    if not _fits(value, hint):
+        shown = list(value) if isinstance(value, tuple) else value
+        raise SpecError(f"{what} is {shown!r}; allowed: {' or '.join(dict.fromkeys(map(_word, _choices(hint))))}")
+    return value
+
+
+def _choices(hint: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    for choice in _choices(hint):
+        members = typing.get_args(choice)
+        if choice is Any or choice is object:
+            return True
+        if choice is bool:
+            fits = isinstance(value, bool) or (isinstance(value, int) and value in (0, 1))
+        elif choice is int:
+            fits = isinstance(value, int) and not isinstance(value, bool)
+        elif choice is float:
+            fits = isinstance(value, (int, float)) and not isinstance(value, bool)
+        elif typing.get_origin(choice) is tuple:
+            many = len(members) == 2 and members[1] is Ellipsis
+            fits = isinstance(value, tuple) and len(value) > 0 and (many or len(value) == len(members))
+            fits = fits and all(_fits(item, members[0 if many else i]) for i, item in enumerate(value))
+        elif typing.get_origin(choice) is typing.Literal:
+            fits = value in members
+        else:
+            fits = isinstance(choice, type) and isinstance(value, choice)
+        if fits:
+            return True
+    return False
+
+
+def _word(choice: Any) -> str:
+    members = typing.get_args(choice)
+    if typing.get_origin(choice) is tuple:
+        size = "" if Ellipsis in members else f"{len(members)} "
+        return f"a list of {size}numbers"
+    if typing.get_origin(choice) is typing.Literal:
+        return ", ".join(map(str, members))
+    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", nn.Module: "an activation"}
+    return "None" if choice is type(None) else words.get(choice, getattr(choice, "__name__", str(choice)))
+
+
+def construct(layer: type[nn.Module], bound: Arguments) -> nn.Module:
+    """Call the constructor; `bound` has all of its parameters.
+
+    Raises:
+        SpecError: the constructor refuses them.
+    """
+    # Modules among the arguments (activations) are copied: every repeat owns its own.
+    values = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in bound.items()}
+    try:
+        return layer(**values)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        reason = str(error).splitlines()[0]
+        raise SpecError(f"cannot be built with {_plain(tuple(values.values()))}: {reason}") from error
+
+
+def _plain(values: Sequence[Any]) -> list[Any]:
+    return [list(v) if isinstance(v, tuple) else v for v in values]

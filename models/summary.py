@@ -1,0 +1,168 @@
+"""What a model is made of: parameters, operations, and the table of its rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from models.builder import Route, Rows
+from models.common import Conv
+
+LOGGER = logging.getLogger(__name__)
+# Batch norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of
+# PyTorch leaves norms out; YOLOv5's summaries count them, and in small models they are 2 %.
+NORM_FLOPS = 4
+
+
+class ModelInfo(NamedTuple):
+    """Size of a model.
+
+    Attributes:
+        layers: modules without submodules, as YOLOv5 counts them.
+        parameters: number of parameters.
+        gradients: number of those that are trained.
+        gflops: operations (a multiply-add is two) in 1e9 for one picture.
+    """
+
+    layers: int
+    parameters: int
+    gradients: int
+    gflops: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.layers} layers, {self.parameters:,} parameters, {self.gradients:,} gradients, "
+            f"{self.gflops:.1f} GFLOPs"
+        )
+
+
+def summarize(model: nn.Module, channels: int, height: int, width: int) -> ModelInfo:
+    """Count modules, parameters and the operations for a picture of height x width pixels."""
+    parameters = list(model.parameters())
+    return ModelInfo(
+        layers=_count_layers(model),
+        parameters=sum(p.numel() for p in parameters),
+        gradients=sum(p.numel() for p in parameters if p.requires_grad),
+        gflops=count_flops(model, (1, channels, height, width)) / 1e9,
+    )
+
+
+def _count_layers(model: nn.Module) -> int:
+    """Modules without submodules, as YOLOv5 counts them: its convolutions share one default activation, and a folded
+    norm is no module any more."""
+    convs = [module for module in model.modules() if isinstance(module, Conv)]
+    shared = sum(conv.has_default_act for conv in convs)
+    folded = sum(isinstance(conv.bn, nn.Identity) for conv in convs)
+    leaves = sum(1 for module in model.modules() if not any(module.children()))
+    return leaves - max(shared - 1, 0) - folded
+
+
+def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
+    """Operations of one forward pass in evaluation mode, counted on shapes alone (nothing is computed).
+
+    Args:
+        model: takes one image batch. Its mode and its values stay as they are.
+        shape: (B, C, H, W).
+    """
+    aten = torch.ops.aten
+    norms = (aten.native_batch_norm, aten.cudnn_batch_norm, aten._native_batch_norm_legit_no_training)
+    counter = FlopCounterMode(display=False, custom_mapping={norm: _norm_flops for norm in norms})
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    with evaluating(model), torch.no_grad(), counter:
+        functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta"),))
+    return counter.get_total_flops()
+
+
+def _norm_flops(input_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return NORM_FLOPS * torch.Size(input_shape).numel()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for the length of a block; every module gets its own mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def level_name(stride: int) -> str:
+    """`P3` for stride 8; `stride12` where it is no power of two."""
+    return f"P{stride.bit_length() - 1}" if stride & (stride - 1) == 0 else f"stride{stride}"
+
+
+def row_label(route: Route, stride: int) -> str:
+    """Name of a row's map that can be a file name: `17_C3_P3`."""
+    module = route.layer.module.removeprefix("nn.").replace("/", "-")
+    return f"{route.layer.row}_{module}_{level_name(stride)}"
+
+
+def layer_table(rows: Rows) -> str:
+    """One line per row: slot, from, n, params, module, arguments, output channels @ stride."""
+    lines: list[tuple[str, ...]] = [("slot", "from", "n", "params", "module", "arguments", "output")]
+    lines += [_table_line(module, route) for module, route in zip(rows, rows.routes, strict=True)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    # Numbers to the right, words to the left.
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i < 4 else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
+    sources = route.layer.sources
+    levels = ", ".join(f"{level.channels} @ {level.stride}" for level in route.levels)
+    return (
+        f"{route.slot}-{route.slot + 4}" if route.gives_levels else str(route.slot),
+        str(sources[0] if len(sources) == 1 else list(sources)),
+        str(route.repeats),
+        str(sum(p.numel() for p in module.parameters())),
+        route.layer.module,
+        _shown(route.arguments),
+        levels or "predictions",
+    )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_shown, value)) + "]"
+    return str(value)
+
+
+def recorded_maps(rows: Rows, image: Tensor) -> dict[str, Tensor]:
+    """Run the rows and keep the maps of each but the head.
+
+    Returns:
+        (B, C, H, W) by `row_label`, in the order of the rows.
+    """
+    maps: dict[str, Tensor] = {}
+
+    def keep(route: Route, out: Any) -> None:
+        results = out if route.gives_levels else (out,)
+        for level, result in zip(route.levels, results, strict=False):
+            maps[row_label(route, level.stride)] = result.detach()
+
+    handles = [
+        module.register_forward_hook(lambda _module, _args, out, route=route: keep(route, out))
+        for module, route in zip(rows, rows.routes, strict=True)
+    ]
+    try:
+        rows(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maps
