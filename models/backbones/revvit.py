@@ -41,14 +41,7 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class RevViTArchitecture:
-    """Sizes of a RevViT.
-
-    Attributes:
-        embed_dims: channels of each of the two streams.
-        num_layers: reversible blocks.
-        num_heads: attention heads; a divisor of `embed_dims`.
-        feedforward_channels: hidden channels of the MLP.
-    """
+    """Channels of each stream, blocks, attention heads (they share `embed_dims`), hidden channels of the MLP."""
 
     embed_dims: int
     num_layers: int
@@ -78,10 +71,16 @@ ARCHITECTURES: dict[str, RevViTArchitecture] = {
 
 FUSION_MODES = ("add", "max", "min", "avg", "concat")
 
+# Parts of SlowFast's key names, and what they are called here. Its q, k and v are stacked to qkv, its `norm` is `ln1`.
+SLOWFAST_NAMES = (
+    *(("rev_backbone.", ""), (".F.norm.", ".ln1."), (".F.attn.", ".attn."), (".G.norm.", ".ln2.")),
+    *((".G.mlp.fc1.", ".ffn.layers.0.0."), (".G.mlp.fc2.", ".ffn.layers.1."), ("embed.proj.", "embed.projection.")),
+)
+
 
 @dataclass(frozen=True)
 class DropRates:
-    """Probabilities with which training zeroes values: of tokens and projections, of attention weights, of branches."""
+    """Probabilities of zeroing in training: values after projections, attention weights, whole branches."""
 
     drop: float = 0.0
     attn: float = 0.0
@@ -147,7 +146,6 @@ class ReversibleBlock(nn.Module):
         self.ln2 = nn.LayerNorm(arch.embed_dims, eps=NORM_EPS)
         self.ffn = FeedForward(arch.embed_dims, arch.feedforward_channels, rates.drop)
         self.drop_path = DropPath(rates.path)
-        self.is_random = rates != DropRates()
 
     def F(self, x: Tensor) -> Tensor:
         """Attention branch, (B, L, C) -> (B, L, C)."""
@@ -196,8 +194,8 @@ class _Moment:
     @classmethod
     def now(cls, block: ReversibleBlock, devices: Sequence[torch.device]) -> _Moment:
         modes = tuple(module.training for module in block.modules())
-        if not (block.is_random and any(modes)):
-            return cls(modes)
+        if not any(modes):
+            return cls(modes)  # nothing is drawn
         return cls(modes, torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
 
     @contextmanager
@@ -211,15 +209,12 @@ class _Moment:
             for device, state in self.cuda_states.items():
                 torch.cuda.set_rng_state(state, device)
             try:
-                _set_modes(modules, self.modes)
+                for module, mode in zip(modules, self.modes):
+                    module.training = mode
                 yield
             finally:
-                _set_modes(modules, modes)
-
-
-def _set_modes(modules: Sequence[nn.Module], modes: Sequence[bool]) -> None:
-    for module, mode in zip(modules, modes):
-        module.training = mode
+                for module, mode in zip(modules, modes):
+                    module.training = mode
 
 
 class _Branch(nn.Module):
@@ -423,7 +418,8 @@ class RevViT(Backbone):
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, L, C)
         # The streams add up many small residuals: they stay as wide as the parameters when autocast narrows the layers.
-        x = self.drop_after_pos(x.to(self.pos_embed.dtype) + self._pos_embed_for(height, width))
+        pos_embed = resize_pos_embed(self.pos_embed, self.grid, (height, width))
+        x = self.drop_after_pos(x.to(pos_embed.dtype) + pos_embed)
         O1, O2 = self._run_layers(x, x)
         y = self._fuse(self.ln1(torch.cat((O1, O2), dim=-1)))
         return (y.transpose(1, 2).unflatten(2, (height, width)),)  # (B, C, H, W)
@@ -448,17 +444,24 @@ class RevViT(Backbone):
             return torch.maximum(O1, O2) if self.fusion_mode == "max" else torch.minimum(O1, O2)
         return (O1 + O2) / (2 if self.fusion_mode == "avg" else 1)
 
-    def _pos_embed_for(self, height: int, width: int) -> Tensor:
-        if (height, width) == self.grid:
-            return self.pos_embed
-        return resize_pos_embed(self.pos_embed, self.grid, (height, width))
+    def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict in SlowFast's layout under our (mmpretrain's) names; any other is returned as it is."""
+        if not any(key.startswith("rev_backbone.") for key in state):
+            return dict(state)
+        ours = {}
+        for key, value in state.items():
+            key = f"ln1.{key[5:]}" if key.startswith("norm.") else key
+            for theirs, name in SLOWFAST_NAMES:
+                key = key.replace(theirs, name)
+            ours[key] = value
+        for key in [key for key in ours if ".attn.q." in key]:
+            qkv = [key.replace(".q.", f".{part}.") for part in "qkv"]
+            if all(part in ours for part in qkv):
+                ours[key.replace(".q.", ".qkv.")] = torch.cat([ours.pop(part) for part in qkv])
+        return ours
 
     def resize_official(self, key: str, tensor: Tensor, target_shape: Sequence[int]) -> Tensor:
-        """A published position embedding of another (square) grid, resized to this model's.
-
-        Raises:
-            SpecError: any other key or shape.
-        """
+        """A published position embedding of another (square) grid, resized; SpecError for any other key or shape."""
         side = round(tensor.shape[1] ** 0.5) if tensor.ndim == 3 else 0
         fits = key == "pos_embed" and side > 0 and tensor.shape[1:] == (side * side, target_shape[-1])
         require(fits, f"{key}: shape {tuple(tensor.shape)} cannot become {tuple(target_shape)}")
@@ -466,10 +469,9 @@ class RevViT(Backbone):
 
     def param_depth(self, name: str) -> int:
         """0 for the embeddings, n + 1 for block n, one more than the last block for what follows."""
-        first, *rest = name.split(".")
-        if first in ("pos_embed", "patch_embed"):
+        if name.startswith(("pos_embed", "patch_embed.")):
             return 0
-        return 1 + int(rest[0]) if first == "layers" else 1 + len(self.layers)
+        return 1 + (int(name.split(".")[1]) if name.startswith("layers.") else len(self.layers))
 
 
 def _check_options(depth: int, fusion_mode: str, frozen_stages: int, buffered_layers: Sequence[int]) -> None:
@@ -490,10 +492,9 @@ def _token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, in
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding (1, H * W, C) of one grid (H, W), resized bicubically to another.
-
-    Computed in float32 whatever the dtype, as the published model does; the dtype stays.
-    """
+    """Position embedding (1, H * W, C) of a grid (H, W) for another: bicubic, in float32 as published; dtype stays."""
+    if grid == new_grid:
+        return pos_embed
     table = pos_embed.float().transpose(1, 2).unflatten(2, grid)  # (1, C, H, W)
     table = functional.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
     return table.flatten(2).transpose(1, 2).to(pos_embed.dtype)

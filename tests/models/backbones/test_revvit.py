@@ -478,6 +478,33 @@ def test_resize_official() -> None:
         model.resize_official("pos_embed", torch.ones(1, 195, 32), model.pos_embed.shape)
 
 
+def test_slowfast_layout() -> None:
+    """The key map of the published record, backwards: our entries under SlowFast's names come back as they were."""
+    model = build()
+    ours = {key: value for key, value in model.state_dict().items() if not key.startswith("pyramid.")}
+    names = {
+        "ln1.": "norm.",
+        "patch_embed.projection.": "patch_embed.proj.",
+        **{f"layers.{i}.ln1.": f"rev_backbone.layers.{i}.F.norm." for i in range(4)},
+        **{f"layers.{i}.ln2.": f"rev_backbone.layers.{i}.G.norm." for i in range(4)},
+        **{f"layers.{i}.attn.": f"rev_backbone.layers.{i}.F.attn." for i in range(4)},
+        **{f"layers.{i}.ffn.layers.0.0.": f"rev_backbone.layers.{i}.G.mlp.fc1." for i in range(4)},
+        **{f"layers.{i}.ffn.layers.1.": f"rev_backbone.layers.{i}.G.mlp.fc2." for i in range(4)},
+    }
+    theirs: dict[str, Tensor] = {"head.projection.weight": torch.zeros(10, 64)}
+    for key, value in ours.items():
+        start = next((start for start in names if key.startswith(start)), "")
+        name = names.get(start, "") + key[len(start) :]
+        parts = zip("qkv", value.chunk(3)) if ".attn.qkv." in key else [("qkv", value)]
+        theirs.update({name.replace(".qkv.", f".{part}."): piece for part, piece in parts})
+    assert "rev_backbone.layers.2.F.attn.k.bias" in theirs and "norm.weight" in theirs
+    found = model.convert_official(theirs)
+    del found["head.projection.weight"]
+    assert found.keys() == ours.keys()
+    assert all(torch.equal(found[key], ours[key]) for key in ours)
+    assert model.convert_official(ours) == ours
+
+
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
