@@ -1,0 +1,346 @@
+"""RepMLPNet: fully connected layers over patches, with convolutions folded into them (https://arxiv.org/abs/2112.11081).
+
+Key names are those of the authors' repository (https://github.com/DingXiaoH/RepMLP, MIT); the mmpretrain layout of the
+same entries is mapped by `OFFICIAL_KEY_RULES`.
+
+A block cuts its map into partitions of h x w cells and sends each through one fully connected layer, FC3, shared by
+groups of channels ("share sets"). The partition size belongs to the weights (h w = side of FC3's matrix), not to the
+image: here every block pads its map with zeros at right and bottom to whole partitions and crops afterwards, while the
+global branch pools the map as it is. The published code stops at sizes that are no multiple of the nominal one.
+
+On multiples that are larger than the nominal size the published code puts its partitions back in another order than it
+took them out: the result of tile t, channel c lands at the tile and channel that (t, c) are when read as (c', t'), so
+tiles and channels are mixed. `tile_order="published"` (the default: the published numbers) does the same on whole
+multiples; `tile_order="spatial"` puts every tile back where it was, at any size, which is what a detector wants and
+what our YAMLs say. With one partition the two are the same.
+
+Verified: stage outputs of T224, B256 and mmpretrain's base in training and deployed form, float32 and float64, against
+numbers of the published implementations (tests/parity/test_repmlp.py).
+
+Shape legend: B batch, C channels, S share sets, P and Q partitions down and across, h and w cells of a partition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
+from models.backbones.layers import choose_architecture, require
+
+BN_EPS = 1e-5
+TILE_ORDERS = ("published", "spatial")
+
+# (mmpretrain's spelling, the authors' spelling)
+OFFICIAL_KEY_RULES: tuple[tuple[str, str], ...] = (
+    ("patch_embed.projection.", "conv_embedding.conv."),
+    ("patch_embed.norm.", "conv_embedding.bn."),
+    (".gp.conv1.conv.", ".gp.fc1."),
+    (".gp.conv2.conv.", ".gp.fc2."),
+    (".norm1.", ".prebn1."),
+    (".norm2.", ".prebn2."),
+    ("downsample_layers.", "embeds."),
+    ("final_norm.", "head_norm."),
+    ("head.fc.", "head."),
+)
+
+
+@dataclass(frozen=True)
+class RepMLPNetArchitecture:
+    """Four stages: channels, blocks and share sets of each; side of the image that the partitions are made for.
+
+    `nominal` is one side or (height, width); a partition of stage i has nominal / (4 * 2^i) cells a side.
+    """
+
+    channels: tuple[int, int, int, int]
+    depths: tuple[int, int, int, int]
+    share_sets: tuple[int, int, int, int]
+    nominal: int | tuple[int, int] = 224
+    kernels: tuple[int, ...] = (1, 3)
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "depths", "share_sets"):
+            values = getattr(self, name)
+            good = isinstance(values, tuple) and len(values) == 4 and all(isinstance(v, int) and v > 0 for v in values)
+            require(good, f"RepMLPNet: {name} of arch is {values!r}; four positive whole numbers are needed")
+        for c, s in zip(self.channels, self.share_sets):
+            require(c % s == 0, f"RepMLPNet: {c} channels cannot be divided into {s} share sets; give a divisor")
+        sides = self.sides
+        require(
+            all(isinstance(v, int) and v > 0 and v % 32 == 0 for v in sides),
+            f"RepMLPNet: nominal size is {self.nominal!r}; multiples of 32 are allowed",
+        )
+        require(
+            all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in self.kernels),
+            f"RepMLPNet: kernels are {self.kernels!r}; odd numbers are allowed",
+        )
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """Nominal (height, width)."""
+        return (self.nominal, self.nominal) if isinstance(self.nominal, int) else self.nominal
+
+
+ARCHITECTURES: dict[str, RepMLPNetArchitecture] = {
+    "T224": RepMLPNetArchitecture((64, 128, 256, 512), (2, 2, 6, 2), (1, 4, 16, 128), 224),
+    "B224": RepMLPNetArchitecture((96, 192, 384, 768), (2, 2, 12, 2), (1, 4, 32, 128), 224),
+    "T256": RepMLPNetArchitecture((64, 128, 256, 512), (2, 2, 6, 2), (1, 4, 16, 128), 256),
+    "B256": RepMLPNetArchitecture((96, 192, 384, 768), (2, 2, 12, 2), (1, 4, 32, 128), 256),
+    "D256": RepMLPNetArchitecture((80, 160, 320, 640), (2, 2, 18, 2), (1, 4, 16, 128), 256),
+    "L256": RepMLPNetArchitecture((96, 192, 384, 768), (2, 2, 18, 2), (1, 4, 32, 256), 256),
+}
+ARCHITECTURES |= {name.lower(): architecture for name, architecture in ARCHITECTURES.items()}
+# mmpretrain's `base` is B224 or B256, by its image size
+ARCHITECTURES |= {"base": ARCHITECTURES["B224"], "base-256": ARCHITECTURES["B256"]}
+
+
+class ConvBN(nn.Module):
+    """Convolution without bias, then BatchNorm."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
+        super().__init__()
+        padding = kernel // 2 if stride == 1 else 0
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, groups=groups, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
+
+
+class GlobalPerceptron(nn.Module):
+    """One factor in (0, 1) per channel, from the mean over the whole map."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(channels, channels // 4, 1)
+        self.fc2 = nn.Conv2d(channels // 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+
+
+class RepMLPBlock(nn.Module):
+    """Training form: FC3 over each partition plus depthwise convolutions within it, times the global factor.
+
+    Args:
+        channels: C.
+        share_sets: S; channel c uses matrix c mod S.
+        partition: (h, w) in cells.
+        kernels: sides of the parallel convolutions.
+        tile_order: see the head of this file.
+    """
+
+    def __init__(
+        self, channels: int, share_sets: int, partition: tuple[int, int], kernels: Sequence[int], tile_order: str
+    ) -> None:
+        super().__init__()
+        self.share_sets, self.partition, self.kernels = share_sets, partition, tuple(kernels)
+        self.tile_order = tile_order
+        h, w = partition
+        self.gp = GlobalPerceptron(channels)
+        self.fc3 = nn.Conv2d(share_sets * h * w, share_sets * h * w, 1, groups=share_sets, bias=False)
+        self.fc3_bn = nn.BatchNorm2d(share_sets, eps=BN_EPS)
+        for k in self.kernels:
+            self.add_module(f"repconv{k}", ConvBN(share_sets, share_sets, k, groups=share_sets))
+
+    def local(self, x_NShw: Tensor) -> Tensor:
+        """FC3 and convolutions of all partitions, N = B P Q C / S of them."""
+        n, s, h, w = x_NShw.shape
+        out = self.fc3_bn(self.fc3(x_NShw.reshape(n, s * h * w, 1, 1)).reshape(n, s, h, w))
+        for k in self.kernels:
+            out = out + self.get_submodule(f"repconv{k}")(x_NShw)
+        return out
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_partitions(self.local, x, self) * self.gp(x)
+
+
+class DeployedRepMLPBlock(nn.Module):
+    """Deployed form: FC3 with a bias holds the convolutions and all BatchNorms."""
+
+    def __init__(self, block: RepMLPBlock) -> None:
+        super().__init__()
+        self.share_sets, self.partition, self.tile_order = block.share_sets, block.partition, block.tile_order
+        self.gp = block.gp
+        weight, bias = folded_fc3(block)
+        old = block.fc3.weight
+        side = old.shape[0]
+        self.fc3 = nn.Conv2d(side, side, 1, groups=block.share_sets, device=old.device, dtype=old.dtype)
+        self.fc3.weight.data.copy_(weight)
+        assert self.fc3.bias is not None
+        self.fc3.bias.data.copy_(bias)
+        self.train(block.training)
+
+    def local(self, x_NShw: Tensor) -> Tensor:
+        """FC3 of all partitions."""
+        n, s, h, w = x_NShw.shape
+        return self.fc3(x_NShw.reshape(n, s * h * w, 1, 1)).reshape(n, s, h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return by_partitions(self.local, x, self) * self.gp(x)
+
+
+def by_partitions(local: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlock | DeployedRepMLPBlock) -> Tensor:
+    """Apply `local` to every h x w partition of a map, padded with zeros to whole partitions and cropped afterwards.
+
+    Args:
+        local: (N, S, h, w) -> the same shape.
+        x: (B, C, H, W), any H and W.
+        block: gives the partition (h, w), S (C is a multiple of it) and the order in which tiles are put back.
+
+    Returns:
+        (B, C, H, W).
+    """
+    (b, c, height, width), (h, w), s = x.shape, block.partition, block.share_sets
+    whole = height % h == 0 and width % w == 0
+    if not whole:
+        x = F.pad(x, (0, -width % w, 0, -height % h))
+    p, q = x.shape[2] // h, x.shape[3] // w
+    out = local(x.reshape(b, c, p, h, q, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, s, h, w))  # (B P Q C/S) S h w
+    if whole and block.tile_order == "published":
+        out = out.reshape(-1, p, q, s, h, w).permute(0, 3, 1, 4, 2, 5)  # (B C/S) S P h Q w: tiles and channels mixed
+    else:
+        out = out.reshape(b, p, q, c, h, w).permute(0, 3, 1, 4, 2, 5)  # B C P h Q w
+    out = out.reshape(b, c, p * h, q * w)
+    return out if whole else out[:, :, :height, :width]
+
+
+def folded_fc3(block: RepMLPBlock) -> tuple[Tensor, Tensor]:
+    """Weight (S h w, h w, 1, 1) and bias (S h w) of the FC3 that computes what the block's local part does.
+
+    A convolution over an h x w partition is a matrix: column i is what it makes of the i-th unit image. Everything is
+    done in float64, so the one rounding at the end is the only error.
+    """
+    s, (h, w) = block.share_sets, block.partition
+    with torch.no_grad():
+        scale_S, shift_S = _bn_scale_shift(block.fc3_bn)
+        weight_Soi = block.fc3.weight.double().reshape(s, h * w, h * w) * scale_S.view(-1, 1, 1)
+        units = torch.eye(h * w, dtype=torch.float64, device=weight_Soi.device).reshape(h * w, 1, h, w)
+        for k in block.kernels:
+            branch = block.get_submodule(f"repconv{k}")
+            scale, shift = _bn_scale_shift(branch.bn)
+            kernel = branch.conv.weight.double() * scale.view(-1, 1, 1, 1)  # S 1 k k
+            images = F.conv2d(units.expand(-1, s, -1, -1), kernel, padding=k // 2, groups=s)  # i S h w
+            weight_Soi = weight_Soi + images.reshape(h * w, s, h * w).permute(1, 2, 0)
+            shift_S = shift_S + shift
+        return weight_Soi.reshape(s * h * w, h * w, 1, 1), shift_S.repeat_interleave(h * w)
+
+
+def _bn_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """BatchNorm in evaluation mode as y = scale * x + shift, in float64."""
+    assert bn.running_mean is not None and bn.running_var is not None
+    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
+    return scale, bn.bias.double() - bn.running_mean.double() * scale
+
+
+class FFN(nn.Module):
+    """1x1 convolutions with BatchNorm and GELU between, four times as wide inside."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.ffn_fc1 = ConvBN(channels, channels * 4, 1)
+        self.ffn_fc2 = ConvBN(channels * 4, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
+
+
+class RepMLPUnit(nn.Module):
+    """`x += repmlp(bn1(x))`, then `x += ffn(bn2(x))`."""
+
+    def __init__(self, channels: int, block: RepMLPBlock) -> None:
+        super().__init__()
+        self.repmlp_block: nn.Module = block
+        self.ffn_block = FFN(channels)
+        self.prebn1 = nn.BatchNorm2d(channels, eps=BN_EPS)
+        self.prebn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.repmlp_block(self.prebn1(x))
+        return x + self.ffn_block(self.prebn2(x))
+
+
+class RepMLPNet(Backbone):
+    """RepMLPNet with the outputs of its four stages (strides 4, 8, 16, 32), before the downsampling that follows each.
+
+    Fine-tune in the training form and call `reparameterize()` for deployment (the authors' advice). The classifier's
+    norm and layer (`head_norm.*`, `head.*`) are known and unused.
+
+    Args:
+        arch: name in `ARCHITECTURES` or a mapping with `channels`, `depths`, `share_sets` and optionally `nominal`,
+            `kernels`.
+        tile_order: "published" or "spatial"; see the head of this file.
+        normalize, mean, std: see `Backbone`.
+
+    Raises:
+        SpecError: unknown architecture or tile order, or a field that cannot be.
+    """
+
+    OFFICIAL_PREFIXES = ("backbone.", "module.")
+    IGNORED_KEYS = ("head.*", "head_norm.*")
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] = "T224",
+        tile_order: str = "published",
+        normalize: bool = True,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+    ) -> None:
+        super().__init__(normalize, mean, std)
+        require(
+            tile_order in TILE_ORDERS, f"RepMLPNet: tile_order is '{tile_order}'; allowed: {', '.join(TILE_ORDERS)}"
+        )
+        a = choose_architecture("RepMLPNet", arch, ARCHITECTURES)
+        self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(a.channels))
+        self.size_divisor = 32
+        self._depths = a.depths
+        self.conv_embedding = ConvBN(3, a.channels[0], 4, stride=4)
+        stages, embeds = [], []
+        for i, (c, depth, s) in enumerate(zip(a.channels, a.depths, a.share_sets)):
+            partition = (a.sides[0] // (4 << i), a.sides[1] // (4 << i))
+            blocks = [RepMLPBlock(c, s, partition, a.kernels, tile_order) for _ in range(depth)]
+            stages.append(nn.ModuleList([RepMLPUnit(c, block) for block in blocks]))
+            if i < 3:
+                embeds.append(ConvBN(c, a.channels[i + 1], 2, stride=2))
+        self.stages = nn.ModuleList(stages)
+        self.embeds = nn.ModuleList(embeds)
+
+    def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The four stage outputs of a normalised image (B, 3, H, W), H and W multiples of 32."""
+        x = F.relu(self.conv_embedding(image))
+        outputs = []
+        for i, stage in enumerate(self.stages):
+            for unit in stage:  # type: ignore[attr-defined]
+                x = unit(x)
+            outputs.append(x)
+            if i < 3:
+                x = F.relu(self.embeds[i](x))
+        return tuple(outputs)
+
+    def reparameterize(self) -> None:
+        """Inject the convolutions and BatchNorms of every block into its FC3, in place.
+
+        Works in float16, bfloat16, float32 and float64; a second call changes nothing.
+        """
+        for module in self.modules():
+            if isinstance(module, RepMLPUnit) and isinstance(module.repmlp_block, RepMLPBlock):
+                module.repmlp_block = DeployedRepMLPBlock(module.repmlp_block)
+
+    def official_key(self, key: str) -> str:
+        """Our name (the authors' one) of a key of either published layout."""
+        for theirs, ours in OFFICIAL_KEY_RULES:
+            key = key.replace(theirs, ours)
+        return key
+
+    def param_depth(self, name: str) -> int:
+        """0 for the embedding, 1 + i for unit i; a downsampling counts as the unit after it."""
+        parts = name.split(".")
+        if parts[0] == "stages":
+            return 1 + sum(self._depths[: int(parts[1])]) + int(parts[2])
+        return 1 + sum(self._depths[: int(parts[1]) + 1]) if parts[0] == "embeds" else 0
