@@ -1,0 +1,301 @@
+"""Charts from arrays: curves, confusion matrix, training history, label statistics, study of sizes.
+
+Each function writes one PNG or JPEG file, whole or not at all. Figures are drawn on their own canvas: no window system,
+no state shared with the caller's matplotlib, no font but the one that matplotlib brings.
+"""
+
+from __future__ import annotations
+
+import csv
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from utils.boxes import xywh2xyxy
+from utils.errors import DataError
+from utils.files import atomic_path
+from utils.metrics import Curves, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Names = Mapping[int, str]
+
+DPI = 200
+LEGEND_CLASSES = 20  # with more classes single lines are grey and nameless
+MATRIX_NUMBERS = 30  # with more classes cells hold no numbers
+MATRIX_NAMES = 99  # with more classes axes hold no names
+DRAWN_BOXES = 1000
+HISTORY_PANELS = (
+    "train/box_loss",
+    "train/obj_loss",
+    "train/cls_loss",
+    "metrics/precision",
+    "metrics/recall",
+    "val/box_loss",
+    "val/obj_loss",
+    "val/cls_loss",
+    "metrics/mAP_0.5",
+    "metrics/mAP_0.5:0.95",
+)
+MEAN_COLOR, GREY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
+
+
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure (inches) on the Agg canvas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
+    """Write the figure; names in scripts that the font lacks become boxes, without a warning per letter."""
+    with atomic_path(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(part, dpi=dpi)
+
+
+def _name(names: Names, number: int) -> str:
+    """A class name that matplotlib shows as it is: `$` is no formula, a leading `_` hides nothing."""
+    text = str(names.get(number, number)).replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
+
+
+# ---- curves of an evaluation ----------------------------------------------------------------------------------------
+
+
+def plot_precision_recall(
+    path: str | Path, curves: Curves, ap50: np.ndarray, classes: Sequence[int], names: Names
+) -> None:
+    """Precision over recall at IoU 0.5.
+
+    Args:
+        path: file to write.
+        curves: of nc classes.
+        ap50: (nc,) average precision at IoU 0.5.
+        classes: nc class numbers.
+        names: class names by number.
+    """
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    labels = [f"{_name(names, c)} {value:.3f}" for c, value in zip(classes, ap50)]
+    mean = f"all classes {np.mean(ap50) if len(ap50) else 0:.3f} mAP@0.5"
+    _class_lines(axes, curves.at_recall, curves.precision_at_recall, labels, mean)
+    _unit_axes(axes, "Recall", "Precision", "Precision-recall curve")
+    _save(figure, path)
+
+
+def plot_score_curve(
+    path: str | Path, score: np.ndarray, values: np.ndarray, quantity: str, classes: Sequence[int], names: Names
+) -> None:
+    """Precision, recall or F1 over the score threshold.
+
+    Args:
+        path: file to write.
+        score: (k,) thresholds.
+        values: (nc, k) the quantity of each class.
+        quantity: its name, for the axis.
+        classes: nc class numbers.
+        names: class names by number.
+    """
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    mean = smooth(values.mean(0), 0.05) if len(values) else np.zeros_like(score)
+    best = int(mean.argmax())
+    labels = [_name(names, c) for c in classes]
+    text = f"all classes {mean[best]:.2f} at {score[best]:.3f}"
+    _class_lines(axes, score, values, labels, text)
+    _unit_axes(axes, "Confidence", quantity, f"{quantity}-confidence curve")
+    _save(figure, path)
+
+
+def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[str], mean_label: str) -> None:
+    """A thin line per class (named while there are few), the mean as a thick one, and the legend beside the plot."""
+    few = len(lines) <= LEGEND_CLASSES
+    for k, (line, label) in enumerate(zip(lines, labels)):
+        color = f"C{k % 10}" if few else GREY
+        axes.plot(x, line, "--" if few and k >= 10 else "-", linewidth=1, color=color, label=label if few else None)
+    mean = lines.mean(0) if len(lines) else np.zeros_like(x)
+    axes.plot(x, mean, linewidth=3, color=MEAN_COLOR if not few else "black", label=mean_label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+def _unit_axes(axes: Axes, x: str, y: str, title: str) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel=x, ylabel=y, title=title)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+
+
+def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, normalize: bool = True) -> None:
+    """Confusion matrix as a heat map; empty cells stay blank.
+
+    Args:
+        path: file to write.
+        matrix: (nc + 1, nc + 1) counts; rows predicted, columns true, background last.
+        names: class names by number.
+        normalize: show parts of the column sums instead of counts.
+    """
+    count = len(matrix)
+    shown = matrix / np.maximum(matrix.sum(0), 1e-9) if normalize else matrix
+    size = min(max(5.5, 3 + 0.45 * count), 16)
+    figure = _figure(size * 1.15, size)
+    axes = figure.add_subplot()
+    picture = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
+    axes.set(xlabel="True", ylabel="Predicted", title="Confusion matrix" + (" (parts of columns)" if normalize else ""))
+    if count <= MATRIX_NAMES:
+        labels = [*(_name(names, k) for k in range(count - 1)), "background"]
+        small = 10 if count <= 20 else 6
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=small)
+        axes.set_yticks(range(count), labels, fontsize=small)
+    if count <= MATRIX_NUMBERS:
+        middle = np.nanmax(shown) / 2 if shown.any() else 1
+        for row, column in zip(*np.nonzero(shown >= 0.005)):
+            value = shown[row, column]
+            text = f"{value:.2f}" if normalize else f"{value:.0f}"
+            color = "white" if value > middle else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9 if count <= 12 else 6)
+    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="0.92", linewidth=0.5)
+    axes.tick_params(which="minor", length=0)
+    _save(figure, path)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def read_history(csv_path: str | Path) -> dict[str, np.ndarray]:
+    """Columns of a results.csv by name (without the padding), (epochs,) float64 each.
+
+    Raises:
+        DataError: a file that cannot be read, is empty, or holds something else than numbers.
+    """
+    try:
+        with open(csv_path, newline="", encoding="utf-8") as stream:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
+        head, values = rows[0], np.array(rows[1:], np.float64).reshape(-1, len(rows[0]))
+    except (OSError, IndexError, ValueError) as error:
+        raise DataError(f"{csv_path}: cannot be read as results.csv (a header and rows of numbers): {error}") from error
+    return dict(zip(head, values.T))
+
+
+def plot_history(path: str | Path, csv_path: str | Path) -> None:
+    """Losses and metrics of a training over its epochs, with a smoothed line.
+
+    Args:
+        path: file to write.
+        csv_path: results.csv of the run.
+    """
+    history = read_history(csv_path)
+    epochs = history.get("epoch", np.arange(len(next(iter(history.values())))))
+    figure = _figure(13, 6)
+    grid = figure.subplots(2, 5)
+    for axes, name in zip(grid.flat, HISTORY_PANELS):
+        axes.set_title(name, fontsize=11)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        values = history.get(name)
+        if values is None or not len(values):
+            continue
+        axes.plot(epochs, values, marker="." if len(values) < 60 else "", linewidth=1.6, color=MEAN_COLOR)
+        if len(values) >= 10:
+            axes.plot(epochs, _gaussian(values), linestyle=":", linewidth=2, color=SMOOTH_COLOR, label="smoothed")
+        axes.set_ylim(bottom=0 if name.startswith("metrics") else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[1]:
+        axes.set_xlabel("epoch")
+    if grid[0, 0].get_legend_handles_labels()[0]:
+        grid[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _gaussian(values: np.ndarray, sigma: float = 3.0) -> np.ndarray:
+    """Values (n,) smoothed over neighbouring epochs, ends continued."""
+    reach = int(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
+
+
+def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
+    """Labels of a data set: instances per class, boxes on top of each other, their centres and their sizes.
+
+    Args:
+        path: file to write.
+        labels: (n, 5) class, centre x, centre y, width, height as parts of the sides.
+        names: class names by number.
+    """
+    labels = np.asarray(labels, np.float64).reshape(-1, 5)
+    figure = _figure(10, 10)
+    (bars, boxes), (centres, sizes) = figure.subplots(2, 2)
+    _class_bars(bars, labels[:, 0].astype(int), names)
+    _box_outlines(boxes, labels)
+    for axes, columns, words in ((centres, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
+        counts, *_ = np.histogram2d(labels[:, columns[0]], labels[:, columns[1]], bins=50, range=((0, 1), (0, 1)))
+        shown = np.where(counts > 0, counts, np.nan).T
+        axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
+        axes.set(xlabel=words[0], ylabel=words[1])
+    centres.invert_yaxis()  # as in a picture: y grows downwards
+    centres.set_title("centres (parts of the sides)", fontsize=11)
+    sizes.set_title("sizes (parts of the sides)", fontsize=11)
+    _save(figure, path)
+
+
+def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
+    count = max([len(names), *(classes[-1:] + 1), int(classes.max(initial=-1)) + 1, 1])
+    axes.bar(range(count), np.bincount(classes, minlength=count), width=0.8, color=[f"C{k % 10}" for k in range(count)])
+    axes.set(ylabel="instances", title=f"{len(classes)} labels")
+    axes.title.set_fontsize(11)
+    if count <= 30:
+        axes.set_xticks(range(count), [_name(names, k) for k in range(count)], rotation=90, fontsize=10)
+    else:
+        axes.set_xlabel("class")
+
+
+def _box_outlines(axes: Axes, labels: np.ndarray) -> None:
+    """The first boxes, moved to a common centre, so that their shapes can be compared."""
+    from matplotlib.collections import LineCollection
+
+    centred = labels[:DRAWN_BOXES].copy()
+    centred[:, 1:3] = 0.5
+    x1, y1, x2, y2 = xywh2xyxy(centred[:, 1:]).T
+    corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2, x1, y1), 1).reshape(-1, 5, 2)
+    colors = [f"C{k % 10}" for k in centred[:, 0].astype(int)]
+    axes.add_collection(LineCollection(list(corners), colors=colors, linewidths=0.6, alpha=0.6))
+    axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
+    axes.set_title(f"shapes of {len(corners)} boxes", fontsize=11)
+
+
+# ---- study ----------------------------------------------------------------------------------------------------------
+
+
+def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
+    """Accuracy against time per picture over input sizes.
+
+    Args:
+        path: file to write.
+        studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per picture.
+    """
+    figure = _figure(8, 5.5)
+    axes = figure.add_subplot()
+    for k, (name, rows) in enumerate(studies.items()):
+        rows = np.asarray(rows, np.float64).reshape(-1, 4)
+        axes.plot(rows[:, 3], rows[:, 2], marker="o", color=f"C{k % 10}", label=_name({0: name}, 0))
+        for side, _, value, time in rows:
+            axes.annotate(f"{side:.0f}", (time, value), (3, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="milliseconds per picture", ylabel="mAP@0.5:0.95", title="Accuracy and time over input sizes")
+    axes.margins(0.08)  # room for the numbers
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    if studies:
+        axes.legend(frameon=False)
+    _save(figure, path)
