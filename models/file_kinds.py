@@ -1,0 +1,63 @@
+"""What a file is that was given as a checkpoint: there, readable, and not surely something else."""
+
+from __future__ import annotations
+
+import difflib
+import zipfile
+from pathlib import Path
+
+from utils.errors import CheckpointError
+
+
+def existing_file(path: Path) -> Path:
+    """`path`, if it can hold a checkpoint; otherwise the one line that says what it is instead."""
+    if path.is_dir():
+        inside = sorted(p.name for p in path.rglob("*.pt"))[:3]
+        hint = f"; there are {', '.join(inside)} in it" if inside else ""
+        raise CheckpointError(f"{path}: a folder; a checkpoint file is needed{hint}")
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, _names_beside(path), n=3, cutoff=0.4)
+        hint = f"; near in that folder: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"{path}: no such file{hint}")
+    try:
+        with open(path, "rb") as stream:
+            head = stream.read(512)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened ({error.strerror})") from error
+    kind = _other_kind(path, head)
+    if kind:
+        raise CheckpointError(f"{path}: {kind}")
+    return path
+
+
+def _names_beside(path: Path) -> list[str]:
+    return [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+
+
+def _other_kind(path: Path, head: bytes) -> str:
+    """What a file is that is surely no checkpoint; empty when it may be one."""
+    if not head:
+        return "an empty file (0 bytes), left by an interrupted download or save"
+    if path.suffix.lower() == ".onnx" or b"\x0apytorch" in head[:16] or b"\x12\x07pytorch" in head[:32]:
+        return "an ONNX file: val.py and detect.py can run it, but nothing can train or export it; a .pt file is needed"
+    if head.startswith(b"version https://git-lfs"):
+        return "a pointer of git-lfs, not the file itself; fetch it with 'git lfs pull'"
+    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
+        return "a web page, not a checkpoint; the download went wrong"
+    if head.startswith(b"PK"):
+        return _other_archive(path)
+    if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return ""
+    text = all(byte >= 32 or byte in b"\t\n\r\f" for byte in head)
+    return f"not a checkpoint: {'a text file' if text else 'neither a zip archive nor a pickle of torch.save'}"
+
+
+def _other_archive(path: Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = {name.rpartition("/")[2] for name in archive.namelist()}
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return "damaged: a zip archive without its end, left by an interrupted download or save"
+    if "constants.pkl" in names:
+        return "a TorchScript file: val.py and detect.py can run it, but nothing can train or export it"
+    return "" if "data.pkl" in names else "a zip archive without data.pkl in it, not a checkpoint"
