@@ -27,6 +27,7 @@ __all__ = [
     "is_backbone_name",
     "list_backbones",
     "register_backbone",
+    "row_names",
 ]
 
 TIMM_PREFIX = "timm/"
@@ -116,6 +117,11 @@ def _register(name: str, cls: Any) -> Any:
     return cls
 
 
+def row_names() -> list[str]:
+    """What a model row may be called, timm's names aside: class names and registered names."""
+    return [*ROW_CLASSES, *list_backbones()]
+
+
 def is_backbone_name(name: str) -> bool:
     """Whether a model row of this name is a backbone: a registered name, a class name, `timm/...`, or exactly a name
     that timm has. A misspelt name is none, so that its own error is shown."""
@@ -150,7 +156,7 @@ def _entry(name: str) -> BackboneEntry:
             return table[name]
     if is_backbone_name(name):
         return BackboneEntry(TIMM, {"name": name.removeprefix(TIMM_PREFIX)})
-    known = [*list_backbones(), *ROW_CLASSES]
+    known = row_names()
     raise SpecError(
         f"unknown backbone '{name}'; allowed: {', '.join(known)}, or timm/<name>{did_you_mean(name, known)}"
     )
@@ -186,6 +192,7 @@ def create_backbone(
     if entry.target == TIMM and weights is True:
         return cls(**{**given, "pretrained": True})
     backbone = cls(**given)
+    _check_declaration(name, backbone)
     if weights is not None and weights is not False:
         from models.backbones.published import load_published
 
@@ -193,14 +200,34 @@ def create_backbone(
     return backbone
 
 
+def _check_declaration(name: str, backbone: Backbone) -> None:
+    """SpecError that says what a class (a plugin's, as a rule) leaves out of the contract."""
+    levels = getattr(backbone, "levels", None)
+    form = "levels = (FeatureLevel(channels, stride), ...), high resolution first"
+    if not isinstance(levels, tuple) or not levels or not all(isinstance(level, FeatureLevel) for level in levels):
+        raise SpecError(f"{name}: its levels are {levels!r}; a backbone declares {form}")
+    strides = [level.stride for level in levels]
+    if any(not isinstance(s, int) or s < 1 or s & (s - 1) for s in strides) or strides != sorted(set(strides)):
+        raise SpecError(f"{name}: its strides are {strides}; rising powers of two are needed: {form}")
+    if not isinstance(backbone.size_divisor, int) or backbone.size_divisor % strides[-1]:
+        raise SpecError(
+            f"{name}: its size_divisor is {backbone.size_divisor!r}; a multiple of its largest stride {strides[-1]} is "
+            "needed"
+        )
+    cls = type(backbone)
+    if cls.forward is Backbone.forward and cls.forward_features is Backbone.forward_features:
+        raise SpecError(f"{name}: it defines neither forward_features(image) nor forward(image); one is needed")
+
+
 def _published_key(name: str, entry: BackboneEntry, cls: type[Backbone], given: Mapping[str, Any]) -> str | None:
     """The registered name of the architecture that was built, to look published weights up; None for a custom one."""
     if entry.target == TIMM or name in _PLUGINS:
         return name
-    default = inspect.signature(cls).parameters["arch"].default
-    arch = given.get("arch", default)
+    known = importlib.import_module(cls.__module__).ARCHITECTURES
+    arch = given.get("arch", inspect.signature(cls).parameters["arch"].default)
+    built = known.get(arch) if isinstance(arch, str) else None
     for key, row in BACKBONES.items():
-        if row.target == entry.target and row.arguments.get("arch") == arch:
+        if row.target == entry.target and built is not None and known[row.arguments["arch"]] == built:
             return key
     return None
 

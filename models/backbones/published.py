@@ -2,7 +2,9 @@
 
 A backbone class tells how its published files differ from its own key names by class attributes, all optional:
 `IGNORED_KEYS` (glob patterns of the file's keys that are known and not needed: the classifier), `NEW_KEYS` (patterns of
-its own keys that no published file holds), `convert_official(state) -> state` (other layouts to its own key names) and
+its own keys that no published file holds), `DEPLOYED_KEYS` (patterns of keys that only a re-parameterised network has),
+`official_key(key) -> key` (another spelling to its own),
+`convert_official(state) -> state` (layouts that differ by more than spelling) and
 `resize_official(key, tensor, target_shape) -> tensor` (position embeddings).
 """
 
@@ -10,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 
@@ -176,24 +179,18 @@ def load_published(
     convert = getattr(backbone, "convert_official", None)
     if convert is not None:
         state = convert(state)
-    resize_official = getattr(backbone, "resize_official", None)
-
-    def resize(key: str, value: Tensor, target: Tensor) -> Tensor | None:
-        if resize_official is None:
-            return None
-        try:
-            return resize_official(key, value, tuple(target.shape))
-        except UserError:
-            return None  # the report says that the shapes differ, for all keys alike
-
     where = str(path)
+    deployed = [key for key in state for pattern in getattr(backbone, "DEPLOYED_KEYS", ()) if fnmatchcase(key, pattern)]
+    if deployed:
+        raise CheckpointError(f"{where}: holds the deployed form ({shorten(deployed, 2)}); the training form is needed")
     report = load_state(
         backbone,
         state,
         partial=partial,
+        key_map=_key_map(backbone),
         ignore=getattr(backbone, "IGNORED_KEYS", ()),
         allow_new=getattr(backbone, "NEW_KEYS", ()),
-        resize=resize,
+        resize=_resize(backbone),
         where=where,
     )
     spare = [key for key, reason in report.unexpected if reason == NO_PLACE]
@@ -204,3 +201,31 @@ def load_published(
         )
     LOGGER.info("%s: %s: %s", name or type(backbone).__name__, path.name, report.summary())
     return report
+
+
+def _key_map(backbone: Backbone) -> Callable[[str], str | None] | None:
+    """The class's spelling of a file's key; None for one that is not needed in whatever spelling."""
+    official_key = getattr(backbone, "official_key", None)
+    if official_key is None:
+        return None
+    ignored = getattr(backbone, "IGNORED_KEYS", ())
+
+    def key_map(key: str) -> str | None:
+        own = official_key(key)
+        return None if any(fnmatchcase(own, pattern) for pattern in ignored) else own
+
+    return key_map
+
+
+def _resize(backbone: Backbone) -> Callable[[str, Tensor, Tensor], Tensor | None] | None:
+    resize_official = getattr(backbone, "resize_official", None)
+    if resize_official is None:
+        return None
+
+    def resize(key: str, value: Tensor, target: Tensor) -> Tensor | None:
+        try:
+            return resize_official(key, value, tuple(target.shape))
+        except UserError:
+            return None  # the report then says that the shapes differ, for all keys alike
+
+    return resize

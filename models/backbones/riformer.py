@@ -120,7 +120,7 @@ class DeployedRIFormerBlock(nn.Module):
         # In float64, so that the one rounding at the end is the only error.
         folded.weight.data.copy_(weight.double() * scale)
         folded.bias.data.copy_(bias.double() * scale + affine.bias.detach().double())
-        self.norm_reparam = folded
+        self.norm_reparam = folded.requires_grad_(norm.weight.requires_grad)
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,6 +149,7 @@ class RIFormer(Backbone):
 
     IGNORED_KEYS = ("head.*",)
     NEW_KEYS = ("norm0.*", "norm2.*", "norm4.*")
+    DEPLOYED_KEYS = ("*.norm_reparam.*",)
 
     def __init__(
         self,
