@@ -8,7 +8,7 @@ channels and stride, so the head's strides are known without running anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,6 +138,32 @@ def build_layers(spec: ModelSpec, problems: Sequence[str] = ()) -> tuple[Rows, l
     for layer in spec.layers:
         builder.add(layer)
     return builder.finish()
+
+
+def with_backbone_weights(spec: ModelSpec, weights: str) -> ModelSpec:
+    """The spec with other weights for its backbone row.
+
+    Raises:
+        SpecError: there is not exactly one backbone row.
+    """
+    plain_names = [layer.module in LAYERS for layer in spec.layers]
+    rows = [i for i, plain in enumerate(plain_names) if not plain and is_backbone_name(spec.layers[i].module)]
+    if len(rows) != 1:
+        raise SpecError(f"{spec.path}: {len(rows)} rows are backbones; weights for the backbone need exactly one")
+    layer = spec.layers[rows[0]]
+    if isinstance(layer.args, tuple):
+        # Without what says "weights" in a list: True, False, the word pretrained, a mapping.
+        kept = tuple(arg for arg in layer.args if isinstance(arg, str) and arg != "pretrained")
+        mapping = {key: value for arg in layer.args if isinstance(arg, Mapping) for key, value in arg.items()}
+        args: Any = (*kept, {**_without_weights(mapping), "weights": weights})
+    else:
+        args = {**_without_weights(layer.args), "weights": weights}
+    layers = [replace(layer, args=args) if i == rows[0] else other for i, other in enumerate(spec.layers)]
+    return replace(spec, layers=tuple(layers))
+
+
+def _without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in arguments.items() if key not in ("weights", "pretrained")}
 
 
 @dataclass(frozen=True)

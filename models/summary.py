@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -16,8 +17,8 @@ from models.builder import Route, Rows
 from models.common import Conv
 
 LOGGER = logging.getLogger(__name__)
-# Batch norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of
-# PyTorch leaves norms out; YOLOv5's summaries count them, and in small models they are 2 %.
+# A norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of PyTorch
+# leaves norms out; YOLOv5's summaries count them, and in small models they are 2 %.
 NORM_FLOPS = 4
 
 
@@ -28,7 +29,7 @@ class ModelInfo(NamedTuple):
         layers: modules without submodules, as YOLOv5 counts them.
         parameters: number of parameters.
         gradients: number of those that are trained.
-        gflops: operations (a multiply-add is two) in 1e9 for one picture.
+        gflops: operations (a multiply-add is two) in 1e9 for one picture; NaN where they cannot be counted.
     """
 
     layers: int
@@ -50,8 +51,16 @@ def summarize(model: nn.Module, channels: int, height: int, width: int) -> Model
         layers=_count_layers(model),
         parameters=sum(p.numel() for p in parameters),
         gradients=sum(p.numel() for p in parameters if p.requires_grad),
-        gflops=count_flops(model, (1, channels, height, width)) / 1e9,
+        gflops=_gflops(model, (1, channels, height, width)),
     )
+
+
+def _gflops(model: nn.Module, shape: Sequence[int]) -> float:
+    try:
+        return count_flops(model, shape) / 1e9
+    except (RuntimeError, TypeError) as error:  # a backbone of the user's whose operations need real numbers
+        LOGGER.info("GFLOPs are not counted: %s", str(error).splitlines()[0])
+        return math.nan
 
 
 def _count_layers(model: nn.Module) -> int:
@@ -72,7 +81,7 @@ def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
         shape: (B, C, H, W).
     """
     aten = torch.ops.aten
-    norms = (aten.native_batch_norm, aten.cudnn_batch_norm, aten._native_batch_norm_legit_no_training)
+    norms = (aten.native_batch_norm, aten.native_group_norm, aten.native_layer_norm)
     counter = FlopCounterMode(display=False, custom_mapping={norm: _norm_flops for norm in norms})
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}

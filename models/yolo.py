@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.builder import Rows, build_layers
+from models.builder import Rows, build_layers, with_backbone_weights
 from models.fuse import fuse_conv_bn
 from models.heads import Detect
 from models.spec import load_model_spec, read_model_spec
@@ -34,6 +34,7 @@ class DetectionModel(nn.Module):
         ch: channels of the input picture; the YAML's `ch` wins.
         nc: number of classes, instead of the YAML's.
         anchors: widths and heights in pixels per level, or a number of anchors per level, instead of the YAML's.
+        backbone_weights: weights for the YAML's backbone row: a path, a URL or a published name.
 
     Attributes:
         model: the rows; state-dict keys are `model.<row>...`.
@@ -55,12 +56,14 @@ class DetectionModel(nn.Module):
         ch: int = 3,
         nc: int | None = None,
         anchors: Any = None,
+        backbone_weights: str | Path | None = None,
     ) -> None:
         super().__init__()
         spec, problems = read_model_spec(cfg)
         if nc is not None and nc != spec.num_classes:
             LOGGER.info("%s: nc %d is replaced by %s", spec.path, spec.num_classes, nc)
-        self.spec = spec.replaced(ch, nc, anchors)
+        spec = spec.replaced(ch, nc, anchors)
+        self.spec = spec if backbone_weights is None else with_backbone_weights(spec, str(backbone_weights))
         self.model, self.save = build_layers(self.spec, problems)
         self.yaml = self.spec.to_dict()
         self.nc = self.spec.num_classes
@@ -124,7 +127,7 @@ class DetectionModel(nn.Module):
         return self
 
     def info(self, imgsz: int | Sequence[int] = 640) -> ModelInfo:
-        """Log and return the number of layers, parameters, gradients and GFLOPs.
+        """Number of layers, parameters, gradients and GFLOPs; as text it is the usual summary line.
 
         Args:
             imgsz: side of a square picture in pixels, or (height, width); rounded up to the stride.
@@ -132,9 +135,7 @@ class DetectionModel(nn.Module):
         sides = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
         multiple = self.model.size_multiple
         height, width = (math.ceil(side / multiple) * multiple for side in sides)
-        info = summarize(self, self.spec.channels or 3, height, width)
-        LOGGER.info("%s: %s", Path(self.spec.path).stem, info)
-        return info
+        return summarize(self, self.spec.channels or 3, height, width)
 
     def layer_table(self) -> str:
         """One line per row: slot, from, n, params, module, arguments, output channels @ stride."""
