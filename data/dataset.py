@@ -169,7 +169,9 @@ class DetectionDataset:
         """Picture `index` and three or eight of the window on one canvas, pasted, warped."""
         config = self.augment or AugmentConfig()
         nine = config.mosaic9 > 0 and rng.random() < config.mosaic9
-        partners = rng.choice(window, 8 if nine else 3, replace=len(window) < 9)
+        others = window[window != index]
+        count = 8 if nine else 3
+        partners = rng.choice(others if len(others) else window, count, replace=len(others) < count)
         members = rng.permutation([index, *partners]).tolist()
         lay_out = mosaic.mosaic9 if nine else mosaic.mosaic4
         canvas, labels, segments = lay_out([self._picture(i) for i in members], self.imgsz, rng)
