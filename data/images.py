@@ -83,7 +83,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR)
         except cv2.error:
             image = None
-    return image if image is not None else _decode_with_pillow(data, name)
+    return np.asarray(image, np.uint8) if image is not None else _decode_with_pillow(data, name)
 
 
 def probe(path: str | Path) -> tuple[int, int]:
@@ -120,7 +120,7 @@ def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data)) as picture:
+        with Image.open(io.BytesIO(data.tobytes())) as picture:
             upright = ImageOps.exif_transpose(picture)
             if upright.mode == "F":
                 raise DataError(f"{name}: {_FLOATS}")

@@ -1,0 +1,218 @@
+"""Data set YAMLs: where the pictures are, what the classes are called, and how the set can be had.
+
+The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`) and `generate` for the set that is
+drawn on first use. The format: https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
+from data.shapes import ShapesRecipe, ensure, parse_shapes
+from utils.errors import DataError, did_you_mean
+from utils.files import ROOT, find_file
+from utils.yaml_lines import LineDict, load_yaml
+
+LOGGER = logging.getLogger(__name__)
+
+SPLITS = ("train", "val", "test")
+_OWN_KEYS = ("path", *SPLITS, "names", "nc", "download", "generate")
+_EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date", "info", "yaml_file", "channels")
+"""Keys that exporters write; they say nothing about boxes and are passed over."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """A data set as its YAML describes it. Reading the YAML touches no picture; `split` sees to it that they are there.
+
+    Attributes:
+        file: the YAML.
+        root: absolute folder that the splits are relative to.
+        names: class number -> name, numbers 0..n-1 without gaps.
+        splits: split name -> folders and list files, absolute, in the YAML's order; they may be missing on disk.
+        download: text of a foreign YAML's `download:` (a script or URL), None if there is none.
+        recipe: our own download step, None if there is none.
+        shapes: how to draw the set, None for sets that are not drawn.
+        roots: all folders that `path` can mean, in the order in which they were tried.
+        lines: line of every key in the YAML.
+    """
+
+    file: Path
+    root: Path
+    names: dict[int, str]
+    splits: Mapping[str, tuple[Path, ...]]
+    download: str | None = None
+    recipe: DownloadRecipe | None = None
+    shapes: ShapesRecipe | None = None
+    roots: tuple[Path, ...] = ()
+    lines: Mapping[str, int] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.names)
+
+    def split(self, name: str) -> tuple[Path, ...]:
+        """Folders and list files of one split, all of them there: drawn or downloaded first where the YAML says how.
+
+        Args:
+            name: 'train', 'val' or 'test'.
+
+        Raises:
+            DataError: the YAML has no such split, or a part of it is missing and cannot be had.
+        """
+        if name not in self.splits:
+            raise DataError(f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
+        if self.shapes is not None:
+            ensure(self.root, self.shapes, self.names)
+        paths = self.splits[name]
+        if self.recipe is not None and not all(p.exists() for p in paths):
+            fetch(self.recipe, self.root, self.names)
+        missing = [p for p in paths if not p.exists()]
+        if missing:
+            raise DataError(self._missing(name, missing))
+        return paths
+
+    def _missing(self, name: str, missing: list[Path]) -> str:
+        where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
+        text = f"{where}: split '{name}': no such folder or list of files: {', '.join(map(str, missing))}"
+        others = [str(root) for root in self.roots if root != self.root]
+        if others:
+            text += f" (nothing below {', '.join(others)} either)"
+        if self.download:
+            line = (self.lines or {}).get("download", 1)
+            text += (
+                f"; the script under 'download:' (line {line}) is never run from here: read it, run it yourself, and"
+                f" put the result at {self.root}"
+            )
+        return text
+
+
+def load_data_config(path: str | Path) -> DataConfig:
+    """Read a data set YAML.
+
+    A relative `path:` means, in this order: below the YAML's folder, below the project's root, below the current
+    folder; the first place where a split is found counts (the first of all when none is there yet). Without `path:` the
+    splits themselves are looked for in these places.
+
+    Args:
+        path: the YAML, or the name of one in the project's `data` folder (`coco128`, `coco128.yaml`).
+
+    Raises:
+        DataError: all mistakes of the file at once, each with file:line.
+    """
+    file = find_file(path, "data", error=DataError)
+    data = load_yaml(file, DataError)
+    problems: list[str] = []
+    _check_keys(data, file, problems)
+    names = _names(data, file, problems)
+    entries = {name: _entries(data, name, file, problems) for name in SPLITS}
+    entries = {name: found for name, found in entries.items() if found}
+    if not entries and "names" in data:
+        problems.append(f"{file}: names no split; 'train:' and 'val:' with folders of pictures are needed")
+    script, recipe = _download(data, file, problems)
+    shapes = _generate(data, names, file, problems)
+    roots = _roots(data, file, problems)
+    if problems:
+        raise DataError("; ".join(problems))
+    root = _choose_root(roots, entries)
+    splits = {name: tuple(_locate(root, entry) for entry in found) for name, found in entries.items()}
+    return DataConfig(file, root, names, splits, script, recipe, shapes, roots, dict(data.lines))
+
+
+def _check_keys(data: LineDict, file: Path, problems: list[str]) -> None:
+    for key, line in data.lines.items():
+        if key in _EXTRA_KEYS:
+            LOGGER.debug("%s:%d: '%s' is passed over", file, line, key)
+        elif key not in _OWN_KEYS:
+            hint = did_you_mean(key, _OWN_KEYS) or f"; known keys are {', '.join(_OWN_KEYS)}"
+            problems.append(f"{file}:{line}: unknown key '{key}'{hint}")
+
+
+def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
+    """Class names by number; with `nc` alone they are class0, class1, ..., as YOLOv5 calls them."""
+    count = data.get("nc")
+    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+        problems.append(f"{file}:{data.lines['nc']}: nc is {count!r}; a whole number from 1 is needed")
+        count = None
+    given = data.get("names")
+    if given is None:
+        if count is None:
+            problems.append(f"{file}: 'names:' is missing; a list of class names is needed")
+        return {i: f"class{i}" for i in range(count or 0)}
+    line = data.lines["names"]
+    if isinstance(given, list):
+        given = dict(enumerate(given))
+    if not isinstance(given, dict) or not given:
+        problems.append(f"{file}:{line}: names is {given!r}; a list or a mapping 'number: name' is needed")
+        return {}
+    wrong = [key for key in given if not isinstance(key, int) or isinstance(key, bool)]
+    gaps = [] if wrong else sorted(set(range(len(given))) - set(given))
+    empty = [key for key, name in given.items() if name is None or isinstance(name, (list, dict)) or str(name) == ""]
+    if wrong:
+        problems.append(f"{file}:{line}: names: {wrong[0]!r} is not a class number; numbers 0, 1, 2, ... are needed")
+    elif gaps:
+        problems.append(f"{file}:{line}: {len(given)} names, but number {gaps[0]} is missing; gaps are not allowed")
+    elif empty:
+        problems.append(f"{file}:{line}: names: class {empty[0]} is {given[empty[0]]!r}; a word is needed")
+    if count is not None and count != len(given):
+        problems.append(f"{file}:{data.lines['nc']}: nc is {count}, but there are {len(given)} names; leave out nc")
+    return {key: str(given[key]) for key in (given if wrong else sorted(given))}
+
+
+def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tuple[str, ...]:
+    value = data.get(split)
+    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
+    if any(not isinstance(entry, str) or not entry.strip() for entry in entries):
+        line = data.lines[split]
+        problems.append(f"{file}:{line}: {split} is {value!r}; a folder, a .txt list of files or several are needed")
+        return ()
+    return tuple(entry.strip() for entry in entries)
+
+
+def _download(data: LineDict, file: Path, problems: list[str]) -> tuple[str | None, DownloadRecipe | None]:
+    value = data.get("download")
+    if value in (None, "", False):
+        return None, None
+    if isinstance(value, str):
+        recipe = recipe_from_url(value)
+        return value, recipe
+    return None, parse_recipe(value, f"{file}:{data.lines['download']}", problems)
+
+
+def _generate(data: LineDict, names: dict[int, str], file: Path, problems: list[str]) -> ShapesRecipe | None:
+    value: Any = data.get("generate")
+    if value is None:
+        return None
+    return parse_shapes(value, names, f"{file}:{data.lines['generate']}", problems)
+
+
+def _roots(data: LineDict, file: Path, problems: list[str]) -> tuple[Path, ...]:
+    value = data.get("path")
+    if value is not None and not isinstance(value, str):
+        problems.append(f"{file}:{data.lines['path']}: path is {value!r}; a folder is needed")
+        value = None
+    folder = Path(value or "").expanduser()
+    candidates = [(base / folder).resolve() for base in (file.parent, ROOT, Path.cwd())]
+    return tuple(dict.fromkeys(candidates))
+
+
+def _choose_root(roots: tuple[Path, ...], entries: Mapping[str, tuple[str, ...]]) -> Path:
+    for root in roots:
+        if any(_locate(root, entry).exists() for found in entries.values() for entry in found):
+            return root
+    return roots[0]
+
+
+def _locate(root: Path, entry: str) -> Path:
+    """Absolute path of a split's entry; exporters write `../train/images` for a folder beside the YAML."""
+    path = (root / Path(entry).expanduser()).resolve()
+    if not path.exists() and entry.startswith("../"):
+        inside = (root / entry[3:]).resolve()
+        return inside if inside.exists() else path
+    return path

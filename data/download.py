@@ -1,0 +1,351 @@
+"""Fetching a data set: archives named in our own YAMLs are downloaded, checked, unpacked and, where needed, converted.
+
+The table under `download:` is data, not a program:
+
+    download:
+      files:
+        - {url: ..., md5: ..., sha256: ..., unpack: folder, strip: 1}   # strip = leading folders to drop
+      voc:                                                              # optional: Pascal VOC XML becomes label files
+        corner_base: 1
+        keep_difficult: false
+        sets: [{folder: VOCdevkit/VOC2007, list: train, split: train2007}]
+
+A download script in somebody else's YAML is never run. Everything is built in `<root>.download`, and renamed to the
+wanted folder at the end: a set is whole or not there, and what was downloaded before a break is used by the next try.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import tarfile
+import tempfile
+import xml.etree.ElementTree as ElementTree
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+from urllib.parse import urlparse
+
+from tqdm import tqdm
+
+from utils.errors import DataError, did_you_mean
+from utils.files import download, make_folder
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One archive (.zip, .tar, .tar.gz, .tgz).
+
+    Attributes:
+        url: where it is.
+        md5, sha256: hex digests that it must have; '' = not known.
+        unpack: folder below the data set's root.
+        strip: leading folders to drop from the names inside; -1 = one if the archive holds a single folder.
+    """
+
+    url: str
+    md5: str = ""
+    sha256: str = ""
+    unpack: str = "."
+    strip: int = 0
+
+    @property
+    def name(self) -> str:
+        """File name of the archive."""
+        return Path(urlparse(self.url).path).name
+
+
+@dataclass(frozen=True)
+class VocSet:
+    """One list of a VOC folder (`<folder>/ImageSets/Main/<list>.txt`) and the split that it becomes."""
+
+    folder: str
+    list: str
+    split: str
+
+
+@dataclass(frozen=True)
+class VocConversion:
+    """How VOC XML becomes label files.
+
+    Attributes:
+        sets: the lists to convert.
+        corner_base: number of the first pixel of a row, subtracted from the corners (VOC: 1).
+        keep_difficult: keep objects marked as difficult.
+    """
+
+    sets: tuple[VocSet, ...]
+    corner_base: float = 0
+    keep_difficult: bool = True
+
+
+@dataclass(frozen=True)
+class DownloadRecipe:
+    """What to fetch, and what to make of it."""
+
+    files: tuple[RemoteFile, ...]
+    voc: VocConversion | None = None
+
+
+def recipe_from_url(text: str) -> DownloadRecipe | None:
+    """The recipe for a `download:` that is nothing but the address of an archive; None for anything else."""
+    url = text.strip()
+    if len(url.split()) == 1 and urlparse(url).scheme in ("http", "https") and _kind(urlparse(url).path):
+        return DownloadRecipe((RemoteFile(url, strip=-1),))
+    return None
+
+
+def parse_recipe(value: Any, where: str, problems: list[str]) -> DownloadRecipe | None:
+    """Read the table under `download:`.
+
+    Args:
+        value: what the YAML holds.
+        where: 'file:line' for messages.
+        problems: mistakes are added here; with any, the result is None.
+    """
+    before = len(problems)
+    if not isinstance(value, dict) or not isinstance(value.get("files"), list) or not value["files"]:
+        problems.append(f"{where}: download: a table with 'files:', a list of mappings with 'url:', is needed")
+        return None
+    _only(value, ("files", "voc"), f"{where}: download", problems)
+    files = [
+        _record(RemoteFile, item, f"{where}: download: files[{i}]", problems) for i, item in enumerate(value["files"])
+    ]
+    voc = None
+    if value.get("voc") is not None:
+        table = value["voc"] if isinstance(value["voc"], dict) else {}
+        given = table.get("sets")
+        items: list[Any] = given if isinstance(given, list) else []
+        sets = [_record(VocSet, item, f"{where}: download: voc: sets[{i}]", problems) for i, item in enumerate(items)]
+        if not sets:
+            problems.append(f"{where}: download: voc: 'sets:' is missing; a list of {{folder, list, split}} is needed")
+        voc = _record(VocConversion, {**table, "sets": tuple(sets)}, f"{where}: download: voc", problems)
+    if len(problems) > before:
+        return None
+    return DownloadRecipe(tuple(files), voc)
+
+
+def fetch(recipe: DownloadRecipe, root: Path, names: Mapping[int, str]) -> None:
+    """Make the folder `root` from the recipe's archives.
+
+    Args:
+        recipe: archives and conversion.
+        root: the data set's folder; it must not be there, or be empty.
+        names: class number -> name, for the conversion.
+
+    Raises:
+        DataError: the folder holds something already, no network, a wrong digest, a broken archive.
+    """
+    if root.is_dir() and any(root.iterdir()):
+        raise DataError(
+            f"{root}: holds something, but not all that the YAML names; complete it, or move it away to get it anew"
+        )
+    work = make_folder(root.with_name(root.name + ".download"))
+    LOGGER.info("downloading %s to %s", ", ".join(f.name for f in recipe.files), root)
+    archives = [_archive(remote, work) for remote in recipe.files]
+    build = Path(tempfile.mkdtemp(prefix="build.", dir=work))
+    try:
+        for remote, archive in zip(recipe.files, archives):
+            unpack(archive, build / remote.unpack, remote.strip)
+        if recipe.voc is not None:
+            convert_voc(build, recipe.voc, names)
+        build.chmod(0o755)  # mkdtemp makes folders private
+        _move_into_place(build, root)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _archive(remote: RemoteFile, folder: Path) -> Path:
+    path = download(remote.url, folder / remote.name)
+    for kind in ("md5", "sha256"):
+        wanted = getattr(remote, kind)
+        if not wanted:
+            continue
+        digest = hashlib.new(kind)
+        with open(path, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+        if digest.hexdigest() != wanted.lower():
+            path.unlink()
+            raise DataError(f"{remote.url}: {kind} is {digest.hexdigest()}, expected {wanted}; the file was not kept")
+    return path
+
+
+def _move_into_place(build: Path, root: Path) -> None:
+    try:
+        if root.is_dir():
+            root.rmdir()  # an empty folder is no obstacle
+        os.rename(build, root)
+    except OSError as error:
+        if root.is_dir() and any(root.iterdir()):
+            return  # another process was faster: its set is as good as ours
+        raise DataError(f"{root}: cannot be made: {error.strerror or error}") from error
+
+
+def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
+    """Unpack the regular files of a .zip or .tar archive; links and names that lead out of `folder` are refused.
+
+    Args:
+        archive: the file.
+        folder: where to; made if missing.
+        strip: leading folders to drop from the names; -1 = one if the archive holds a single folder at its top.
+
+    Raises:
+        DataError: broken archive, or an unsafe name in it.
+    """
+    try:
+        with _members(archive) as members:
+            names = [name for name, _ in members.entries]
+            if strip < 0:
+                tops = {PurePosixPath(name).parts[0] for name in names}
+                strip = 1 if len(tops) == 1 and all("/" in name for name in names) else 0
+            for name, key in tqdm(members.entries, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
+                parts = PurePosixPath(name).parts
+                if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
+                    raise DataError(f"{archive}: holds the name {name!r}, which leads out of the folder")
+                if len(parts) <= strip:
+                    continue
+                target = folder.joinpath(*parts[strip:])
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with members.open(key) as source, open(target, "wb") as out:
+                    shutil.copyfileobj(source, out, 1 << 20)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{archive}: cannot be unpacked: {error}; delete it and try again") from error
+
+
+class _members:
+    """The regular files of an archive, as (name, key) pairs; opens them by key."""
+
+    def __init__(self, path: Path) -> None:
+        self._archive: zipfile.ZipFile | tarfile.TarFile
+        self.entries: list[tuple[str, Any]]
+        if _kind(path.name) == "zip":
+            self._archive = zipfile.ZipFile(path)
+            self.entries = [(info.filename, info) for info in self._archive.infolist() if not info.is_dir()]
+        else:
+            self._archive = tarfile.open(path)
+            self.entries = [(member.name, member) for member in self._archive if member.isfile()]
+
+    def open(self, key: Any) -> IO[bytes]:
+        if isinstance(self._archive, zipfile.ZipFile):
+            return self._archive.open(key)
+        stream = self._archive.extractfile(key)
+        assert stream is not None, "only regular files are listed"
+        return stream
+
+    def __enter__(self) -> _members:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._archive.close()
+
+
+def convert_voc(root: Path, conversion: VocConversion, names: Mapping[int, str]) -> None:
+    """Turn VOC folders below `root` into `images/<split>` and `labels/<split>`; the VOC folders are removed.
+
+    Raises:
+        DataError: a list, picture or annotation is missing or broken.
+    """
+    numbers = {name: number for number, name in names.items()}
+    for part in conversion.sets:
+        folder = root / part.folder
+        pictures = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}
+        for identifier in tqdm(_identifiers(folder, part.list), desc=f"converting {part.split}", mininterval=1):
+            image = pictures.get(identifier)
+            if image is None:
+                raise DataError(f"{folder}: has no picture JPEGImages/{identifier}.*, which the list {part.list} names")
+            rows = voc_rows(folder / "Annotations" / f"{identifier}.xml", numbers, conversion)
+            label = root / "labels" / part.split / f"{identifier}.txt"
+            label.parent.mkdir(parents=True, exist_ok=True)
+            label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+            target = root / "images" / part.split / image.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(image, target)
+    for top in {PurePosixPath(part.folder).parts[0] for part in conversion.sets}:
+        shutil.rmtree(root / top, ignore_errors=True)
+
+
+def _identifiers(folder: Path, name: str) -> Iterator[str]:
+    path = folder / "ImageSets" / "Main" / f"{name}.txt"
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return iter([line.split()[0] for line in lines if line.strip()])
+
+
+def voc_rows(path: Path, numbers: Mapping[str, int], conversion: VocConversion) -> list[str]:
+    """Label rows of one VOC annotation, in the order of the XML.
+
+    Corners are moved by `corner_base`, clipped to the picture; boxes without area and classes without a number are
+    left out. Centre and size are divided by the picture's width and height and written with six decimals.
+
+    Returns:
+        Rows 'class x y w h'.
+
+    Raises:
+        DataError: missing or broken XML.
+    """
+    try:
+        tree = ElementTree.parse(path).getroot()
+        width, height = (float(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
+        rows = []
+        for item in tree.findall("object"):
+            name = (item.findtext("name") or "").strip()
+            if name not in numbers or (item.findtext("difficult") == "1" and not conversion.keep_difficult):
+                continue
+            corner = [float(item.findtext(f"bndbox/{key}", "")) - conversion.corner_base for key in _CORNERS]
+            x1, x2 = (min(max(v, 0.0), width) for v in corner[:2])
+            y1, y2 = (min(max(v, 0.0), height) for v in corner[2:])
+            if x2 <= x1 or y2 <= y1:
+                continue
+            box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+            rows.append(" ".join([str(numbers[name]), *(f"{value:.6f}" for value in box)]))
+    except (ElementTree.ParseError, ValueError, OSError) as error:
+        raise DataError(f"{path}: not a VOC annotation: {error}") from error
+    return rows
+
+
+_CORNERS = ("xmin", "xmax", "ymin", "ymax")
+
+
+def _kind(name: str) -> str:
+    lower = name.lower()
+    return "zip" if lower.endswith(".zip") else "tar" if lower.endswith((".tar", ".tar.gz", ".tgz")) else ""
+
+
+def _only(table: Mapping[str, Any], allowed: tuple[str, ...], where: str, problems: list[str]) -> None:
+    for key in table:
+        if key not in allowed:
+            problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, allowed)}")
+
+
+def _record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+    """A frozen dataclass from a mapping, its keys and the types of its values checked."""
+    if not isinstance(value, dict):
+        problems.append(f"{where}: {value!r}; a mapping is needed")
+        return None
+    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    _only(value, tuple(types), where, problems)
+    known = {key: item for key, item in value.items() if key in types}
+    for key, item in known.items():
+        given = type(item).__name__
+        if (
+            types[key] in ("str", "int", "bool", "float")
+            and given != types[key]
+            and (given, types[key]) != ("int", "float")
+        ):
+            problems.append(f"{where}: {key} is {item!r}; a value of type {types[key]} is needed")
+    try:
+        return kind(**known)
+    except TypeError as error:  # a key without default is missing
+        problems.append(f"{where}: {error}".replace(f"{kind.__name__}.__init__()", "the table"))
+        return None

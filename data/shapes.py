@@ -1,0 +1,315 @@
+"""The default data set: drawn shapes, made on first use within seconds, without a network.
+
+Every picture has one to five shapes of known kind on a background of gradients, stripes, checks or clouds, with noise.
+Colour, size, rotation and place say nothing about the kind; shapes may overlap, but at least 65 % of each stays visible
+and at least 80 % of its box lies inside the picture. Boxes enclose the whole shape, cut at the picture's border.
+Picture i of a split is a function of (seed, split, i) alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from utils.errors import DataError, did_you_mean
+from utils.files import make_folder
+
+LOGGER = logging.getLogger(__name__)
+
+VERSION = 1
+"""Raise it whenever a picture would come out differently: sets drawn by an older version are then drawn anew."""
+
+MANIFEST = "shapes.json"
+
+_MIN_VISIBLE = 0.65  # part of a shape that later shapes must leave uncovered
+_MIN_INSIDE = 0.8  # part of a box that must lie inside the picture
+_TRIES = 30  # places tried for a shape before it is left out
+_FINE = 4  # outlines are drawn at this multiple of the resolution
+_SHIFT = 4  # fractional bits of polygon corners for OpenCV
+
+
+@dataclass(frozen=True)
+class ShapesRecipe:
+    """What to draw: pictures per split, side in pixels, seed."""
+
+    train: int = 400
+    val: int = 100
+    test: int = 50
+    imgsz: int = 320
+    seed: int = 0
+
+
+def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: list[str]) -> ShapesRecipe | None:
+    """Read `generate:` of a data set YAML: `shapes`, or a mapping with `kind: shapes` and the numbers of ShapesRecipe.
+
+    Args:
+        value: what the YAML holds.
+        names: class number -> kind of shape.
+        where: 'file:line' for messages.
+        problems: mistakes are added here; with any, the result is None.
+    """
+    before = len(problems)
+    table = {"kind": value} if isinstance(value, str) else value
+    if not isinstance(table, dict) or table.get("kind") != "shapes":
+        problems.append(f"{where}: generate is {value!r}; 'shapes' or a mapping with 'kind: shapes' is needed")
+        return None
+    allowed = {field.name: field.default for field in fields(ShapesRecipe)}
+    numbers = {key: item for key, item in table.items() if key != "kind"}
+    for key, item in numbers.items():
+        low = {"imgsz": 64, "seed": 0, "test": 0}.get(key, 1)
+        if key not in allowed:
+            problems.append(f"{where}: generate: unknown key '{key}'{did_you_mean(key, allowed)}")
+        elif not isinstance(item, int) or isinstance(item, bool) or item < low:
+            problems.append(f"{where}: generate: {key} is {item!r}; a whole number from {low} is needed")
+    for name in names.values():
+        if name not in _OUTLINES:
+            problems.append(f"{where}: generate: no shape is called '{name}'; there are {', '.join(_OUTLINES)}")
+    return ShapesRecipe(**numbers) if len(problems) == before else None
+
+
+def ensure(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
+    """Draw the set unless `root` holds it already, drawn by this version with these numbers.
+
+    Several processes may ask at once: each draws the same pictures beside `root`, and the first one's are kept.
+
+    Raises:
+        DataError: `root` holds something else, or cannot be written.
+    """
+    if _holds(root, recipe, names):
+        return
+    if root.exists() and not (root / MANIFEST).is_file() and (not root.is_dir() or any(root.iterdir())):
+        raise DataError(f"{root}: holds something that is not a drawn set; move it away, or choose another 'path:'")
+    parent = make_folder(root.parent)
+    build = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=parent))
+    try:
+        LOGGER.info("drawing the shapes data set into %s (once)", root)
+        generate(build / "new", recipe, names)
+        if not _holds(root, recipe, names):
+            if root.exists():
+                os.rename(root, build / "old")
+            os.rename(build / "new", root)
+    except OSError as error:
+        if not _holds(root, recipe, names):  # else another process was faster
+            raise DataError(f"{root}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+
+
+def generate(folder: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
+    """Draw all splits into `folder` (`images/<split>/*.jpg`, `labels/<split>/*.txt`), then the manifest.
+
+    Args:
+        folder: is made; files of the same name are overwritten.
+        recipe: what to draw.
+        names: class number -> kind of shape.
+    """
+    with tqdm(total=recipe.train + recipe.val + recipe.test, desc="drawing", unit="images", mininterval=0.5) as bar:
+        for number, split in enumerate(("train", "val", "test")):
+            (folder / "images" / split).mkdir(parents=True, exist_ok=True)
+            (folder / "labels" / split).mkdir(parents=True, exist_ok=True)
+            for i in range(getattr(recipe, split)):
+                rng = np.random.default_rng((recipe.seed, number, i))
+                image, labels = draw_scene(rng, recipe.imgsz, recipe.imgsz, tuple(names[c] for c in sorted(names)))
+                stem = f"{split}_{i:05d}"
+                _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 92))
+                data.tofile(folder / "images" / split / f"{stem}.jpg")
+                rows = (f"{int(row[0])} " + " ".join(f"{v:.6f}" for v in row[1:]) + "\n" for row in labels)
+                (folder / "labels" / split / f"{stem}.txt").write_text("".join(rows), encoding="utf-8")
+                bar.update()
+    (folder / MANIFEST).write_text(json.dumps(_manifest(recipe, names), indent=1) + "\n", encoding="utf-8")
+
+
+def draw_scene(
+    rng: np.random.Generator, height: int, width: int, kinds: Sequence[str]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Draw one picture.
+
+    Args:
+        rng: source of all choices.
+        height, width: pixels.
+        kinds: names of shapes; their positions are the class numbers.
+
+    Returns:
+        (height, width, 3) uint8 BGR, and (n, 5) float32 labels: class, centre x, centre y, width, height, as parts of
+        the sides; n is 1..5, later rows lie in front.
+    """
+    image = _background(rng, height, width)
+    owner = np.zeros((height, width), np.uint8)  # number of the front shape at every pixel, 0 = background
+    areas: list[int] = []
+    rows: list[tuple[float, ...]] = []
+    for _ in range(int(rng.choice(5, p=(0.12, 0.22, 0.26, 0.24, 0.16))) + 1):
+        kind = int(rng.integers(len(kinds)))
+        for _ in range(_TRIES):
+            outline = _place(rng, kinds[kind], height, width)
+            box = _clipped_box(outline, height, width)
+            if box is None:
+                continue
+            mask, (top, left) = _mask(outline, height, width)
+            window = owner[top : top + mask.shape[0], left : left + mask.shape[1]]
+            covered = mask > 127
+            after = np.bincount(np.where(covered, 0, window).ravel(), minlength=len(areas) + 1)[1:]
+            before = np.bincount(window.ravel(), minlength=len(areas) + 1)[1:]
+            left_over = np.bincount(owner.ravel(), minlength=len(areas) + 1)[1:] - before + after
+            if covered.any() and all(left_over >= _MIN_VISIBLE * np.array(areas)):
+                areas.append(int(covered.sum()))
+                window[covered] = len(areas)
+                _paint(rng, image[top : top + mask.shape[0], left : left + mask.shape[1]], mask)
+                rows.append((kind, *box))
+                break
+    noise = rng.standard_normal((height, width, 1), np.float32) * rng.uniform(1, 8)
+    image = np.clip(image + noise, 0, 255)
+    return image.astype(np.uint8), np.array(rows, np.float32).reshape(-1, 5)
+
+
+def _holds(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> bool:
+    try:
+        found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    folders = [root / kind / split for kind in ("images", "labels") for split in ("train", "val", "test")]
+    return found == _manifest(recipe, names) and all(folder.is_dir() for folder in folders)
+
+
+def _manifest(recipe: ShapesRecipe, names: Mapping[int, str]) -> dict[str, Any]:
+    return {"generator": "shapes", "version": VERSION, **asdict(recipe), "names": [names[c] for c in sorted(names)]}
+
+
+def _place(rng: np.random.Generator, kind: str, height: int, width: int) -> NDArray[np.float64]:
+    """Outline (k, 2) x, y in pixels of a shape of random size, rotation and place."""
+    span = (0.14, 0.45) if rng.random() < 0.88 else (0.07, 0.14)
+    size = rng.uniform(*span) * min(height, width)
+    angle = rng.uniform(0, 2 * np.pi)
+    stretch = np.array([1.0, rng.uniform(0.85, 1.15)])
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    points = _OUTLINES[kind]() * stretch @ turn.T
+    low, high = points.min(0), points.max(0)
+    points = (points - (low + high) / 2) * (size / (high - low).max())
+    return points + rng.uniform(0.02, 0.98, 2) * (width, height)
+
+
+def _clipped_box(outline: NDArray[np.float64], height: int, width: int) -> tuple[float, float, float, float] | None:
+    """Centre and size of the outline's box inside the picture, as parts of the sides; None if too much is outside."""
+    sides = np.array([width, height], np.float64)
+    low, high = outline.min(0), outline.max(0)
+    inner_low, inner_high = low.clip(0, sides), high.clip(0, sides)
+    if np.prod(inner_high - inner_low) < _MIN_INSIDE * np.prod(high - low):
+        return None
+    centre, size = (inner_low + inner_high) / 2 / sides, (inner_high - inner_low) / sides
+    return float(centre[0]), float(centre[1]), float(size[0]), float(size[1])
+
+
+def _mask(outline: NDArray[np.float64], height: int, width: int) -> tuple[NDArray[np.uint8], tuple[int, int]]:
+    """Coverage 0..255 (h, w) uint8 of the outline with smooth edges, and the (top, left) pixel of the window."""
+    left, top = np.floor(outline.min(0)).astype(int).clip(0)
+    right, bottom = (np.ceil(outline.max(0)).astype(int) + 1).clip(None, (width, height))
+    height, width = int(bottom - top), int(right - left)
+    # drawn larger and averaged: OpenCV's own smooth edges are up to a pixel too wide
+    fine = np.zeros((height * _FINE, width * _FINE), np.uint8)
+    # pixel i covers [i, i + 1) here; OpenCV puts its centre at i
+    corners = np.round(((outline - (left, top)) * _FINE - 0.5) * (1 << _SHIFT)).astype(np.int32)
+    cv2.fillPoly(fine, [corners], 255, cv2.LINE_8, _SHIFT)
+    mask = cv2.resize(fine, (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(mask, np.uint8), (int(top), int(left))
+
+
+def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
+    """Blend a filling into `window` where `mask` covers it; its colour stands out from what is there."""
+    alpha = (mask.astype(np.float32) / 255)[..., None]
+    behind = (window * alpha).sum((0, 1)) / alpha.sum()
+    colour = rng.uniform(0, 255, 3)
+    while np.abs(colour - behind).max() < 90:
+        colour = rng.uniform(0, 255, 3)
+    height, width = mask.shape
+    filling = np.broadcast_to(colour.astype(np.float32), (height, width, 3))
+    style = rng.random()
+    if style < 0.35:  # shaded
+        filling = filling * _ramp(rng, height, width, 0.7, 1.25)
+    elif style < 0.5:  # striped
+        filling = filling * np.where(_waves(rng, height, width, min(height, width) / 5) > 0, 1.0, 0.75)[..., None]
+    window += alpha * (filling - window)
+    if rng.random() < 0.3:  # outlined
+        core = cv2.erode(mask, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        window *= 1 - 0.6 * (alpha - core.astype(np.float32)[..., None] / 255)
+
+
+def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np.float32]:
+    """(height, width, 3) float32 BGR 0..255."""
+    first, second = rng.uniform(20, 235, (2, 3)).astype(np.float32)
+    second = first + (second - first) * np.float32(rng.uniform(0.15, 0.55))  # softer than the shapes
+    kind = rng.integers(4)
+    if kind == 0:
+        blend: NDArray[Any] = _ramp(rng, height, width, 0, 1)
+    elif kind == 1:  # clouds
+        blend = np.sum([_clouds(rng, height, width, cells) / cells for cells in (3, 6, 12)], axis=0)
+    elif kind == 2:  # stripes
+        blend = 0.5 + 0.5 * _waves(rng, height, width, rng.uniform(8, 40))[..., None]
+    else:  # checks
+        period = rng.uniform(16, 60)
+        blend = (_waves(rng, height, width, period) * _waves(rng, height, width, period) > 0)[..., None]
+    image = first + (second - first) * np.asarray(blend, np.float32)
+    if kind != 1 and rng.random() < 0.5:
+        image += 25 * _clouds(rng, height, width, 8)
+    return np.ascontiguousarray(np.clip(image, 0, 255), np.float32)
+
+
+def _ramp(rng: np.random.Generator, height: int, width: int, low: float, high: float) -> NDArray[np.float32]:
+    """(height, width, 1) values that rise from `low` to `high` in a random direction."""
+    angle = rng.uniform(0, 2 * np.pi)
+    x, y = np.cos(angle) * np.arange(width), np.sin(angle) * np.arange(height)
+    plane = (x[None] + y[:, None]).astype(np.float32)
+    plane -= plane.min()
+    return (low + (high - low) * plane / max(float(plane.max()), 1e-6))[..., None].astype(np.float32)
+
+
+def _waves(rng: np.random.Generator, height: int, width: int, period: float) -> NDArray[np.float32]:
+    """(height, width) plane wave -1..1 in a random direction; `period` in pixels."""
+    angle, phase = rng.uniform(0, 2 * np.pi, 2)
+    step = 2 * np.pi / max(period, 2)
+    x, y = np.cos(angle) * step * np.arange(width), np.sin(angle) * step * np.arange(height)
+    # sin(a + b) from the sines of the two axes: height + width sines instead of height * width
+    a, b = x + phase, y
+    wave = np.sin(a)[None] * np.cos(b)[:, None] + np.cos(a)[None] * np.sin(b)[:, None]
+    return wave.astype(np.float32)
+
+
+def _clouds(rng: np.random.Generator, height: int, width: int, cells: int) -> NDArray[np.float32]:
+    """(height, width, 3) smooth random values, about -1..1, with about `cells` bumps per side."""
+    coarse = rng.uniform(-1, 1, (cells, cells, 3)).astype(np.float32)
+    return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.float32)
+
+
+def _polygon(corners: int, radii: Sequence[float] = (1.0,)) -> NDArray[np.float64]:
+    """(corners, 2) points on circles whose radii alternate as given."""
+    angles = np.arange(corners) * (2 * np.pi / corners)
+    radius = np.resize(np.array(radii), corners)
+    return np.stack([np.sin(angles) * radius, -np.cos(angles) * radius], 1)
+
+
+def _cross() -> NDArray[np.float64]:
+    arm = [(0.34, 1.0), (0.34, 0.34), (1.0, 0.34)]
+    quarter = np.array(arm)
+    turns = [np.array([[0, 1], [-1, 0]]), np.array([[-1, 0], [0, -1]]), np.array([[0, -1], [1, 0]])]
+    return np.concatenate([quarter, *(quarter @ turn.T for turn in turns)])
+
+
+_OUTLINES: dict[str, Callable[[], NDArray[np.float64]]] = {
+    "circle": lambda: _polygon(72),
+    "square": lambda: _polygon(4),
+    "triangle": lambda: _polygon(3),
+    "star": lambda: _polygon(10, (1.0, 0.42)),
+    "cross": _cross,
+    "hexagon": lambda: _polygon(6),
+    "diamond": lambda: _polygon(4) * (0.55, 1.0),
+}
