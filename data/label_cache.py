@@ -86,8 +86,8 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
         "segment_points": np.concatenate([np.zeros((0, 2), np.float32), *segments]),
     }
     try:
-        if not path.parent.is_dir():
-            raise OSError(f"no folder {path.parent}")
+        if not path.parent.stat().st_mode & 0o222:
+            raise OSError("the folder is marked as read-only")  # also for root, who could write all the same
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
     except (OSError, UserError) as error:

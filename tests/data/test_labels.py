@@ -322,6 +322,15 @@ def test_cache_that_cannot_be_written_is_only_logged(tmp_path: Path, caplog: pyt
     assert "labels are not cached" in caplog.text
 
 
+def test_folder_marked_as_read_only_is_left_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    source = make_set(tmp_path, MIXED)
+    (tmp_path / "labels").chmod(0o555)
+    with caplog.at_level("INFO"):
+        assert load(source).report.images == len(MIXED)  # for root too
+    (tmp_path / "labels").chmod(0o755)
+    assert "read-only" in caplog.text and not list((tmp_path / "labels").glob("*.npz"))
+
+
 def test_several_writers_leave_a_whole_cache(tmp_path: Path, verified: list[str]) -> None:
     source = make_set(tmp_path, MIXED)
     threads = [threading.Thread(target=load, args=(source,)) for _ in range(8)]
