@@ -119,6 +119,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     hyp = _hyperparameters(config, resumed)
     seed_everything(config.seed + 1 + world.rank)
     data = load_data_config(config.data)
+    declared = len(data.names)
     if config.single_cls:
         data = replace(data, names={0: "item"} if len(data.names) != 1 else data.names)
     model = build_model(config, hyp, data, resumed).to(device)
@@ -127,8 +128,8 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     if device.type == "cpu" and not resumed:
         _quick_look(config)
     with main_first(world):
-        train_set = load_annotations(data.split("train"), len(data.names), single_cls=config.single_cls)
-        val_set = load_annotations(data.split("val"), len(data.names), single_cls=config.single_cls)
+        train_set = load_annotations(data.split("train"), declared, single_cls=config.single_cls)
+        val_set = load_annotations(data.split("val"), declared, single_cls=config.single_cls)
     folder = _run_folder(config, world)
     labels = [r.labels for r in train_set.records]
     if not config.noautoanchor and not resumed:
@@ -246,11 +247,11 @@ def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainCon
     """Check that the anchors reach the labels; replace them by fitted ones where they do not."""
     head = model.model[-1]
     stride = head.stride.view(-1, 1, 1).to(head.anchors)
-    fitted = check_anchors(
-        train_set.records, (head.anchors * stride).cpu().numpy(), imgsz=config.imgsz, thr=hyp.anchor_t, seed=config.seed
-    )
-    if fitted is not None:
-        head.anchors.copy_(torch.as_tensor(fitted).to(head.anchors) / stride)
+    pixels = (head.anchors * stride).cpu().numpy()
+    report = check_anchors(train_set.records, pixels, config.imgsz, thr=hyp.anchor_t, seed=config.seed)
+    LOGGER.info("%s", report)
+    if report.changed:
+        head.anchors.copy_(torch.as_tensor(report.anchors).to(head.anchors) / stride)
 
 
 def _loaders(
