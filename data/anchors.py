@@ -1,7 +1,7 @@
 """Anchors: how well they fit a data set's boxes, and better ones when they do not.
 
-A box and an anchor fit by the smaller one of their side ratios, each taken below 1: r = min(w / aw, aw / w, h / ah, ah / h).
-The target assignment of the loss matches them when r > 1 / anchor_t.
+A box and an anchor fit by the smaller one of their side ratios, each taken below 1:
+r = min(w / aw, aw / w, h / ah, ah / h). The target assignment of the loss matches them when r > 1 / anchor_t.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class AnchorReport:
     """Outcome of an anchor check.
 
     Attributes:
-        anchors: (levels, anchors per level, 2) widths and heights in pixels to train with, in the order of the given ones.
+        anchors: (levels, anchors per level, 2) widths and heights in pixels to train with, ordered as those given.
         before: fit of the given anchors.
         after: fit of `anchors`; equal to `before` when nothing was gained.
     """
@@ -202,7 +202,7 @@ def _mutation(shape: tuple[int, ...], rng: np.random.Generator) -> Sizes:
 
 
 def _k_means(points: Sizes, k: int, rng: np.random.Generator, rounds: int = 30) -> Sizes:
-    """Lloyd's algorithm from k-means++ starts (https://theory.stanford.edu/~sergei/papers/kMeansPP-soda.pdf): (k, 2)."""
+    """(k, 2) centres: Lloyd's algorithm from k-means++ starts (https://doi.org/10.1145/1283383.1283494)."""
     centres = points[rng.integers(len(points))][None]
     while len(centres) < k:
         distance2 = ((points[:, None] - centres[None]) ** 2).sum(2).min(1)

@@ -65,7 +65,7 @@ def _side_by_side(group: Sequence[Sample]) -> tuple[Image, Labels]:
         down, right = divmod(k, 2)
         image[down * height : (down + 1) * height, right * width : (right + 1) * width] = sample.image
         labels = sample.labels.copy()
-        labels[:, 1:3] += np.float32((right, down))
+        labels[:, 1:3] += np.array((right, down), np.float32)
         labels[:, 1:] /= 2
         rows.append(labels)
     return image, np.concatenate(rows, 0)

@@ -1,7 +1,7 @@
 """DetectionDataset: from the number of a picture to a training or validation sample.
 
-What sample i looks like in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of the
-epoch's order that holds i, so that a process that makes the samples of a block decodes each of its pictures once.
+What sample i looks like in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of
+the epoch's order that holds i, so that a process that makes the samples of a block decodes each of its pictures once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class DetectionDataset:
         """Sample of picture `i` (epoch 0), of `(epoch, i)`, or of a SampleKey.
 
         Returns:
-            Image (H, W, 3) uint8 BGR, contiguous; labels class, centre x, centre y, width, height as parts of its sides.
+            Image (H, W, 3) uint8 BGR, contiguous; labels class, centre x, centre y, width, height, parts of its sides.
         """
         key = as_key(key)
         if not 0 <= key.index < len(self.records):

@@ -1,4 +1,4 @@
-"""Fitting a picture into a rectangle without changing its shape: resize, then grey on both sides, in YOLOv5's rounding."""
+"""Fitting a picture into a rectangle without distortion: resize, then grey on both sides, in YOLOv5's rounding."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from numpy.typing import NDArray
 
 from data.sizes import HW
 
-Image = NDArray[np.uint8]
+Image = np.ndarray
+"""(H, W, 3) uint8."""
 
 FILL = 114
 """Grey value where there is no picture."""
@@ -78,8 +78,8 @@ def letterbox(
         stride: of `auto`.
 
     Returns:
-        The picture, (width, height) scale factors, and (width, height) padding of one side in pixels (may end in .5; then
-        the second side has the odd pixel).
+        The picture, (width, height) scale factors, and (width, height) padding of one side in pixels (may end in .5;
+        then the second side has the odd pixel).
     """
     wanted = (new_shape, new_shape) if isinstance(new_shape, int) else (new_shape[0], new_shape[1])
     f = fit(im.shape[:2], wanted, auto, scaleFill, scaleup, stride)

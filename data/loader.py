@@ -63,7 +63,7 @@ class DetectionLoader:
         if self.batch_size < 1:
             raise ValueError(f"batch size {self.batch_size}; at least 1 is needed")
         if self.dataset.rect and self.dataset.batch_size != self.batch_size:
-            raise ValueError(f"rectangular batches of {self.dataset.batch_size}, but the loader takes {self.batch_size}")
+            raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
         self.epoch = 0
         self.workers = min(self.workers, _processors() // max(self.world_size, 1), len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()

@@ -40,8 +40,8 @@ def mosaic4(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -
     The point lies in the canvas's middle half; pictures are cut at the canvas's border.
 
     Returns:
-        The canvas (2 imgsz square), (n, 5) labels class, corners in canvas pixels, clipped; their outlines (empty arrays
-        where there are none; no entries when no picture has any).
+        The canvas (2 imgsz square); (n, 5) labels class, corners in canvas pixels, clipped; their outlines (empty
+        arrays where there are none; no entries when no picture has any).
     """
     cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
     (h0, w0), (h1, _), (_, w2), _ = (p.size for p in pictures)
@@ -104,8 +104,9 @@ def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float,
     h, w = size
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
-    centre = labels[:, 1:3] * np.float32((w, h)) + np.float32(offset)
-    half = labels[:, 3:5] * np.float32((w / 2, h / 2))
+    side = np.array((w, h), np.float32)
+    centre = labels[:, 1:3] * side + np.array(offset, np.float32)
+    half = labels[:, 3:5] * (side / 2)
     out[:, 1:3], out[:, 3:5] = centre - half, centre + half
     return out
 
@@ -115,7 +116,8 @@ def place_segments(picture: Picture, offset: tuple[float, float]) -> list[NDArra
     if not picture.segments:
         return [np.zeros((0, 2), np.float32)] * len(picture.labels)
     h, w = picture.size
-    return [s * np.float32((w, h)) + np.float32(offset) for s in picture.segments]
+    side, corner = np.array((w, h), np.float32), np.array(offset, np.float32)
+    return [s * side + corner for s in picture.segments]
 
 
 def choose_pastes(

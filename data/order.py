@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Union
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +39,7 @@ class SampleKey:
     window: Index | None = field(default=None, compare=False)
 
 
-Key = Union[int, tuple[int, int], SampleKey]
+Key = int | tuple[int, int] | SampleKey
 
 
 def as_key(key: Key) -> SampleKey:

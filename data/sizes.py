@@ -32,8 +32,8 @@ def rect_batch_shapes(
 ) -> list[HW]:
     """Height and width of each batch when pictures are taken in the order of `rect_order`.
 
-    The longer side is `imgsz`, the other just holds the batch's most extreme picture; `pad` strides are added and both are
-    rounded up to whole strides.
+    The longer side is `imgsz`, the other just holds the batch's most extreme picture; `pad` strides are added and both
+    are rounded up to whole strides.
 
     Args:
         sizes: (n, 2) heights and widths in pixels, in any order.

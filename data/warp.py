@@ -1,10 +1,10 @@
 """Random geometry as one matrix from canvas to output, and a renderer that samples each output pixel once.
 
-A canvas is never painted: it is a list of tiles (pictures with a place). YOLOv5 pastes four pictures into a canvas of twice the
-side, then warps the canvas and throws most of it away; here each tile is warped straight into the part of the output
-that it covers. The result is the same up to interpolation at the tiles' edges.
+A canvas is never painted: it is a list of tiles (pictures with a place). YOLOv5 pastes four pictures into a canvas of
+twice the side, then warps the canvas and throws most of it away; here each tile is warped straight into the part of the
+output that it covers. The result is the same up to interpolation at the tiles' edges.
 
-Coordinates are continuous: pixel i covers [i, i + 1), so boxes and pixels follow the same matrix, and a flip is x -> W - x.
+Coordinates are continuous: pixel i covers [i, i + 1), so boxes and pixels follow one matrix, and a flip is x -> W - x.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def draw_warp(
 def _draw_numbers(
     config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64], NDArray[np.float64]]:
-    """Perspective terms (2), angle in radians, zoom, shear in radians (2), place of the centre in the output (2, parts)."""
+    """Perspective terms (2), angle (radians), zoom, shear (2, radians), the centre's place in the output (2, parts)."""
     u = rng.uniform(-1, 1, 8)
     perspective = u[:2] * config.perspective
     angle = math.radians(u[2] * config.degrees)

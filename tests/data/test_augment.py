@@ -1,4 +1,4 @@
-"""Augmentation: each change does what it says to pixels and boxes alike, and the one-pass renderer equals paste-then-warp."""
+"""Augmentation: pixels and boxes change alike, as said, and the one-pass renderer equals paste-then-warp."""
 
 from __future__ import annotations
 

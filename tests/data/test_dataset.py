@@ -51,15 +51,22 @@ def test_training_samples_are_well_formed(records):
     for i in range(20):
         s = dataset[1, i]
         assert s.image.shape == (64, 64, 3) and s.image.dtype == np.uint8 and s.image.flags.c_contiguous
-        assert s.labels.dtype == np.float32 and s.labels.shape[1] == 5 and s.index == i and s.path == str(records[i].path)
+        assert s.labels.dtype == np.float32 and s.labels.shape[1] == 5
+        assert s.index == i and s.path == str(records[i].path)
         x, y, w, h = s.labels[:, 1:].T
         assert ((x - w / 2 >= -1e-6) & (y - h / 2 >= -1e-6) & (x + w / 2 <= 1) & (y + h / 2 <= 1)).all()
 
 
 @pytest.mark.parametrize(
-    "config", [AugmentConfig(fliplr=1.0), AugmentConfig(flipud=1.0), AugmentConfig(scale=0.3, translate=0.1, fliplr=0.5),
-               AugmentConfig(mosaic=1.0, scale=0.3), AugmentConfig(mosaic=1.0, mosaic9=1.0, fliplr=0.5)]
-)  # fmt: skip
+    "config",
+    [
+        AugmentConfig(fliplr=1.0),
+        AugmentConfig(flipud=1.0),
+        AugmentConfig(scale=0.3, translate=0.1, fliplr=0.5),
+        AugmentConfig(mosaic=1.0, scale=0.3),
+        AugmentConfig(mosaic=1.0, mosaic9=1.0, fliplr=0.5),
+    ],
+)
 def test_boxes_lie_on_their_objects(tmp_path, config):
     """Black pictures, each with one white box: bright pixels and boxes cover the same area."""
     records = []
@@ -102,7 +109,8 @@ def test_mosaic_partners_are_other_pictures_of_the_window(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_mosaics_of_small_sets(tmp_path, count):
-    dataset = DetectionDataset(write_set(tmp_path, count), 64, augment=AugmentConfig(mosaic=1.0, mosaic9=0.5, mixup=0.5))
+    config = AugmentConfig(mosaic=1.0, mosaic9=0.5, mixup=0.5)
+    dataset = DetectionDataset(write_set(tmp_path, count), 64, augment=config)
     assert all(dataset[e, i].image.shape == (64, 64, 3) for e in range(3) for i in range(count))
 
 
@@ -143,7 +151,7 @@ def test_caches_do_not_change_samples(tmp_path, cache, augment):
     records = write_set(tmp_path, 8, sizes=((48, 64), (100, 60)))
     plain = DetectionDataset(records, 64, augment=augment)
     cached = DetectionDataset(records, 64, augment=augment, cache=cache, cache_folder=tmp_path / "cache")
-    copy = pickle.loads(pickle.dumps(cached))  # what a worker started afresh gets
+    copy = pickle.loads(pickle.dumps(cached))  # noqa: S301 -- what a worker that is started afresh gets
     for i in range(8):
         assert same(plain[1, i], cached[1, i]) and same(plain[1, i], copy[1, i])
 

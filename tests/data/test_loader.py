@@ -35,9 +35,8 @@ def dataset(records, **options):
 
 
 def equal(a, b):
-    return (
-        torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets) and a.paths == b.paths and a.shapes == b.shapes
-    )
+    same_pixels = torch.equal(a.images, b.images) and torch.equal(a.targets, b.targets)
+    return same_pixels and a.paths == b.paths and a.shapes == b.shapes
 
 
 def all_equal(first, second):

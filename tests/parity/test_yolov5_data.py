@@ -1,4 +1,4 @@
-"""Data pipeline against the reference numbers: fits, validation samples, batch shapes, box filters, weights, anchors."""
+"""Data pipeline against the reference: fits, validation samples, batch shapes, box filters, weights, anchors."""
 
 from __future__ import annotations
 
@@ -99,7 +99,9 @@ def test_anchor_fit(case):
 
 def test_weights():
     case = RECIPE["class_weights"]
-    labels = [np.array([[c, 0, 0, 0, 0] for c in classes], np.float32).reshape(-1, 5) for classes in case["classes_per_image"]]
+    labels = [np.zeros((len(classes), 5), np.float32) for classes in case["classes_per_image"]]
+    for rows, classes in zip(labels, case["classes_per_image"]):
+        rows[:, 0] = classes
     nc = case["nc"]
     weights = labels_to_class_weights(labels, nc)
     assert weights.tolist() == pytest.approx(case["class_weights"], rel=1e-6)
