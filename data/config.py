@@ -69,10 +69,10 @@ class DataConfig:
         if name not in self.splits:
             raise DataError(f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
         if self.shapes is not None:
-            ensure(self.root, self.shapes, self.names)
+            ensure(self.root, self.shapes)
         paths = self.splits[name]
         if self.recipe is not None and not all(p.exists() for p in paths):
-            fetch(self.recipe, self.root, self.names)
+            fetch(self.recipe, self.root)
         missing = [p for p in paths if not p.exists()]
         if missing:
             raise DataError(self._missing(name, missing))
@@ -115,7 +115,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     entries = {name: found for name, found in entries.items() if found}
     if not entries and "names" in data:
         problems.append(f"{file}: names no split; 'train:' and 'val:' with folders of pictures are needed")
-    script, recipe = _download(data, file, problems)
+    script, recipe = _download(data, names, file, problems)
     shapes = _generate(data, names, file, problems)
     roots = _roots(data, file, problems)
     if problems:
@@ -175,14 +175,15 @@ def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tup
     return tuple(entry.strip() for entry in entries)
 
 
-def _download(data: LineDict, file: Path, problems: list[str]) -> tuple[str | None, DownloadRecipe | None]:
+def _download(
+    data: LineDict, names: dict[int, str], file: Path, problems: list[str]
+) -> tuple[str | None, DownloadRecipe | None]:
     value = data.get("download")
     if value in (None, "", False):
         return None, None
     if isinstance(value, str):
-        recipe = recipe_from_url(value)
-        return value, recipe
-    return None, parse_recipe(value, f"{file}:{data.lines['download']}", problems)
+        return value, recipe_from_url(value)
+    return None, parse_recipe(value, names, f"{file}:{data.lines['download']}", problems)
 
 
 def _generate(data: LineDict, names: dict[int, str], file: Path, problems: list[str]) -> ShapesRecipe | None:

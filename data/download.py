@@ -25,7 +25,7 @@ import tarfile
 import tempfile
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -88,9 +88,10 @@ class VocConversion:
 
 @dataclass(frozen=True)
 class DownloadRecipe:
-    """What to fetch, and what to make of it."""
+    """What to fetch, and what to make of it; `names` are the classes by number."""
 
     files: tuple[RemoteFile, ...]
+    names: tuple[str, ...] = ()
     voc: VocConversion | None = None
 
 
@@ -102,11 +103,12 @@ def recipe_from_url(text: str) -> DownloadRecipe | None:
     return None
 
 
-def parse_recipe(value: Any, where: str, problems: list[str]) -> DownloadRecipe | None:
+def parse_recipe(value: Any, names: Mapping[int, str], where: str, problems: list[str]) -> DownloadRecipe | None:
     """Read the table under `download:`.
 
     Args:
         value: what the YAML holds.
+        names: class number -> name.
         where: 'file:line' for messages.
         problems: mistakes are added here; with any, the result is None.
     """
@@ -129,16 +131,15 @@ def parse_recipe(value: Any, where: str, problems: list[str]) -> DownloadRecipe 
         voc = _record(VocConversion, {**table, "sets": tuple(sets)}, f"{where}: download: voc", problems)
     if len(problems) > before:
         return None
-    return DownloadRecipe(tuple(files), voc)
+    return DownloadRecipe(tuple(files), tuple(names[number] for number in sorted(names)), voc)
 
 
-def fetch(recipe: DownloadRecipe, root: Path, names: Mapping[int, str]) -> None:
+def fetch(recipe: DownloadRecipe, root: Path) -> None:
     """Make the folder `root` from the recipe's archives.
 
     Args:
         recipe: archives and conversion.
         root: the data set's folder; it must not be there, or be empty.
-        names: class number -> name, for the conversion.
 
     Raises:
         DataError: the folder holds something already, no network, a wrong digest, a broken archive.
@@ -155,7 +156,7 @@ def fetch(recipe: DownloadRecipe, root: Path, names: Mapping[int, str]) -> None:
         for remote, archive in zip(recipe.files, archives):
             unpack(archive, build / remote.unpack, remote.strip)
         if recipe.voc is not None:
-            convert_voc(build, recipe.voc, names)
+            convert_voc(build, recipe.voc, recipe.names)
         build.chmod(0o755)  # mkdtemp makes folders private
         _move_into_place(build, root)
     finally:
@@ -248,13 +249,13 @@ class _members:
         self._archive.close()
 
 
-def convert_voc(root: Path, conversion: VocConversion, names: Mapping[int, str]) -> None:
+def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> None:
     """Turn VOC folders below `root` into `images/<split>` and `labels/<split>`; the VOC folders are removed.
 
     Raises:
         DataError: a list, picture or annotation is missing or broken.
     """
-    numbers = {name: number for number, name in names.items()}
+    numbers = {name: number for number, name in enumerate(names)}
     for part in conversion.sets:
         folder = root / part.folder
         pictures = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}

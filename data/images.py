@@ -15,6 +15,8 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import cv2
@@ -31,6 +33,8 @@ VIDEO_SUFFIXES = frozenset(
 )
 """Lower-case endings of what is read as a sequence of frames; GIF is one of them, as in YOLOv5."""
 
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # EXIF tag
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
 _CUT = "the JPEG data breaks off before the end of the picture"
@@ -97,23 +101,19 @@ def probe(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: see `read`.
     """
-    from PIL import Image
-
+    size = None
     try:
-        with open(path, "rb") as stream, Image.open(stream) as picture:
-            if picture.format not in ("JPEG", "PNG", "MPO"):
-                return read(path).shape[:2]
-            width, height = picture.size
-            turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-            if picture.format == "PNG":
-                picture.verify()
-            elif not _jpeg_file_is_whole(stream):
-                raise DataError(f"{path}: {_CUT}")
-    except DataError:
-        raise
-    except Exception:  # noqa: BLE001 -- Pillow raises anything on broken headers; a full decode has the last word
-        return read(path).shape[:2]
-    return (width, height) if turned else (height, width)
+        with open(path, "rb") as stream:
+            head = stream.read(8)
+            if head == _PNG_START:
+                size = _png_size(stream)
+            elif head.startswith(_JPEG_START):
+                size = _jpeg_size(stream)
+                if size is not None and not _jpeg_file_is_whole(stream):
+                    raise DataError(f"{path}: {_CUT}")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    return size or read(path).shape[:2]
 
 
 def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
@@ -137,6 +137,40 @@ def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]
         if "cannot identify" in reason:
             reason = "no known picture format"
         raise DataError(f"{name}: cannot be decoded: {reason}") from error
+
+
+def _png_size(stream: io.BufferedReader) -> tuple[int, int] | None:
+    """(height, width) of a PNG whose checksums are all right; None where only a full decode can tell.
+
+    Args:
+        stream: behind the signature.
+    """
+    size = None
+    while len(head := stream.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body = stream.read(length)
+        if stream.read(4) != struct.pack(">I", zlib.crc32(kind + body)) or kind == b"eXIf":
+            return None
+        if kind == b"IHDR" and length == 13:
+            size = struct.unpack(">II", body[:8])[::-1]
+        elif kind == b"IEND":
+            return size
+    return None
+
+
+def _jpeg_size(stream: io.BufferedReader) -> tuple[int, int] | None:
+    """(height, width) of a JPEG, upright; None where the header is broken."""
+    from PIL import Image
+
+    stream.seek(0)
+    try:
+        with Image.open(stream, formats=("JPEG", "MPO")) as picture:
+            width, height = picture.size
+            turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+            stream.seek(0)
+            return (width, height) if turned else (height, width)
+    except Exception:  # noqa: BLE001 -- Pillow raises anything on broken headers; a full decode has the last word
+        return None
 
 
 def _jpeg_file_is_whole(stream: io.BufferedReader) -> bool:

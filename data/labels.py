@@ -249,9 +249,9 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: str = "") -> l
     Returns:
         The entry; problems are messages in it, never exceptions.
     """
-    labels, status, messages = np.zeros((0, 5), np.float32), "missing", []
-    segments: list[NDArray[np.float32]] = []
-    height = width = duplicates = 0
+    found = LabelFile(np.zeros((0, 5), np.float32), (), 0, ())
+    status = "missing"
+    height = width = 0
     try:
         if stamp[0] < 0:
             raise DataError(f"{image}: no such file{f' (listed in {listed})' if listed else ''}")
@@ -259,24 +259,36 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: str = "") -> l
         if min(height, width) < MIN_SIDE:
             raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
         if stamp[2] >= 0:
-            labels, segments, duplicates = read_labels(label_path(image))
-            status = "labelled" if len(labels) else "empty"
+            found = read_labels(label_path(image))
+            status = "labelled" if len(found.labels) else "empty"
     except DataError as error:
         status = "corrupt"
-        messages.append(f"{error} (left out)")
-    if duplicates:
-        messages.append(f"{label_path(image)}: {duplicates} duplicate rows removed")
-    return label_cache.Entry(stamp, height, width, labels, tuple(segments), status, duplicates, tuple(messages))
+        found = LabelFile(found.labels, (), 0, (f"{error} (left out)",))
+    return label_cache.Entry(stamp, height, width, found.labels, found.segments, status, found.duplicates, found.notes)
 
 
-def read_labels(path: str | Path) -> tuple[NDArray[np.float32], list[NDArray[np.float32]], int]:
+@dataclass(frozen=True, eq=False)
+class LabelFile:
+    """One label file, checked.
+
+    Attributes:
+        labels: (n, 5) float32 class, centre x, centre y, width, height, as parts of the sides.
+        segments: n polygons (k, 2) float32, or none.
+        duplicates: rows removed.
+        notes: what is odd but kept or mended, by file and line.
+    """
+
+    labels: NDArray[np.float32]
+    segments: tuple[NDArray[np.float32], ...]
+    duplicates: int
+    notes: tuple[str, ...]
+
+
+def read_labels(path: str | Path) -> LabelFile:
     """Read and check one label file.
 
     Rows with more than six numbers are polygons and become boxes; repeated rows are removed, and the rest is then
     sorted (as YOLOv5 does). Where one row is a polygon, every box of the file gets its four corners as one.
-
-    Returns:
-        labels (n, 5) float32 class, xywh as parts of the sides; n polygons (k, 2) or none; number of rows removed.
 
     Raises:
         DataError: the first wrong row, by file and line.
@@ -305,13 +317,22 @@ def read_labels(path: str | Path) -> tuple[NDArray[np.float32], list[NDArray[np.
                 segments.append(_corners(values[1:]))
         else:
             raise DataError(f"{path}:{number}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
-    _check_rows(labels, [number for number, _ in rows], path)
+    numbers = [number for number, _ in rows]
+    _check_rows(labels, numbers, path)
+    flat = np.flatnonzero((labels[:, 3:] <= 0).any(1))
+    notes = (
+        [f"{path}:{numbers[flat[0]]}: {len(flat)} boxes without area, the first one here; kept"] if len(flat) else []
+    )
+    if len(labels) < 2:
+        return LabelFile(labels, tuple(segments), 0, tuple(notes))
     _, first = np.unique(labels, axis=0, return_index=True)
     removed = len(labels) - len(first)
     if removed:
+        line = numbers[min(set(range(len(labels))) - set(first.tolist()))]
+        notes.append(f"{path}:{line}: {removed} duplicate rows, the first one here; removed")
         labels = labels[first]
         segments = [segments[i] for i in first] if polygons else []
-    return labels, segments, removed
+    return LabelFile(labels, tuple(segments), removed, tuple(notes))
 
 
 def _enclosing_box(points: NDArray[np.float32]) -> tuple[np.float32, ...]:

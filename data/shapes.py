@@ -42,8 +42,9 @@ _SHIFT = 4  # fractional bits of polygon corners for OpenCV
 
 @dataclass(frozen=True)
 class ShapesRecipe:
-    """What to draw: pictures per split, side in pixels, seed."""
+    """What to draw: kinds of shapes by class number, pictures per split, side in pixels, seed."""
 
+    kinds: tuple[str, ...]
     train: int = 400
     val: int = 100
     test: int = 50
@@ -65,7 +66,7 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
     if not isinstance(table, dict) or table.get("kind") != "shapes":
         problems.append(f"{where}: generate is {value!r}; 'shapes' or a mapping with 'kind: shapes' is needed")
         return None
-    allowed = {field.name: field.default for field in fields(ShapesRecipe)}
+    allowed = [field.name for field in fields(ShapesRecipe) if field.name != "kinds"]
     numbers = {key: item for key, item in table.items() if key != "kind"}
     for key, item in numbers.items():
         low = {"imgsz": 64, "seed": 0, "test": 0}.get(key, 1)
@@ -76,10 +77,12 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
     for name in names.values():
         if name not in _OUTLINES:
             problems.append(f"{where}: generate: no shape is called '{name}'; there are {', '.join(_OUTLINES)}")
-    return ShapesRecipe(**numbers) if len(problems) == before else None
+    if len(problems) > before:
+        return None
+    return ShapesRecipe(tuple(names[number] for number in sorted(names)), **numbers)
 
 
-def ensure(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
+def ensure(root: Path, recipe: ShapesRecipe) -> None:
     """Draw the set unless `root` holds it already, drawn by this version with these numbers.
 
     Several processes may ask at once: each draws the same pictures beside `root`, and the first one's are kept.
@@ -87,7 +90,7 @@ def ensure(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
     Raises:
         DataError: `root` holds something else, or cannot be written.
     """
-    if _holds(root, recipe, names):
+    if _holds(root, recipe):
         return
     if root.exists() and not (root / MANIFEST).is_file() and (not root.is_dir() or any(root.iterdir())):
         raise DataError(f"{root}: holds something that is not a drawn set; move it away, or choose another 'path:'")
@@ -95,25 +98,24 @@ def ensure(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
     build = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=parent))
     try:
         LOGGER.info("drawing the shapes data set into %s (once)", root)
-        generate(build / "new", recipe, names)
-        if not _holds(root, recipe, names):
+        generate(build / "new", recipe)
+        if not _holds(root, recipe):
             if root.exists():
                 os.rename(root, build / "old")
             os.rename(build / "new", root)
     except OSError as error:
-        if not _holds(root, recipe, names):  # else another process was faster
+        if not _holds(root, recipe):  # else another process was faster
             raise DataError(f"{root}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(build, ignore_errors=True)
 
 
-def generate(folder: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> None:
+def generate(folder: Path, recipe: ShapesRecipe) -> None:
     """Draw all splits into `folder` (`images/<split>/*.jpg`, `labels/<split>/*.txt`), then the manifest.
 
     Args:
         folder: is made; files of the same name are overwritten.
         recipe: what to draw.
-        names: class number -> kind of shape.
     """
     with tqdm(total=recipe.train + recipe.val + recipe.test, desc="drawing", unit="images", mininterval=0.5) as bar:
         for number, split in enumerate(("train", "val", "test")):
@@ -121,14 +123,14 @@ def generate(folder: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> No
             (folder / "labels" / split).mkdir(parents=True, exist_ok=True)
             for i in range(getattr(recipe, split)):
                 rng = np.random.default_rng((recipe.seed, number, i))
-                image, labels = draw_scene(rng, recipe.imgsz, recipe.imgsz, tuple(names[c] for c in sorted(names)))
+                image, labels = draw_scene(rng, recipe.imgsz, recipe.imgsz, recipe.kinds)
                 stem = f"{split}_{i:05d}"
                 _, data = cv2.imencode(".jpg", image, (cv2.IMWRITE_JPEG_QUALITY, 92))
                 data.tofile(folder / "images" / split / f"{stem}.jpg")
                 rows = (f"{int(row[0])} " + " ".join(f"{v:.6f}" for v in row[1:]) + "\n" for row in labels)
                 (folder / "labels" / split / f"{stem}.txt").write_text("".join(rows), encoding="utf-8")
                 bar.update()
-    (folder / MANIFEST).write_text(json.dumps(_manifest(recipe, names), indent=1) + "\n", encoding="utf-8")
+    (folder / MANIFEST).write_text(json.dumps(_manifest(recipe), indent=1) + "\n", encoding="utf-8")
 
 
 def draw_scene(
@@ -173,17 +175,17 @@ def draw_scene(
     return image.astype(np.uint8), np.array(rows, np.float32).reshape(-1, 5)
 
 
-def _holds(root: Path, recipe: ShapesRecipe, names: Mapping[int, str]) -> bool:
+def _holds(root: Path, recipe: ShapesRecipe) -> bool:
     try:
         found = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     folders = [root / kind / split for kind in ("images", "labels") for split in ("train", "val", "test")]
-    return found == _manifest(recipe, names) and all(folder.is_dir() for folder in folders)
+    return found == _manifest(recipe) and all(folder.is_dir() for folder in folders)
 
 
-def _manifest(recipe: ShapesRecipe, names: Mapping[int, str]) -> dict[str, Any]:
-    return {"generator": "shapes", "version": VERSION, **asdict(recipe), "names": [names[c] for c in sorted(names)]}
+def _manifest(recipe: ShapesRecipe) -> dict[str, Any]:
+    return {"generator": "shapes", "version": VERSION, **asdict(recipe), "kinds": list(recipe.kinds)}
 
 
 def _place(rng: np.random.Generator, kind: str, height: int, width: int) -> NDArray[np.float64]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import tarfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -201,6 +202,16 @@ def test_drawn_set_is_made_on_first_use(tmp_path: Path) -> None:
     (folder,) = config.split("train")
     assert len(list(folder.iterdir())) == 3
     assert load_annotations([folder], config.num_classes, progress=False).report.labelled == 3
+
+
+def test_renamed_classes_do_not_change_the_drawn_set(tmp_path: Path) -> None:
+    text = "path: shapes\ntrain: images/train\nnames: [star, circle]\n"
+    generate = "generate: {kind: shapes, train: 3, val: 1, test: 0, imgsz: 64}\n"
+    config = load_data_config(write(tmp_path / "d.yaml", text + generate))
+    (folder,) = config.split("train")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    replace(config, names={0: "item"}).split("train")  # what --single-cls does
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def archive(kind: str, files: dict[str, bytes]) -> bytes:

@@ -163,6 +163,12 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path, reason: str, funct
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_probe_decodes_no_jpeg_and_no_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("data.images.decode", lambda *_: pytest.fail("decoded"))
+    for kind in ("JPEG", "PNG"):
+        assert probe(put(tmp_path, kind, encode("RGB", kind))) == (HEIGHT, WIDTH)
+
+
 def test_probe_checks_png_checksums(tmp_path: Path) -> None:
     data = broken_png()
     assert zlib.crc32(data) != zlib.crc32(encode("RGB", "PNG"))

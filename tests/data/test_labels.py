@@ -95,23 +95,30 @@ def test_wrong_row_leaves_the_picture_out(tmp_path: Path, text: str, line: int, 
 def test_duplicate_rows_are_removed_and_the_rest_sorted(tmp_path: Path) -> None:
     path = tmp_path / "x.txt"
     path.write_text("2 0.5 0.5 0.2 0.2\n0 0.9 0.5 0.1 0.1\n2 0.5 0.5 0.2 0.2\n0 0.1 0.5 0.1 0.1\n")
-    rows, segments, removed = read_labels(path)
+    file = read_labels(path)
     expected = [[0, 0.1, 0.5, 0.1, 0.1], [0, 0.9, 0.5, 0.1, 0.1], [2, 0.5, 0.5, 0.2, 0.2]]
-    np.testing.assert_array_equal(rows, np.array(expected, np.float32))
-    assert removed == 1 and segments == []
+    np.testing.assert_array_equal(file.labels, np.array(expected, np.float32))
+    assert file.duplicates == 1 and file.segments == ()
     source = make_set(tmp_path / "set", {"x": path.read_text()})
     report = load(source).report
-    assert report.duplicate_rows == 1 and report.boxes == 3 and "x.txt: 1 duplicate rows removed" in report.messages[0]
+    assert report.duplicate_rows == 1 and report.boxes == 3 and "x.txt:3: 1 duplicate rows" in report.messages[0]
+
+
+def test_box_without_area_is_kept_and_named(tmp_path: Path) -> None:
+    report = load(make_set(tmp_path, {"x": GOOD + "2 0.5 0.5 0 0.1\n"})).report
+    assert report.boxes == 3 and report.corrupt == 0
+    assert f"{tmp_path}/labels/train/x.txt:3: 1 boxes without area" in report.messages[0]
 
 
 def test_polygons_become_boxes(tmp_path: Path) -> None:
     polygon = "1 0.1 0.2 0.5 0.2 0.5 0.8 0.2 0.6"
     path = tmp_path / "x.txt"
     path.write_text(f"{polygon}\n0 0.5 0.5 0.2 0.4\n{polygon}\n")
-    rows, segments, removed = read_labels(path)
+    file = read_labels(path)
+    rows, segments = file.labels, file.segments
     expected = [[0, 0.5, 0.5, 0.2, 0.4], [1, 0.3, 0.5, 0.4, 0.6]]
     np.testing.assert_allclose(rows, expected, atol=1e-6)
-    assert removed == 1 and len(segments) == 2
+    assert file.duplicates == 1 and len(segments) == 2
     np.testing.assert_allclose(segments[0], [[0.4, 0.3], [0.6, 0.3], [0.6, 0.7], [0.4, 0.7]], atol=1e-6)
     np.testing.assert_allclose(segments[1], [[0.1, 0.2], [0.5, 0.2], [0.5, 0.8], [0.2, 0.6]], atol=1e-6)
 

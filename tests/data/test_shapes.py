@@ -16,7 +16,8 @@ from data.shapes import _OUTLINES, MANIFEST, ShapesRecipe, _mask, draw_scene, en
 from utils.errors import DataError
 
 NAMES = {0: "circle", 1: "square", 2: "triangle", 3: "star", 4: "cross"}
-SMALL = ShapesRecipe(train=6, val=3, test=2, imgsz=96, seed=3)
+KINDS = tuple(NAMES.values())
+SMALL = ShapesRecipe(KINDS, train=6, val=3, test=2, imgsz=96, seed=3)
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -25,28 +26,28 @@ def contents(root: Path) -> dict[str, bytes]:
 
 def test_same_numbers_same_files(tmp_path: Path) -> None:
     for name in ("a", "b"):
-        generate(tmp_path / name, SMALL, NAMES)
+        generate(tmp_path / name, SMALL)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert len(list((tmp_path / "a/images/train").glob("*.jpg"))) == 6
     assert len(list((tmp_path / "a/labels/test").glob("*.txt"))) == 2
 
 
 def test_pictures_differ_between_splits_seeds_and_numbers(tmp_path: Path) -> None:
-    generate(tmp_path / "a", SMALL, NAMES)
-    generate(tmp_path / "b", ShapesRecipe(6, 3, 2, 96, seed=4), NAMES)
+    generate(tmp_path / "a", SMALL)
+    generate(tmp_path / "b", ShapesRecipe(KINDS, 6, 3, 2, 96, seed=4))
     pictures = [data for root in ("a", "b") for name, data in contents(tmp_path / root).items() if name.endswith("jpg")]
     assert len(set(pictures)) == len(pictures) == 22
 
 
 def test_more_pictures_do_not_change_the_first_ones(tmp_path: Path) -> None:
-    generate(tmp_path / "a", SMALL, NAMES)
-    generate(tmp_path / "b", ShapesRecipe(8, 3, 2, 96, seed=3), NAMES)
+    generate(tmp_path / "a", SMALL)
+    generate(tmp_path / "b", ShapesRecipe(KINDS, 8, 3, 2, 96, seed=3))
     more = contents(tmp_path / "b")
     assert all(more[name] == data for name, data in contents(tmp_path / "a").items() if name != MANIFEST)
 
 
 def test_labels_are_valid_and_varied(tmp_path: Path) -> None:
-    generate(tmp_path, ShapesRecipe(train=80, val=1, test=0, imgsz=96), NAMES)
+    generate(tmp_path, ShapesRecipe(KINDS, train=80, val=1, test=0, imgsz=96))
     result = load_annotations([tmp_path / "images" / "train"], len(NAMES), progress=False)
     assert result.report.labelled == 80 and result.report.messages == ()
     counts = [len(record.labels) for record in result.records]
@@ -96,14 +97,14 @@ def test_mask_covers_the_area_of_its_outline() -> None:
 
 def test_ensure_draws_once_and_again_when_the_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "sets" / "shapes"
-    ensure(root, SMALL, NAMES)
+    ensure(root, SMALL)
     first = {path: path.stat().st_mtime_ns for path in root.rglob("*.jpg")}
-    ensure(root, SMALL, NAMES)
+    ensure(root, SMALL)
     assert {path: path.stat().st_mtime_ns for path in root.rglob("*.jpg")} == first and len(first) == 11
-    ensure(root, ShapesRecipe(4, 3, 2, 96), NAMES)
+    ensure(root, ShapesRecipe(KINDS, 4, 3, 2, 96))
     assert len(list((root / "images/train").iterdir())) == 4
     monkeypatch.setattr("data.shapes.VERSION", 99)
-    ensure(root, ShapesRecipe(4, 3, 2, 96), NAMES)
+    ensure(root, ShapesRecipe(KINDS, 4, 3, 2, 96))
     assert json.loads((root / MANIFEST).read_text())["version"] == 99
     assert [path.name for path in root.parent.iterdir()] == ["shapes"]  # nothing temporary is left
 
@@ -111,10 +112,10 @@ def test_ensure_draws_once_and_again_when_the_numbers_change(tmp_path: Path, mon
 def test_ensure_does_not_touch_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(DataError, match="not a drawn set"):
-        ensure(tmp_path, SMALL, NAMES)
+        ensure(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
-    ensure(tmp_path / "empty", SMALL, NAMES)
+    ensure(tmp_path / "empty", SMALL)
     assert (tmp_path / "empty" / MANIFEST).is_file()
 
 
@@ -127,7 +128,7 @@ def test_broken_off_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("data.shapes.draw_scene", failing)
     with pytest.raises(StopIteration):
-        ensure(tmp_path / "shapes", SMALL, NAMES)
+        ensure(tmp_path / "shapes", SMALL)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -136,7 +137,7 @@ def test_several_at_once(tmp_path: Path) -> None:
 
     def work() -> None:
         try:
-            ensure(tmp_path / "shapes", SMALL, NAMES)
+            ensure(tmp_path / "shapes", SMALL)
         except (DataError, OSError) as error:
             errors.append(error)
 
@@ -152,7 +153,7 @@ def test_several_at_once(tmp_path: Path) -> None:
 def test_shapes_stay_visible() -> None:
     """No box centre region is wholly covered: of two overlapping boxes neither holds the other's whole area."""
     for seed in range(60):
-        _, labels = draw_scene(np.random.default_rng(seed), 160, 160, list(NAMES.values()))
+        _, labels = draw_scene(np.random.default_rng(seed), 160, 160, KINDS)
         boxes = np.concatenate([labels[:, 1:3] - labels[:, 3:] / 2, labels[:, 1:3] + labels[:, 3:] / 2], 1)
         for i, (behind, kind) in enumerate(zip(boxes, labels[:, 0])):
             for front, front_kind in zip(boxes[i + 1 :], labels[i + 1 :, 0]):
@@ -163,8 +164,8 @@ def test_shapes_stay_visible() -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("shapes", ShapesRecipe()),
-        ({"kind": "shapes", "train": 5, "seed": 7}, ShapesRecipe(train=5, seed=7)),
+        ("shapes", ShapesRecipe(KINDS)),
+        ({"kind": "shapes", "train": 5, "seed": 7}, ShapesRecipe(KINDS, train=5, seed=7)),
         ("circles", "'shapes' or a mapping"),
         (None, "'shapes' or a mapping"),
         ({"kind": "shapes", "trian": 5}, "unknown key 'trian'; did you mean 'train'?"),
@@ -190,15 +191,15 @@ def test_unknown_shape_is_named() -> None:
 
 
 def test_files_hold_what_was_drawn(tmp_path: Path) -> None:
-    generate(tmp_path, SMALL, NAMES)
-    image, labels = draw_scene(np.random.default_rng((3, 1, 2)), 96, 96, list(NAMES.values()))
+    generate(tmp_path, SMALL)
+    image, labels = draw_scene(np.random.default_rng((3, 1, 2)), 96, 96, KINDS)
     assert np.abs(read(tmp_path / "images/val/val_00002.jpg").astype(int) - image).mean() < 8
-    rows, _, _ = read_labels(tmp_path / "labels/val/val_00002.txt")
-    np.testing.assert_allclose(rows, labels, atol=1e-6)
+    file = read_labels(tmp_path / "labels/val/val_00002.txt")
+    np.testing.assert_allclose(file.labels, labels, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_the_default_set_takes_seconds(tmp_path: Path) -> None:
     start = time.process_time()
-    generate(tmp_path, ShapesRecipe(), NAMES)
+    generate(tmp_path, ShapesRecipe(KINDS))
     assert time.process_time() - start < 10
