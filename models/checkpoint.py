@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from models.file_kinds import existing_file
+from models.inert_pickle import TensorRef
 from models.official_pickle import DETECTION_CLASSES, Tensors, detection_module, module_state, plain, read_pickled
 from models.transfer import transfer_rows
 from models.weights import LoadReport, load_state, shorten
@@ -235,31 +236,33 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         Key -> tensor on the CPU, as stored; other entries of the file are left out.
 
     Raises:
-        CheckpointError: not there, damaged, not a file of weights, or one that needs code to be executed.
+        CheckpointError: not there, damaged, or not a file of weights. What else the file holds (options, a pickled
+            module) is never executed.
     """
     path = existing_file(Path(path))
+    tensors: Tensors | None = None
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds pickled objects besides weights, which are not executed; a file of weights is needed, "
-            "saved as torch.save(model.state_dict(), path)"
-        ) from error
+    except pickle.UnpicklingError:  # options of the run, say, as an object
+        loaded, tensors = read_pickled(path, strict=False)
     except READ_ERRORS as error:
         raise CheckpointError(f"{path}: cannot be read as a file of weights ({_one_line(error)})") from error
     found = _state_in(loaded)
     if not found:
-        raise CheckpointError(f"{path}: no weights in it (found: {_contents(loaded)}); a state dict is needed")
-    return found
+        raise CheckpointError(
+            f"{path}: no weights in it (found: {_contents(loaded)}); "
+            "a state dict is needed: torch.save(model.state_dict(), path)"
+        )
+    return {key: tensors.get(value) if tensors else value for key, value in found.items()}
 
 
-def _state_in(loaded: object) -> dict[str, Tensor]:
-    """The tensors of a state dict, however it is wrapped; empty when there are none."""
+def _state_in(loaded: object) -> dict[str, Any]:
+    """The tensors (or what stands for them) of a state dict, however it is wrapped; empty when there are none."""
     if not isinstance(loaded, Mapping):
         return {}
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
-    if tensors:
-        return tensors
+    entries = {str(key): value for key, value in loaded.items() if isinstance(value, (Tensor, TensorRef))}
+    if entries:
+        return entries
     return next((inner for key in WRAPPED_STATES if (inner := _state_in(loaded.get(key)))), {})
 
 
@@ -268,17 +271,17 @@ def _own(path: Path, loaded: object) -> Checkpoint:
     if not isinstance(loaded, dict) or loaded.get("format") != FORMAT:
         if isinstance(loaded, dict) and str(loaded.get("format", "")).startswith("detector-"):
             raise CheckpointError(f"{path}: written by another version: format {loaded['format']!r}, not {FORMAT!r}")
-        tensors = _state_in(loaded)
-        if tensors:
+        entries = list(_state_in(loaded))
+        if entries:
             raise CheckpointError(
-                f"{path}: a bare state dict ({len(tensors)} tensors: {shorten(list(tensors), 2)}) without a model; "
+                f"{path}: a bare state dict ({len(entries)} tensors: {shorten(entries, 2)}) without a model; "
                 "weights of a backbone go into its row of the model YAML as 'weights: <path>'"
             )
         raise CheckpointError(f"{path}: not a checkpoint of a detector (found: {_contents(loaded)})")
     for key, allowed in OWN_TYPES.items():
         if (key in loaded or key in REQUIRED) and not isinstance(loaded.get(key), allowed):
             found = type(loaded[key]).__name__ if key in loaded else "nothing"
-            raise CheckpointError(f"{path}: '{key}' must be a {allowed[0].__name__}, found {found}")
+            raise CheckpointError(f"{path}: '{key}' is {found}; {allowed[0].__name__} is needed")
     if not all(isinstance(value, Tensor) for value in loaded["state"].values()):
         raise CheckpointError(f"{path}: 'state' holds values that are no tensors")
     return Checkpoint(

@@ -227,10 +227,17 @@ FRESH: dict[str, Callable[[], object]] = {
 
 
 class Machine:
-    """Runs one pickle after the other from a stream; the objects it returns are plain values and the classes above."""
+    """Runs one pickle after the other from a stream; the objects it returns are plain values and the classes above.
 
-    def __init__(self, persistent: Callable[[tuple[object, ...]], object]) -> None:
+    Args:
+        persistent: turns a persistent id into an object.
+        strict: refuse names outside the table. Otherwise what they make becomes a `Holder` too, and what is put into it
+            is dropped: for files of which only the tensors are wanted. Nothing is looked up or called either way.
+    """
+
+    def __init__(self, persistent: Callable[[tuple[object, ...]], object], strict: bool = True) -> None:
         self.persistent = persistent
+        self.strict = strict
         self.stack: list[object] = []
         self.marked: list[list[object]] = []
         self.memo: dict[int, object] = {}
@@ -289,12 +296,15 @@ class Machine:
 
     def append_items(self, items: list[object]) -> None:
         target = self.stack[-1]
-        if type(target) is not list:
+        if type(target) is list:
+            target.extend(items)
+        elif not self.drops(target):
             raise Refused(f"a {type(target).__name__} is appended to")
-        target.extend(items)
 
     def set_items(self, items: list[object]) -> None:
         target = self.stack[-1]
+        if self.drops(target):
+            return
         if type(target) is not dict or len(items) % 2:
             raise Refused(f"items are set in a {type(target).__name__}")
         for key, value in zip(items[::2], items[1::2], strict=True):
@@ -315,9 +325,13 @@ class Machine:
 
     def additems(self, _: object) -> None:
         items, target = self.above_mark(), self.stack[-1]
-        if type(target) is not set:
+        if type(target) is set:
+            target.update(_key(item) for item in items)
+        elif not self.drops(target):
             raise Refused(f"members are added to a {type(target).__name__}")
-        target.update(_key(item) for item in items)
+
+    def drops(self, target: object) -> bool:
+        return not self.strict and isinstance(target, Holder)
 
     def frozenset(self, _: object) -> None:
         items = self.above_mark()
@@ -336,23 +350,28 @@ class Machine:
         found = Global(f"{module}.{name}")
         # A dotted second part is an attribute chain (`conv` + `os.system`), whatever the whole spells.
         known = "." not in name and (found.name in CONSTRUCTORS or found.name in BARE_NAMES or found.is_class)
-        _require(known, f"global '{found.name}'")
+        _require(known or not self.strict, f"global '{found.name}'")
         self.stack.append(found)
 
     def new_object(self, _: object) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
-        if not isinstance(kind, Global) or not kind.is_class or arguments != ():
+        if not isinstance(kind, Global) or (self.strict and not (kind.is_class and arguments == ())):
             raise Refused(f"a new object of {kind.name if isinstance(kind, Global) else type(kind).__name__}")
         self.stack.append(Holder(kind.name))
 
     def reduce(self, _: object) -> None:
         arguments, kind = self.stack.pop(), self.stack.pop()
-        if not isinstance(kind, Global) or kind.name not in CONSTRUCTORS or type(arguments) is not tuple:
+        if isinstance(kind, Global) and kind.name in CONSTRUCTORS and type(arguments) is tuple:
+            self.stack.append(CONSTRUCTORS[kind.name](*arguments))
+        elif isinstance(kind, Global) and not self.strict:
+            self.stack.append(Holder(kind.name))
+        else:
             raise Refused(f"a call of {kind.name if isinstance(kind, Global) else type(kind).__name__}")
-        self.stack.append(CONSTRUCTORS[kind.name](*arguments))
 
     def build(self, _: object) -> None:
         state, target = self.stack.pop(), self.stack[-1]
+        if self.drops(target):
+            return
         if isinstance(target, Holder):
             if type(state) is not dict or not all(type(key) is str for key in state):
                 raise Refused(f"the state of a {target.origin} is no dictionary of attributes")

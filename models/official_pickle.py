@@ -78,8 +78,12 @@ class Tensors:
         return torch.frombuffer(bytearray(raw), dtype=wanted.dtype)
 
 
-def read_pickled(path: Path) -> tuple[object, Tensors]:
+def read_pickled(path: Path, strict: bool = True) -> tuple[object, Tensors]:
     """Read a file of torch.save without executing it.
+
+    Args:
+        path: the file.
+        strict: see `Machine`.
 
     Returns:
         The saved object (plain values, `Holder`, `TensorRef`, ...) and the reader of its tensors.
@@ -88,12 +92,12 @@ def read_pickled(path: Path) -> tuple[object, Tensors]:
         CheckpointError: neither container, damaged, or a name in it that no YOLOv5 checkpoint needs.
     """
     if zipfile.is_zipfile(path):
-        return _read_zip(path)
+        return _read_zip(path, strict)
     with open(path, "rb") as stream:
-        return _read_flat(stream, str(path), path.stat().st_size)
+        return _read_flat(stream, str(path), path.stat().st_size, strict)
 
 
-def _read_zip(path: Path) -> tuple[object, Tensors]:
+def _read_zip(path: Path, strict: bool) -> tuple[object, Tensors]:
     where = str(path)
     with zipfile.ZipFile(path) as archive:
         pickles = [name for name in archive.namelist() if name.rpartition("/")[2] == "data.pkl"]
@@ -102,7 +106,7 @@ def _read_zip(path: Path) -> tuple[object, Tensors]:
         folder = pickles[0][: -len("data.pkl")]
         if f"{folder}byteorder" in archive.namelist() and _record(archive, f"{folder}byteorder", where) != b"little":
             raise CheckpointError(f"{where}: written on a big-endian machine, which is not supported")
-        value = read(Machine(storage_reference), io.BytesIO(_record(archive, pickles[0], where)), where)
+        value = read(Machine(storage_reference, strict), io.BytesIO(_record(archive, pickles[0], where)), where)
 
     def load(storage: StorageRef, length: int) -> bytes:
         with zipfile.ZipFile(path) as archive:
@@ -124,9 +128,9 @@ def _record(archive: zipfile.ZipFile, name: str, where: str, length: int | None 
         raise CheckpointError(f"{where}: damaged: record {name} cannot be read ({error})") from error
 
 
-def _read_flat(stream: BinaryIO, where: str, size: int) -> tuple[object, Tensors]:
+def _read_flat(stream: BinaryIO, where: str, size: int, strict: bool) -> tuple[object, Tensors]:
     """The format before torch 1.6: magic number, version, machine, object, list of storages; then their bytes."""
-    machine = Machine(storage_reference)
+    machine = Machine(storage_reference, strict)
     if read(machine, stream, where) != LEGACY_MAGIC:
         raise CheckpointError(f"{where}: not a checkpoint: a pickle that torch.save did not write")
     _, system, value, keys = (read(machine, stream, where) for _ in range(4))

@@ -1,9 +1,9 @@
 """Start a network from the weights of another one: rows are matched by what they are, not by number or by chance.
 
 Copying whatever has an equal name and shape gives nonsense as soon as a YAML differs by a row: `model.7` is another
-layer then, and a few of its tensors may happen to have the shape. Here two rows agree when section, module, arguments
-and the shapes of *all* their weights agree, and their inputs correspond. The rows of both files are brought into line
-in order (the alignment with the most weights), and the result is used if it makes sense as a whole:
+layer then, and a few of its tensors may happen to have the shape. Here two rows agree when module, arguments after
+scaling, stride and the shapes of *all* their weights agree, and their inputs correspond. The rows of both networks are
+brought into line in order (the alignment with the most weights), and the result is used if it makes sense as a whole:
 
 - it covers at least half of the network: the same network with some rows changed; or
 - its part that is connected to the picture row by row covers at least a tenth: another network with the same beginning.
@@ -18,38 +18,44 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.spec import LayerSpec, ModelSpec, load_model_spec
 from models.weights import LoadReport
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
+    from models.builder import Route
     from models.yolo import DetectionModel
 
 SAME_NETWORK = 0.5
 SAME_BEGINNING = 0.1
-BACKBONE_SLOTS = 5  # a backbone row owns P1..P5
-WEIGHT_ARGUMENTS = ("weights", "pretrained")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a model YAML with the shapes of its weights; `inputs` are the rows that its `from` means."""
+    """A row of a built network.
 
-    layer: LayerSpec
+    Attributes:
+        route: where it stands, and what it was built with.
+        kind: name of its module in the YAML; of a backbone, which has several names, the class.
+        inputs: the rows it reads, -1 is the picture.
+        shapes: of its weights, by name within the row.
+    """
+
+    route: Route
+    kind: str
     inputs: tuple[int, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    @property
-    def is_head(self) -> bool:
-        return self.layer.module == "Detect"
-
-    @property
-    def arguments(self) -> Any:
-        """Arguments that shapes do not tell: all but the width of a row with weights, and no request for weights."""
-        args = self.layer.args
-        if isinstance(args, Mapping):
-            return {key: value for key, value in args.items() if key not in WEIGHT_ARGUMENTS}
-        return () if self.is_head else tuple(args[1:] if self.shapes else args)
+    def agrees(self, other: Row) -> bool:
+        """Whether two rows do the same to their inputs. Of a head the inputs count, not classes and anchors."""
+        a, b = self.route, other.route
+        if (self.kind, a.layer.section, a.levels) != (other.kind, b.layer.section, b.levels):
+            return False
+        if len(self.inputs) != len(other.inputs) or self.shapes.keys() != other.shapes.keys():
+            return False
+        if not a.levels:  # the head; its last argument are the channels of its inputs
+            return a.arguments[-1] == b.arguments[-1]
+        # A backbone's arguments may be a request for weights, or the default spelt out; its shapes say what it is.
+        return self.shapes == other.shapes and (a.gives_levels or a.arguments == b.arguments)
 
 
 def transfer_rows(
@@ -74,7 +80,7 @@ def transfer_rows(
         CheckpointError: too little agrees (see above), unless `partial`.
     """
     own = model.state_dict()
-    old, new = _rows(load_model_spec(spec), state), _rows(load_model_spec(model.yaml), own)
+    old, new = _rows(_skeleton(spec, where)), _rows(model)
     pairs = _sensible(old, new, _aligned(old, new), partial, where)
     ready: dict[str, Tensor] = {}
     unexpected: list[tuple[str, str]] = []
@@ -106,47 +112,39 @@ def _split(key: str) -> tuple[int, str]:
     return (int(number), name) if head == "model" and number.isdecimal() else (-1, key)
 
 
-def _rows(spec: ModelSpec, state: Mapping[str, Tensor]) -> list[Row]:
-    from models.backbones import is_backbone_name  # it imports the loader beside this module
+def _skeleton(spec: Mapping[str, Any], where: str) -> DetectionModel:
+    """The network of a spec without memory for its weights; the random generator is not touched."""
+    from models.yolo import DetectionModel  # which imports the backbones, and they the loader beside this module
 
-    shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in spec.layers]
-    for key, value in state.items():
+    try:
+        with torch.device("meta"):
+            return DetectionModel(spec)
+    except SpecError as error:
+        reasons = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{where}: the model described in it cannot be built: {reasons}") from error
+    except (RuntimeError, NotImplementedError, TypeError):  # a backbone that reads values while it is built
+        with torch.random.fork_rng():
+            return DetectionModel(spec)
+
+
+def _rows(model: DetectionModel) -> list[Row]:
+    shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in model.model.routes]
+    for key, value in model.state_dict().items():
         row, name = _split(key)
-        if 0 <= row < len(shapes):
-            shapes[row][name] = tuple(value.shape)
-    rows: list[Row] = []
-    slots: list[int] = []  # the row that owns each slot
-    for layer, own in zip(spec.layers, shapes, strict=True):
-        rows.append(Row(layer, _inputs(layer, slots), own))
-        slots += [layer.row] * (BACKBONE_SLOTS if is_backbone_name(layer.module) else 1)
+        shapes[row][name] = tuple(value.shape)
+    owner = {slot: route.layer.row for route in model.model.routes for slot in route.outputs}
+    rows = []
+    for module, route, own in zip(model.model, model.model.routes, shapes, strict=True):
+        kind = type(module).__qualname__ if route.gives_levels else route.layer.module
+        rows.append(Row(route, kind, tuple(owner.get(slot, -1) for slot in route.sources), own))
     return rows
-
-
-def _inputs(layer: LayerSpec, slots: Sequence[int]) -> tuple[int, ...]:
-    """The row behind each number in `from`; -1 for the picture, and for a level by name the row before."""
-    numbers = [source if isinstance(source, int) else -1 for source in layer.sources]
-    places = [number + len(slots) if number < 0 else number for number in numbers]
-    return tuple(slots[place] if 0 <= place < len(slots) else -1 for place in places)
-
-
-def _agree(old: Row, new: Row) -> bool:
-    """Whether two rows do the same to their inputs. Of a head only the widths of its inputs count, not the classes."""
-    a, b = old.layer, new.layer
-    if (a.section, a.module, len(a.sources)) != (b.section, b.module, len(b.sources)):
-        return False
-    if old.shapes.keys() != new.shapes.keys():
-        return False
-    if old.is_head:
-        inputs = [key for key, shape in old.shapes.items() if len(shape) == 4]
-        return all(old.shapes[key][1:] == new.shapes[key][1:] for key in inputs)
-    return old.shapes == new.shapes and old.arguments == new.arguments
 
 
 def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
     """Pairs of agreeing rows, in order on both sides, with as many weights as possible; old row -> new row."""
     # best[i][j]: weight of the best alignment of old[i:] with new[j:]; a pair counts its tensors, and 1 for itself.
     best = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
-    gain = [[1 + len(a.shapes) if _agree(a, b) else 0 for b in new] for a in old]
+    gain = [[1 + len(a.shapes) if a.agrees(b) else 0 for b in new] for a in old]
     for i in reversed(range(len(old))):
         for j in reversed(range(len(new))):
             together = gain[i][j] + best[i + 1][j + 1] if gain[i][j] else 0
@@ -167,7 +165,7 @@ def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
 
 def _inputs_agree(old: Row, new: Row, pairs: Mapping[int, int]) -> bool:
     """Whether each input is written the same way, or comes from rows that were paired."""
-    sources = zip(old.layer.sources, new.layer.sources, old.inputs, new.inputs, strict=True)
+    sources = zip(old.route.layer.sources, new.route.layer.sources, old.inputs, new.inputs, strict=True)
     return all(a == b or (row_a in pairs and pairs[row_a] == row_b) for a, b, row_a, row_b in sources)
 
 
@@ -184,7 +182,8 @@ def _sensible(
         return pairs
     connected: dict[int, int] = {}
     for i, j in pairs.items():
-        if (i, j) == (0, 0) or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
+        reads_picture = -1 in old[i].inputs and -1 in new[j].inputs
+        if reads_picture or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
             connected[i] = j
     if share(connected) >= SAME_BEGINNING:
         return connected
