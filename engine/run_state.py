@@ -44,7 +44,7 @@ def weights_content(s: Setup, epoch: int, best_fitness: float) -> dict[str, Any]
             "imgsz": s.config.imgsz,
             "data": str(s.config.data),
             "best_fitness": best_fitness,
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
         },
     }
 

@@ -25,6 +25,7 @@ from engine.evaluator import EvalOptions
 from engine.freeze import freeze_rows, rows_to_freeze
 from engine.optim import Schedule, build_optimizer, parameter_groups, scaled_decay
 from engine.plugins import load_plugins
+from engine.runtimes.pytorch import grid_of
 from models.checkpoint import Checkpoint, read_checkpoint, transfer_weights
 from models.loss import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
@@ -89,7 +90,7 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     if config.resume is True:
         path = newest_file("runs/train", "*/weights/last.pt")
         if path is None:
-            raise CheckpointError("--resume: there is no runs/train/*/weights/last.pt; give the file: --resume path/last.pt")
+            raise CheckpointError("--resume: there is no runs/train/*/weights/last.pt; give the file: --resume last.pt")
     else:
         path = Path(config.resume)
     checkpoint = read_checkpoint(path)
@@ -123,7 +124,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     if config.single_cls:
         data = replace(data, names={0: "item"} if len(data.names) != 1 else data.names)
     model = build_model(config, hyp, data, resumed).to(device)
-    grid = max(int(model.stride.max()), 32)
+    grid = grid_of(model)
     config = replace(config, imgsz=_whole(config.imgsz, grid))
     if device.type == "cpu" and not resumed:
         _quick_look(config)
@@ -177,10 +178,10 @@ def build_model(
         cfg = find_file(config.cfg, "models", "models/hub")
         model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=config.backbone_weights or None)
     else:
-        raise ConfigError("--cfg is empty and so is --weights; give a model YAML, for example models/yolov5-riformer.yaml")
+        raise ConfigError("--cfg and --weights are empty; give a model YAML, for example models/yolov5-riformer.yaml")
     model.names = dict(data.names)
     LOGGER.info("%s", model.layer_table())
-    LOGGER.info("%s", model.info(config.imgsz))
+    LOGGER.info("%s", model.info())
     return model
 
 

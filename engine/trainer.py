@@ -18,18 +18,19 @@ from data.weights import labels_to_image_weights
 from engine import pictures, run_state
 from engine.config import TrainConfig
 from engine.distributed import World, broadcast, process_group, world_from_environment
-from engine.evaluator import EvalOptions, EvalResult, evaluate
+from engine.evaluator import EvalResult, evaluate
 from engine.freeze import keep_still
 from engine.hooks import CsvLog, TensorBoardLog
 from engine.optim import CLIP_NORM, apply_settings
 from engine.runtimes.pytorch import PyTorchRuntime
-from engine.setup import Setup, build_setup, resolve_run
+from engine.setup import Setup, build_setup, resolve_run, save_resolved
 from utils.device import select_device
 from utils.metrics import fitness
 from utils.seed import sample_rng
 from utils.structures import Batch, to_unit
 
 LOGGER = logging.getLogger(__name__)
+BAR_HEAD = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 
 
 class TrainingError(RuntimeError):
@@ -102,6 +103,7 @@ class Trainer:
         """Train from the setup's first epoch to the last; validate the best weights at the end."""
         s, config = self.s, self.config
         if self.world.is_main:
+            save_resolved(s)
             csv = CsvLog(s.folder)
             csv.drop_from(s.start_epoch)
             self.logs = [csv, TensorBoardLog(s.folder)]
@@ -139,7 +141,8 @@ class Trainer:
         keep_still(s.model, s.frozen_rows)
         s.loader.set_epoch(epoch)
         mean = torch.zeros(3, device=self.device)
-        bar = tqdm(s.loader, total=len(s.loader), disable=not self.world.is_main, desc=f"{epoch}/{self.config.epochs - 1}")
+        LOGGER.info("\n%s", "".join(f"{word:>11}" for word in BAR_HEAD))
+        bar = tqdm(s.loader, disable=not self.world.is_main, bar_format="{l_bar}{bar:10}{r_bar}")
         s.optimizer.zero_grad()
         shown = 0.0
         for i, batch in enumerate(bar):
@@ -155,7 +158,7 @@ class Trainer:
                 self.last_step = iteration
             if time.time() - shown > 0.5 or i + 1 == len(s.loader):  # formatting waits for the device: not every step
                 shown = time.time()
-                self._show(bar, mean, len(batch.targets), size)
+                self._show(bar, epoch, mean, (len(batch.targets), size))
         return mean.tolist(), settings.lr
 
     def _backward(self, batch: Batch, epoch: int, i: int) -> tuple[Tensor, int]:
@@ -185,15 +188,17 @@ class Trainer:
         if s.ema:
             s.ema.update(s.model)
 
-    def _show(self, bar: tqdm, mean: Tensor, boxes: int, size: int) -> None:
+    def _show(self, bar: tqdm, epoch: int, mean: Tensor, counts: tuple[int, int]) -> None:
+        """Bring the progress bar up to date, and stop when the losses are no numbers any more."""
         box, obj, cls = mean.tolist()
         if not np.isfinite(box + obj + cls):
             raise TrainingError(
-                f"the loss is not finite any more (box {box:.3g}, obj {obj:.3g}, cls {cls:.3g}); the last good checkpoint "
-                f"is {self.s.folder / 'weights' / 'last.pt'}; try a lower lr0 in the hyper-parameters"
+                f"the loss is not finite any more (box {box:.3g}, obj {obj:.3g}, cls {cls:.3g}); the last good "
+                f"checkpoint is {self.s.folder / 'weights' / 'last.pt'}; try a lower lr0 in the hyper-parameters"
             )
         memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
-        bar.set_postfix_str(f"mem {memory:.2f}G box {box:.4f} obj {obj:.4f} cls {cls:.4f} boxes {boxes} size {size}")
+        cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in (box, obj, cls)), *counts]
+        bar.set_description_str("".join(f"{cell:>11}" for cell in cells))
 
     def _validate(self) -> EvalResult:
         """Validate the averaged weights on the validation split, with losses."""
@@ -231,7 +236,7 @@ class Trainer:
             if best.is_file():
                 LOGGER.info("Validating %s ...", best)
                 runtime = PyTorchRuntime([str(best)], self.device, half=self.amp)
-                options: EvalOptions = replace(s.eval_options, folder=s.folder, plots=not self.config.noplots, verbose=True)
+                options = replace(s.eval_options, folder=s.folder, plots=not self.config.noplots, verbose=True)
                 metrics = evaluate(runtime, s.val_loader, options)
             LOGGER.info("Results saved to %s", s.folder)
         return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epoch + 1, self.best_fitness)
