@@ -1,0 +1,271 @@
+"""Next-ViT: mixers, folding, options, errors."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.base import FeatureLevel
+from models.backbones.layers import DropPath
+from models.backbones.nextvit import ARCHITECTURES, EMHSA, MIXERS, XCA, EMHSA2d, NextViT
+from utils.errors import SpecError
+
+TINY = {"depths": [1, 1, 2, 1], "conv_channels": [32, 32, 64, 64], "out_channels": [32, 64, 96, 128]}
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def randomize(model: nn.Module, seed: int = 0) -> None:
+    """Parameters and statistics away from the zeros and ones of their initialisation."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if not value.is_floating_point():
+                continue
+            noise = torch.randn(value.shape, generator=generator)
+            if name.endswith("running_var"):
+                noise = 0.5 + noise.abs()
+            elif value.ndim > 1 and not name.endswith("temperature"):
+                noise = noise / value[0].numel() ** 0.5
+            else:
+                noise = 0.3 * noise + (0.0 if name.endswith(("bias", "mean")) else 1.0)
+            value.copy_(noise)
+
+
+def build(**options: Any) -> NextViT:
+    model = NextViT(options.pop("arch", TINY), **options)
+    randomize(model)
+    return model
+
+
+def image(shape: tuple[int, ...] = (2, 3, 64, 96)) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(1))
+
+
+# ---- mixers ---------------------------------------------------------------------------------------------------------
+
+
+def reference_mixer(mixer: EMHSA, x: Tensor) -> Tensor:
+    """The three mixers written out head by head and window by window, float64."""
+    batch, channels, height, width = x.shape
+    r = mixer.reduction
+    if isinstance(mixer, (EMHSA2d, XCA)):
+        cells = [x[:, :, i : i + r, j : j + r].mean((2, 3)) for i in range(0, height, r) for j in range(0, width, r)]
+    else:
+        flat = x.flatten(2)
+        cells = [flat[:, :, i * r * r : (i + 1) * r * r].mean(2) for i in range(height * width // (r * r))]
+    pooled = torch.stack(cells, 2)
+    if r > 1:
+        norm = mixer.norm
+        assert isinstance(norm, nn.BatchNorm1d) and norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+        pooled = (pooled - norm.running_mean[:, None]) * scale[:, None] + norm.bias[:, None]
+    tokens, pooled = x.flatten(2).transpose(1, 2), pooled.transpose(1, 2)
+    heads = []
+    for n in range(channels // 32):
+        rows = slice(32 * n, 32 * n + 32)
+
+        def project(layer: nn.Linear, t: Tensor, rows: slice = rows) -> Tensor:
+            return t @ layer.weight[rows].T + layer.bias[rows]
+
+        if isinstance(mixer, XCA):
+            q, k, v = project(mixer.q, pooled), project(mixer.k, pooled), project(mixer.v, tokens)
+            q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
+            weights = torch.einsum("bmi,bmj->bij", q, k) * mixer.temperature[n]
+            heads.append(torch.einsum("bij,blj->bli", weights.softmax(2), v))
+        else:
+            q, k, v = project(mixer.q, tokens), project(mixer.k, pooled), project(mixer.v, pooled)
+            heads.append((q @ k.transpose(1, 2) / 32**0.5).softmax(2) @ v)
+    y = torch.cat(heads, 2) @ mixer.proj.weight.T + mixer.proj.bias
+    return y.transpose(1, 2).reshape(batch, channels, height, width)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (7, 9), (4, 4)], ids=str)
+@pytest.mark.parametrize("reduction", [1, 2, 4])
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers_compute_what_they_say(name: str, reduction: int, size: tuple[int, int]) -> None:
+    mixer = MIXERS[name](64, reduction, 0.0, 0.0)
+    randomize(mixer)
+    mixer = mixer.double().eval()
+    x = torch.randn(2, 64, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(x), reference_mixer(mixer, x), rtol=0, atol=1e-12)
+
+
+def test_mixers_share_their_weights() -> None:
+    """Published weights fit each mixer; only cross-covariance attention has something new."""
+    keys = {name: set(build(mixer=name).state_dict()) for name in MIXERS}
+    assert keys["emhsa"] == keys["emhsa2d"]
+    new = keys["xca"] - keys["emhsa"]
+    assert len(new) == 3 and all(key.endswith(".e_mhsa.temperature") for key in new)
+    assert keys["emhsa"] < keys["xca"]
+
+
+def test_published_pooling_drops_the_tail_and_mixes_rows() -> None:
+    mixer = EMHSA(32, 2, 0.0, 0.0)
+    x = torch.arange(15.0).view(1, 1, 3, 5).expand(1, 32, 3, 5)
+    assert mixer.pooled(x)[0, 0].tolist() == [1.5, 5.5, 9.5]  # token 4 of row 0 is averaged with row 1; 12 to 14 go
+    assert EMHSA2d(32, 2, 0.0, 0.0).pooled(x)[0, 0].tolist() == [3.0, 5.0, 6.5, 10.5, 12.5, 14.0]
+
+
+# ---- deployed form --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_reparameterize(mixer: str, dtype: torch.dtype) -> None:
+    model = build(mixer=mixer).to(dtype).eval()
+    x = image((1, 3, 70, 96)).to(dtype)
+    with torch.no_grad():
+        before = model(x)
+        model.reparameterize()
+        after = model(x)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        model.reparameterize()
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+    relative = {torch.float64: 1e-13, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.3}[dtype]
+    for a, b in zip(before, after):
+        assert b.dtype == dtype
+        torch.testing.assert_close(b, a, rtol=0, atol=relative * a.abs().max().item())
+
+
+def test_deployed_weights_cannot_be_loaded_into_the_training_form() -> None:
+    trained = build()
+    deployed = copy.deepcopy(trained)
+    deployed.reparameterize()
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trained.load_state_dict(deployed.state_dict())
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        deployed.load_state_dict(trained.state_dict())
+
+
+def test_deployed_form_learns_on() -> None:
+    model = build().train()
+    model.reparameterize()
+    sum(y.pow(2).mean() for y in model(image())).backward()  # type: ignore[union-attr]
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.requires_grad] == []
+
+
+# ---- levels, options, errors ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures(name: str) -> None:
+    with torch.device("meta"):
+        model = NextViT(name)
+    assert model.levels == tuple(FeatureLevel(c, s) for c, s in zip((96, 256, 512, 1024), (4, 8, 16, 32)))
+    kinds = ["T" if hasattr(block, "e_mhsa") else "C" for block in model.features]
+    thirds = {"small": 2, "base": 4, "large": 6}[name]
+    assert "".join(kinds) == "CCC" + "CCCT" + thirds * "CCCCT" + "CCT"
+    reductions = [block.e_mhsa.reduction for block in model.features if hasattr(block, "e_mhsa")]  # type: ignore
+    assert reductions == [4] + thirds * [2] + [1]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize(
+    "size, sizes",
+    [
+        ((64, 96), [(16, 24), (8, 12), (4, 6), (2, 3)]),
+        ((32, 32), [(8, 8), (4, 4), (2, 2), (1, 1)]),
+        ((50, 71), [(13, 18), (7, 9), (4, 5), (2, 3)]),
+    ],
+)
+def test_output_sizes(mixer: str, size: tuple[int, int], sizes: list[tuple[int, int]]) -> None:
+    model = build(mixer=mixer).eval()
+    with torch.no_grad():
+        outputs = model(image((1, 3, *size)))
+    assert [tuple(y.shape[1:]) for y in outputs] == [(c, *s) for c, s in zip((32, 64, 96, 128), sizes)]
+
+
+@pytest.mark.parametrize("mixer", MIXERS)
+def test_every_parameter_learns(mixer: str) -> None:
+    model = build(mixer=mixer, drop_rate=0.1, attn_drop_rate=0.1).train()
+    sum(y.pow(2).mean() for y in model(image())).backward()  # type: ignore[union-attr]
+    still = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
+    # A softmax does not see what is added to all its keys: the key bias has no gradient.
+    assert [name for name in still if not name.endswith(".k.bias")] == []
+
+
+def test_drop_path_rises_and_stops_in_evaluation() -> None:
+    model = build(drop_path_rate=0.4)
+    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(image()), model(image()), rtol=0, atol=0)
+
+
+def test_frozen_stages_and_norm_eval() -> None:
+    model = build(frozen_stages=1, norm_eval=True)
+    assert model.train() is model and model.training
+    frozen = {".".join(n.split(".")[:2]) for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem.0", "stem.1", "stem.2", "stem.3", "features.0"}
+    before = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+    model(image())[-1].sum().backward()
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    assert not any(m.training for m in model.features[0].modules())
+    assert model.features[1].mlp.training and not model.features[1].norm2.training  # type: ignore[union-attr]
+    loose = build(frozen_stages=1).train()
+    loose(image())
+    moved = {key for key, value in before.items() if not torch.equal(loose.state_dict()[key], value)}
+    assert moved == {key for key in before if not key.startswith(("stem.", "features.0."))}
+
+
+def test_batch_norms_keep_the_published_settings() -> None:
+    norms = [m for m in NextViT(TINY).modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.1)}
+
+
+def test_param_depth() -> None:
+    model = build()
+    wanted = {"stem.3.norm.bias": 0, "features.0.mlp.conv1.weight": 1, "features.4.e_mhsa.q.weight": 5}
+    assert {name: model.param_depth(name) for name in wanted} == wanted
+    assert all(name in dict(model.named_parameters()) for name in wanted)
+
+
+def test_input_is_normalised() -> None:
+    model = build().eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        by_hand = model.forward_features((image() - mean.view(3, 1, 1)) / std.view(3, 1, 1))
+        torch.testing.assert_close(model(image()), by_hand, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    fused = F.scaled_dot_product_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls.append(args[0].shape)
+        return fused(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    with torch.no_grad():
+        build()(image())
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        ({"arch": "smal"}, "did you mean 'small'"),
+        ({"arch": {"depth": [1, 1, 1, 1]}}, "did you mean 'depths'"),
+        ({"arch": {}}, "arch lacks depths"),
+        ({"arch": {"depths": [1, 1, 1]}}, r"depths of arch is \[1, 1, 1\]; allowed: 4 whole numbers"),
+        ({"arch": {**TINY, "out_channels": [32, 64, 96, 100]}}, "multiples of 32"),
+        ({"arch": {**TINY, "out_channels": [64, 64, 96, 128]}}, "they must be equal"),
+        ({"arch": {**TINY, "out_channels": [32, 32, 96, 128]}}, "at least 64"),
+        ({"mixer": "conv"}, "mixer is 'conv'; allowed: emhsa, emhsa2d, xca"),
+        ({"drop_path_rate": -0.1}, "drop_path_rate is -0.1"),
+        ({"frozen_stages": 5}, "frozen_stages is 5; allowed: -1 to 4"),
+    ],
+)
+def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(SpecError, match=sentence) as error:
+        with torch.device("meta"):
+            NextViT(**arguments)
+    assert "\n" not in str(error.value)
