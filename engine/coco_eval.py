@@ -1,0 +1,161 @@
+"""COCO result files, and the score that pycocotools gives them.
+
+Formats: https://cocodataset.org/#format-results and https://cocodataset.org/#format-data
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.boxes import xyxy2xywh
+from utils.errors import ConfigError, DataError
+from utils.files import atomic_path
+
+LOGGER = logging.getLogger(__name__)
+
+# COCO numbers its categories 1..90 and leaves ten of them out; detectors number the remaining eighty 0..79.
+UNUSED_COCO_CATEGORIES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_CATEGORIES = tuple(k for k in range(1, 91) if k not in UNUSED_COCO_CATEGORIES)
+OFFICIAL_ANNOTATIONS = "annotations/instances_val2017.json"
+
+
+@dataclass(frozen=True)
+class CocoImage:
+    """One picture of the ground truth.
+
+    Attributes:
+        path: file.
+        height, width: in pixels.
+        labels: (n, 5) class, centre x, centre y, width, height as parts of the sides.
+    """
+
+    path: Path
+    height: int
+    width: int
+    labels: np.ndarray
+
+
+def require_pycocotools() -> None:
+    """Raise ConfigError, before any work is done, when the package is not installed."""
+    if importlib.util.find_spec("pycocotools") is None:
+        raise ConfigError("--save-json: needs pycocotools; install it with: pip install pycocotools")
+
+
+def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
+    """COCO image ids by path: the file names where all of them are different whole numbers, else 1, 2, 3, ..."""
+    stems = [Path(path).stem for path in paths]
+    numeric = all(stem.isascii() and stem.isdigit() for stem in stems)
+    if numeric and len(set(map(int, stems))) == len(stems):
+        return {str(path): int(stem) for path, stem in zip(paths, stems)}
+    return {str(path): number for number, path in enumerate(paths, 1)}
+
+
+def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
+    """One entry per detection of a picture.
+
+    Args:
+        detections: (n, 6) left, top, right, bottom in pixels of the original picture, score, class.
+        image_id: id of the picture.
+        categories: category id of each class.
+    """
+    boxes = xyxy2xywh(detections[:, :4])
+    boxes[:, :2] -= boxes[:, 2:] / 2  # COCO names the corner, not the centre
+    return [
+        {
+            "image_id": image_id,
+            "category_id": categories[int(label)],
+            "bbox": [round(value, 3) for value in box],
+            "score": round(score, 5),
+        }
+        for box, score, label in zip(boxes.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist())
+    ]
+
+
+def ground_truth(
+    images: Sequence[CocoImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
+) -> dict[str, Any]:
+    """The labels of a data set in COCO's format: images, annotations, categories."""
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image in images:
+        number = ids[str(image.path)]
+        entries.append({"id": number, "file_name": image.path.name, "height": image.height, "width": image.width})
+        sides = np.array([image.width, image.height] * 2, np.float64)
+        for label, *box in image.labels.astype(np.float64).tolist():
+            cx, cy, w, h = (np.array(box) * sides).tolist()
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": categories[int(label)],
+                    "bbox": [cx - w / 2, cy - h / 2, w, h],
+                    "area": w * h,
+                    "iscrowd": 0,
+                }
+            )
+    listed = [{"id": categories[number], "name": name} for number, name in names.items()]
+    return {"images": entries, "annotations": annotations, "categories": listed}
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a JSON file, whole or not at all."""
+    with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
+        json.dump(content, stream)
+
+
+def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]], ids: Sequence[int]) -> list[float]:
+    """COCO's twelve figures for detections; mAP50-95 first, mAP50 second.
+
+    Args:
+        truth: annotation file, or its content.
+        results: as `result_rows` gives them.
+        ids: pictures to look at.
+
+    Raises:
+        DataError: an annotation file that cannot be read, or that does not know the pictures.
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    talk = io.StringIO()  # pycocotools prints
+    with contextlib.redirect_stdout(talk):
+        known = COCO()
+        known.dataset = dict(truth) if isinstance(truth, Mapping) else _read(truth)
+        known.createIndex()
+        strangers = set(ids) - set(known.getImgIds())
+        if strangers:
+            where = truth if isinstance(truth, Path) else "ground truth"
+            raise DataError(f"{where}: does not know {len(strangers)} of the pictures, such as id {min(strangers)}")
+        if not results:  # pycocotools cannot read an empty list
+            LOGGER.info("COCO: no detections, all figures are 0")
+            return [0.0] * 12
+        evaluation = COCOeval(known, known.loadRes([dict(row) for row in results]), "bbox")
+        evaluation.params.imgIds = sorted(ids)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    table = [line for line in talk.getvalue().splitlines() if line.lstrip().startswith("Average")]
+    LOGGER.info("COCO evaluation:\n%s", "\n".join(table))
+    return [max(0.0, float(value)) for value in evaluation.stats]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as stream:
+            content = json.load(stream)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as a COCO annotation file: {error}") from error
+    if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
+        raise DataError(f"{path}: is no COCO annotation file; images, annotations and categories are needed")
+    return content

@@ -1,0 +1,132 @@
+"""Detectors run by PyTorch itself: one model, or several as an ensemble."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import load_detector
+from models.fuse import reparameterize
+from models.yolo import DetectionModel
+from utils.errors import CheckpointError
+from utils.structures import to_unit
+
+LOGGER = logging.getLogger(__name__)
+SMALLEST_GRID = 32  # as YOLOv5: input sides are multiples of at least this
+
+
+class PyTorchRuntime:
+    """One or several checkpoints, ready to detect.
+
+    The models are brought into their deployed form (batch norms folded, backbones re-parameterised). The rows of an
+    ensemble stand one after the other; suppression picks the best of all of them.
+
+    Args:
+        weights: checkpoint files.
+        device: where to run.
+        half: compute in half precision; ignored on a CPU, with a warning.
+        augment: test-time augmentation.
+
+    Raises:
+        CheckpointError: a file that cannot be used, or models of an ensemble with different classes.
+    """
+
+    imgsz: tuple[int, int] | None = None
+    fixed_batch: int | None = None
+
+    def __init__(
+        self,
+        weights: Sequence[str | Path],
+        device: torch.device,
+        *,
+        half: bool = False,
+        augment: bool = False,
+    ) -> None:
+        if not weights:
+            raise CheckpointError("no weights given; at least one checkpoint is needed")
+        models = [load_detector(path) for path in weights]
+        names = {tuple(model.names.items()): str(path) for model, path in zip(models, weights)}
+        if len(names) > 1:
+            raise CheckpointError(_different_classes(names))
+        half = half_possible(half, device)
+        for model in models:
+            reparameterize(model.fuse())
+            model.requires_grad_(False)
+            model.to(device, torch.float16 if half else torch.float32).to(memory_format=torch.channels_last)
+        self._set_up(models, device, torch.float16 if half else torch.float32, autocast=False, augment=augment)
+        for model, path in zip(models, weights):
+            parameters = sum(p.numel() for p in model.parameters())
+            LOGGER.info("%s: %d parameters, %d classes, grid of %d pixels", path, parameters, model.nc, grid_of(model))
+
+    @classmethod
+    def from_model(
+        cls, model: DetectionModel, device: torch.device, *, half: bool = False, augment: bool = False
+    ) -> PyTorchRuntime:
+        """Run a model as it stands (that of a training, say): nothing of it is changed, `half` works by autocast.
+
+        Args:
+            model: in evaluation mode, on `device`.
+        """
+        if model.training:
+            raise ValueError("the model is in training mode; a runtime needs it in evaluation mode")
+        runtime = cls.__new__(cls)
+        half = half and device.type != "cpu"
+        runtime._set_up([model], device, torch.float32, autocast=half, augment=augment)
+        return runtime
+
+    def _set_up(
+        self,
+        models: Sequence[DetectionModel],
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        autocast: bool,
+        augment: bool,
+    ) -> None:
+        self.models = list(models)
+        self.device, self.dtype = device, dtype
+        self.autocast, self.augment = autocast, augment
+        self.names: Mapping[int, str] = dict(models[0].names)
+        self.stride = max(grid_of(model) for model in models)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Runtime`."""
+        return self.with_raw(images)[0]
+
+    @torch.no_grad()
+    def with_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """See `RawRuntime`; the raw levels are those of the first model, without augmentation."""
+        pixels = to_unit(images.to(self.device), self.dtype).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, torch.float16, enabled=self.autocast):
+            outputs = [model(pixels, augment=self.augment) for model in self.models]
+        decoded = torch.cat([rows for rows, _ in outputs], 1) if len(outputs) > 1 else outputs[0][0]
+        return decoded.float(), list(outputs[0][1])
+
+    def warmup(self, shape: tuple[int, int, int, int]) -> None:
+        """See `Runtime`; a CPU has nothing to warm up."""
+        if self.device.type != "cpu":
+            self(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+
+
+def grid_of(model: DetectionModel) -> int:
+    """What the sides of a model's input must be multiples of."""
+    return max(int(model.stride.max()), model.model.size_multiple, SMALLEST_GRID)
+
+
+def half_possible(half: bool, device: torch.device) -> bool:
+    """Whether half precision is used; a wish that a CPU cannot fulfil is answered with a warning."""
+    if half and device.type == "cpu":
+        LOGGER.warning("--half is ignored on a CPU: float32 is used")
+    return half and device.type != "cpu"
+
+
+def _different_classes(names: Mapping[tuple[tuple[int, str], ...], str]) -> str:
+    """One line about the first class in which two models of an ensemble differ."""
+    (first, path), (second, other), *_ = names.items()
+    if len(first) != len(second):
+        return f"{other}: has {len(second)} classes, {path} has {len(first)}; an ensemble needs the same classes"
+    a, b = next((a, b) for a, b in zip(first, second) if a != b)
+    return f"{other}: class {b[0]} is '{b[1]}', in {path} class {a[0]} is '{a[1]}'; an ensemble needs the same classes"

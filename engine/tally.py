@@ -1,0 +1,153 @@
+"""Counting of an evaluation: what the pictures give one by one, and the figures of all of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from utils.metrics import IOU_THRESHOLDS, APResult, ConfusionMatrix, Curves, ap_per_class, match_detections
+
+LOGGER = logging.getLogger(__name__)
+
+COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+
+
+@dataclass(frozen=True)
+class ImageOutcome:
+    """One picture after detection; boxes are in pixels of the original picture, tensors on the CPU.
+
+    Attributes:
+        path: file.
+        shape: (height, width) of the original picture.
+        detections: (n, 6) float32 corners, score, class; by falling score.
+        labels: (m, 5) float32 class, corners.
+        correct: (n, 10) bool: detections that are right, at IoU 0.5 ... 0.95.
+    """
+
+    path: str
+    shape: tuple[int, int]
+    detections: torch.Tensor
+    labels: torch.Tensor
+    correct: torch.Tensor
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Figures of one evaluation.
+
+    Attributes:
+        mp, mr, map50, map: precision, recall, mAP at IoU 0.5 and at 0.5 ... 0.95; means over the classes with labels.
+        classes: (k,) the classes with labels.
+        p, r, ap50, ap: (k,) the same per class.
+        nt: (nc,) labels per class.
+        class_maps: (nc,) mAP50-95 per class; the mean for classes without labels.
+        images: number of pictures.
+        losses: box, objectness and class loss (0 where no criterion was given).
+        speeds: milliseconds per picture of preparation, inference, suppression.
+        curves: precision, recall and F1 over the score.
+        confusion: (nc + 1, nc + 1) counts, or None when no pictures were wanted.
+        coco: COCO's twelve figures (mAP50-95 and mAP50 first), where they were asked for.
+    """
+
+    mp: float
+    mr: float
+    map50: float
+    map: float
+    classes: np.ndarray
+    p: np.ndarray
+    r: np.ndarray
+    ap50: np.ndarray
+    ap: np.ndarray
+    nt: np.ndarray
+    class_maps: np.ndarray
+    images: int
+    losses: tuple[float, float, float]
+    speeds: tuple[float, float, float]
+    curves: Curves
+    confusion: np.ndarray | None = None
+    coco: tuple[float, ...] | None = None
+
+
+@dataclass
+class Tally:
+    """What is counted while the pictures go by."""
+
+    nc: int
+    thresholds: torch.Tensor = field(default_factory=lambda: torch.from_numpy(IOU_THRESHOLDS).float())
+    confusion: ConfusionMatrix | None = None
+    images: int = 0
+    correct: list[torch.Tensor] = field(default_factory=list)
+    detections: list[torch.Tensor] = field(default_factory=list)
+    labels: list[torch.Tensor] = field(default_factory=list)
+
+    def add(self, path: str, shape: tuple[int, int], detections: torch.Tensor, labels: torch.Tensor) -> ImageOutcome:
+        """Count one picture; boxes in its own pixels."""
+        correct = match_detections(detections, labels, self.thresholds)
+        self.images += 1
+        self.correct.append(correct)
+        self.detections.append(detections[:, 4:])
+        self.labels.append(labels[:, 0])
+        if self.confusion is not None:
+            self.confusion.process_batch(detections, labels)
+        return ImageOutcome(path, shape, detections, labels, correct)
+
+    def average_precision(self) -> tuple[APResult, np.ndarray]:
+        """Metrics over everything counted, and the number of labels per class (nc,)."""
+        nothing = torch.zeros(0, len(self.thresholds), dtype=torch.bool)
+        correct = torch.cat([nothing, *self.correct]).numpy()
+        detections = torch.cat([torch.zeros(0, 2), *self.detections]).numpy()
+        labels = torch.cat([torch.zeros(0), *self.labels]).numpy()
+        counts = np.bincount(labels.astype(int), minlength=self.nc)
+        return ap_per_class(correct, detections[:, 0], detections[:, 1], labels), counts
+
+
+def summarize(
+    tally: Tally, losses: tuple[float, float, float] = (0.0, 0.0, 0.0), speeds: tuple[float, float, float] = (0.0,) * 3
+) -> EvalResult:
+    """The figures of what was counted; zeros where there is nothing to take a mean of."""
+    metrics, counts = tally.average_precision()
+    some = len(metrics.classes) > 0
+    ap50, ap = metrics.ap[:, 0], metrics.ap.mean(1)
+    mean_ap = float(ap.mean()) if some else 0.0
+    class_maps = np.full(tally.nc, mean_ap)
+    class_maps[metrics.classes] = ap
+    return EvalResult(
+        mp=float(metrics.p.mean()) if some else 0.0,
+        mr=float(metrics.r.mean()) if some else 0.0,
+        map50=float(ap50.mean()) if some else 0.0,
+        map=mean_ap,
+        classes=metrics.classes,
+        p=metrics.p,
+        r=metrics.r,
+        ap50=ap50,
+        ap=ap,
+        nt=counts,
+        class_maps=class_maps,
+        images=tally.images,
+        losses=losses,
+        speeds=speeds,
+        curves=metrics.curves,
+        confusion=tally.confusion.matrix if tally.confusion is not None else None,
+    )
+
+
+def table_head() -> str:
+    """The head of the table that `log_table` writes."""
+    return f"{COLUMNS[0]:>22}" + "".join(f"{word:>11}" for word in COLUMNS[1:])
+
+
+def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> None:
+    """Log the line of all classes, and one line per class with labels where there are several."""
+    row = "%22s" + "%11i" * 2 + "%11.3g" * 4
+    instances = int(result.nt.sum())
+    LOGGER.info(row, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
+    if not instances:
+        LOGGER.warning("there are no labels to compare with: the figures say nothing")
+    if per_class and len(names) > 1:
+        for k, c in enumerate(result.classes.tolist()):
+            figures = result.p[k], result.r[k], result.ap50[k], result.ap[k]
+            LOGGER.info(row, names.get(c, c), result.images, result.nt[c], *figures)

@@ -1,0 +1,37 @@
+"""Validate a detector: `python val.py --weights runs/train/exp/weights/best.pt --data data/shapes.yaml`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from engine.cli import run_main
+from engine.config import ValConfig
+
+
+def work(config: ValConfig) -> None:
+    """Validate as the options say."""
+    _job(config)
+
+
+def run(**options: Any) -> Any:
+    """Validate from Python: the command's flags as keywords, with underscores.
+
+    Returns:
+        The `EvalResult`; with task 'speed' a list of them, with 'study' tables by weights file.
+    """
+    return _job(ValConfig.from_keywords(**options))
+
+
+def _job(config: ValConfig) -> Any:
+    """Do what the task asks for; the engine is imported here so that `--help` is instant."""
+    from engine.evaluator import validate
+    from engine.study import speed, study
+
+    if config.task == "study":
+        return study(config)
+    return speed(config) if config.task == "speed" else validate(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(ValConfig, "val.py", "Validate a detector on a data set.", work))
