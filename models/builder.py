@@ -293,8 +293,6 @@ class _Builder:
             raise SpecError(f"cannot be built with {layer.args!r}: {error}") from error
         first = len(self.slots)
         by_stride = {level.stride: level for level in levels}
-        if len(by_stride) != len(levels):
-            raise SpecError(f"two of its levels have one stride: {[level.stride for level in levels]}")
         self.slots += [_Slot(by_stride.get(stride)) for stride in LEVEL_STRIDES.values()]
         self.backbone = layer.module, first
         number = {stride: first + i for i, stride in enumerate(LEVEL_STRIDES.values())}

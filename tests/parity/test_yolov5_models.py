@@ -6,7 +6,7 @@ Bounds are the README's (largest difference of sampled values and statistics ove
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,14 @@ ZOO = {record["name"]: record for record in rules.yolov5("zoo")["models"]}
 EVAL_BOUND, TRAIN_BOUND, GFLOPS_BOUND = 1e-4, 2e-3, 0.02
 
 
-@lru_cache(maxsize=None)
+@cache
 def fixture(name: str) -> Any:
     return rules.yolov5(f"model_{name}")
 
 
 def cases() -> list[Any]:
-    return [pytest.param(name, i, id=f"{name}-{c['id']}") for name in NAMES for i, c in enumerate(fixture(name)["cases"])]
+    ids = [(name, i, case["id"]) for name in NAMES for i, case in enumerate(fixture(name)["cases"])]
+    return [pytest.param(name, i, id=f"{name}-{case}") for name, i, case in ids]
 
 
 def build(name: str) -> DetectionModel:
