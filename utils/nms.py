@@ -12,7 +12,7 @@ from utils.errors import ConfigError
 
 CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
 MAX_CANDIDATES = 30000  # best-scored boxes of one picture that take part
-FIRST_CHUNK = 512  # candidates compared in the first round on a CPU; later rounds double
+CPU_CHUNK = 512  # candidates that enter in one round, at least
 DEVICE_CHUNK = 4096  # on other devices a round costs a wait, not comparisons
 
 
@@ -117,17 +117,18 @@ def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: 
 
     A box is decided by kept boxes with higher scores alone, so what follows the last wanted box need not be looked at:
     the result equals that of one suppression over everything, cut at `max_det`. Boxes that stand already go in again
-    in front of the next round; they do not overlap, so all of them stay.
+    in front of the next round; they do not overlap, so all of them stay. A round takes at least as many new candidates
+    as boxes stand, so that with a large `max_det` the repeated comparisons do not outgrow the necessary ones.
     """
     # The offset is added in float32 on purpose: it rounds the boxes of high classes to 1/16 pixel, as YOLOv5 does.
     boxes = found[:, :4] if agnostic else found[:, :4] + found[:, 5:] * CLASS_OFFSET
     standing = torch.empty(0, dtype=torch.long, device=found.device)
-    start, size = 0, FIRST_CHUNK if found.device.type == "cpu" else DEVICE_CHUNK
+    start, chunk = 0, CPU_CHUNK if found.device.type == "cpu" else DEVICE_CHUNK
     while start < len(found) and len(standing) < max_det:
-        stop = min(start + size, len(found))
+        stop = min(start + max(chunk, len(standing)), len(found))
         entrants = torch.cat((standing, torch.arange(start, stop, device=found.device)))
         # torchvision sorts once more; falling positions as scores keep ties in order on every device.
         rank = torch.arange(len(entrants), 0, -1, device=found.device, dtype=boxes.dtype)
         standing = entrants[suppress(boxes[entrants], rank, iou_thres)]
-        start, size = stop, size * 2
+        start = stop
     return found[standing[:max_det]]

@@ -61,7 +61,7 @@ def overlap(a, b):
 @pytest.mark.parametrize("multi_label", [False, True])
 @pytest.mark.parametrize("chunk", [1, 16, 512])
 def test_equals_plain_greedy(monkeypatch, max_det, agnostic, multi_label, chunk):
-    monkeypatch.setattr(nms, "FIRST_CHUNK", chunk)
+    monkeypatch.setattr(nms, "CPU_CHUNK", chunk)
     prediction = crowd(1, 2, 150, 3)
     output = non_max_suppression(prediction, 0.2, 0.5, None, agnostic, multi_label, (), max_det)
     for rows, got in zip(prediction, output):
