@@ -119,6 +119,8 @@ HOSTILE_NAMES = [
     ("models.x.y", "z"),
     ("models.common", "os.system"),
     ("models", "common.os.system"),
+    ("models", "common.Conv"),  # the whole is known, but this spelling asks for an attribute of a package
+    ("torch", "_utils._rebuild_tensor_v2"),
     ("models.common", "__import__"),
     ("models.", "system"),
     ("modelsx.common", "Conv"),
