@@ -135,7 +135,7 @@ def is_backbone_name(name: str) -> bool:
 
 def _is_timm_name(name: str) -> bool:
     try:
-        from models.backbones.timm_backbone import is_timm_name
+        from models.backbones.timm_measure import is_timm_name
     except ImportError:
         return False
     return is_timm_name(name)

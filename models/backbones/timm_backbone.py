@@ -1,0 +1,234 @@
+"""Any network of timm (https://github.com/huggingface/pytorch-image-models, Apache-2.0) as a backbone.
+
+Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it takes are measured too:
+
+- as it is, or with `dynamic_img_size`, or with `strict_img_size=False` (Swin; windows and shifts are then worked out
+  for the size at hand): sides are multiples of 32;
+- networks that take multiples of their native size only (MaxViT): `size_divisor` is that size, the caller pads;
+- networks that take their native size only (MLP-Mixer): the padded picture is cut into tiles of that size, each tile
+  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile a picture;
+- strides 7, 14, 28 (patch size 14): the picture is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
+
+A network whose maps all have one stride (a plain vision transformer) gives its last map to a simple feature pyramid.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
+from models.backbones.layers import SimpleFeaturePyramid, require
+from models.backbones.timm_measure import create_features, measure, timm_package
+from utils.errors import CheckpointError, SpecError
+
+LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
+DETECTION_STRIDES = (8, 16, 32)
+
+
+def _between_levels(layer: nn.Module, channels: int) -> nn.Sequential:
+    return nn.Sequential(layer, nn.BatchNorm2d(channels), nn.SiLU())
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0
+
+
+class TimmBackbone(Backbone):
+    """A network of timm, its maps keyed by measured stride.
+
+    Args:
+        name: timm's name, with or without a tag.
+        pretrained: fetch timm's weights (a model that is rebuilt from a checkpoint asks for none). Only rank zero does:
+            data-parallel training sends its values to the others.
+        extra_levels: make those of strides 8, 16, 32 that the network lacks, coarser ones by strided, finer ones by
+            transposed convolutions from the nearest map.
+        widths: channels of the simple feature pyramid (strides 4, 8, 16, 32) of a plain vision transformer.
+        drop_path_rate: stochastic depth, where the network knows it.
+        model_args: further arguments of timm's constructor, e.g. `{img_size: 640}`.
+        normalize: see `Backbone`.
+        mean, std: per channel; by default those of timm's pretrained configuration.
+
+    Raises:
+        SpecError: unknown name or argument, or no usable feature maps.
+        CheckpointError: pretrained weights that cannot be fetched.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pretrained: bool = False,
+        extra_levels: bool = False,
+        widths: int | Sequence[int] = (64, 128, 256, 512),
+        drop_path_rate: float = 0.0,
+        model_args: Mapping[str, Any] | None = None,
+        normalize: bool = True,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> None:
+        name = name.removeprefix("timm/")
+        arguments = dict(model_args or {})
+        if drop_path_rate:
+            require(0 <= drop_path_rate < 1, f"timm/{name}: drop_path_rate is {drop_path_rate}; allowed: 0 to 1")
+            arguments["drop_path_rate"] = drop_path_rate
+        measured = measure(name, arguments)
+        config = timm_package().models.get_pretrained_cfg(name)
+        super().__init__(
+            normalize,
+            mean or (config.mean if config is not None else IMAGENET_MEAN),
+            std or (config.std if config is not None else IMAGENET_STD),
+        )
+        self.name, self.measured = name, measured
+        self.size_divisor = max(measured.size_divisor, LEVEL_STRIDES[-1])
+        is_plain = len(measured.strides) > 1 and len(set(measured.strides)) == 1
+        at = {stride: i for i, stride in enumerate(measured.strides) if is_plain or stride in LEVEL_STRIDES}
+        require(bool(at), f"timm/{name}: its maps have strides {list(measured.strides)}; 2 to 32 are of use")
+        taken = sorted(at.items())
+        self.network = self._build({**arguments, **dict(measured.arguments)}, [i for _, i in taken], pretrained)
+        own = [FeatureLevel(measured.channels[i], stride) for stride, i in taken]
+        self.pyramid: SimpleFeaturePyramid | None = None
+        self.finer, self.coarser = nn.ModuleList(), nn.ModuleList()
+        if is_plain:
+            self.pyramid = SimpleFeaturePyramid(own[0].channels, own[0].stride, (4, 8, 16, 32), widths)
+            own = [FeatureLevel(w, s) for w, s in zip(self.pyramid.widths, self.pyramid.strides)]
+        elif extra_levels:
+            own = self._add_levels(own)
+        self.levels = tuple(own)
+        self._depth_of = _depths(self)
+
+    def _build(self, arguments: dict[str, Any], indices: list[int], pretrained: bool) -> nn.Module:
+        try:
+            network = create_features(
+                self.name, {**arguments, "out_indices": indices, "pretrained": pretrained and _rank() == 0}
+            )
+        except TypeError as error:
+            raise SpecError(f"timm/{self.name}: {error}") from error
+        except (OSError, RuntimeError, ValueError) as error:
+            if not pretrained:
+                raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"timm/{self.name}: its pretrained weights cannot be had ({reason}); without a network give a file of "
+                "timm's weights as 'weights: <path>', or False for random weights"
+            ) from error
+        return network
+
+    def _add_levels(self, own: list[FeatureLevel]) -> list[FeatureLevel]:
+        """Make the missing ones of the detection strides; the nearest map that is at hand is the source."""
+        levels = list(own)
+        while levels[0].stride > DETECTION_STRIDES[0]:
+            first = levels[0]
+            level = FeatureLevel(max(first.channels // 2, 16), first.stride // 2)
+            up = nn.ConvTranspose2d(first.channels, level.channels, 2, stride=2, bias=False)
+            self.finer.append(_between_levels(up, level.channels))
+            levels.insert(0, level)
+        while levels[-1].stride < DETECTION_STRIDES[-1]:
+            last = levels[-1]
+            level = FeatureLevel(last.channels, last.stride * 2)
+            down = nn.Conv2d(last.channels, level.channels, 3, stride=2, padding=1, bias=False)
+            self.coarser.append(_between_levels(down, level.channels))
+            levels.append(level)
+        return levels
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """(B, 3, H, W), H and W multiples of `size_divisor` -> one (B, channels, H / stride, W / stride) per level."""
+        maps = list(self.forward_features(self.normalized(image)))
+        if self.pyramid is not None:
+            return self.pyramid(maps[-1])
+        for layer in self.finer:
+            maps.insert(0, layer(maps[0]))
+        for layer in self.coarser:
+            maps.append(layer(maps[-1]))
+        return tuple(maps)
+
+    def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """timm's own maps of a normalised image as (B, C, H / stride, W / stride), high resolution first."""
+        height, width = image.shape[2:]
+        x = image
+        if self.measured.shrink != 1.0:
+            size = (int(height * self.measured.shrink), int(width * self.measured.shrink))
+            x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
+        maps = self._in_tiles(x) if self.measured.tile else self._maps(x)
+        strides = sorted({s for s in self.measured.strides if s in LEVEL_STRIDES or self.pyramid is not None})
+        return tuple(_fitted(m, height // s, width // s) for m, s in zip(maps, strides))
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        maps = self.network(x)
+        return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.measured.channels_last else list(maps)
+
+    def _in_tiles(self, x: Tensor) -> list[Tensor]:
+        """Each tile on its own; the tiles of one picture lie next to one another in the batch."""
+        tile = int(self.measured.tile * self.measured.shrink)
+        batch, _, height, width = x.shape
+        rows, columns = height // tile, width // tile
+        tiles = x.unflatten(3, (columns, tile)).unflatten(2, (rows, tile))  # (B, 3, rows, tile, columns, tile)
+        tiles = tiles.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)  # (B rows columns, 3, tile, tile)
+        out = []
+        for m in self._maps(tiles):
+            m = m.unflatten(0, (batch, rows, columns)).permute(0, 3, 1, 4, 2, 5)  # (B, C, rows, h, columns, w)
+            out.append(m.flatten(4, 5).flatten(2, 3))
+        return out
+
+    def reparameterize(self) -> None:
+        """Fuse what timm knows how to fuse (RepVGG, MobileOne, FastViT, RepViT blocks ...), in place."""
+        from timm.utils.model import reparameterize_model
+
+        reparameterize_model(self.network, inplace=True)
+
+    def param_depth(self, name: str) -> int:
+        """Depth by order of construction: blocks are counted as the network lists them; what was added comes last."""
+        return self._depth_of.get(_block(name), max(self._depth_of.values()))
+
+    def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """timm's own state dict under the keys of this module, without what a feature extractor leaves out."""
+        own = {_spelling(key.removeprefix("network.")): key for key in self.state_dict() if key.startswith("network.")}
+        parts = {key.split(".")[0] for key in own}
+        converted = {}
+        for key, value in state.items():
+            spelled = _spelling(key.removeprefix("module."))
+            if spelled in own:
+                converted[own[spelled]] = value
+            elif spelled.split(".")[0] in parts:
+                converted[key] = value  # of no use, and the report says so
+        return converted
+
+    @property
+    def NEW_KEYS(self) -> tuple[str, ...]:
+        """Keys that no file of timm's holds."""
+        return ("pyramid.*", "finer.*", "coarser.*")
+
+
+def _spelling(key: str) -> str:
+    """One spelling for `stages.0.x`, `stages_0.x` (a flattened extractor) and `model.stages.0.x` (a wrapped one)."""
+    return key.removeprefix("model.").replace("_", ".")
+
+
+def _block(name: str) -> str:
+    """`network.stages_1.blocks.2.conv.weight` -> `network.stages.1.blocks.2`: the name up to its second number."""
+    parts = re.split(r"[._]", name)
+    numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+    if name.startswith(("pyramid.", "finer.", "coarser.")) or not numbers:
+        return parts[0] if not name.startswith("network.") else ".".join(parts[: max(2, len(parts) - 1)])
+    end = numbers[1] if len(numbers) > 1 else numbers[0]
+    return ".".join(parts[: end + 1])
+
+
+def _depths(backbone: nn.Module) -> dict[str, int]:
+    depths: dict[str, int] = {}
+    for name, _ in backbone.named_parameters():
+        depths.setdefault(_block(name), len(depths))
+    return depths
+
+
+def _fitted(x: Tensor, height: int, width: int) -> Tensor:
+    """A map resampled to (height, width) where unpadded convolutions or the 7/8 picture made it a little smaller."""
+    if x.shape[2] == height and x.shape[3] == width:
+        return x
+    return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)
