@@ -299,7 +299,7 @@ def test_reads_modules_metadata_and_training_state(tmp_path, legacy, name):
             "state": {0: {"momentum_buffer": torch.full((3,), 2.0)}},
             "param_groups": [{"lr": np.float64(0.1)}],
         },
-        "opt": {"save_dir": Path("runs/train/exp"), "device": "", "seed": np.int64(3)},
+        "opt": {"save_dir": Path("runs/train/exp"), "device": "", "seed": np.int64(3), "data": Path("/a/b")},
         "date": "2026",
     }
     checkpoint = read_checkpoint(save(file, tmp_path / "last.pt", legacy))
@@ -309,7 +309,7 @@ def test_reads_modules_metadata_and_training_state(tmp_path, legacy, name):
         torch.testing.assert_close(checkpoint.state[key], value.float() if value.is_floating_point() else value)
         assert checkpoint.state[key].dtype in (torch.float32, torch.int64)
     assert (checkpoint.names, checkpoint.stride, checkpoint.epoch) == ({0: "a", 1: "b"}, (8.0, 16.0), 7)
-    assert checkpoint.metadata["opt"] == {"save_dir": "runs/train/exp", "device": "", "seed": 3}
+    assert checkpoint.metadata["opt"] == {"save_dir": "runs/train/exp", "device": "", "seed": 3, "data": "/a/b"}
     assert checkpoint.train is not None
     assert (checkpoint.train["best_fitness"], checkpoint.train["updates"]) == (0.25, 31)
     torch.testing.assert_close(checkpoint.train["model"]["0.weight"], raw[0].weight.float().detach())
