@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, probe, read
 from utils.errors import DataError
@@ -97,6 +97,32 @@ def test_16_bits_keep_the_whole_range(tmp_path: Path, suffix: str) -> None:
     cv2.imwrite(str(tmp_path / f"grey{suffix}"), ramp[..., 0])
     np.testing.assert_allclose(read(tmp_path / f"colour{suffix}"), ramp / 257.0, atol=1)
     np.testing.assert_allclose(read(tmp_path / f"grey{suffix}"), np.repeat(ramp[..., :1], 3, 2) / 257.0, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "PNG"), ("RGBA", "PNG"), ("L", "PNG"), ("1", "PNG"), ("I;16", "PNG"), ("P", "GIF")]
+)
+def test_pillow_agrees_where_opencv_gives_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, kind: str
+) -> None:
+    if mode == "I;16":
+        ramp = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
+        cv2.imwrite(str(tmp_path / "x.png"), ramp)
+    else:
+        put(tmp_path, "x.png", encode(mode, kind))
+    expected = read(tmp_path / "x.png")
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    image = read(tmp_path / "x.png")
+    assert image.flags.c_contiguous and image.dtype == np.uint8
+    np.testing.assert_allclose(image.astype(int), expected.astype(int), atol=1)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
+def test_avif_is_turned_upright(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(scene()).save(tmp_path / "x.avif", exif=exif)
+    assert read(tmp_path / "x.avif").shape == (WIDTH, HEIGHT, 3)
 
 
 def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:

@@ -189,6 +189,20 @@ def test_folders_lists_and_repetitions(tmp_path: Path, monkeypatch: pytest.Monke
     assert tmp_path / "images/images/b/1.PNG" in found
 
 
+def test_order_is_that_of_the_texts(tmp_path: Path) -> None:
+    for name in ("a/9.jpg", "a-b/1.jpg", "B/1.jpg", "a/10.jpg"):
+        picture(tmp_path / name)
+    records = load(tmp_path, require_labels=False).records
+    assert [str(r.path.relative_to(tmp_path)) for r in records] == ["B/1.jpg", "a-b/1.jpg", "a/10.jpg", "a/9.jpg"]
+
+
+def test_linked_folders_are_searched(tmp_path: Path) -> None:
+    picture(tmp_path / "elsewhere" / "x.jpg")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    assert list(list_images([tmp_path / "images"])[0]) == [tmp_path / "images" / "link" / "x.jpg"]
+
+
 def test_listed_picture_that_is_missing_is_named(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": GOOD})
     (tmp_path / "train.txt").write_text("./images/train/a.jpg\n./images/train/gone.jpg\n")
@@ -301,6 +315,15 @@ def test_cache_notices_changes(tmp_path: Path, verified: list[str], change) -> N
     assert same(after, load(source)) and verified == []
 
 
+def test_cache_forgets_what_is_gone(tmp_path: Path) -> None:
+    source = make_set(tmp_path, MIXED)
+    load(source)
+    remove_picture(tmp_path)
+    load(source)
+    cache = tmp_path / "labels" / "train.cache.npz"
+    assert {Path(name).stem for name in label_cache.read(cache)} == set(MIXED) - {"a"}
+
+
 @pytest.mark.parametrize("damage", ["garbage", "cut", "version", "empty", "pickle"])
 def test_unusable_cache_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verified: list[str], damage: str
@@ -353,7 +376,7 @@ def test_several_writers_leave_a_whole_cache(tmp_path: Path, verified: list[str]
 
 def test_sets_that_share_their_first_folder_have_their_own_cache(tmp_path: Path, verified: list[str]) -> None:
     first = make_set(tmp_path, MIXED)
-    second = picture(tmp_path / "images" / "more" / "x.jpg").parent
+    second = picture(tmp_path / "images" / "z" / "x.jpg").parent
     load(first)
     load_annotations([first, second], 3, progress=False)
     verified.clear()
