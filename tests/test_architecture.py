@@ -142,7 +142,7 @@ def test_imports_have_no_side_effects(tmp_path):
     modules = [m for m in map(_module, _sources()) if not m.endswith("__main__")]
     code = f"""
 import importlib, os, random, sys
-import numpy, torch, cv2, matplotlib, logging
+import numpy, torch, torchvision, cv2, matplotlib, logging
 before = (os.getcwd(), torch.get_rng_state().sum().item(), numpy.random.get_state()[1].sum(), random.getstate()[1][:5],
           torch.get_num_threads(), cv2.getNumThreads(), list(logging.getLogger().handlers), matplotlib.get_backend(),
           list(sys.path), torch.get_default_dtype(), torch.backends.cudnn.benchmark, dict(os.environ))

@@ -106,7 +106,8 @@ def test_coco_itself_uses_its_own_annotations(tmp_path):
     (tmp_path / "annotations").mkdir()
     (tmp_path / coco_eval.OFFICIAL_ANNOTATIONS).write_text("{}")
     assert CocoSink.for_data(data, annotations, names).truth == tmp_path / coco_eval.OFFICIAL_ANNOTATIONS
-    sink(ImageOutcome(str(annotations.records[0].path), (100, 200), torch.tensor([[0, 0, 9, 9, 0.5, 79.0]]), None, None))
+    found = torch.tensor([[0, 0, 9, 9, 0.5, 79.0]])
+    sink(ImageOutcome(str(annotations.records[0].path), (100, 200), found, None, None))
     assert sink.rows[0]["image_id"] == 139 and sink.rows[0]["category_id"] == 90
 
 

@@ -313,7 +313,8 @@ def test_a_whole_run(command, tmp_path):
     result = command(save_txt=True, save_conf=True, save_json=True, conf_thres=0.01)
     assert result.images == 6 and len(result.coco) == 12
     folder = tmp_path / "runs/exp"
-    assert {"PR_curve.png", "val_batch0_pred.jpg", "tiny_predictions.json", "labels"} <= {p.name for p in folder.iterdir()}
+    for name in ("PR_curve.png", "val_batch0_pred.jpg", "tiny_predictions.json"):
+        assert (folder / name).is_file()
     assert len(list((folder / "labels").iterdir())) == 6
     rows = np.loadtxt(folder / "labels/p0.txt", ndmin=2)
     assert rows.shape[1] == 6 and 0 <= rows[:, 1:].min() and rows[:, 1:].max() <= 1
@@ -408,7 +409,8 @@ def test_spelling_and_placeholders_are_accepted(command, tmp_path, names):
 
 
 def test_single_class_accepts_any_classes(command, tmp_path):
-    assert command(single_cls=True, data=str(write_data(tmp_path / "other", {0: "a", 1: "b", 2: "c"}))).nt.tolist() == [15]
+    data = str(write_data(tmp_path / "other", {0: "a", 1: "b", 2: "c"}))
+    assert command(single_cls=True, data=data).nt.tolist() == [15]
 
 
 def test_no_labels_is_an_error_unless_files_are_wanted(command, tmp_path, caplog):
