@@ -1,0 +1,27 @@
+"""Detect objects: `python detect.py --weights runs/train/exp/weights/best.pt --source data/images`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from engine.cli import run_main
+from engine.config import DetectConfig
+
+
+def work(config: DetectConfig) -> int:
+    """Detect as the options say; 1 when some input could not be read (imports the engine here: `--help` is instant)."""
+    from engine.predictor import detect
+
+    return 1 if detect(config).failures else 0
+
+
+def run(**options: Any) -> Any:
+    """Detect from Python: the command's flags as keywords, with underscores. Returns the `DetectReport`."""
+    from engine.predictor import detect
+
+    return detect(DetectConfig.from_keywords(**options))
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(DetectConfig, "detect.py", "Detect objects in pictures, videos and streams.", work))
