@@ -32,6 +32,7 @@ LOGGER = logging.getLogger(__name__)
 MIN_SIDE = 10
 """Pictures with a shorter side (pixels) are left out."""
 
+_CHUNK = 512  # pictures whose size and time one thread looks up at a time
 _SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
 
 
@@ -220,22 +221,27 @@ def _verified(
 ) -> list[label_cache.Entry]:
     """One entry per path: from the cache where size and time of picture and label are unchanged, else verified anew."""
     known = label_cache.read(cache)
-    workers = min(8, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers) as pool:
-        stamps = list(pool.map(lambda path: label_cache.stamp(path, label_path(path)), paths))
-        old = [known.get(str(path)) for path in paths]
-        entries = [entry if entry is not None and entry.stamp == s else None for entry, s in zip(old, stamps)]
-        todo = [i for i, entry in enumerate(entries) if entry is None]
+    name = cache.name.split(".")[0]
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        parts = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+        stamps = [stamp for part in pool.map(_stamps, parts) for stamp in part]
+        entries = [known.get(str(path)) for path in paths]
+        todo = [i for i, entry in enumerate(entries) if entry is None or entry.stamp != stamps[i]]
         fresh = pool.map(lambda i: verify(paths[i], stamps[i], listed[paths[i]]), todo)
-        bar = tqdm(
-            fresh, total=len(todo), desc=f"verifying {cache.name.split('.')[0]}", disable=not progress or not todo
-        )
+        bar = tqdm(fresh, total=len(todo), desc=f"verifying {name}", disable=not progress or not todo)
         for i, entry in zip(todo, bar):
             entries[i] = entry
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest
     checked = [entry for entry in entries if entry is not None]
     if todo or len(known) != len(paths):
         label_cache.write(cache, [str(path) for path in paths], checked)
     return checked
+
+
+def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int, int]]:
+    return [label_cache.stamp(path, label_path(path)) for path in paths]
 
 
 def verify(image: Path, stamp: tuple[int, int, int, int], listed: str = "") -> label_cache.Entry:
@@ -384,15 +390,15 @@ def _record(path: Path, entry: label_cache.Entry, single_cls: bool) -> ImageReco
 
 
 def _check_classes(records: Sequence[ImageRecord], num_classes: int) -> None:
-    for record in records:
-        wrong = record.labels[:, 0] >= num_classes
-        if wrong.any():
-            number = int(record.labels[wrong][0, 0])
-            file = label_path(record.path)
-            raise DataError(
-                f"{file}:{_line_of_class(file, number)}: class {number}, but the data set has {num_classes} classes;"
-                f" allowed are 0-{num_classes - 1}"
-            )
+    if np.concatenate([record.labels[:, 0] for record in records]).max(initial=0) < num_classes:
+        return
+    record = next(record for record in records if record.labels[:, 0].max(initial=0) >= num_classes)
+    number = int(record.labels[record.labels[:, 0] >= num_classes][0, 0])
+    file = label_path(record.path)
+    raise DataError(
+        f"{file}:{_line_of_class(file, number)}: class {number}, but the data set has {num_classes} classes;"
+        f" allowed are 0-{num_classes - 1}"
+    )
 
 
 def _line_of_class(path: Path, number: int) -> int:
