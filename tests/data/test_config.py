@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
+import json
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -15,7 +17,8 @@ import pytest
 
 from data import download
 from data.config import load_data_config
-from data.labels import load_annotations
+from data.images import read
+from data.labels import list_images, load_annotations
 from utils.errors import DataError
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
@@ -384,7 +387,18 @@ def test_only_the_address_of_an_archive_is_a_recipe(text: str, found: bool) -> N
     assert (download.recipe_from_url(text) is not None) == found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "data" / "hyps").glob("*.yaml")), ids=lambda p: p.stem)
-def test_hyperparameter_files_are_numbers(path: Path) -> None:
-    table = load_yaml(path)
-    assert all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in table.values())
+RECIPE = ROOT / "tests" / "parity" / "data" / "yolov5" / "recipe.json.gz"
+HYPS = json.loads(gzip.decompress(RECIPE.read_bytes()))["hyp_files"]
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", sorted(HYPS))
+def test_hyperparameter_files_hold_the_reference_numbers(name: str) -> None:
+    table = load_yaml(ROOT / "data" / "hyps" / f"{name}.yaml")
+    assert dict(table) == HYPS[name]
+    assert all(type(value) in (int, float) for value in table.values())
+
+
+def test_sample_pictures_are_there() -> None:
+    pictures, _ = list_images([ROOT / "data" / "images"])
+    assert len(pictures) >= 3 and all(min(read(path).shape[:2]) >= 320 for path in pictures)
