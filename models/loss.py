@@ -212,7 +212,7 @@ class DetectionLoss(nn.Module):
         grids = [(level.shape[2], level.shape[3]) for level in raw]
         with torch.autocast(device.type, enabled=False):
             assigned = build_targets(targets, self.anchors, grids, self.config.anchor_t)
-            losses = [self._level(level, LevelTargets(*_to(rows, device))) for level, rows in zip(raw, assigned)]
+            losses = [self._level(level, _to(rows, device)) for level, rows in zip(raw, assigned)]
             box, obj, cls = (torch.stack(part) for part in zip(*losses))
             parts = torch.stack((box.sum(), (obj * self.balance).sum(), cls.sum())) * self.gains
             if self.config.autobalance and self.training:
@@ -223,7 +223,7 @@ class DetectionLoss(nn.Module):
         """Box, objectness and class loss of one level, without gains."""
         batch, anchors, height, width, outputs = raw.shape
         objectness = raw[..., 4].float()
-        wanted = torch.zeros_like(objectness)
+        wanted = torch.zeros(objectness.shape, device=objectness.device)
         box_loss = class_loss = objectness.new_zeros(())
         if len(rows.image):
             cell = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx  # (M,)
@@ -259,8 +259,15 @@ class DetectionLoss(nn.Module):
         self.balance = moved / moved[self.balanced_level]
 
 
-def _to(rows: LevelTargets, device: torch.device) -> list[torch.Tensor]:
-    return [column.to(device, non_blocking=True) for column in rows]
+def _to(rows: LevelTargets, device: torch.device) -> LevelTargets:
+    """The same rows on `device`; from page-locked memory, since other copies wait for all that the GPU has to do."""
+    if rows.image.device == device:
+        return rows
+    places, boxes = torch.stack(rows[:5]), torch.cat(rows[5:], 1)  # (5, M), (M, 6)
+    if device.type == "cuda":
+        places, boxes = places.pin_memory(), boxes.pin_memory()
+    places, boxes = places.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
+    return LevelTargets._make((*places, boxes[:, :4], boxes[:, 4:]))
 
 
 def _last_row(cell: torch.Tensor, cells: int) -> torch.Tensor:
