@@ -66,8 +66,10 @@ def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
 
 def counts_text(classes: NDArray[np.integer], names: Mapping[int, str]) -> str:
     """`17 RBCs, 1 WBC`, by class number; `no detections` where there are none."""
-    numbers, counts = np.unique(classes, return_counts=True)
-    parts = [f"{n} {class_name(names, int(c))}{'s' if n > 1 else ''}" for c, n in zip(numbers, counts)]
+    parts = []
+    for number, count in zip(*np.unique(classes, return_counts=True)):
+        name = class_name(names, int(number))
+        parts.append(f"{count} {name}" + ("s" if count > 1 and not name.endswith("s") else ""))
     return ", ".join(parts) or "no detections"
 
 

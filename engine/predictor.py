@@ -148,7 +148,7 @@ def input_size(imgsz: Sequence[int], runtime: Runtime) -> tuple[int, int]:
     asked = (imgsz[0], imgsz[-1])
     if runtime.imgsz is not None:
         if tuple(runtime.imgsz) != asked:
-            LOGGER.info("--imgsz %d %d: the model file has a fixed input of %d %d, which is used", *asked, *runtime.imgsz)
+            LOGGER.info("--imgsz %d %d: the model has a fixed input of %d %d, which is used", *asked, *runtime.imgsz)
         return runtime.imgsz
     stride = runtime.stride
     height, width = (-(-side // stride) * stride for side in asked)
@@ -310,7 +310,8 @@ class Predictor:
         folder = make_folder(increment_path(self.folder / "features" / frame.path.stem))
         shown = cv2.cvtColor(image[0].permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR).astype(np.uint8)
         for slot, features in maps.items():
-            write_picture(folder / f"{slot}.png", feature_map_picture(features[0], slot, shown))
+            row, _, rest = slot.partition("_")  # 01_..., 02_..., so that a listing has the order of the network
+            write_picture(folder / f"{row:>02}_{rest}.png", feature_map_picture(features[0], slot, shown))
         LOGGER.info("%s: feature maps of %d slots in %s", frame.origin, len(maps), folder)
 
     def _report(self, source: Source, outputs: Outputs, elapsed: float) -> DetectReport:

@@ -68,7 +68,7 @@ class FileNames:
         return self._given[frame.number]
 
 
-def write_whole(path: Path, data: bytes | NDArray[np.uint8]) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write a file under a temporary name and rename it.
 
     Raises:
@@ -95,7 +95,7 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
         raise DataError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded") from error
     if not good:
         raise DataError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded")
-    write_whole(path, data.ravel())  # type: ignore[arg-type]
+    write_whole(path, data.tobytes())
 
 
 class VideoFile:
@@ -117,7 +117,7 @@ class VideoFile:
         self.frames = 0
         self._size = size
         self._part = path.with_name(f".{path.stem}.part.mp4")
-        fourcc = cv2.VideoWriter_fourcc(*"mp4v")  # type: ignore[attr-defined]
+        fourcc = cv2.VideoWriter.fourcc(*"mp4v")
         self._writer = cv2.VideoWriter(str(self._part), fourcc, fps if fps > 0 else DEFAULT_FPS, size)
         if not self._writer.isOpened():
             raise DataError(f"{path}: a video of {size[0]} x {size[1]} at {fps:g} frames/s cannot be written")

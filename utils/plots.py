@@ -59,7 +59,7 @@ def draw_boxes(
     captions: Sequence[str] | None = None,
     line_thickness: int | None = None,
 ) -> Picture:
-    """Draw boxes, the last one on top.
+    """Draw boxes, then captions on all of them; the last one on top.
 
     Args:
         image: (H, W, 3) uint8 BGR; not changed.
@@ -74,14 +74,14 @@ def draw_boxes(
     out = np.ascontiguousarray(image).copy()
     width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
     limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
-    for number, (box, index) in enumerate(zip(np.asarray(boxes_xyxy, np.float64).reshape(-1, 4), classes)):
-        if not np.isfinite(box).all():
-            continue
-        left, top, right, bottom = (int(round(v)) for v in np.clip(box, -limit, limit))
-        color = class_color(index)
-        cv2.rectangle(out, (left, top), (right, bottom), color, width, cv2.LINE_AA)
-        if captions is not None and captions[number]:
-            _draw_caption(out, captions[number], (left, top), color, width)
+    boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int).tolist()
+    colors = [class_color(index) for index in classes]
+    for (left, top, right, bottom), color in zip(corners, colors):
+        cv2.rectangle(out, (left, top), (right, bottom), color, width)
+    for text, (left, top, _, _), color in zip(captions or (), corners, colors):
+        if text:
+            _draw_caption(out, text, (left, top), color, width)
     return out
 
 
@@ -89,7 +89,8 @@ def _draw_caption(out: Picture, text: str, place: tuple[int, int], color: Color,
     """A plate with text at the box's upper edge: above it where there is room, else inside; within the picture."""
     left, top = place
     text = drawable(text)
-    scale, weight = width / 4 + 0.1, max(width - 1, 1)
+    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small pictures are not to be all text
+    weight = max(round(2 * scale), 1)
     (text_width, text_height), base = cv2.getTextSize(text, FONT, scale, weight)
     plate_height = text_height + base + 2
     x = max(0, min(left - width // 2, out.shape[1] - text_width - 3))
