@@ -193,6 +193,9 @@ class FileSource(Source):
             yield (Frame(image, path, str(path), "image", number, len(self.files)),)
 
     def _video(self, path: Path, number: int) -> Iterator[tuple[Frame, ...]]:
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # OpenCV crashes on these
+            self.reject(f"{path!r}: the name is not UTF-8, so OpenCV cannot open this video; rename it")
+            return
         capture = cv2.VideoCapture(str(path))
         try:
             promised = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
