@@ -14,7 +14,10 @@ A network whose maps all have one stride (a plain vision transformer) gives its 
 
 from __future__ import annotations
 
+import os
 import re
+import urllib.error
+import urllib.request
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +28,7 @@ from torch.nn import functional as F
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import SimpleFeaturePyramid, require
 from models.backbones.timm_measure import create_features, measure, timm_package
-from utils.errors import CheckpointError, SpecError
+from utils.errors import CheckpointError
 
 LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
 DETECTION_STRIDES = (8, 16, 32)
@@ -38,7 +41,24 @@ def _between_levels(layer: nn.Module, channels: int) -> nn.Sequential:
 def _rank() -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    return 0
+    return max(int(os.environ.get("RANK", "0") or 0), 0)
+
+
+def _check_reachable(hub_id: str | None) -> None:
+    """OSError at once where weights are neither cached nor in reach (the hub's client would retry for a minute)."""
+    if not hub_id:
+        return
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = (try_to_load_from_cache(hub_id, file) for file in ("model.safetensors", "pytorch_model.bin"))
+    if constants.HF_HUB_OFFLINE or any(isinstance(path, str) for path in cached):
+        return
+    try:
+        urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except urllib.error.URLError as error:
+        raise OSError(f"{constants.ENDPOINT}: {error.reason}") from error
 
 
 class TimmBackbone(Backbone):
@@ -91,7 +111,9 @@ class TimmBackbone(Backbone):
         at = {stride: i for i, stride in enumerate(measured.strides) if is_plain or stride in LEVEL_STRIDES}
         require(bool(at), f"timm/{name}: its maps have strides {list(measured.strides)}; 2 to 32 are of use")
         taken = sorted(at.items())
-        self.network = self._build({**arguments, **dict(measured.arguments)}, [i for _, i in taken], pretrained)
+        self.network = self._build(
+            {**arguments, **dict(measured.arguments)}, [measured.indices[i] for _, i in taken], pretrained
+        )
         own = [FeatureLevel(measured.channels[i], stride) for stride, i in taken]
         self.pyramid: SimpleFeaturePyramid | None = None
         self.finer, self.coarser = nn.ModuleList(), nn.ModuleList()
@@ -104,21 +126,21 @@ class TimmBackbone(Backbone):
         self._depth_of = _depths(self)
 
     def _build(self, arguments: dict[str, Any], indices: list[int], pretrained: bool) -> nn.Module:
+        arguments = {**arguments, "out_indices": indices}
+        if not pretrained or _rank() > 0:
+            return create_features(self.name, arguments)
+        config = timm_package().models.get_pretrained_cfg(self.name)
+        if config is None or not config.has_weights:
+            raise CheckpointError(f"timm/{self.name}: timm has no pretrained weights of it; give False, or a path")
         try:
-            network = create_features(
-                self.name, {**arguments, "out_indices": indices, "pretrained": pretrained and _rank() == 0}
-            )
-        except TypeError as error:
-            raise SpecError(f"timm/{self.name}: {error}") from error
+            _check_reachable(config.hf_hub_id)
+            return create_features(self.name, {**arguments, "pretrained": True})
         except (OSError, RuntimeError, ValueError) as error:
-            if not pretrained:
-                raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
                 f"timm/{self.name}: its pretrained weights cannot be had ({reason}); without a network give a file of "
                 "timm's weights as 'weights: <path>', or False for random weights"
             ) from error
-        return network
 
     def _add_levels(self, own: list[FeatureLevel]) -> list[FeatureLevel]:
         """Make the missing ones of the detection strides; the nearest map that is at hand is the source."""

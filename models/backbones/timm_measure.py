@@ -45,6 +45,7 @@ class Measured:
 
     Attributes:
         arguments: constructor arguments that free the input size, as sorted pairs.
+        indices: number of each map among all that timm could give (it counts every block of a plain transformer).
         channels, strides: per map, in timm's order; strides in pixels of the picture that the detector sees.
         channels_last: whether maps come as (B, H, W, C).
         size_divisor: sides the network takes are multiples of it.
@@ -53,6 +54,7 @@ class Measured:
     """
 
     arguments: tuple[tuple[str, Any], ...]
+    indices: tuple[int, ...]
     channels: tuple[int, ...]
     strides: tuple[int, ...]
     channels_last: bool
@@ -119,6 +121,7 @@ class _Probe:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             self.network = create_features(name, arguments).eval()
         info: Any = self.network.feature_info
+        self.indices: tuple[int, ...] = tuple(info.out_indices)
         self.channels: tuple[int, ...] = tuple(info.channels())
         self.reduction: tuple[int, ...] = tuple(info.reduction())
 
@@ -163,7 +166,7 @@ def _try(name: str, way: _Way, device: str = "meta") -> Measured:
     """Measure on all sizes; one of PROBE_ERRORS if the network cannot take one of them."""
     probe = _Probe(name, way.arguments, device)
     shrink = SHRINK if all(r % 7 == 0 for r in probe.reduction) else 1.0
-    if way.divisor / shrink % 32:
+    if way.divisor != 32 and way.divisor / shrink % 32:
         raise ValueError(f"takes pictures of {way.divisor} pixels only, no multiple of 32")
     found: set[tuple[int, ...]] = set()
     for size in way.sizes:
@@ -177,6 +180,7 @@ def _try(name: str, way: _Way, device: str = "meta") -> Measured:
         raise ValueError(f"strides depend on the input size: {sorted(found)}")
     return Measured(
         arguments=tuple(sorted(way.arguments.items())),
+        indices=probe.indices,
         channels=probe.channels,
         strides=found.pop(),
         channels_last=last,
@@ -204,12 +208,15 @@ def _ways(name: str, user: dict[str, Any]) -> list[_Way]:
 @lru_cache(maxsize=64)
 def _measure(name: str, user_items: tuple[tuple[str, Any], ...]) -> Measured:
     problems: list[str] = []
-    for way in _ways(name, dict(user_items)):
+    user = dict(user_items)
+    for way in _ways(name, user):
         for device in ("meta", "cpu"):
             try:
                 return _try(name, way, device)
             except PROBE_ERRORS as error:
                 reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                if any(f"unexpected keyword argument '{key}'" in reason for key in user):
+                    raise SpecError(f"timm/{name}: {reason}") from error
                 problems.append(reason)
                 if "meta" not in reason:
                     break
