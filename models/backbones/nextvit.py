@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -249,6 +250,15 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
+def _conv(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer over the channels of (B, C, H, W): as a 1x1 convolution, no map has to be transposed."""
+    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
+
+
+def _conv_heads(layer: nn.Linear, x: Tensor) -> Tensor:
+    return _conv(layer, x).flatten(2).unflatten(1, (-1, HEAD_DIM))  # (B, N, D, L)
+
+
 class EMHSA2d(EMHSA):
     """E-MHSA with a pooling over reduction x reduction cells of the map; no cell is dropped. Same parameters."""
 
@@ -277,16 +287,12 @@ class XCA(EMHSA):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        m_BMC = self.norm(_pool2d(x, self.reduction).flatten(2)).transpose(1, 2)
-        q_BNMD, k_BNMD, v_BNLD = (
-            _heads(f(t)) for f, t in ((self.q, m_BMC), (self.k, m_BMC), (self.v, x.flatten(2).transpose(1, 2)))
-        )
-        q_BNMD, k_BNMD = F.normalize(_wide(q_BNMD), dim=2), F.normalize(_wide(k_BNMD), dim=2)
-        weights_BNDD = (k_BNMD.transpose(2, 3) @ q_BNMD * self.temperature).softmax(dim=2).to(v_BNLD.dtype)
+        pooled = self.norm(_pool2d(x, self.reduction).flatten(2)).unsqueeze(3)  # (B, C, M, 1)
+        q_BNDM, k_BNDM, v_BNDL = (_conv_heads(f, t) for f, t in ((self.q, pooled), (self.k, pooled), (self.v, x)))
+        q_BNDM, k_BNDM = F.normalize(_wide(q_BNDM), dim=3), F.normalize(_wide(k_BNDM), dim=3)
+        weights_BNDD = (q_BNDM @ k_BNDM.transpose(2, 3) * self.temperature).softmax(dim=3).to(v_BNDL.dtype)
         weights_BNDD = F.dropout(weights_BNDD, self.attn_drop_rate, self.training)
-        y_BNLD = v_BNLD @ weights_BNDD
-        y_BLC = self.proj_drop(self.proj(y_BNLD.transpose(1, 2).flatten(2)))
-        return y_BLC.transpose(1, 2).unflatten(2, x.shape[2:])
+        return self.proj_drop(_conv(self.proj, (weights_BNDD @ v_BNDL).reshape(x.shape)))
 
     def fold_norm_before(self, norm: nn.Module) -> nn.Module:
         """As `EMHSA.fold_norm_before`; here queries and keys are of pooled cells."""
@@ -376,13 +382,10 @@ class NextViT(Backbone):
         drop_path_rate: stochastic depth of the last block; it rises linearly from zero in the first.
         drop_rate: dropout after attention and in the MLPs.
         attn_drop_rate: dropout of attention weights.
-        frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages. Frozen parts stay in evaluation mode.
+        frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages, which then stay in evaluation mode.
             The published detection recipe is 1, with `norm_eval`.
         norm_eval: keep every BatchNorm in evaluation mode; their weights still learn.
         normalize, mean, std: see `Backbone`.
-
-    Raises:
-        SpecError: unknown architecture, mixer, or a number outside its range.
     """
 
     OFFICIAL_PREFIXES = ("backbone.", "module.")
@@ -437,10 +440,6 @@ class NextViT(Backbone):
         reduction = self.arch.reductions[stage]
         return TransformerBlock(in_channels, self.arch.out_channels[stage], stride, reduction, options)
 
-    def _stage_ends(self) -> list[int]:
-        """Index after the last block of each stage."""
-        return [sum(self.arch.depths[: stage + 1]) for stage in range(4)]
-
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
@@ -457,7 +456,7 @@ class NextViT(Backbone):
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The four stage outputs of a normalised image (B, 3, H, W); sides that are no multiple of 32 round up."""
         x = self.stem(image)
-        outputs, ends = [], self._stage_ends()
+        outputs, ends = [], list(accumulate(self.arch.depths))
         for number, block in enumerate(self.features, start=1):
             x = block(x)
             if number in ends:
@@ -478,7 +477,7 @@ class NextViT(Backbone):
         """A state dict in timm's layout under the published names; any other is returned as it is."""
         if not any(key.startswith("stages.0.blocks.") for key in state):
             return dict(state)
-        starts = [0, *self._stage_ends()]
+        starts = [0, *accumulate(self.arch.depths)]
         published = {}
         for key, value in state.items():
             parts = key.split(".")
