@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import cv2
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
 from data.letterbox import FILL, Image
 from data.mosaic import Labels
@@ -23,7 +25,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     if len(shapes) != 1:
         raise ValueError(f"pictures of different sizes in one batch: {sorted(shapes)}")
     height, width, _ = shapes.pop()
-    images = torch.empty((len(samples), 3, height, width), dtype=torch.uint8)
+    images = _empty((len(samples), 3, height, width))
     planes = images.numpy()
     for plane, sample in zip(planes, samples):
         cv2.split(sample.image, [plane[2], plane[1], plane[0]])  # writes in place: no transposed copy
@@ -50,6 +52,14 @@ def collate_quad(samples: Sequence[Sample], rng: np.random.Generator) -> Batch:
         image, labels = _enlarge(group[0]) if whole else _side_by_side(group)
         joined.append(Sample(image, labels, group[0].path, None, group[0].index))
     return collate(joined)
+
+
+def _empty(shape: tuple[int, ...]) -> torch.Tensor:
+    """An uninitialised uint8 tensor; in a worker it lies in shared memory at once, to be sent without a copy."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collate function does it
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def _enlarge(sample: Sample) -> tuple[Image, Labels]:

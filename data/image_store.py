@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data import images
+from data.images import read
 from data.labels import ImageRecord
 from data.letterbox import Image
 from data.sizes import HW, fit_long_side
@@ -94,7 +94,7 @@ class ImageStore:
 
     def _decode(self, index: int) -> Image:
         path, size = self._records[index].path, self._size(index)
-        image = images.read(path)
+        image = read(path)
         if image.shape[:2] != size:
             found, known = (f"{w}x{h}" for h, w in (image.shape[:2], size))
             raise DataError(f"{path}: {found} pixels, but {known} when the labels were read; start again")

@@ -7,6 +7,7 @@ mosaic window at once (see `data.order`), so that each picture is decoded about 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -26,7 +27,7 @@ from utils.structures import Batch
 TASK_BYTES = 96 * 2**20
 """Most pixels, in bytes, that a worker hands over at once when it makes several batches in one go."""
 
-_QUAD_STREAM = 2**31  # added to a picture's number: the random numbers of the four-in-one collate
+_QUAD_STREAM = 2**33  # added to a picture's number: the random numbers of the four-in-one collate
 
 Keys = Sequence[Key]
 
@@ -187,6 +188,7 @@ def _as_is(made: list[Batch] | UserError) -> list[Batch] | UserError:
 
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # one thread per worker; the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
 
 
 def _processors() -> int:

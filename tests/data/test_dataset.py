@@ -207,8 +207,8 @@ def test_disk_cache_in_a_folder_that_cannot_be_made(tmp_path):
 def test_recent_pictures_are_read_once_within_the_limit(tmp_path, monkeypatch):
     records = write_set(tmp_path, 6, sizes=((64, 64),))
     reads = []
-    decode = image_store.images.read
-    monkeypatch.setattr(image_store.images, "read", lambda path: (reads.append(path), decode(path))[1])
+    decode = image_store.read
+    monkeypatch.setattr(image_store, "read", lambda path: (reads.append(path), decode(path))[1])
     store = ImageStore(records, 64, smooth=False, recent_bytes=3 * 64 * 64 * 3)
     for i in (0, 1, 2, 0, 3, 0, 1):  # 3 pushes out 1, the one that was used longest ago
         store[i]

@@ -1,0 +1,200 @@
+"""How many training pictures per second the loader makes.
+
+    python -m benchmarks.loader --data FOLDER [--imgsz 640] [--batch-size 16] [--workers 0 2] [--rounds 5]
+
+FOLDER holds pictures in YOLO layout (`.../images/train`, labels in `.../labels/train`); nothing is written there. The
+recipe is that of hyp.scratch-low (mosaic of four, zoom, shift, colour, left-right flip). A round is one epoch of each
+setting in turn, so that a change of load hits all of them; the first epoch, which starts workers and fills caches, does
+not count. Shown: the median round and the range.
+
+The set is repeated so that it does not fit into what the loader remembers of recent pictures.
+
+"paste, then warp" is the usual way, for comparison in the same run: four random pictures read and resized, pasted into
+a canvas of twice the side, the canvas warped, colours by three tables, a flip, a transposed copy; in this process.
+
+Decodes per picture: files opened in an epoch over pictures in the set, in this process, with the store's memory
+of recent pictures emptied before and limited to one mosaic window.
+
+Results: benchmarks/results/loader.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+
+from benchmarks.report import machine, markdown_table, write_results
+from data import image_store
+from data.augment import AugmentConfig
+from data.dataset import DetectionDataset
+from data.image_store import ImageStore
+from data.images import read
+from data.labels import ImageRecord, load_annotations
+from data.loader import DetectionLoader, create_loader
+from data.order import WINDOW
+from utils.files import ROOT
+from utils.yaml_lines import load_yaml
+
+MANY_CLASSES = 10**6  # class numbers do not matter here
+
+
+class Clock:
+    """Pictures per second, and milliseconds of processor time that this process (not its workers) spent on each."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+        self.cpu_ms: list[float] = []
+
+    def round(self, work: Callable[[], int]) -> None:
+        """Time `work`, which returns the number of pictures it made."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        made = work()
+        self.rates.append(made / (time.perf_counter() - wall))
+        self.cpu_ms.append(1000 * (time.process_time() - cpu) / made)
+
+    def to_dict(self) -> dict[str, list[float]]:
+        """All rounds but the first, which warms up."""
+        return {"rates": self.rates[1:], "cpu_ms": self.cpu_ms[1:]}
+
+
+def run_epoch(loader: DetectionLoader, epoch: int) -> int:
+    """Take every batch of an epoch; returns the number of pictures."""
+    loader.set_epoch(epoch)
+    return sum(len(batch.paths) for batch in loader)
+
+
+def usual_sample(record_images: Sequence[np.ndarray | Path], imgsz: int, rng: np.random.Generator) -> np.ndarray:
+    """(3, imgsz, imgsz) uint8: four pictures (arrays, or files to read) pasted into a canvas, the canvas warped."""
+    cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
+    canvas = np.full((2 * imgsz, 2 * imgsz, 3), 114, np.uint8)
+    for corner, chosen in enumerate(rng.integers(0, len(record_images), 4)):
+        source = record_images[chosen]
+        image = source if isinstance(source, np.ndarray) else read(source)
+        factor = imgsz / max(image.shape[:2])
+        if factor != 1:
+            image = cv2.resize(image, None, fx=factor, fy=factor)
+        h, w = image.shape[:2]
+        x, y = (cx - w, cx)[corner % 2], (cy - h, cy)[corner // 2]
+        x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, 2 * imgsz), min(y + h, 2 * imgsz)
+        canvas[y1:y2, x1:x2] = image[y1 - y : y2 - y, x1 - x : x2 - x]
+    zoom, (dx, dy) = rng.uniform(0.5, 1.5), rng.uniform(0.4, 0.6, 2) * imgsz
+    matrix = np.array(((zoom, 0, dx - zoom * imgsz), (0, zoom, dy - zoom * imgsz)))
+    image = cv2.warpAffine(canvas, matrix, (imgsz, imgsz), borderValue=(114, 114, 114))
+    gains, tops = rng.uniform(0.6, 1.4, 3), (179, 255, 255)
+    tables = [np.clip(np.arange(256) * gain, 0, top).astype(np.uint8) for gain, top in zip(gains, tops)]
+    hsv = [cv2.LUT(plane, table) for plane, table in zip(cv2.split(cv2.cvtColor(image, cv2.COLOR_BGR2HSV)), tables)]
+    image = cv2.cvtColor(cv2.merge(hsv), cv2.COLOR_HSV2BGR)
+    if rng.random() < 0.5:
+        image = np.fliplr(image)
+    return np.ascontiguousarray(image.transpose(2, 0, 1)[::-1])
+
+
+def run_usual(record_images: Sequence[np.ndarray | Path], imgsz: int, batch_size: int, epoch: int) -> int:
+    """One epoch of `usual_sample`, stacked into batches; returns the number of pictures."""
+    rng = np.random.default_rng(epoch)
+    count = len(record_images)
+    for first in range(0, count, batch_size):
+        made = [usual_sample(record_images, imgsz, rng) for _ in range(min(batch_size, count - first))]
+        torch.stack([torch.from_numpy(image) for image in made])
+    return count
+
+
+def decodes_per_picture(records: Sequence[ImageRecord], imgsz: int, recipe: AugmentConfig) -> float:
+    """Files opened per picture in one shuffled epoch with memory for the pictures of one window only."""
+    dataset = DetectionDataset(records, imgsz, augment=recipe)
+    largest = max(min(r.height, imgsz) * min(r.width, imgsz) * 3 for r in records)
+    dataset._images = ImageStore(records, imgsz, smooth=False, recent_bytes=WINDOW * largest)
+    opened = 0
+
+    def counted(path: Any) -> Any:
+        nonlocal opened
+        opened += 1
+        return read(path)
+
+    plain, image_store.read = image_store.read, counted
+    try:
+        run_epoch(create_loader(dataset, 16, shuffle=True), 0)
+    finally:
+        image_store.read = plain
+    return opened / len(records)
+
+
+def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """All settings, interleaved."""
+    records = load_annotations([args.data], MANY_CLASSES, cache_folder=folder, progress=False).records * args.repeat
+    recipe = AugmentConfig.from_hyp(load_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"))
+    loaders = {}
+    for cache in args.cache:
+        for workers in args.workers:
+            dataset = DetectionDataset(
+                records, args.imgsz, augment=recipe, cache=None if cache == "none" else cache, cache_folder=Path(folder)
+            )
+            loaders[cache, workers] = create_loader(dataset, args.batch_size, workers=workers, shuffle=True)
+    sources: dict[str, list[Any]] = {"none": [r.path for r in records]}
+    if "ram" in args.cache:
+        sources["ram"] = [read(r.path) for r in records]
+    clocks = {key: Clock() for key in loaders}
+    usual = {cache: Clock() for cache in sources}
+    for epoch in range(args.rounds + 1):
+        for cache, source in sources.items():
+            usual[cache].round(lambda s=source, e=epoch: run_usual(s, args.imgsz, args.batch_size, e))  # type: ignore[misc]
+        for key, loader in loaders.items():
+            clocks[key].round(lambda x=loader, e=epoch: run_epoch(x, e))  # type: ignore[misc]
+    for loader in loaders.values():
+        loader.close()
+    return {
+        "machine": {**machine(torch.device("cpu")), "opencv": cv2.__version__, "opencv threads": cv2.getNumThreads()},
+        "pictures": len(records),
+        "imgsz": args.imgsz,
+        "batch_size": args.batch_size,
+        "decodes_per_picture": decodes_per_picture(records, args.imgsz, recipe),
+        "settings": [{"cache": cache, "workers": workers, **c.to_dict()} for (cache, workers), c in clocks.items()],
+        "paste_then_warp": [{"cache": cache, "workers": 0, **c.to_dict()} for cache, c in usual.items()],
+    }
+
+
+def main() -> None:
+    """Measure and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="folder of pictures")
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
+    parser.add_argument("--cache", nargs="+", default=["none", "ram"], choices=["none", "ram", "disk"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeat", type=int, default=3, help="times that the set is repeated")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        results = measure(args, folder)
+    rows = [
+        ("this loader" if name == "settings" else "paste, then warp", *_row(setting))
+        for name in ("settings", "paste_then_warp")
+        for setting in results[name]
+    ]
+    text = (
+        f"Training samples of {results['pictures']} pictures at {args.imgsz}, batch {args.batch_size}, mosaic of four; "
+        f"{results['decodes_per_picture']:.2f} files decoded per picture and epoch.\n\n"
+        + markdown_table(("how", "cache", "workers", "images/s (median)", "range", "CPU ms/image"), rows)
+        + "\n"
+    )
+    write_results("loader", results, text)
+
+
+def _row(setting: dict[str, Any]) -> tuple[Any, ...]:
+    rates, workers = setting["rates"], setting["workers"]
+    cpu = "" if workers else f"{statistics.median(setting['cpu_ms']):.2f}"  # of this process alone, so not with workers
+    spread = f"{min(rates):.0f} .. {max(rates):.0f}"
+    return setting["cache"], workers, f"{statistics.median(rates):.0f}", spread, cpu
+
+
+if __name__ == "__main__":
+    main()
