@@ -137,6 +137,9 @@ class TrainConfig(Options):
         False, "logger: upload the data set", str, form=OPTIONAL, const=True, missing="no hosted logger is built in"
     )
     bbox_interval: int = option(-1, "logger: interval of box pictures", int, missing="no hosted logger is built in")
+    amp: str = option(
+        "auto", "mixed precision; auto = fp16 on CUDA, off on a CPU", choices=("auto", "fp16", "bf16", "off")
+    )
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
     partial_weights: bool = flag("accept weights that fit only in part")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)

@@ -25,6 +25,7 @@ from engine.optim import CLIP_NORM, apply_settings
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.setup import Setup, build_setup, resolve_run, save_resolved
 from utils.device import select_device
+from utils.errors import ConfigError
 from utils.metrics import fitness
 from utils.seed import sample_rng
 from utils.structures import Batch, to_unit
@@ -90,8 +91,8 @@ class Trainer:
         self.device, self.world, self.config = setup.device, setup.world, setup.config
         self.best_fitness, self.best_epoch = setup.best_fitness, setup.best_epoch
         self.last_step = -1
-        self.amp = self.device.type == "cuda"
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp)
+        self.amp_dtype = amp_dtype(self.config.amp, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self.network: nn.Module = setup.model
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -168,7 +169,7 @@ class Trainer:
         images = to_unit(batch.images).contiguous(memory_format=torch.channels_last)
         if config.multi_scale:
             images = multi_scale(images, config.imgsz, s.grid, sample_rng(config.seed, epoch, 2**31 + i))
-        with torch.autocast(self.device.type, enabled=self.amp):
+        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             total, parts = s.criterion(self.network(images), batch.targets)
         if self.world.size > 1:
             total = total * self.world.size  # DDP averages the gradients; the loss is a sum over images
@@ -203,7 +204,7 @@ class Trainer:
     def _validate(self) -> EvalResult:
         """Validate the averaged weights on the validation split, with losses."""
         s = self.s
-        runtime = PyTorchRuntime.from_model(s.ema.module, self.device, half=self.amp)
+        runtime = PyTorchRuntime.from_model(s.ema.module, self.device, half=self.amp_dtype is not None)
         return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
 
     def _note(self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None) -> bool:
@@ -235,11 +236,24 @@ class Trainer:
                     log.close()
             if best.is_file():
                 LOGGER.info("Validating %s ...", best)
-                runtime = PyTorchRuntime([str(best)], self.device, half=self.amp)
+                runtime = PyTorchRuntime([str(best)], self.device, half=self.device.type == "cuda")
                 options = replace(s.eval_options, folder=s.folder, plots=not self.config.noplots, verbose=True)
                 metrics = evaluate(runtime, s.val_loader, options)
             LOGGER.info("Results saved to %s", s.folder)
         return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epoch + 1, self.best_fitness)
+
+
+def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision that `--amp` means on a device; None = everything in float32.
+
+    Raises:
+        ConfigError: float16 on a CPU, which has no fast arithmetic for it.
+    """
+    if text == "fp16" and device.type == "cpu":
+        raise ConfigError("--amp fp16: not on a CPU; allowed there are bf16 and off")
+    if text == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[text]
 
 
 def multi_scale(images: Tensor, imgsz: int, grid: int, rng: np.random.Generator) -> Tensor:
