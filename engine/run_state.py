@@ -85,7 +85,7 @@ def restore(trainer: Trainer) -> None:
     trainer.best_fitness, trainer.best_epoch = float(state["best_fitness"]), int(state["best_epoch"])
     trainer.last_step = int(state["last_step"])
     trainer.class_maps[:] = state["class_maps"]
-    s.criterion.balance = list(state["balance"])
+    s.criterion.balance.copy_(torch.tensor(state["balance"]))
     torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
     if trainer.device.type == "cuda" and "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"].cpu().to(torch.uint8), trainer.device)

@@ -283,6 +283,18 @@ def test_sides_are_rounded_up_to_the_grid(wanted, used):
     assert input_side(wanted, Oracle([], None)) == used
 
 
+def test_batches_are_rectangles_with_half_a_stride_of_margin(data_file):
+    # By shape: 50 x 111, 60 x 80 and two squares; then 97 x 71 and 80 x 60, which need 48 + 16 columns.
+    shapes = [tuple(b.images.shape) for b in loader_for(data_file)]
+    assert shapes == [(4, 3, 96, 96), (2, 3, 96, 64)]
+    config = ValConfig(imgsz=128, batch_size=1, workers=0)
+    annotations = load_annotations(load_data_config(data_file).split("val"), 3, progress=False)
+    loader = build_loader(config, annotations, Oracle([], None), rect=True)
+    assert [tuple(b.images.shape[2:]) for b in loader][0] == (96, 160)  # 50 x 111: 58 + 16 rows, 128 + 16 columns
+    loader = build_loader(config, annotations, Oracle([], None), rect=False)
+    assert {tuple(b.images.shape[2:]) for b in loader} == {(128, 128)}
+
+
 def test_fixed_inputs_decide(data_file):
     fixed = Oracle([], None)
     fixed.imgsz, fixed.fixed_batch = (96, 96), 2
@@ -335,6 +347,12 @@ def test_saved_labels_are_found_again(data_file, tmp_path):
         expected = boxes_of(number)
         assert len(rows) == len(expected)
         np.testing.assert_allclose(rows[np.argsort(rows[:, 0])], expected[np.argsort(expected[:, 0])], atol=2e-3)
+
+
+def test_hybrid_labels_write_files_and_lift_the_figures(command, tmp_path):
+    plain, hybrid = command(), command(save_hybrid=True)
+    assert hybrid.map50 > plain.map50 + 0.5
+    assert not (tmp_path / "runs/exp/labels").exists() and (tmp_path / "runs/exp2/labels/p0.txt").is_file()
 
 
 def test_augmented_and_ensembled(command, weights):

@@ -85,7 +85,8 @@ def test_rows_to_freeze(selection, rows):
 
 
 @pytest.mark.parametrize(
-    ("selection", "message"), [(["9"], "row 4 is not there"), (["neck"], "allowed are row numbers"), (["1", "x"], "allowed")]
+    ("selection", "message"),
+    [(["9"], "row 4 is not there"), (["neck"], "allowed are row numbers"), (["1", "x"], "allowed")],
 )
 def test_freeze_errors(selection, message):
     with pytest.raises(ConfigError, match=message):
