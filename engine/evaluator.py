@@ -19,7 +19,7 @@ from engine import eval_pictures
 from engine.config import ValConfig
 from engine.eval_outputs import CocoSink, TextSink, run_folder
 from engine.plugins import load_plugins
-from engine.runtimes import choose_weights, open_runtime
+from engine.runtimes import choose_weights, open_runtime, split_device
 from engine.runtimes.base import RawRuntime, Runtime
 from engine.tally import EvalResult, ImageOutcome, Tally, log_table, summarize, table_head
 from models.loss import DetectionLoss
@@ -232,10 +232,13 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
         LOGGER.warning("--conf-thres %g: above %g boxes are missing from the curves", config.conf_thres, USUAL_CONF)
     if config.save_hybrid:
         LOGGER.warning("--save-hybrid: labels take part as certain boxes; the figures say nothing about the model")
-    split_name(config, data)  # before the weights are read
-    device = select_device(config.device, config.batch_size)
+    data.split(split_name(config, data))  # before the weights are read
+    device_name, provider = split_device(config.device)
+    device = select_device(device_name, config.batch_size)
     config = replace(config, weights=choose_weights(config.weights))
-    runtime = open_runtime(config.weights, device, half=config.half, augment=config.augment, dnn=config.dnn)
+    runtime = open_runtime(
+        config.weights, device, half=config.half, augment=config.augment, dnn=config.dnn, provider=provider
+    )
     if not config.single_cls:
         check_classes(runtime.names, data, config.weights[0])
     LOGGER.info("Validating on %s", describe_device(device))
