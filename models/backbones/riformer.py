@@ -24,6 +24,7 @@ from models.backbones.layers import DropPath, Mlp, choose_architecture, require
 
 NORM_EPS = 1e-5
 LAYER_SCALE_INIT = 1e-5
+STRIDES = (4, 8, 16, 32)
 
 
 def _positive(value: object) -> bool:
@@ -141,6 +142,8 @@ class RIFormer(Backbone):
         layer_scale_init_value: initial value of the layer scales. The default is the published one and suits fine
             tuning of published weights; from random weights the blocks then contribute next to nothing for a long time,
             so training from scratch wants something of the order of 0.1 to 1.
+        strides: of the maps to return. A map that nobody reads leaves its norm without gradient, which data-parallel
+            training refuses.
         normalize, mean, std: see `Backbone`.
 
     Raises:
@@ -157,6 +160,7 @@ class RIFormer(Backbone):
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         layer_scale_init_value: float = LAYER_SCALE_INIT,
+        strides: Sequence[int] = STRIDES,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -166,7 +170,11 @@ class RIFormer(Backbone):
             require(0 <= rate < 1, f"RIFormer: {name} is {rate}; allowed: 0 <= {name} < 1")
         architecture = choose_architecture("RIFormer", arch, ARCHITECTURES)
         widths, depths = architecture.embed_dims, architecture.layers
-        self.levels = tuple(FeatureLevel(width, 4 << stage) for stage, width in enumerate(widths))
+        require(
+            bool(strides) and list(strides) == [s for s in STRIDES if s in strides],
+            f"RIFormer: strides are {list(strides)}; allowed: some of {list(STRIDES)}, rising",
+        )
+        self.levels = tuple(FeatureLevel(width, s) for s, width in zip(STRIDES, widths) if s in strides)
         self.size_divisor = 32
         self._depths = depths
         total = sum(depths)
@@ -183,17 +191,19 @@ class RIFormer(Backbone):
             )
         self.network = nn.ModuleList(network)
         for stage, width in enumerate(widths):
-            self.add_module(f"norm{2 * stage}", nn.GroupNorm(1, width, eps=NORM_EPS))
+            if STRIDES[stage] in strides:
+                self.add_module(f"norm{2 * stage}", nn.GroupNorm(1, width, eps=NORM_EPS))
         self.apply(_init_weights)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The four normed stage outputs of a normalised image (B, 3, H, W); any H and W from 32 on."""
+        """The normed stage outputs of a normalised image (B, 3, H, W); any H and W from 32 on."""
         x = self.patch_embed(image)
         outputs = []
         for index, stage in enumerate(self.network):
             x = stage(x)
-            if index % 2 == 0:
-                outputs.append(getattr(self, f"norm{index}")(x))
+            norm = getattr(self, f"norm{index}", None)
+            if norm is not None:
+                outputs.append(norm(x))
         return tuple(outputs)
 
     def reparameterize(self) -> None:

@@ -68,9 +68,10 @@ class TimmBackbone(Backbone):
         name: timm's name, with or without a tag.
         pretrained: fetch timm's weights (a model that is rebuilt from a checkpoint asks for none). Only rank zero does:
             data-parallel training sends its values to the others.
-        extra_levels: make those of strides 8, 16, 32 that the network lacks, coarser ones by strided, finer ones by
-            transposed convolutions from the nearest map.
-        widths: channels of the simple feature pyramid (strides 4, 8, 16, 32) of a plain vision transformer.
+        extra_levels: make those of `strides` (8, 16, 32 where none are given) that the network lacks, coarser ones by
+            strided, finer ones by transposed convolutions from the nearest map.
+        strides: of the maps to return; by default all from 2 to 32 that the network gives, 8, 16 and 32 of a pyramid.
+        widths: channels of the maps of a plain vision transformer's pyramid, one for each stride, or one for all.
         drop_path_rate: stochastic depth, where the network knows it.
         model_args: further arguments of timm's constructor, e.g. `{img_size: 640}`.
         normalize: see `Backbone`.
@@ -86,7 +87,8 @@ class TimmBackbone(Backbone):
         name: str,
         pretrained: bool = False,
         extra_levels: bool = False,
-        widths: int | Sequence[int] = (64, 128, 256, 512),
+        strides: Sequence[int] | None = None,
+        widths: int | Sequence[int] = (128, 256, 512),
         drop_path_rate: float = 0.0,
         model_args: Mapping[str, Any] | None = None,
         normalize: bool = True,
@@ -109,8 +111,8 @@ class TimmBackbone(Backbone):
         self.size_divisor = max(measured.size_divisor, LEVEL_STRIDES[-1])
         is_plain = len(measured.strides) > 1 and len(set(measured.strides)) == 1
         at = {stride: i for i, stride in enumerate(measured.strides) if is_plain or stride in LEVEL_STRIDES}
-        require(bool(at), f"timm/{name}: its maps have strides {list(measured.strides)}; 2 to 32 are of use")
-        taken = sorted(at.items())
+        taken = sorted(at.items() if is_plain else self._wanted(at, strides, extra_levels))
+        self.taken = tuple(stride for stride, _ in taken)
         self.network = self._build(
             {**arguments, **dict(measured.arguments)}, [measured.indices[i] for _, i in taken], pretrained
         )
@@ -118,10 +120,11 @@ class TimmBackbone(Backbone):
         self.pyramid: SimpleFeaturePyramid | None = None
         self.finer, self.coarser = nn.ModuleList(), nn.ModuleList()
         if is_plain:
-            self.pyramid = SimpleFeaturePyramid(own[0].channels, own[0].stride, (4, 8, 16, 32), widths)
+            wanted = DETECTION_STRIDES if strides is None else strides
+            self.pyramid = SimpleFeaturePyramid(own[0].channels, own[0].stride, wanted, widths)
             own = [FeatureLevel(w, s) for w, s in zip(self.pyramid.widths, self.pyramid.strides)]
         elif extra_levels:
-            own = self._add_levels(own)
+            own = self._add_levels(own, DETECTION_STRIDES if strides is None else strides)
         self.levels = tuple(own)
         self._depth_of = _depths(self)
 
@@ -142,16 +145,31 @@ class TimmBackbone(Backbone):
                 "timm's weights as 'weights: <path>', or False for random weights"
             ) from error
 
-    def _add_levels(self, own: list[FeatureLevel]) -> list[FeatureLevel]:
-        """Make the missing ones of the detection strides; the nearest map that is at hand is the source."""
+    def _wanted(self, at: dict[int, int], strides: Sequence[int] | None, extra: bool) -> list[tuple[int, int]]:
+        """(stride, position) of the network's maps to take."""
+        have = f"timm/{self.name}: its maps have strides {list(self.measured.strides)}"
+        require(bool(at), f"{have}; 2 to 32 are of use")
+        if strides is None:
+            return list(at.items())
+        wrong = [s for s in strides if s not in LEVEL_STRIDES]
+        require(bool(strides) and not wrong, f"timm/{self.name}: strides are {list(strides)}; allowed: {LEVEL_STRIDES}")
+        between = [s for s in strides if s not in at and (not extra or min(at) < s < max(at))]
+        require(not between, f"{have}, none of {between}; extra_levels: true makes finer and coarser ones")
+        # what is made begins at the finest or coarsest map of the network's own
+        sources = {min(at)} if min(strides) < min(at) else set()
+        sources |= {max(at)} if max(strides) > max(at) else set()
+        return [(s, i) for s, i in at.items() if s in strides or s in sources]
+
+    def _add_levels(self, own: list[FeatureLevel], wanted: Sequence[int]) -> list[FeatureLevel]:
+        """Make the finer and coarser ones that are wanted; the nearest map that is at hand is the source."""
         levels = list(own)
-        while levels[0].stride > DETECTION_STRIDES[0]:
+        while levels[0].stride > min(wanted):
             first = levels[0]
             level = FeatureLevel(max(first.channels // 2, 16), first.stride // 2)
             up = nn.ConvTranspose2d(first.channels, level.channels, 2, stride=2, bias=False)
             self.finer.append(_between_levels(up, level.channels))
             levels.insert(0, level)
-        while levels[-1].stride < DETECTION_STRIDES[-1]:
+        while levels[-1].stride < max(wanted):
             last = levels[-1]
             level = FeatureLevel(last.channels, last.stride * 2)
             down = nn.Conv2d(last.channels, level.channels, 3, stride=2, padding=1, bias=False)
@@ -178,8 +196,7 @@ class TimmBackbone(Backbone):
             size = (int(height * self.measured.shrink), int(width * self.measured.shrink))
             x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=True)
         maps = self._in_tiles(x) if self.measured.tile else self._maps(x)
-        strides = sorted({s for s in self.measured.strides if s in LEVEL_STRIDES or self.pyramid is not None})
-        return tuple(_fitted(m, height // s, width // s) for m, s in zip(maps, strides))
+        return tuple(_fitted(m, height // s, width // s) for m, s in zip(maps, self.taken))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         maps = self.network(x)

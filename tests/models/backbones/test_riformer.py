@@ -102,6 +102,16 @@ def test_layer_scale_starts_where_it_is_told(value: float) -> None:
         torch.testing.assert_close(p, torch.full_like(p, value), rtol=0, atol=0)
 
 
+def test_only_the_wanted_maps_have_norms() -> None:
+    model = RIFormer(TINY, strides=[8, 32])
+    assert [(level.channels, level.stride) for level in model.levels] == [(16, 8), (32, 32)]
+    assert {name for name, _ in model.named_children()} == {"patch_embed", "network", "norm2", "norm6"}
+    whole = RIFormer(TINY)
+    whole.load_state_dict(model.state_dict(), strict=False)
+    image = torch.rand(1, 3, 64, 64)
+    torch.testing.assert_close(model(image), whole(image)[1::2], rtol=0, atol=0)
+
+
 def test_depth_counts_blocks() -> None:
     model = RIFormer(TINY)
     depths = {
@@ -136,6 +146,9 @@ def test_norms_are_those_of_the_publication() -> None:
         ({"arch": {**TINY, "layers": "2222"}}, "layers of arch is '2222'"),
         ({"drop_path_rate": 1.0}, "drop_path_rate is 1.0; allowed: 0 <= drop_path_rate < 1"),
         ({"drop_rate": -0.1}, "drop_rate is -0.1"),
+        ({"strides": [32, 8]}, "strides are [32, 8]; allowed: some of [4, 8, 16, 32], rising"),
+        ({"strides": [2, 8]}, "strides are [2, 8]"),
+        ({"strides": []}, "strides are []"),
     ],
 )
 def test_wrong_arguments_are_told(arguments: dict[str, object], sentence: str) -> None:

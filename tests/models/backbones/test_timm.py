@@ -25,10 +25,10 @@ KINDS = [
     ("mambaout_femto", (4, 8, 16, 32), 32),  # NHWC
     ("swin_tiny_patch4_window7_224", (4, 8, 16, 32), 32),  # NHWC, native size only unless freed
     ("test_maxvit", (2, 4, 8, 16, 32), 160),  # multiples of its native size
-    ("test_vit", (4, 8, 16, 32), 32),  # plain: one stride, through the pyramid
+    ("test_vit", (8, 16, 32), 32),  # plain: one stride, through the pyramid
     ("visformer_tiny", (8, 16, 32), 224),  # its native size only: tiles
     ("pit_ti_224", (8, 16, 32), 224),
-    ("convmixer_768_32", (4, 8, 16, 32), 32),  # stride 7, plain
+    ("convmixer_768_32", (8, 16, 32), 32),  # stride 7, plain
 ]
 
 
@@ -102,6 +102,25 @@ def test_missing_levels_are_made_only_if_asked() -> None:
     coarser = TimmBackbone("nest_tiny", extra_levels=True)
     assert coarser.levels[-1] == FeatureLevel(384, 32)
     assert [level.stride for level in coarser.levels] == [4, 8, 16, 32]
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "expected"),
+    [
+        ("resnet18", {"strides": [8, 32]}, [(128, 8), (512, 32)]),
+        ("test_vit", {"strides": [4, 64], "widths": 24}, [(24, 4), (24, 64)]),
+        ("test_vit", {"strides": [4, 8], "widths": [8, 16]}, [(8, 4), (16, 8)]),
+        ("efficientvit_m0", {"strides": [8, 16], "extra_levels": True}, [(32, 8), (64, 16)]),
+        ("efficientvit_m0", {"strides": [4, 16, 32], "extra_levels": True}, [(16, 4), (32, 8), (64, 16), (128, 32)]),
+    ],
+)
+def test_strides_are_an_argument(name: str, arguments: dict[str, Any], expected: list[tuple[int, int]]) -> None:
+    backbone = TimmBackbone(name, **arguments).train()
+    assert [(level.channels, level.stride) for level in backbone.levels] == expected
+    outputs = backbone(torch.rand(2, 3, 64, 128))
+    assert [(o.shape[1], 64 // o.shape[2]) for o in outputs if o.shape[2] > 1] == [e for e in expected if e[1] < 64]
+    sum(o.square().mean() for o in outputs).backward()
+    assert [n for n, p in backbone.named_parameters() if p.grad is None] == []
 
 
 def test_parts_beyond_the_levels_are_not_built() -> None:
@@ -211,6 +230,12 @@ def test_no_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         ("timm/resnet50.a1_in2k", [], "resnet50 has no weights tagged 'a1_in2k'; allowed: a1_in1k"),
         ("timm/resnet18", {"model_args": {"foo": 1}}, "unexpected keyword argument 'foo'"),
         ("timm/resnet18", {"drop_path_rate": 1.5}, "drop_path_rate is 1.5"),
+        (
+            "timm/efficientvit_m0",
+            {"strides": [8, 16]},
+            "its maps have strides [16, 32, 64], none of [8]; extra_levels: true",
+        ),
+        ("timm/resnet18", {"strides": [3]}, "strides are [3]; allowed: (2, 4, 8, 16, 32)"),
         ("timm/resnet18", {"pretraind": True}, "unknown argument 'pretraind'; allowed: "),
         ("timm/resnet18", ["s12"], "argument 's12' is not allowed, the name says the architecture"),
         ("timm/crossvit_9_240", [], "gives no feature maps that a detector can use (strides of 18.3 and 22.9 pixels"),
