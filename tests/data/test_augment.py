@@ -228,6 +228,16 @@ def test_mosaic9_tiles_touch_and_do_not_overlap():
         assert (render(canvas, draw_warp(AugmentConfig(), (128, 128), (128, 128), rng())) == 255).all()
 
 
+def test_mosaic9_corners():
+    """Pictures of different sizes: each one touches the one before it, around the middle one."""
+    sizes = [(40, 50), (20, 30), (25, 35), (15, 45), (10, 60), (22, 32), (24, 34), (26, 36), (28, 38)]  # height, width
+    pictures = [picture(i, h, w, [[i, 0.5, 0.5, 1, 1]]) for i, (h, w) in enumerate(sizes)]
+    _, labels, _ = mosaic9(pictures, 200, rng(3))  # a window that cuts none of them
+    corners = labels[:, 1:3] - labels[0, 1:3]
+    expected = [(0, 0), (0, -20), (30, -25), (50, 0), (50, 15), (18, 40), (-16, 40), (-36, 14), (-38, -14)]
+    assert corners.tolist() == [list(corner) for corner in expected]
+
+
 def test_mosaic_outlines_travel_with_their_labels():
     outline = np.array([(0.25, 0.25), (0.75, 0.25), (0.5, 0.75)], np.float32)
     labels = np.array([[0, 0.5, 0.5, 0.5, 0.5]], np.float32)
@@ -254,6 +264,8 @@ def test_copy_paste_mirrors_what_has_room():
     same, rows, _ = copy_paste(*with_box(100, 200, 85, 30, 115, 60), [outline + (65, 0)], 1.0, rng())
     assert len(rows) == 1 and np.array_equal(same, with_box(100, 200, 85, 30, 115, 60)[0])  # it would hide itself
     assert len(copy_paste(image, labels, [outline], 0.0, rng())[1]) == 1
+    hidden = np.array([*labels.tolist(), [1, 155, 35, 175, 55]], np.float32)  # it would hide another object
+    assert len(copy_paste(image, hidden, [outline, np.zeros((0, 2), np.float32)], 1.0, rng())[1]) == 2
 
 
 def test_pasting_while_rendering_equals_pasting_first():
