@@ -29,7 +29,7 @@ from engine.pipeline import Drain, Feed
 from engine.plugins import load_plugins
 from engine.progress import Progress
 from engine.run_state import strip
-from engine.runtimes import choose_weights, open_runtime
+from engine.runtimes import choose_weights, open_runtime, split_device
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.writers import CropWriter, CsvWriter, JsonWriter, LabelWriter, Outputs, PictureWriter, Writer, write_picture
@@ -77,9 +77,12 @@ def detect(config: DetectConfig) -> DetectReport:
     load_plugins(config.plugin)
     if config.view_img:
         check_display()
-    device = select_device(config.device)
+    device_name, provider = split_device(config.device)
+    device = select_device(device_name)
     weights = choose_weights(config.weights)
-    runtime = open_runtime(weights, device, half=config.half, augment=config.augment, dnn=config.dnn)
+    runtime = open_runtime(
+        weights, device, half=config.half, augment=config.augment, dnn=config.dnn, provider=provider
+    )
     LOGGER.info("Detecting on %s", describe_device(device))
     names = class_names(runtime, config.data)
     check_classes(config.classes, names)

@@ -163,7 +163,7 @@ if any(tmp for tmp in os.listdir({str(tmp_path)!r})):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["train.py", "val.py", "detect.py"])
+@pytest.mark.parametrize("script", ["train.py", "val.py", "detect.py", "export.py"])
 def test_help_does_not_import_torch(script):
     code = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n    runpy.run_path(sys.path.pop(), run_name='__main__')\n"
     code += "except SystemExit:\n    print('torch' in sys.modules, file=sys.stderr)"

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from engine.runtimes.base import Runtime
+from engine.runtimes.onnxruntime import OnnxRuntime
+from engine.runtimes.opencv_dnn import OpenCvRuntime
+from engine.runtimes.openvino import OpenVinoRuntime
 from engine.runtimes.pytorch import PyTorchRuntime
-from utils.errors import CheckpointError, ConfigError
+from engine.runtimes.torchscript import TorchScriptRuntime
+from utils.errors import CheckpointError, ConfigError, did_you_mean
 from utils.files import newest_weights
 
 LOGGER = logging.getLogger(__name__)
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
+DNN = "dnn"
+
+Opener = Callable[[Path, torch.device, str], Runtime]
+# Another runtime is one file beside this one, and one row here: suffix -> (path, device, provider) -> runtime.
+OPENERS: Mapping[str, Opener] = {
+    ".onnx": OnnxRuntime,
+    ".torchscript": lambda path, device, _: TorchScriptRuntime(path, device),
+    ".xml": lambda path, device, _: OpenVinoRuntime(path, device),
+    DNN: lambda path, device, _: OpenCvRuntime(path, device),
+}
 
 
 def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
@@ -32,6 +46,17 @@ def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> l
     return [str(found)]
 
 
+def split_device(text: str) -> tuple[str, str]:
+    """`--device` as what PyTorch knows, and the ONNX Runtime provider that it names ('' for none).
+
+    `tensorrt` and `tensorrt:1` are a GPU with that provider, `openvino` the CPU with its own.
+    """
+    name, _, number = text.strip().lower().partition(":")
+    if name == "tensorrt":
+        return number or "0", name
+    return ("cpu", name) if name == "openvino" else (text, "")
+
+
 def open_runtime(
     weights: Sequence[str],
     device: torch.device,
@@ -39,25 +64,58 @@ def open_runtime(
     half: bool = False,
     augment: bool = False,
     dnn: bool = False,
+    provider: str = "",
 ) -> Runtime:
-    """Open model files for detection; several are an ensemble.
+    """Open model files for detection; several checkpoints are an ensemble.
 
     Args:
-        weights: checkpoints.
+        weights: checkpoints, or one exported file (or OpenVINO folder).
         device: where to run.
-        half: half precision where the device has it.
-        augment: test-time augmentation.
-        dnn: run ONNX files by OpenCV.
+        half: half precision where the device has it; an exported file has the precision it was exported with.
+        augment: test-time augmentation; checkpoints only.
+        dnn: run an ONNX file by OpenCV.
+        provider: of ONNX Runtime, see `split_device`.
 
     Raises:
         CheckpointError: a file that is missing, or cannot be used.
-        ConfigError: a kind of file, or an option, that is not there yet.
+        ConfigError: a kind of file that cannot do what is asked of it, or a package that is not installed.
     """
-    if dnn:
-        raise ConfigError("--dnn: ONNX files cannot be run yet; leave it out and give a .pt file")
-    for name in weights:
-        path = Path(name)
-        if path.is_file() and path.suffix.lower() not in CHECKPOINT_SUFFIXES:
-            allowed = ", ".join(CHECKPOINT_SUFFIXES)
-            raise CheckpointError(f"{name}: files of this kind cannot be run yet; allowed: {allowed}")
-    return PyTorchRuntime(weights, device, half=half, augment=augment)
+    kinds = [_kind(name) for name in weights]
+    artefacts = [name for name, kind in zip(weights, kinds) if kind in OPENERS]
+    if dnn and (len(artefacts) != 1 or kinds != [".onnx"]):
+        raise ConfigError(f"--dnn: OpenCV runs one ONNX file, not {', '.join(weights)}; leave it out, or name one")
+    if provider and kinds != [".onnx"]:
+        raise ConfigError(f"--device {provider}: for one ONNX file only, not for {', '.join(weights)}")
+    if not artefacts:
+        return PyTorchRuntime(weights, device, half=half, augment=augment)
+    if len(weights) > 1:
+        raise ConfigError(f"--weights: {artefacts[0]} stands alone; an ensemble is made of several .pt files")
+    if augment:
+        raise ConfigError(f"--augment: needs a .pt file; {artefacts[0]} is exported for the plain picture")
+    if half:
+        LOGGER.warning("--half is ignored for %s: its precision is that of the export", artefacts[0])
+    opener = OPENERS[DNN if dnn else kinds[0]]
+    return opener(Path(artefacts[0]), device, provider)
+
+
+def _kind(name: str) -> str:
+    """Key of `OPENERS`, or '' for checkpoints.
+
+    Raises:
+        CheckpointError: a file of a kind that nothing here runs.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not any(path.glob("*.xml")):
+            raise CheckpointError(f"{name}: a folder without an .xml file; of folders, OpenVINO's can be run")
+        return ".xml"
+    suffix = path.suffix.lower()
+    if suffix in OPENERS:
+        if not path.is_file():
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise CheckpointError(f"{name}: no such file{did_you_mean(path.name, near)}")
+        return suffix
+    if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:
+        allowed = ", ".join((*CHECKPOINT_SUFFIXES, *(key for key in OPENERS if key != DNN), "an OpenVINO folder"))
+        raise CheckpointError(f"{name}: files of this kind cannot be run; allowed: {allowed}")
+    return ""

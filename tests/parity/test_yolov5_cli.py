@@ -8,11 +8,12 @@ import pytest
 
 from engine.cli import build_parser
 from engine.config import DetectConfig, TrainConfig, ValConfig
+from engine.export.config import ExportConfig
 from tests.parity import rules
 
 pytestmark = pytest.mark.parity
 CLI = rules.yolov5("cli")
-CONFIGS = {"train": TrainConfig, "val": ValConfig, "detect": DetectConfig}
+CONFIGS = {"train": TrainConfig, "val": ValConfig, "detect": DetectConfig, "export": ExportConfig}
 
 # Ours differ only where the official default would need a download.
 OTHER_DEFAULTS = {
@@ -22,6 +23,8 @@ OTHER_DEFAULTS = {
     ("val", "data"): "data/shapes.yaml",
     ("detect", "weights"): [],
     ("detect", "data"): "",
+    ("export", "weights"): [],
+    ("export", "data"): "",
 }
 
 

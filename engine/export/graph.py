@@ -1,0 +1,89 @@
+"""What is traced: the deployed form of a detector behind one input and one output."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from models.fuse import reparameterize
+from models.yolo import DetectionModel
+
+# Input sides of a traced dynamic graph, in grid cells, and its batch: small, unequal, and neither 1 nor a multiple of a
+# common partition, so that no size is taken for a constant.
+TRACE_CELLS = (3, 5)
+TRACE_BATCH = 2
+
+
+class ExportGraph(nn.Module):
+    """A detector with one tensor in and one out.
+
+    Args:
+        model: in its deployed form and in evaluation mode; shared, not copied.
+        dtype: what the layers compute in.
+    """
+
+    def __init__(self, model: DetectionModel, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Detect.
+
+        Args:
+            images: (B, 3, H, W) float32 in [0, 1], RGB; H and W multiples of the grid.
+
+        Returns:
+            (B, N, 5 + nc) float32: box centre x, y, width, height in input pixels, objectness, class scores. float32
+            even where the layers are float16, which holds pixel positions above 1024 only to a whole pixel.
+        """
+        decoded, _ = self.model(images.to(self.dtype))
+        return decoded.float()
+
+
+class TupleGraph(nn.Module):
+    """The same with a tuple of one tensor as its output, which is what readers of YOLOv5's TorchScript files expect."""
+
+    def __init__(self, graph: ExportGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        """See `ExportGraph.forward`."""
+        return (self.graph(images),)
+
+
+def deployed_form(model: DetectionModel) -> DetectionModel:
+    """A copy with re-parameterised backbone and folded batch norms; `model` itself is left as it is."""
+    copy = deepcopy(model).eval()
+    reparameterize(copy)
+    copy.fuse()
+    return copy.requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """Input of an exported graph.
+
+    Attributes:
+        batch, height, width: of the input; examples only where `dynamic`.
+        dynamic: batch, height and width are free (sides in multiples of `grid`).
+        grid: what the sides are multiples of, in pixels.
+    """
+
+    batch: int
+    height: int
+    width: int
+    dynamic: bool
+    grid: int
+
+    @property
+    def example(self) -> tuple[int, int, int, int]:
+        """(B, 3, H, W) of the tensor to trace with."""
+        if self.dynamic:
+            return TRACE_BATCH, 3, TRACE_CELLS[0] * self.grid, TRACE_CELLS[1] * self.grid
+        return self.batch, 3, self.height, self.width
+
+

@@ -1,0 +1,70 @@
+"""int8 weights and activations by ONNX Runtime's static quantiser."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from utils.errors import ExportError
+
+LOGGER = logging.getLogger(__name__)
+CALIBRATION_PICTURES = 64
+QUANTISED = ("Conv", "MatMul", "Gemm")
+
+
+class _Feed:
+    """Hands pictures to the quantiser, one batch at a time."""
+
+    def __init__(self, batches: Sequence[NDArray[np.float32]]) -> None:
+        self.batches = iter(batches)
+
+    def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+        batch = next(self.batches, None)
+        return None if batch is None else {"images": batch}
+
+
+def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
+    """The graph with int8 convolutions and matrix products, as pairs of QuantizeLinear and DequantizeLinear.
+
+    Weights get a scale per output channel, activations one per tensor, from the extremes over the pictures. What
+    follows the head's last convolutions stays float32: pixel positions need more than 8 bits.
+
+    Args:
+        model: ONNX `ModelProto`, float32.
+        batches: of the graph's input, (B, 3, H, W) float32 in [0, 1].
+
+    Raises:
+        ExportError: the quantiser failed.
+    """
+    import onnx
+    from onnxruntime import quantization as q
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(_Feed, q.CalibrationDataReader):  # the quantiser checks the base class
+        pass
+
+    with tempfile.TemporaryDirectory() as scratch:
+        source, prepared, result = (str(Path(scratch) / name) for name in ("a.onnx", "b.onnx", "c.onnx"))
+        onnx.save(model, source)
+        try:
+            quant_pre_process(source, prepared, skip_symbolic_shape=True)
+            q.quantize_static(
+                prepared,
+                result,
+                Reader(batches),
+                quant_format=q.QuantFormat.QDQ,
+                op_types_to_quantize=list(QUANTISED),
+                per_channel=True,
+                activation_type=q.QuantType.QUInt8,
+                weight_type=q.QuantType.QInt8,
+                calibrate_method=q.CalibrationMethod.MinMax,
+            )
+            return onnx.load(result)
+        except Exception as error:  # the quantiser raises plain exceptions of many kinds
+            raise ExportError(f"--int8: the quantiser failed: {str(error).strip().splitlines()[0][:300]}") from error

@@ -1,0 +1,118 @@
+"""Inputs of proof and calibration: real pictures, and random ones with their statistics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.config import load_data_config
+from data.images import IMAGE_SUFFIXES, read
+from data.labels import list_images
+from data.letterbox import letterbox
+from utils.errors import DataError, UserError
+from utils.files import ROOT
+
+LOGGER = logging.getLogger(__name__)
+SHIPPED = ROOT / "data" / "images"
+
+
+@dataclass(frozen=True)
+class PictureSource:
+    """Where real pictures come from.
+
+    Attributes:
+        origin: said in the proof.
+        files: the pictures; those of a validation split where there is one.
+    """
+
+    origin: str
+    files: tuple[Path, ...]
+
+    def load(self, count: int, height: int, width: int) -> NDArray[np.uint8]:
+        """At most `count` pictures, evenly spread over the files: (n, height, width, 3) RGB, letterboxed.
+
+        Raises:
+            DataError: none of them can be read.
+        """
+        step = max(len(self.files) // max(count, 1), 1)
+        fitted: list[NDArray[np.uint8]] = []
+        for path in self.files[::step]:
+            if len(fitted) == count:
+                break
+            try:
+                picture = letterbox(read(path), (height, width), auto=False)[0]
+            except DataError as error:
+                LOGGER.warning("%s; left out", error)
+                continue
+            fitted.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).astype(np.uint8))
+        if not fitted:
+            raise DataError(f"{self.origin}: none of its {len(self.files)} pictures can be read")
+        return np.stack(fitted)
+
+
+def find_pictures(data: str, metadata: Mapping[str, Any]) -> PictureSource:
+    """Pictures of the data set asked for, else of the one the checkpoint was trained on, else those shipped.
+
+    Args:
+        data: the option; '' leaves the choice.
+        metadata: of the checkpoint.
+
+    Raises:
+        UserError: `data` was given and cannot be used.
+    """
+    if data:
+        return _of_data_set(data)
+    trained_on = metadata.get("data") or (metadata.get("opt") or {}).get("data")
+    if trained_on and Path(str(trained_on)).is_file():
+        try:
+            config = load_data_config(str(trained_on))
+            if all(path.exists() for path in config.splits.get("val", ())):  # `split` might fetch it
+                return _of_data_set(str(trained_on))
+        except UserError as error:
+            LOGGER.info("pictures shipped with the project are used: %s", error)
+    files = tuple(sorted(path for path in SHIPPED.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES))
+    return PictureSource("data/images (shipped)", files)
+
+
+def _of_data_set(data: str) -> PictureSource:
+    config = load_data_config(data)
+    split = next((name for name in ("val", "test", "train") if name in config.splits), "val")
+    files = tuple(sorted(list_images(config.split(split))[0]))
+    if not files:
+        raise DataError(f"{config.file}: its split '{split}' has no pictures")
+    return PictureSource(f"{config.file.name}, {split}", files)
+
+
+def as_images(pictures: NDArray[np.uint8]) -> torch.Tensor:
+    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
+
+
+def random_images(count: int, like: NDArray[np.uint8], height: int, width: int, seed: int = 0) -> torch.Tensor:
+    """Noise with the mean and deviation of real pictures, per channel, and structure at several scales.
+
+    Args:
+        count: number of images.
+        like: (n, h, w, 3) uint8 real pictures.
+        height, width: of the images.
+
+    Returns:
+        (count, 3, height, width) float32 in [0, 1].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.zeros(count, 3, height, width)
+    for scale in (1, 4, 16, 64):  # blobs of so many pixels
+        coarse = torch.randn(count, 3, -(-height // scale), -(-width // scale), generator=generator)
+        noise += torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
+    noise = (noise - noise.mean((0, 2, 3), keepdim=True)) / noise.std((0, 2, 3), keepdim=True)
+    pixels = torch.from_numpy(like).reshape(-1, 3).float() / 255
+    mean, deviation = pixels.mean(0).view(1, 3, 1, 1), pixels.std(0).view(1, 3, 1, 1)
+    return (noise * deviation + mean).clamp_(0, 1)

@@ -1,0 +1,88 @@
+"""What runtimes of exported files have in common: sizes, batches, pixels, and rows from boxes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+
+from engine.runtimes.metadata import Metadata
+from utils.boxes import xyxy2xywh
+from utils.errors import ConfigError
+from utils.structures import to_unit
+
+
+class ArtefactRuntime(ABC):
+    """Base of the runtimes of exported files.
+
+    A subclass opens the file, calls `_describe`, and defines `_infer`.
+    """
+
+    fixed_batch: int | None
+    imgsz: tuple[int, int] | None
+
+    def _describe(
+        self, where: str, metadata: Metadata, device: torch.device, shape: tuple[int | None, ...], columns: int | None
+    ) -> None:
+        """Take over what the file says.
+
+        Args:
+            where: its name, for messages.
+            shape: (B, 3, H, W) of its input; None where a dimension is free.
+            columns: length of an output row; None where it is free.
+        """
+        batch, _, height, width = shape
+        self.where, self.metadata, self.device = where, metadata, device
+        self.stride = metadata.stride
+        self.fixed_batch = batch
+        self.imgsz = None if height is None or width is None else (height, width)
+        count = len(metadata.names) or (columns or 6) - 5
+        self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range(count)}
+
+    @abstractmethod
+    def _infer(self, images: torch.Tensor) -> torch.Tensor:
+        """Run the file: (B, 3, H, W) float32 in [0, 1] on `device`, C order -> its output, anywhere."""
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """See `Runtime`."""
+        return rows_from_boxes(self.output(images), len(self.names)) if self.metadata.nms else self.output(images)
+
+    def output(self, images: torch.Tensor) -> torch.Tensor:
+        """What the file itself gives, float32, on `device`; a batch below the fixed one is filled up and cut again."""
+        count, _, height, width = images.shape
+        self._check_size(count, height, width)
+        pixels = to_unit(images.to(self.device))
+        if self.fixed_batch is not None and count < self.fixed_batch:
+            pixels = torch.cat((pixels, pixels.new_zeros(self.fixed_batch - count, *pixels.shape[1:])))
+        return self._infer(pixels.contiguous())[:count].to(self.device, torch.float32)
+
+    def _check_size(self, count: int, height: int, width: int) -> None:
+        if self.imgsz is not None and (height, width) != self.imgsz:
+            raise ConfigError(f"{self.where}: takes {self.imgsz[0]} x {self.imgsz[1]} pixels, not {height} x {width}")
+        if self.fixed_batch is not None and count > self.fixed_batch:
+            raise ConfigError(f"{self.where}: takes batches of {self.fixed_batch}, not {count}")
+
+    def warmup(self, shape: tuple[int, int, int, int]) -> None:
+        """See `Runtime`."""
+        batch = shape[0] if self.fixed_batch is None else min(shape[0], self.fixed_batch)
+        self(torch.zeros((batch, 3, *(self.imgsz or shape[2:])), dtype=torch.uint8))
+
+
+def rows_from_boxes(boxes: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Boxes after suppression as the rows that a plain detector gives, so that one predictor serves both.
+
+    Args:
+        boxes: (B, K, 6) left, top, right, bottom, score, class; rows of score 0 are empty.
+        num_classes: nc.
+
+    Returns:
+        (B, K, 5 + nc): the score as objectness, and 1 for the class. A further suppression with the same or a looser
+        overlap threshold keeps all of them.
+    """
+    rows = boxes.new_zeros(*boxes.shape[:2], 5 + num_classes)
+    rows[..., :4] = xyxy2xywh(boxes[..., :4].reshape(-1, 4)).reshape_as(boxes[..., :4])
+    rows[..., 4] = boxes[..., 4]
+    labels = boxes[..., 5].long().clamp(0, num_classes - 1)
+    return rows.scatter_(2, labels[..., None] + 5, 1.0)

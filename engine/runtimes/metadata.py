@@ -1,0 +1,101 @@
+"""What an exported file says about itself: written by export, read by the runtimes.
+
+Keys and spellings are those of YOLOv5's files where it has them (`stride` and `names`, the latter as the text of a
+Python dictionary), so that its tools read ours and ours read its.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from utils.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Description of an artefact.
+
+    Attributes:
+        names: class names by number; empty where the file has none.
+        stride: sides of the input are multiples of it.
+        imgsz: (height, width) it was exported at; None where the file does not say.
+        batch: batch it was exported at; None where the file does not say.
+        dynamic: batch, height and width are free.
+        nms: the output is (B, K, 6) boxes after suppression (corners, score, class), not (B, N, 5 + nc) rows.
+        about: further texts: backbone, precision, date, versions, the model's spec.
+    """
+
+    names: Mapping[int, str]
+    stride: int = 32
+    imgsz: tuple[int, int] | None = None
+    batch: int | None = None
+    dynamic: bool = False
+    nms: bool = False
+    about: Mapping[str, str] = field(default_factory=dict)
+
+    def to_texts(self) -> dict[str, str]:
+        """Key -> text, as ONNX files and OpenVINO folders hold it."""
+        texts = {"stride": str(self.stride), "names": str(dict(self.names)), "dynamic": str(self.dynamic)}
+        if self.imgsz is not None:
+            texts["imgsz"] = str(list(self.imgsz))
+        if self.batch is not None:
+            texts["batch"] = str(self.batch)
+        return {**texts, "nms": str(self.nms), **self.about}
+
+    @classmethod
+    def from_texts(cls, texts: Mapping[str, str], where: str) -> Metadata:
+        """Read what `to_texts`, or YOLOv5's exporter, wrote; keys that are not there get their defaults.
+
+        Raises:
+            CheckpointError: a value that is not what its key needs.
+        """
+        known: dict[str, Any] = {}
+        for key in ("stride", "names", "imgsz", "batch", "dynamic", "nms"):
+            if key in texts:
+                known[key] = _value(key, texts[key], where)
+        names = known.pop("names", {})
+        if isinstance(names, list):
+            names = dict(enumerate(names))
+        imgsz = known.pop("imgsz", None)
+        about = {key: value for key, value in texts.items() if key not in {*known, "names", "imgsz"}}
+        try:
+            stride, batch = int(known.get("stride", 32)), known.get("batch")
+            return cls(
+                names={int(number): str(name) for number, name in names.items()},
+                stride=stride,
+                imgsz=None if imgsz is None else (int(imgsz[0]), int(imgsz[-1])),
+                batch=None if batch is None else int(batch),
+                dynamic=bool(known.get("dynamic", False)),
+                nms=bool(known.get("nms", False)),
+                about=about,
+            )
+        except (TypeError, ValueError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{where}: its metadata cannot be understood: {error}") from error
+
+    def to_json(self, shape: tuple[int, int, int, int]) -> str:
+        """The JSON text that TorchScript files carry as `config.txt`: YOLOv5's three keys, and ours beside them."""
+        extra = {"dynamic": self.dynamic, **self.about}
+        return json.dumps({"shape": list(shape), "stride": self.stride, "names": dict(self.names), **extra})
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> Metadata:
+        """Read what `to_json`, or YOLOv5's exporter, wrote."""
+        try:
+            values = json.loads(text)
+            batch, _, height, width = values.pop("shape")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{where}: its config.txt is not what YOLOv5 or this project writes") from error
+        texts = {"imgsz": str([height, width]), "batch": str(batch)}
+        texts |= {key: value if isinstance(value, str) else str(value) for key, value in values.items()}
+        return cls.from_texts(texts, where)
+
+
+def _value(key: str, text: str, where: str) -> Any:
+    try:
+        return ast.literal_eval(text)  # numbers, lists and dictionaries only: nothing is executed
+    except (ValueError, SyntaxError) as error:
+        raise CheckpointError(f"{where}: metadata '{key}' is {text[:60]!r}; it cannot be read") from error

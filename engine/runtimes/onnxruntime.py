@@ -1,0 +1,106 @@
+"""ONNX files run by ONNX Runtime, on whichever execution provider the device asks for."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.metadata import Metadata
+from utils.errors import CheckpointError, ConfigError
+
+LOGGER = logging.getLogger(__name__)
+CPU = "CPUExecutionProvider"
+# `--device tensorrt` and `--device openvino` name a provider; a GPU means CUDA (an engine takes minutes to build).
+NAMED_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVINOExecutionProvider"}
+FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+
+
+class OnnxRuntime(ArtefactRuntime):
+    """An ONNX file in ONNX Runtime.
+
+    Args:
+        path: the file.
+        device: a CUDA device takes the CUDA provider.
+        provider: 'tensorrt' or 'openvino' take theirs; '' leaves it to the device.
+
+    Raises:
+        CheckpointError: a file that cannot be opened, or that is no detector.
+        ConfigError: ONNX Runtime, or the provider, is not installed.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device, provider: str = "") -> None:
+        ort = onnxruntime_package()
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.log_severity_level = 3  # errors; warnings are about its own optimiser
+        providers = choose_providers(ort.get_available_providers(), device, provider, Path(path))
+        try:
+            self.session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # its C++ errors share no base class but Exception
+            raise CheckpointError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}") from error
+        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+        if not inputs or len(inputs[0].shape) != 4 or inputs[0].type not in FLOATS or len(outputs[0].shape) != 3:
+            shapes = [(i.name, i.shape, i.type) for i in [*inputs, *outputs]]
+            raise CheckpointError(f"{path}: not a detector: {shapes}; needed: (B, 3, H, W) -> (B, N, 5 + nc)")
+        self.input, self.dtype = inputs[0].name, FLOATS[inputs[0].type]
+        self.overrides: dict[str, NDArray[Any]] = {}
+        metadata = Metadata.from_texts(self.session.get_modelmeta().custom_metadata_map, str(path))
+        shape = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
+        columns = outputs[0].shape[2]
+        self._describe(str(path), metadata, device, shape, columns if isinstance(columns, int) else None)
+        used = self.session.get_providers()
+        LOGGER.info("%s: ONNX Runtime %s, %s", path, ort.__version__, ", ".join(used))
+
+    def _infer(self, images: torch.Tensor) -> torch.Tensor:
+        pixels = images.cpu().numpy().astype(self.dtype, copy=False)
+        return torch.from_numpy(self.session.run(None, {self.input: pixels, **self.overrides})[0])
+
+
+def onnxruntime_package() -> Any:
+    """ONNX Runtime; ConfigError with the pip command where it is missing."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigError(
+            "ONNX files need onnxruntime, not installed here; pip install onnxruntime (with a GPU: onnxruntime-gpu)"
+        ) from error
+    return onnxruntime
+
+
+def choose_providers(available: list[str], device: torch.device, provider: str, model: Path) -> list[Any]:
+    """Execution providers in order of preference, the CPU last.
+
+    Args:
+        available: those that this ONNX Runtime was built with.
+        device, provider: what was asked for.
+        model: the file; TensorRT's engine cache goes into a folder beside it.
+
+    Raises:
+        ConfigError: what was asked for is not there.
+    """
+    wanted = NAMED_PROVIDERS.get(provider) or ("CUDAExecutionProvider" if device.type == "cuda" else CPU)
+    if wanted not in available:
+        has = ", ".join(name.removesuffix("ExecutionProvider") for name in available)
+        packages = {"OpenVINOExecutionProvider": "onnxruntime-openvino"}
+        pip = packages.get(wanted, "onnxruntime-gpu")
+        raise ConfigError(
+            f"--device {provider or device}: this ONNX Runtime has no {wanted.removesuffix('ExecutionProvider')}"
+            f" (it has {has}); pip install {pip}, or use --device cpu"
+        )
+    gpu = {"device_id": device.index or 0}
+    if wanted == "TensorrtExecutionProvider":
+        cache = model.with_name(f"{model.stem}_tensorrt")
+        options = {**gpu, "trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
+        return [(wanted, options), ("CUDAExecutionProvider", gpu), CPU]
+    return [CPU] if wanted == CPU else [(wanted, gpu) if device.type == "cuda" else wanted, CPU]
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__

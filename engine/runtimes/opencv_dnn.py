@@ -1,0 +1,64 @@
+"""ONNX files run by OpenCV's DNN module (`--dnn`)."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import cv2
+import torch
+
+from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.metadata import Metadata
+from engine.runtimes.onnxruntime import OnnxRuntime
+from utils.errors import CheckpointError, ConfigError
+
+LOGGER = logging.getLogger(__name__)
+
+
+class OpenCvRuntime(ArtefactRuntime):
+    """An ONNX file in OpenCV DNN, on the CPU. A graph of one fixed shape gives it the least to go wrong with.
+
+    Args:
+        path: the file.
+        device: the CPU.
+
+    Raises:
+        CheckpointError: a file with operators that OpenCV does not have; it names them.
+        ConfigError: another device than the CPU.
+    """
+
+    def __init__(self, path: str | Path, device: torch.device) -> None:
+        if device.type != "cpu":
+            raise ConfigError(f"--dnn: OpenCV runs on the CPU here, not on {device}; use --device cpu")
+        metadata, shape, columns = describe_onnx(Path(path))
+        try:
+            self.net = cv2.dnn.readNetFromONNX(str(path))
+        except cv2.error as error:
+            raise CheckpointError(f"{path}: OpenCV {cv2.__version__} cannot read it: {_reason(error)}") from error
+        self._describe(str(path), metadata, device, shape, columns)
+        LOGGER.info("%s: OpenCV DNN %s, CPU", path, cv2.__version__)
+
+    def _infer(self, images: torch.Tensor) -> torch.Tensor:
+        self.net.setInput(images.numpy())
+        try:
+            return torch.from_numpy(self.net.forward())
+        except cv2.error as error:
+            raise CheckpointError(f"{self.where}: OpenCV {cv2.__version__} cannot run it: {_reason(error)}") from error
+
+
+def describe_onnx(path: Path) -> tuple[Metadata, tuple[int | None, ...], int | None]:
+    """Metadata, input shape and row length of an ONNX file; dimensions are None where they are free.
+
+    Raises:
+        CheckpointError: a file that cannot be opened, or that is no detector.
+    """
+    opened = OnnxRuntime(path, torch.device("cpu"))
+    columns = opened.session.get_outputs()[0].shape[2]
+    shape = tuple(d if isinstance(d, int) else None for d in opened.session.get_inputs()[0].shape)
+    return opened.metadata, shape, columns if isinstance(columns, int) else None
+
+
+def _reason(error: cv2.error) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

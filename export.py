@@ -1,0 +1,44 @@
+"""Export a detector: `python export.py --weights runs/train/exp/weights/best.pt --include onnx openvino`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from engine.cli import run_main
+from engine.export.config import ExportConfig
+from utils.errors import ExportError
+
+
+def work(config: ExportConfig) -> int:
+    """Export, or measure, as the options say (imports the engine here: `--help` is instant).
+
+    Returns:
+        0, or 1 when an artefact failed its proof or could not be made.
+    """
+    try:
+        report = _job(config)
+    except ExportError as error:
+        print(f"export.py: error: {error}", file=sys.stderr)
+        return 1
+    return 1 if report.failures else 0
+
+
+def run(**options: Any) -> Any:
+    """Export from Python: the command's flags as keywords, with underscores.
+
+    Returns:
+        The `ExportReport`; with `benchmark=True` the `BenchmarkReport`.
+    """
+    return _job(ExportConfig.from_keywords(**options))
+
+
+def _job(config: ExportConfig) -> Any:
+    from engine.export.benchmark import benchmark
+    from engine.export.job import export
+
+    return benchmark(config) if config.benchmark else export(config)
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(ExportConfig, "export.py", "Export a detector, with a proof that it computes the same.", work))
