@@ -54,7 +54,7 @@ def test_own_sets_are_found_by_name(name: str, count: int, form: str, tmp_path: 
         ("coco128", "person", "toothbrush"),
         ("VOC", "aeroplane", "tvmonitor"),
         ("bccd", "RBC", "Platelets"),
-        ("shapes", "circle", "cross"),
+        ("shapes", "square", "cross"),
     ],
 )
 def test_own_names(name: str, first: str, last: str) -> None:

@@ -15,7 +15,7 @@ from data.labels import load_annotations, read_labels
 from data.shapes import _OUTLINES, MANIFEST, ShapesRecipe, _mask, draw_scene, ensure, generate, parse_shapes
 from utils.errors import DataError
 
-NAMES = {0: "circle", 1: "square", 2: "triangle", 3: "star", 4: "cross"}
+NAMES = {0: "square", 1: "ring", 2: "triangle", 3: "star", 4: "cross"}
 KINDS = tuple(NAMES.values())
 SMALL = ShapesRecipe(KINDS, train=6, val=3, test=2, imgsz=96, seed=3)
 
@@ -51,7 +51,7 @@ def test_labels_are_valid_and_varied(tmp_path: Path) -> None:
     result = load_annotations([tmp_path / "images" / "train"], len(NAMES), progress=False)
     assert result.report.labelled == 80 and result.report.messages == ()
     counts = [len(record.labels) for record in result.records]
-    assert min(counts) == 1 and max(counts) == 5
+    assert min(counts) == 1 and max(counts) == 6
     labels = np.concatenate([record.labels for record in result.records])
     assert set(labels[:, 0]) == {0, 1, 2, 3, 4} and np.bincount(labels[:, 0].astype(int)).min() > 0.1 * len(labels)
     assert labels[:, 3:].max() <= 0.46 and labels[:, 3:].min() > 0.02
@@ -88,7 +88,8 @@ def test_box_encloses_the_pixels_of_each_kind(kind: str, monkeypatch: pytest.Mon
 
 def test_mask_covers_the_area_of_its_outline() -> None:
     outline = np.array([[10.25, 20.5], [30.25, 20.5], [30.25, 50.0], [10.25, 50.0]])
-    mask, (top, left) = _mask(outline, 100, 100)
+    mask, (top, left), box = _mask(outline, 100, 100)
+    np.testing.assert_allclose(box, (10.25, 20.5, 30.25, 50.0), atol=0.26)
     ys, xs = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     weight = mask / mask.sum()
     centre = ((xs + 0.5 + left) * weight).sum(), ((ys + 0.5 + top) * weight).sum()
