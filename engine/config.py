@@ -218,7 +218,8 @@ class Hyperparameters:
     """Training hyper-parameters as YOLOv5's hyp files name them.
 
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
-    those of the model YAML).
+    those of the model YAML). `nominal_batch`, a key of our own, is the number of images that one optimiser step
+    is to see.
     """
 
     lr0: float
@@ -250,6 +251,7 @@ class Hyperparameters:
     mixup: float
     copy_paste: float = 0.0
     anchors: float | None = None
+    nominal_batch: float = 64
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyperparameters:
@@ -276,7 +278,7 @@ class Hyperparameters:
                 problems.append(f"{place}: {key} is '{value}'; a number is needed")
             elif isinstance(value, (int, float)) and value < 0:
                 problems.append(f"{place}: {key} is {value}; it cannot be negative")
-        missing = [n for n in names if n not in data and n not in ("copy_paste", "anchors")]
+        missing = [n for n in names if n not in data and n not in ("copy_paste", "anchors", "nominal_batch")]
         if missing:
             problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
         if problems:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import math
 
+from typing import Generic, TypeVar
+
 import torch
 from torch import nn
 
+M = TypeVar("M", bound=nn.Module)
 
-class ModelEma:
+
+class ModelEma(Generic[M]):
     """Averaged copy of a model, for validation and for the saved weights.
 
     The decay ramps up, `decay * (1 - exp(-updates / tau))`, so that early averages follow the fast first steps. All
@@ -20,8 +24,8 @@ class ModelEma:
         updates: number of updates so far.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0) -> None:
-        self.module = copy.deepcopy(model).eval().requires_grad_(False)
+    def __init__(self, model: M, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0) -> None:
+        self.module: M = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, updates
 
     def rate(self, updates: int) -> float:

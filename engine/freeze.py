@@ -20,7 +20,7 @@ def rows_to_freeze(model: nn.Module, selection: Sequence[str]) -> list[int]:
     Raises:
         ConfigError: neither a number nor `backbone`, a row that is not there, or no backbone row to freeze.
     """
-    rows = list(model.model.children())  # type: ignore[union-attr,operator]
+    rows = list(model.get_submodule("model").children())
     if list(selection) == ["backbone"]:
         found = [i for i, row in enumerate(rows) if isinstance(row, Backbone)]
         if not found:
@@ -57,4 +57,4 @@ def keep_still(model: nn.Module, rows: Sequence[int]) -> None:
     Call it after every `model.train()`.
     """
     for row in rows:
-        model.model[row].eval()  # type: ignore[index,operator]
+        model.get_submodule(f"model.{row}").eval()

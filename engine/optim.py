@@ -12,7 +12,6 @@ from torch import nn
 from engine.config import Hyperparameters
 from models.backbones.base import Backbone
 
-NOMINAL_BATCH = 64  # gradients are accumulated to about this many images per step
 CLIP_NORM = 10.0
 _NORMS = tuple(v for k, v in vars(nn).items() if isinstance(v, type) and "Norm" in k)
 _TOKENS = ("pos_embed", "cls_token", "relative_position_bias_table", "absolute_pos_embed", "dist_token")
@@ -63,14 +62,14 @@ def build_optimizer(name: str, groups: list[dict], lr: float, momentum: float) -
     return kind(groups, lr=lr, betas=(momentum, 0.999))
 
 
-def accumulation(batch_size: int) -> int:
-    """Batches per optimiser step once warm-up is over."""
-    return max(round(NOMINAL_BATCH / batch_size), 1)
+def accumulation(batch_size: int, nominal: int = 64) -> int:
+    """Batches per optimiser step once warm-up is over, to see about `nominal` images in one step."""
+    return max(round(nominal / batch_size), 1)
 
 
-def scaled_decay(decay: float, batch_size: int) -> float:
+def scaled_decay(decay: float, batch_size: int, nominal: int = 64) -> float:
     """Weight decay for the images that one optimiser step really sees."""
-    return decay * batch_size * accumulation(batch_size) / NOMINAL_BATCH
+    return decay * batch_size * accumulation(batch_size, nominal) / nominal
 
 
 def lr_factor(epoch: int, epochs: int, lrf: float, cosine: bool) -> float:
@@ -117,12 +116,12 @@ class Schedule:
             target = h.lr0 * self._factor(epoch)
             rates = [np.interp(iteration, [0, end], [start, target]) for start in (h.warmup_bias_lr, 0.0, 0.0)]
             momentum = float(np.interp(iteration, [0, end], [h.warmup_momentum, h.momentum]))
-            batches = np.interp(iteration, [0, end], [1, NOMINAL_BATCH / self.batch_size])
+            batches = np.interp(iteration, [0, end], [1, h.nominal_batch / self.batch_size])
             lr = (float(rates[0]), float(rates[1]), float(rates[2]))
             return StepSettings(lr, momentum, max(1, int(batches.round())))
         ended_in_this_epoch = end and end >= epoch * self.batches
         rate = h.lr0 * self._factor(epoch if ended_in_this_epoch else max(epoch - 1, 0))
-        return StepSettings((rate, rate, rate), h.momentum, accumulation(self.batch_size))
+        return StepSettings((rate, rate, rate), h.momentum, accumulation(self.batch_size, int(h.nominal_batch)))
 
     def _factor(self, epoch: int) -> float:
         return lr_factor(epoch, self.epochs, self.hyp.lrf, self.cosine)

@@ -28,7 +28,6 @@ from engine.detections import Detections, DrawStyle, annotated
 from engine.pipeline import Drain, Feed
 from engine.plugins import load_plugins
 from engine.progress import Progress
-from engine.run_state import strip
 from engine.runtimes import choose_weights, open_runtime, split_device
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -92,6 +91,8 @@ def detect(config: DetectConfig) -> DetectReport:
         predictor = Predictor(runtime, config, names, input_size(config.imgsz, runtime))
         report = predictor.run(source)
     if config.update:
+        from engine.run_state import strip  # brings the trainer's modules along, which detection has no use for
+
         for path in weights:
             strip(Path(path))
             LOGGER.info("%s: rewritten without its training state", path)
@@ -227,12 +228,12 @@ class Predictor:
         depth = 1 if source.live else AHEAD
         feed = Feed(self._prepared(source), depth)
         drain = Drain(outputs.write, AHEAD)
+        interrupted = False
         try:
             self._loop(feed, drain)
         except KeyboardInterrupt:
+            interrupted = True
             LOGGER.warning("interrupted; finishing the files")
-            if not source.live:
-                raise
         finally:
             source.close()
             feed.close()
@@ -240,7 +241,10 @@ class Predictor:
                 drain.close()
             finally:
                 outputs.close()
-        return self._report(source, outputs, time.perf_counter() - start)
+        report = self._report(source, outputs, time.perf_counter() - start)
+        if interrupted and not source.live:  # Ctrl-C is how a live source ends
+            raise KeyboardInterrupt
+        return report
 
     def _loop(self, feed: Feed[Prepared], drain: Drain[tuple[Detections, NDArray[np.uint8] | None]]) -> None:
         with Progress(self.names, self.config.vid_stride) as progress:

@@ -67,7 +67,7 @@ class Setup:
     criterion: DetectionLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    ema: ModelEma | None
+    ema: ModelEma[DetectionModel] | None
     eval_options: EvalOptions
     resumed: Checkpoint | None = None
     start_epoch: int = 0
@@ -142,7 +142,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(memory_format=torch.channels_last)
     loader, val_loader = _loaders(config, hyp, (train_set, val_set), grid, world)
-    decay = scaled_decay(hyp.weight_decay, config.batch_size)
+    decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
     optimizer = build_optimizer(config.optimizer, parameter_groups(model, decay), hyp.lr0, hyp.momentum)
     for group in optimizer.param_groups:
         tensors = len(group["params"])
@@ -187,7 +187,7 @@ def build_model(
 
 def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig) -> DetectionLoss:
     """The loss with its gains scaled to levels, classes and image size."""
-    head = model.model[-1]
+    head = model.head
     loss_config = LossConfig.from_hyp(
         hyp.to_dict(),
         num_levels=head.nl,
@@ -246,7 +246,7 @@ def save_resolved(setup: Setup) -> None:
 
 def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters) -> None:
     """Check that the anchors reach the labels; replace them by fitted ones where they do not."""
-    head = model.model[-1]
+    head = model.head
     stride = head.stride.view(-1, 1, 1).to(head.anchors)
     pixels = (head.anchors * stride).cpu().numpy()
     report = check_anchors(train_set.records, pixels, config.imgsz, thr=hyp.anchor_t, seed=config.seed)

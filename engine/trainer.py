@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from data.sizes import multi_scale_shape, multi_scale_sizes
 from data.weights import labels_to_image_weights
 from engine import pictures, run_state
 from engine.config import TrainConfig
@@ -165,8 +166,9 @@ class Trainer:
     def _backward(self, batch: Batch, epoch: int, i: int) -> tuple[Tensor, int]:
         """Forward and backward of one batch. Returns the loss parts and the image size used."""
         s, config = self.s, self.config
-        batch = batch.to(self.device)
-        images = to_unit(batch.images).contiguous(memory_format=torch.channels_last)
+        # The targets stay on the CPU: the loss assigns them there and copies the result without waiting for the device.
+        images = to_unit(batch.images.to(self.device, non_blocking=True))
+        images = images.contiguous(memory_format=torch.channels_last)
         if config.multi_scale:
             images = multi_scale(images, config.imgsz, s.grid, sample_rng(config.seed, epoch, 2**31 + i))
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
@@ -204,6 +206,7 @@ class Trainer:
     def _validate(self) -> EvalResult:
         """Validate the averaged weights on the validation split, with losses."""
         s = self.s
+        assert s.ema is not None  # rank zero has the average
         runtime = PyTorchRuntime.from_model(s.ema.module, self.device, half=self.amp_dtype is not None)
         return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
 
@@ -265,10 +268,8 @@ def multi_scale(images: Tensor, imgsz: int, grid: int, rng: np.random.Generator)
         grid: sides of the result are multiples of it.
         rng: draws the size.
     """
-    low, high = int(imgsz * 0.5) // grid, int(imgsz * 1.5 + grid) // grid
-    size = int(rng.integers(low, high)) * grid
-    factor = size / max(images.shape[2:])
-    if factor == 1:
+    height, width = images.shape[2:]
+    shape = multi_scale_shape(height, width, int(rng.choice(multi_scale_sizes(imgsz, grid))), grid)
+    if shape == (height, width):
         return images
-    sides = [int(np.ceil(x * factor / grid) * grid) for x in images.shape[2:]]
-    return nn.functional.interpolate(images, size=sides, mode="bilinear", align_corners=False)
+    return nn.functional.interpolate(images, size=shape, mode="bilinear", align_corners=False)

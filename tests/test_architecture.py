@@ -157,7 +157,8 @@ for i, (a, b) in enumerate(zip(before, after)):
 if any(tmp for tmp in os.listdir({str(tmp_path)!r})):
     raise SystemExit("files written")
 """
-    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "MPLCONFIGDIR": str(tmp_path / "..")}
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    env["MPLCONFIGDIR"] = str(tmp_path / "..")
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
@@ -165,7 +166,8 @@ if any(tmp for tmp in os.listdir({str(tmp_path)!r})):
 
 @pytest.mark.parametrize("script", ["train.py", "val.py", "detect.py", "export.py"])
 def test_help_does_not_import_torch(script):
-    code = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n    runpy.run_path(sys.path.pop(), run_name='__main__')\n"
+    code = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n"
+    code += "    runpy.run_path(sys.path.pop(), run_name='__main__')\n"
     code += "except SystemExit:\n    print('torch' in sys.modules, file=sys.stderr)"
     command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT / script)!r})\n" + code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

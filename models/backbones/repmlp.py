@@ -223,6 +223,7 @@ def folded_fc3(block: RepMLPBlock) -> tuple[Tensor, Tensor]:
         units = torch.eye(h * w, dtype=torch.float64, device=weight_Soi.device).reshape(h * w, 1, h, w)
         for k in block.kernels:
             branch = block.get_submodule(f"repconv{k}")
+            assert isinstance(branch, ConvBN)
             scale, shift = _bn_scale_shift(branch.bn)
             kernel = branch.conv.weight.double() * scale.view(-1, 1, 1, 1)  # S 1 k k
             images = F.conv2d(units.expand(-1, s, -1, -1), kernel, padding=k // 2, groups=s)  # i S h w

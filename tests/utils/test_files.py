@@ -76,6 +76,9 @@ def test_download_checks_the_hash(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["good.bin", "source.bin"]
 
 
-@pytest.mark.parametrize(("found", "expected"), [("C33", "; did you mean 'C3'?"), ("zzzzzz", ""), ("sppf", "; did you mean 'SPPF'?")])
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [("C33", "; did you mean 'C3'?"), ("zzzzzz", ""), ("sppf", "; did you mean 'SPPF'?")],
+)
 def test_did_you_mean(found, expected):
     assert did_you_mean(found, ["C3", "SPPF", "Concat"]) == expected

@@ -15,7 +15,8 @@ def _write(tmp_path, text: str | bytes):
 
 
 def test_lines(tmp_path):
-    data = load_yaml(_write(tmp_path, "# note\nnc: 3\nbackbone:\n  - [-1, 1, Conv,\n     [8, 3]]\n  - [-1, 1, C3, [8]]\n"))
+    text = "# note\nnc: 3\nbackbone:\n  - [-1, 1, Conv,\n     [8, 3]]\n  - [-1, 1, C3, [8]]\n"
+    data = load_yaml(_write(tmp_path, text))
     assert data.lines == {"nc": 2, "backbone": 3}
     assert data["backbone"].lines == [4, 6]
     assert data["backbone"][0][3] == [8, 3]
