@@ -9,6 +9,8 @@ Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it take
   goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile a picture;
 - strides 7, 14, 28 (patch size 14): the picture is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
 
+Parameters that no map depends on (the tail that some of timm's extractors keep) are frozen.
+
 A network whose maps all have one stride (a plain vision transformer) gives its last map to a simple feature pyramid.
 """
 
@@ -27,7 +29,7 @@ from torch.nn import functional as F
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import SimpleFeaturePyramid, require
-from models.backbones.timm_measure import create_features, measure, timm_package
+from models.backbones.timm_measure import create_features, measure, timm_package, unused_parameters
 from utils.errors import CheckpointError
 
 LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
@@ -113,9 +115,10 @@ class TimmBackbone(Backbone):
         at = {stride: i for i, stride in enumerate(measured.strides) if is_plain or stride in LEVEL_STRIDES}
         taken = sorted(at.items() if is_plain else self._wanted(at, strides, extra_levels))
         self.taken = tuple(stride for stride, _ in taken)
-        self.network = self._build(
-            {**arguments, **dict(measured.arguments)}, [measured.indices[i] for _, i in taken], pretrained
-        )
+        arguments |= {**dict(measured.arguments), "out_indices": [measured.indices[i] for _, i in taken]}
+        self.network = self._build(arguments, pretrained)
+        for key in unused_parameters(name, arguments, measured):
+            self.network.get_parameter(key).requires_grad_(False)
         own = [FeatureLevel(measured.channels[i], stride) for stride, i in taken]
         self.pyramid: SimpleFeaturePyramid | None = None
         self.finer, self.coarser = nn.ModuleList(), nn.ModuleList()
@@ -128,8 +131,7 @@ class TimmBackbone(Backbone):
         self.levels = tuple(own)
         self._depth_of = _depths(self)
 
-    def _build(self, arguments: dict[str, Any], indices: list[int], pretrained: bool) -> nn.Module:
-        arguments = {**arguments, "out_indices": indices}
+    def _build(self, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
         if not pretrained or _rank() > 0:
             return create_features(self.name, arguments)
         config = timm_package().models.get_pretrained_cfg(self.name)

@@ -136,6 +136,13 @@ class _Probe:
             raise ValueError(f"maps of shapes {shapes} do not have the declared channels {self.channels}")
         return last and (not first or "NHWC" in str(getattr(self.network, "output_fmt", "")))
 
+    def unused(self, height: int, width: int) -> frozenset[str]:
+        """Names of the parameters that no map depends on."""
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            maps = self.network(torch.zeros(1, 3, height, width, device=self.device))
+            torch.stack([x.sum() for x in maps]).sum().backward()
+        return frozenset(name for name, p in self.network.named_parameters() if p.grad is None)
+
 
 def _stride(side: tuple[int, int], map_side: tuple[int, int], declared: float) -> int:
     """Input pixels per cell as a power of two.
@@ -237,3 +244,27 @@ def measure(name: str, model_args: Mapping[str, Any] | None = None) -> Measured:
     _check_name(name)
     items = {k: tuple(v) if isinstance(v, list) else v for k, v in (model_args or {}).items()}
     return _measure(name, tuple(sorted(items.items())))
+
+
+@lru_cache(maxsize=64)
+def _unused(name: str, items: tuple[tuple[str, Any], ...], side: int) -> frozenset[str]:
+    for device in ("meta", "cpu"):
+        try:
+            return _Probe(name, dict(items), device).unused(side, side)
+        except PROBE_ERRORS as error:
+            if "meta" not in str(error):
+                break
+    return frozenset()
+
+
+def unused_parameters(name: str, arguments: Mapping[str, Any], measured: Measured) -> frozenset[str]:
+    """Parameters that none of the network's maps depends on: the tail that some of timm's extractors keep.
+
+    Args:
+        name: timm's name.
+        arguments: of the extractor as it is built, `out_indices` among them.
+        measured: what `measure` gave for it.
+    """
+    items = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
+    side = int(max(measured.size_divisor, 256 if measured.size_divisor == 32 else 0) * measured.shrink)
+    return _unused(name, tuple(sorted(items.items())), side)
