@@ -53,3 +53,11 @@ def test_dump_and_load(tmp_path):
     dump_yaml(tmp_path / "out.yaml", {"b": (1, 2), "a": {"ü": None}})
     assert plain(load_yaml(tmp_path / "out.yaml")) == {"b": [1, 2], "a": {"ü": None}}
     assert (tmp_path / "out.yaml").read_text(encoding="utf-8").startswith("b:")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("1e-5", 1e-5), ("-2E3", -2000.0), ("1.5e-3", 1.5e-3), ("3", 3), ("e5", "e5"), ("1e", "1e")]
+)
+def test_numbers_with_an_exponent(tmp_path, text, value):
+    found = load_yaml(_write(tmp_path, f"a: {text}\n"))["a"]
+    assert found == value and type(found) is type(value)
