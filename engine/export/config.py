@@ -130,5 +130,3 @@ def require_packages(wish: str, packages: Mapping[str, str]) -> None:
     if missing:
         names = " ".join(missing)
         raise ConfigError(f"{wish}: needs {', '.join(missing)}, not installed here; pip install {names}")
-
-

@@ -85,5 +85,3 @@ class GraphShape:
         if self.dynamic:
             return TRACE_BATCH, 3, TRACE_CELLS[0] * self.grid, TRACE_CELLS[1] * self.grid
         return self.batch, 3, self.height, self.width
-
-

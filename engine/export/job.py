@@ -139,6 +139,8 @@ class Job:
             weights, done.row_px, done.row_score, done.matched, done.reference,
         )  # fmt: skip
         about = {"task": "detect", "precision": precision(config), **describe(model, weights)}
+        if config.nms:
+            about["nms_options"] = _nms_options(config).describe()
         metadata = Metadata(
             names=dict(model.names), stride=shape.grid, imgsz=(shape.height, shape.width), batch=shape.batch,
             dynamic=shape.dynamic, nms=config.nms, about=about,
@@ -206,7 +208,7 @@ class Job:
         if c.int8:
             graph = quantised(graph, self._calibration())
         if c.nms:
-            embed_nms(graph, NmsOptions(c.conf_thres, c.iou_thres, c.topk_per_class, c.topk_all, c.agnostic_nms))
+            embed_nms(graph, _nms_options(c))
         return graph
 
     def _calibration(self) -> list[Any]:
@@ -241,6 +243,10 @@ def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
         "torch": str(torch.__version__),
         "spec": json.dumps(model.yaml, default=str),
     }
+
+
+def _nms_options(c: ExportConfig) -> NmsOptions:
+    return NmsOptions(c.conf_thres, c.iou_thres, c.topk_per_class, c.topk_all, c.agnostic_nms)
 
 
 def versions(name: str) -> dict[str, str]:

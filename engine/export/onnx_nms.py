@@ -29,6 +29,11 @@ class NmsOptions:
     per_picture: int
     agnostic: bool
 
+    def describe(self) -> str:
+        """In words, for metadata."""
+        across = ", over all classes together" if self.agnostic else f", {self.per_class} boxes per class"
+        return f"score {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_picture} boxes per picture{across}"
+
 
 class _Nodes:
     """Collects nodes and constants; every method returns the name of its result."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
@@ -11,6 +12,8 @@ from engine.runtimes.metadata import Metadata
 from utils.boxes import xyxy2xywh
 from utils.errors import ConfigError
 from utils.structures import to_unit
+
+LOGGER = logging.getLogger(__name__)
 
 
 class ArtefactRuntime(ABC):
@@ -39,6 +42,12 @@ class ArtefactRuntime(ABC):
         self.imgsz = None if height is None or width is None else (height, width)
         count = len(metadata.names) or (columns or 6) - 5
         self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range(count)}
+        if metadata.nms:
+            LOGGER.warning(
+                "%s: suppresses by itself (%s); looser thresholds than that have no effect",
+                where,
+                metadata.about.get("nms_options", "thresholds unknown"),
+            )
 
     @abstractmethod
     def _infer(self, images: torch.Tensor) -> torch.Tensor:
