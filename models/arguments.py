@@ -10,7 +10,7 @@ import inspect
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -109,10 +109,15 @@ def _signature(own: Sequence[tuple[inspect.Parameter, Any]]) -> str:
 def _converted(value: Any, hint: Any, what: str) -> Any:
     if isinstance(value, str) and nn.Module in _choices(hint):
         return activation_from_text(value)
+    check_type(value, hint, what)
+    return value
+
+
+def check_type(value: Any, hint: Any, what: str) -> None:
+    """SpecError that names `what` unless `value` is of the annotated type `hint`."""
     if not _fits(value, hint):
         shown = list(value) if isinstance(value, tuple) else value
         raise SpecError(f"{what} is {shown!r}; allowed: {' or '.join(dict.fromkeys(map(_word, _choices(hint))))}")
-    return value
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -135,6 +140,10 @@ def _fits(value: Any, hint: Any) -> bool:
             many = len(members) == 2 and members[1] is Ellipsis
             fits = isinstance(value, tuple) and len(value) > 0 and (many or len(value) == len(members))
             fits = fits and all(_fits(item, members[0 if many else i]) for i, item in enumerate(value))
+        elif typing.get_origin(choice) is Sequence:
+            fits = isinstance(value, (list, tuple)) and all(_fits(item, members[0]) for item in value)
+        elif typing.get_origin(choice) is Mapping:
+            fits = isinstance(value, Mapping)
         elif typing.get_origin(choice) is typing.Literal:
             fits = value in members
         else:
@@ -149,6 +158,10 @@ def _word(choice: Any) -> str:
     if typing.get_origin(choice) is tuple:
         size = "" if Ellipsis in members else f"{len(members)} "
         return f"a list of {size}numbers"
+    if typing.get_origin(choice) is Sequence:
+        return "a list of numbers" if set(members) & {int, float} else "a list"
+    if typing.get_origin(choice) is Mapping:
+        return "a mapping"
     if typing.get_origin(choice) is typing.Literal:
         return ", ".join(map(str, members))
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", nn.Module: "an activation"}

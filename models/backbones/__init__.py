@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from models.arguments import check_type
 from models.backbones.base import Backbone, FeatureLevel
 from utils.errors import SpecError, did_you_mean
 
@@ -236,7 +238,12 @@ def _check_arguments(name: str, cls: type[Backbone], arguments: Mapping[str, Any
     parameters = inspect.signature(cls).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
-    for key in arguments:
+    try:
+        hints = typing.get_type_hints(cls.__init__)
+    except NameError:  # a plugin's annotation that only its type checker can resolve
+        hints = {}
+    for key, value in arguments.items():
+        check_type(value, hints.get(key, Any), f"{name}: {key}")
         if key not in parameters:
             allowed = ["weights", "partial_weights", *parameters]
             raise SpecError(

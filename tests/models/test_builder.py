@@ -440,7 +440,7 @@ CASES = [
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: its strides are "
      "[8, 8]; rising powers of two are needed"),
     (CONV0, "[-1, 1, TinyBackbone, {strides: 8}]",
-     "my.yaml:4: row 0 (TinyBackbone): cannot be built with {'strides': 8}: "),
+     "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: strides is 8; allowed: a list of numbers"),
     (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): from is -1; a backbone reads the picture: "
      "-1 in row 0, or image"),
     (CONV0, "[-1, 1, TinyBackbone, []]\n  - [P2, 1, Conv, [8]]", "my.yaml:5: row 1 (Conv): from names P2, P2 of row 0 "

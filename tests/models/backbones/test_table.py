@@ -138,6 +138,11 @@ def test_rows(name: str, args: Any, blocks: int, dims: int) -> None:
         ("RIFormer", {1: 2}, "1 is no name of an argument"),
         ("riformer_s12", ["s24"], "argument 's24' is not allowed, the name says the architecture"),
         ("timm/resnet5O", [], "did you mean 'resnet50'?"),
+        ("RIFormer", {"drop_path_rate": "a"}, "RIFormer: drop_path_rate is 'a'; allowed: a number"),
+        ("RevViT", {"strides": 8}, "RevViT: strides is 8; allowed: a list of numbers"),
+        ("RevViT", {"widths": "a"}, "RevViT: widths is 'a'; allowed: a whole number or a list of numbers"),
+        ("NextViT", {"frozen_stages": None}, "NextViT: frozen_stages is None; allowed: a whole number"),
+        ("NextViT", {"arch": 3}, "NextViT: arch is 3; allowed: a text or a mapping"),
     ],
 )
 def test_wrong_rows(name: str, args: Any, sentence: str) -> None:
