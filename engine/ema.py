@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-
 from typing import Generic, TypeVar
 
 import torch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,6 @@ class Setup:
     eval_options: EvalOptions
     resumed: Checkpoint | None = None
     start_epoch: int = 0
-    best_fitness: float = 0.0
-    best_epoch: int = -1
-    unused: dict = field(default_factory=dict)
 
 
 def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
@@ -131,11 +128,11 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     with main_first(world):
         train_set = load_annotations(data.split("train"), declared, single_cls=config.single_cls)
         val_set = load_annotations(data.split("val"), declared, single_cls=config.single_cls)
+    frozen = rows_to_freeze(model, config.freeze)
     folder = _run_folder(config, world)
     labels = [r.labels for r in train_set.records]
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
-    frozen = rows_to_freeze(model, config.freeze)
     for name in freeze_rows(model, frozen):
         LOGGER.info("freezing %s", name)
     if config.sync_bn and world.size > 1:
@@ -155,6 +152,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
         ema=ModelEma(model) if world.is_main else None,
         eval_options=EvalOptions(names=data.names, single_cls=config.single_cls), resumed=resumed,
+        start_epoch=resumed.epoch + 1 if resumed else 0,
     )  # fmt: skip
 
 

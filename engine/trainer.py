@@ -90,7 +90,7 @@ class Trainer:
     def __init__(self, setup: Setup) -> None:
         self.s = setup
         self.device, self.world, self.config = setup.device, setup.world, setup.config
-        self.best_fitness, self.best_epoch = setup.best_fitness, setup.best_epoch
+        self.best_fitness, self.best_epoch = 0.0, -1
         self.last_step = -1
         self.amp_dtype = amp_dtype(self.config.amp, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)

@@ -35,6 +35,10 @@ from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
 PICTURES, NOISES = 4, 2
+FREE_SIZES = (
+    " (made with --dynamic: a model whose steps depend on the size, such as RepMLPNet with tile_order published, cannot"
+    " be exported with free sizes; leave --dynamic out)"
+)
 
 
 def proof_inputs(source: PictureSource, shape: GraphShape) -> list[Tensor]:
@@ -107,6 +111,7 @@ class Proof:
         if comparison.problems:
             raise ExportError(
                 f"{name}: proof failed at stage 2, deployed form -> exported file: {'; '.join(comparison.problems)}"
+                + (FREE_SIZES if config.dynamic else "")
             )
         return comparison
 

@@ -35,7 +35,7 @@ class Tolerance:
         iou: boxes after suppression are the same if they overlap at least so much ...
         score: ... and their scores differ by no more than this.
         matched: share of the boxes after suppression that must have their partner, on both sides.
-        edge_iou: a box whose neighbour lies so near to the suppression's threshold may fall either way.
+        edge_iou, edge_score: so near to a threshold, or to one another, rounding may decide either way.
     """
 
     row_px: float | None
@@ -44,13 +44,14 @@ class Tolerance:
     score: float
     matched: float
     edge_iou: float
+    edge_score: float
 
 
 TOLERANCES: dict[str, Tolerance] = {
-    "float32": Tolerance(row_px=0.05, row_score=5e-4, iou=0.9, score=5e-4, matched=1.0, edge_iou=1e-3),
+    "float32": Tolerance(row_px=0.05, row_score=5e-4, iou=0.9, score=5e-4, matched=1.0, edge_iou=1e-3, edge_score=5e-4),
     # 11 bits of mantissa: a logit of 8 is known to 1/256, a width of 300 pixels to about one pixel.
-    "float16": Tolerance(row_px=None, row_score=0.05, iou=0.9, score=0.03, matched=0.98, edge_iou=0.02),
-    "int8": Tolerance(row_px=None, row_score=None, iou=0.5, score=0.25, matched=0.8, edge_iou=0.1),
+    "float16": Tolerance(row_px=None, row_score=0.05, iou=0.9, score=0.03, matched=0.98, edge_iou=0.02, edge_score=0.02),
+    "int8": Tolerance(row_px=None, row_score=None, iou=0.5, score=0.25, matched=0.8, edge_iou=0.1, edge_score=0.1),
 }
 
 
@@ -142,10 +143,9 @@ class Suppression:
     per_class: int = MAX_DET
     per_picture: int = MAX_DET
 
-    def apply(self, rows: Tensor, conf: float, iou: float) -> list[Tensor]:
-        """(n, 6) per picture, with other thresholds."""
-        conf, iou = (min(max(value, 0.0), 1.0) for value in (conf, iou))
-        kept = non_max_suppression(rows, conf, iou, agnostic=self.agnostic, max_det=MAX_DET)
+    def apply(self, rows: Tensor) -> list[Tensor]:
+        """Boxes (n, 6) per picture."""
+        kept = non_max_suppression(rows, self.conf, self.iou, agnostic=self.agnostic, max_det=MAX_DET)
         return [self._limited(boxes) for boxes in kept]
 
     def _limited(self, boxes: Tensor) -> Tensor:
@@ -170,19 +170,15 @@ def compare_boxes(
         reference: rows (B, N, 5 + nc) per input.
         found: boxes after suppression (n, 6) per picture, per input.
         tolerance: see `Tolerance`.
-        suppression: how boxes are made from the reference.
+        suppression: how boxes are made from the reference, and were made on the other side.
     """
     total = made = matched = edge = 0
-    s = suppression
     for rows, boxes_of in zip(reference, found):
-        expected = s.apply(rows, s.conf, s.iou)
-        tight, loose = _varied(rows, s, tolerance)
-        for number, (want, got) in enumerate(zip(expected, boxes_of)):
-            pairs_want, pairs_got = match(want, got, tolerance)
-            total, made, matched = total + len(want), made + len(got), matched + int(pairs_want.sum())
-            doubtful = [~match(want[~pairs_want], boxes[number], tolerance)[0] for boxes in (*tight, *loose)]
-            possible = [match(got[~pairs_got], boxes[number], tolerance)[0] for boxes in (*tight, *loose)]
-            edge += int(torch.stack(doubtful).any(0).sum()) + int(torch.stack(possible).any(0).sum())
+        for want, got in zip(suppression.apply(rows), boxes_of):
+            partner_want, partner_got = match(want, got, tolerance)
+            total, made, matched = total + len(want), made + len(got), matched + int(partner_want.sum())
+            edge += int(on_edge(want, partner_want, got, partner_got, tolerance, suppression).sum())
+            edge += int(on_edge(got, partner_got, want, partner_want, tolerance, suppression).sum())
     lost = total + made - 2 * matched - edge
     problems: tuple[str, ...] = ()
     if lost > (1 - tolerance.matched) * (total + made):
@@ -191,11 +187,31 @@ def compare_boxes(
     return Comparison(stage, None, None, None, total, made, matched, edge, problems)
 
 
-def _varied(rows: Tensor, s: Suppression, t: Tolerance) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-    """Boxes of the reference when its thresholds move by what rounding may do to scores and overlaps."""
-    tight = [s.apply(rows, s.conf + t.score, s.iou + sign * t.edge_iou) for sign in (-1, 1)]
-    loose = [s.apply(rows, s.conf - t.score, s.iou + sign * t.edge_iou) for sign in (-1, 1)]
-    return tight, loose
+def on_edge(
+    boxes: Tensor, partner: Tensor, others: Tensor, others_partner: Tensor, t: Tolerance, s: Suppression
+) -> Tensor:
+    """Which boxes without partner the other side may rightly not have, because rounding decided there.
+
+    Either the score lies on the threshold, or below all that the other side kept where it kept as many as it may; or
+    the other side kept a box that suppresses it and whose score is not lower. That one must have no partner here (two
+    boxes of nearly the same score of which either may win), or overlap by just about the threshold.
+
+    Args:
+        boxes, others: (n, 6) and (m, 6), what either side kept.
+        partner, others_partner: (n,) and (m,) bool, from `match`.
+
+    Returns:
+        (n,) bool.
+    """
+    doubtful = boxes[:, 4] <= s.conf + t.edge_score
+    if len(others) >= min(s.per_picture, s.per_class) and len(others):
+        doubtful |= boxes[:, 4] <= others[:, 4].min() + t.edge_score
+    if len(boxes) and len(others):
+        overlap = box_iou(boxes[:, :4], others[:, :4])
+        suppressed = (overlap >= s.iou - t.edge_iou) & (others[None, :, 4] >= boxes[:, None, 4] - t.edge_score)
+        suppressed &= (boxes[:, None, 5] == others[None, :, 5]) | s.agnostic
+        doubtful |= (suppressed & (~others_partner[None, :] | (overlap <= s.iou + t.edge_iou))).any(1)
+    return doubtful & ~partner
 
 
 def match(a: Tensor, b: Tensor, tolerance: Tolerance) -> tuple[Tensor, Tensor]:
