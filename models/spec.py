@@ -21,6 +21,7 @@ Problems = list[str]
 
 SECTIONS = ("backbone", "head")
 REQUIRED = ("nc", "anchors", *SECTIONS)
+# `inplace` chooses between two ways of decoding in YOLOv5, with equal results; here there is one.
 KEYS = (
     *("nc", "ch", "depth_multiple", "width_multiple", "channel_multiple", "activation", "inplace", "anchors"),
     *SECTIONS,

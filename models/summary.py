@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -85,8 +85,9 @@ def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
     counter = FlopCounterMode(display=False, custom_mapping={norm: _norm_flops for norm in norms})
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    dtype = next((p.dtype for p in model.parameters()), torch.float32)
     with evaluating(model), torch.no_grad(), counter:
-        functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta"),))
+        functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
     return counter.get_total_flops()
 
 
@@ -149,6 +150,8 @@ def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
 def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {_shown(item)}" for key, item in value.items()) + "}"
     return str(value)
 
 

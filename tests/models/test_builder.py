@@ -142,6 +142,38 @@ def test_contract_and_expand_undo_each_other(module: str, channels: int, gain: i
     assert not torch.equal(there(x).flatten(), x.flatten())
 
 
+def test_focus_puts_the_pixels_of_a_square_in_the_channels() -> None:
+    focus = common.Focus(1, 4)
+    focus.conv = nn.Identity()  # type: ignore[assignment]
+    out = focus(torch.arange(16.0).view(1, 1, 4, 4))
+    squares = [[0.0, 2.0, 8.0, 10.0], [4.0, 6.0, 12.0, 14.0], [1.0, 3.0, 9.0, 11.0], [5.0, 7.0, 13.0, 15.0]]
+    assert out.flatten(2)[0].tolist() == squares
+
+
+def test_sppf_with_5_covers_what_spp_covers_with_5_9_13() -> None:
+    sppf, spp = common.SPPF(8, 8, 5).eval(), common.SPP(8, 8, (5, 9, 13)).eval()
+    spp.load_state_dict(sppf.state_dict())
+    x = torch.randn(2, 8, 20, 20)
+    torch.testing.assert_close(sppf(x), spp(x), rtol=0, atol=0)
+
+
+def test_transformer_block_follows_the_equations() -> None:
+    block = common.TransformerBlock(8, 8, num_heads=2, num_layers=1).double().eval()
+    layer = block.tr[0]
+    layer.ma.in_proj_bias.data.normal_()
+    x = torch.randn(3, 8, 4, 5, dtype=torch.float64)
+    tokens = x.flatten(2).transpose(1, 2)  # (3, 20, 8)
+    tokens = tokens + tokens @ block.linear.weight.T + block.linear.bias
+    own_weights = (layer.q, layer.k, layer.v)
+    parts = zip(own_weights, layer.ma.in_proj_weight.chunk(3), layer.ma.in_proj_bias.chunk(3), strict=True)
+    q, k, v = ((tokens @ own.weight.T @ w.T + b).view(3, 20, 2, 4).transpose(1, 2) for own, w, b in parts)
+    attended = ((q @ k.transpose(2, 3) / 2.0).softmax(-1) @ v).transpose(1, 2).reshape(3, 20, 8)
+    tokens = attended @ layer.ma.out_proj.weight.T + layer.ma.out_proj.bias + tokens
+    tokens = tokens @ layer.fc1.weight.T @ layer.fc2.weight.T + tokens
+    expected = tokens.transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(block(x), expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize(
     ("args", "parts"),
     [
@@ -149,6 +181,7 @@ def test_contract_and_expand_undo_each_other(module: str, channels: int, gain: i
         ((17, (1, 3)), [9, 8]),
         ((16, (1, 3, 5)), [6, 5, 5]),
         ((40, (1, 3), 1, False), [36, 4]),  # 36 * 1 = 4 * 9 weights per input channel
+        ((24, (3, 5, 7), 1, False), [15, 6, 3]),  # 15.5, 5.6 and 2.9 round to 16, 6, 3: one too many
         ((10, (1, 3, 5), 1, False), None),  # too few for 5 x 5
     ],
 )
@@ -428,6 +461,8 @@ CASES = [
      "one per level is needed"),
     ("[nc, anchors]", "[80, anchors]", "my.yaml:10: row 5 (Detect): argument 1 (nc) is 80; the model has 3 classes; "
      "write nc"),
+    ("[nc, anchors]", "[nc, [[1, 2], [3, 4]]]", "my.yaml:10: row 5 (Detect): argument 2 (anchors) is not the file's "
+     "anchors; give those under that key; write anchors"),
     ("[nc, anchors]", "[nc]", "my.yaml:10: row 5 (Detect): 1 arguments are given; it takes [nc, anchors]"),
     ("  - [[4, 2], 1, Detect, [nc, anchors]]\n", "",
      "my.yaml:9: row 4 (Concat): the last row, and only it, must be Detect"),

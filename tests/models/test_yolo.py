@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.heads import Detect, ordered_anchors
+from models.spec import load_model_spec
 from models.summary import ModelInfo
 from models.yolo import DetectionModel, parse_model, scaled_image, unscaled_boxes
 from utils.errors import ConfigError, SpecError
@@ -335,6 +336,7 @@ def test_info_counts_and_leaves_the_model_as_it_was() -> None:
     torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
     assert model.info((64, 128)).gflops == pytest.approx(2 * info.gflops)
     assert model.info(60).gflops == info.gflops  # rounded up to the stride
+    assert copy.deepcopy(model).half().info(64) == info
     assert str(ModelInfo(2, 1234567, 5, 1.25)) == "2 layers, 1,234,567 parameters, 5 gradients, 1.2 GFLOPs"
 
 
@@ -355,9 +357,13 @@ def test_operations_that_cannot_be_counted_are_no_obstacle(monkeypatch: pytest.M
 
 
 def test_table_of_layers() -> None:
-    table = DetectionModel("yolov5-riformer.yaml", nc=3).layer_table().splitlines()
+    spec = load_model_spec("yolov5-riformer.yaml").to_dict()
+    spec["backbone"][0][3] = ["s12", {"normalize": False}]
+    table = DetectionModel(spec, nc=3).layer_table().splitlines()
     assert table[0].split() == ["slot", "from", "n", "params", "module", "arguments", "output"]
-    assert table[1].split() == "0-4 -1 1 11409856 RIFormer [s12] 64 @ 4, 128 @ 8, 320 @ 16, 512 @ 32".split()
+    assert table[1].split() == (
+        "0-4 -1 1 11409856 RIFormer [s12, {normalize: False}] 64 @ 4, 128 @ 8, 320 @ 16, 512 @ 32".split()
+    )
     assert table[4].split() == "7 -1 1 0 nn.Upsample [None, 2, nearest] 128 @ 16".split()
     assert table[6].split()[:6] == "9 -1 1 115456 C3 [448,".split()
     assert table[-1].split()[:7] == "20 [13, 16, 19] 1 10824 Detect".split()
@@ -378,6 +384,7 @@ def test_feature_maps_of_every_slot() -> None:
     torch.testing.assert_close(maps["0_RIFormer_P3"], parts[1], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # torch.jit is on its way out, and users still have its files
 def test_the_head_can_be_exported_and_gives_the_same() -> None:
     model = randomized(DetectionModel("yolov5n.yaml", nc=3))
     x = image(1, 3, 64, 64)
