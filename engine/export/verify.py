@@ -50,7 +50,9 @@ class Tolerance:
 TOLERANCES: dict[str, Tolerance] = {
     "float32": Tolerance(row_px=0.05, row_score=5e-4, iou=0.9, score=5e-4, matched=1.0, edge_iou=1e-3, edge_score=5e-4),
     # 11 bits of mantissa: a logit of 8 is known to 1/256, a width of 300 pixels to about one pixel.
-    "float16": Tolerance(row_px=None, row_score=0.05, iou=0.9, score=0.03, matched=0.98, edge_iou=0.02, edge_score=0.02),
+    "float16": Tolerance(
+        row_px=None, row_score=0.05, iou=0.9, score=0.03, matched=0.98, edge_iou=0.02, edge_score=0.02
+    ),
     "int8": Tolerance(row_px=None, row_score=None, iou=0.5, score=0.25, matched=0.8, edge_iou=0.1, edge_score=0.1),
 }
 
