@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -31,6 +32,7 @@ from utils.yaml_lines import load_yaml
 LOGGER = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("published.yaml")
 NO_PLACE = "no such entry"  # reason in a LoadReport for an entry of the file that the module has no use for
+WRAPPERS = re.compile(r"^(module\.|backbone\.|model\.)+")
 MAX_SPARE = 0.1  # part of a file's entries that may be without use; more means another architecture
 
 
@@ -211,7 +213,7 @@ def _key_map(backbone: Backbone) -> Callable[[str], str | None] | None:
     ignored = getattr(backbone, "IGNORED_KEYS", ())
 
     def key_map(key: str) -> str | None:
-        own = official_key(key)
+        own = official_key(WRAPPERS.sub("", key))
         return None if any(fnmatchcase(own, pattern) for pattern in ignored) else own
 
     return key_map
