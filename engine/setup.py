@@ -129,6 +129,8 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         train_set = load_annotations(data.split("train"), declared, single_cls=config.single_cls)
         val_set = load_annotations(data.split("val"), declared, single_cls=config.single_cls)
     frozen = rows_to_freeze(model, config.freeze)
+    for part in (train_set, val_set):
+        LOGGER.info("%s", part.report.summary())
     folder = _run_folder(config, world)
     labels = [r.labels for r in train_set.records]
     if not config.noautoanchor and not resumed:

@@ -25,6 +25,7 @@ from engine.hooks import CsvLog, TensorBoardLog
 from engine.optim import CLIP_NORM, apply_settings
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.setup import Setup, build_setup, resolve_run, save_resolved
+from models.backbones.base import Backbone
 from utils.device import select_device
 from utils.errors import ConfigError
 from utils.metrics import fitness
@@ -97,7 +98,9 @@ class Trainer:
         self.network: nn.Module = setup.model
         if self.world.size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.network = DistributedDataParallel(setup.model, device_ids=ids)
+            # A backbone may have levels that the neck does not read; their norms get no gradient.
+            unread = any(isinstance(m, Backbone) for m in setup.model.modules())
+            self.network = DistributedDataParallel(setup.model, device_ids=ids, find_unused_parameters=unread)
         self.class_maps = np.zeros(len(setup.data.names))
         self.logs: list[CsvLog | TensorBoardLog] = []
 

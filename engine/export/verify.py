@@ -53,7 +53,7 @@ TOLERANCES: dict[str, Tolerance] = {
     "float16": Tolerance(
         row_px=None, row_score=0.05, iou=0.9, score=0.03, matched=0.98, edge_iou=0.02, edge_score=0.02
     ),
-    "int8": Tolerance(row_px=None, row_score=None, iou=0.5, score=0.25, matched=0.8, edge_iou=0.1, edge_score=0.1),
+    "int8": Tolerance(None, None, iou=0.5, score=0.25, matched=0.8, edge_iou=0.1, edge_score=0.1),
 }
 
 
