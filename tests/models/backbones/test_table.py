@@ -394,3 +394,17 @@ def test_no_network_says_where_to_put_the_file(cache: Path) -> None:
 def test_only_rank_zero_reads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
     assert load_published(RIFormer(TINY), "nowhere.pth", None) is None
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    torch.manual_seed(0)
+    source = RIFormer(TINY)
+    path = tmp_path / "tiny.safetensors"
+    save_file(source.state_dict(), path)
+    loaded = create_backbone("RIFormer", weights=path, arch=TINY)
+    for key, value in source.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[key], value, rtol=0, atol=0)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(CheckpointError, match="damaged or not a safetensors file"):
+        create_backbone("RIFormer", weights=path, arch=TINY)

@@ -1,0 +1,98 @@
+"""List the backbones: levels, parameters, cost, published accuracy and weights.
+
+    python -m models.backbones [NAME ...] [--imgsz 640]
+
+NAME is a registered name or one of timm's (`timm/resnet50`); its published weights are then listed, with addresses.
+Without any, all registered ones are listed. Nothing is allocated or fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from utils.errors import UserError
+
+HEADER = ("name", "levels (channels@stride)", "params (M)", "GFLOPs", "top-1 (%)", "weights")
+
+
+def describe(name: str, imgsz: int) -> tuple[str, ...]:
+    """One line of the list.
+
+    Args:
+        name: see `create_backbone`.
+        imgsz: side of the square picture that the cost is for, in pixels; rounded up to the backbone's `size_divisor`.
+
+    Returns:
+        Name; levels; millions of parameters; 10^9 floating-point operations (a multiply-add is two) of one picture; the
+        published ImageNet-1k accuracy of the default weights with their resolution; their name, and how many more
+        there are.
+
+    Raises:
+        SpecError: unknown name.
+    """
+    import torch
+
+    from models.backbones import create_backbone
+    from models.backbones.published import published_for
+    from models.summary import count_flops
+
+    with torch.device("meta"):
+        backbone = create_backbone(name).eval()
+    side = -(-imgsz // backbone.size_divisor) * backbone.size_divisor
+    weights = published_for(name)
+    best = f"{weights[0].top1:.2f} @{weights[0].resolution}" if weights else "-"
+    return (
+        name,
+        " ".join(f"{level.channels}@{level.stride}" for level in backbone.levels),
+        f"{sum(p.numel() for p in backbone.parameters()) / 1e6:.2f}",
+        f"{count_flops(backbone, (1, 3, side, side)) / 1e9:.1f}",
+        best,
+        weights[0].name + (f" (+{len(weights) - 1})" if len(weights) > 1 else "") if weights else "-",
+    )
+
+
+def weights_of(name: str) -> list[str]:
+    """One line per published file of a backbone."""
+    from models.backbones.published import published_for
+
+    return [f"  {w.name}: top-1 {w.top1:.2f} @{w.resolution}, layout {w.layout}, {w.url}" for w in published_for(name)]
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns side by side, numbers to the right."""
+    columns = list(zip(HEADER, *rows))
+    widths = [max(len(cell) for cell in column) for column in columns[:-1]]
+    lines = []
+    for row in (HEADER, *rows):
+        cells = [
+            cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        lines.append("  ".join([*cells, row[-1]]).rstrip())
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m models.backbones", description="List the backbones.")
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="registered names or timm/<name>; default: all registered"
+    )
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the picture for the cost, in pixels")
+    options = parser.parse_args(arguments)
+    from models.backbones import list_backbones
+
+    try:
+        if options.imgsz < 32:
+            raise UserError(f"--imgsz {options.imgsz}: allowed are whole numbers from 32 on")
+        print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))
+        for name in options.names:
+            print("\n".join(weights_of(name)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""`python -m models.backbones`: one line per backbone, numbers that are right, errors in one line."""
+
+from __future__ import annotations
+
+import pytest
+
+from models.backbones import list_backbones
+from models.backbones.__main__ import describe, main
+
+
+def test_a_line_tells_levels_size_cost_accuracy_and_weights() -> None:
+    name, levels, params, flops, accuracy, weights = describe("riformer_s12", 640)
+    assert (name, levels) == ("riformer_s12", "64@4 128@8 320@16 512@32")
+    assert params == "11.41"  # fixture: 11,409,856
+    # published: 1.82e9 multiply-adds at 224 pixels with the classifier (0.0005e9), 2 operations each, scaled to 640
+    assert float(flops) == pytest.approx(2 * 1.82 * (640 / 224) ** 2, rel=0.03)
+    assert (accuracy, weights) == ("76.90 @224", "riformer-s12_in1k (+1)")
+
+
+def test_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--imgsz", "64"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["name", *list_backbones()]
+
+
+def test_a_name_lists_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["nextvit_small", "timm/test_resnet", "--imgsz", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "  nextvit_small.bd_in1k_384: top-1 84.04 @384, layout timm, https://huggingface.co/" in text
+    assert "timm/test_resnet" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [(["riformer_s1"], "did you mean 'riformer_s12'?"), (["--imgsz", "8"], "--imgsz 8: allowed are whole numbers")],
+)
+def test_errors_are_one_line_and_status_two(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
