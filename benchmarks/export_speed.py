@@ -1,0 +1,142 @@
+"""What re-parameterisation and exported files gain, per family, as ratios within one run.
+
+    python -m benchmarks.export_speed [--models yolov5n.yaml yolov5-riformer.yaml ...] [--imgsz 640] [--rounds 7]
+
+Every detector has random weights (they do not matter for time). Its forms take turns within a round: training form in
+evaluation mode, deployed form, and the exported files in their runtimes; one picture each. A ratio is the median of the
+rounds' ratios: above 1, the form is faster than the one it is compared with. Nothing is proved here: export.py does.
+
+Results: benchmarks/results/export_speed.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.report import machine, markdown_table, write_results
+from engine.export.graph import ExportGraph, GraphShape, deployed_form
+from engine.export.onnx import onnx_model, save_onnx
+from engine.export.openvino import save_openvino
+from engine.export.torchscript import save_torchscript
+from engine.runtimes import open_runtime
+from engine.runtimes.base import Runtime
+from engine.runtimes.metadata import Metadata
+from engine.runtimes.pytorch import PyTorchRuntime, grid_of
+from models.yolo import DetectionModel
+
+MODELS = (
+    "yolov5n.yaml",
+    "yolov5-riformer.yaml",
+    "yolov5-revvit.yaml",
+    "yolov5-repmlp.yaml",
+    "yolov5-nextvit.yaml",
+    "yolov5-timm.yaml",
+)
+TRAINING, DEPLOYED = "training form", "deployed form"
+FILES = ("torchscript", "onnx", "openvino")
+CPU = torch.device("cpu")
+
+
+def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[str, Runtime]:
+    """The forms of one detector, ready to run."""
+    torch.manual_seed(0)
+    model = DetectionModel(cfg, nc=3).eval().requires_grad_(False)
+    deployed = deployed_form(model)
+    grid = grid_of(model)
+    side = -(-imgsz // grid) * grid
+    shape = GraphShape(1, side, side, False, grid)
+    metadata = Metadata(names={0: "a", 1: "b", 2: "c"}, stride=grid, imgsz=(side, side), batch=1)
+    graph = ExportGraph(deployed).eval()
+    name = Path(cfg).stem
+    paths = {kind: folder / f"{name}{suffix}" for kind, suffix in zip(FILES, (".torchscript", ".onnx", "_openvino"))}
+    if "torchscript" in files:
+        save_torchscript(graph, paths["torchscript"], metadata, shape)
+    if "onnx" in files or "openvino" in files:
+        onnx = onnx_model(graph, shape, opset=17)
+        save_onnx(onnx, paths["onnx"], metadata, shape)
+        if "openvino" in files:
+            paths["openvino"].mkdir()
+            save_openvino(onnx, paths["openvino"], name, metadata, half=False)
+    ready: dict[str, Runtime] = {
+        TRAINING: PyTorchRuntime.from_model(model.to(memory_format=torch.channels_last), CPU),
+        DEPLOYED: PyTorchRuntime.from_model(deployed.to(memory_format=torch.channels_last), CPU),
+    }
+    return ready | {kind: open_runtime([str(paths[kind])], CPU) for kind in files}
+
+
+def measure(
+    runtimes: Mapping[str, Runtime], image: torch.Tensor, options: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Seconds per round of every form."""
+    clock = time.process_time if options.clock == "cpu" else time.perf_counter
+    taken: dict[str, list[float]] = {name: [] for name in runtimes}
+    for number in range(options.warmup + options.rounds):
+        for name, runtime in runtimes.items():
+            start = clock()
+            runtime(image)
+            if number >= options.warmup:
+                taken[name].append(clock() - start)
+    return taken
+
+
+def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
+    """How many times as fast `name` is as `to`."""
+    return statistics.median(b / a for a, b in zip(taken[name], taken[to]))
+
+
+def text(results: dict[str, Any]) -> str:
+    files = results["files"]
+    header = ["model", "training form, ms", "deployed over training", *(f"{kind} over deployed" for kind in files)]
+    lines = [
+        [
+            row["model"],
+            f"{1000 * statistics.median(row['seconds'][TRAINING]):.0f}",
+            f"{row['ratios'][DEPLOYED]:.2f}",
+            *(f"{row['ratios'][kind]:.2f}" for kind in files),
+        ]
+        for row in results["rows"]
+    ]
+    about = (
+        f"{results['imgsz']} x {results['imgsz']} pixels, batch 1, float32, {results['clock']} time; medians of "
+        f"{results['rounds']} rounds in turns. Above 1 = faster. PyTorch forms run in channels_last."
+    )
+    return f"# Deployed forms and exported files\n\n{about}\n\n{markdown_table(header, lines)}\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of deployed forms and exported files, as ratios.")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="model YAMLs")
+    parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
+    parser.add_argument("--threads", type=int, default=0, help="of every runtime; 0 = PyTorch's own number")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is busy")
+    parser.add_argument("--files", nargs="+", choices=FILES, default=list(FILES))
+    parser.add_argument("--name", default="export_speed", help="of the two result files")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = []
+    for cfg in options.models:
+        with tempfile.TemporaryDirectory() as folder:
+            runtimes = forms(cfg, options.imgsz, Path(folder), tuple(options.files))
+            side = (runtimes[options.files[0]].imgsz or (options.imgsz,))[0]
+            taken = measure(runtimes, torch.rand(1, 3, side, side), options)
+            ratios = {DEPLOYED: ratio(taken, DEPLOYED, TRAINING)}
+            ratios |= {kind: ratio(taken, kind, DEPLOYED) for kind in options.files}
+            rows.append({"model": Path(cfg).stem, "seconds": taken, "ratios": ratios})
+            del runtimes
+    results: dict[str, Any] = {"machine": machine(CPU), **vars(options), "rows": rows}
+    write_results(options.name, results, text(results))
+
+
+if __name__ == "__main__":
+    main()
