@@ -23,6 +23,7 @@ from models.common import Conv
 from models.layer_rules import LAYERS, Built, Row, Rule
 from models.spec import LayerSpec, ModelSpec
 from utils.errors import ConfigError, SpecError, UserError, did_you_mean
+from utils.yaml_lines import plain
 
 IMAGE = -1  # slot number of the picture
 LEVEL_STRIDES = {"P1": 2, "P2": 4, "P3": 8, "P4": 16, "P5": 32}
@@ -146,8 +147,8 @@ def with_backbone_weights(spec: ModelSpec, weights: str) -> ModelSpec:
     Raises:
         SpecError: there is not exactly one backbone row.
     """
-    plain_names = [layer.module in LAYERS for layer in spec.layers]
-    rows = [i for i, plain in enumerate(plain_names) if not plain and is_backbone_name(spec.layers[i].module)]
+    names = [layer.module for layer in spec.layers]
+    rows = [i for i, name in enumerate(names) if name not in LAYERS and is_backbone_name(name)]
     if len(rows) != 1:
         raise SpecError(f"{spec.path}: {len(rows)} rows are backbones; weights for the backbone need exactly one")
     layer = spec.layers[rows[0]]
@@ -290,7 +291,7 @@ class _Builder:
             module = backbone_from_row(layer.module, layer.args)
             levels, divisor = tuple(module.levels), module.size_divisor
         except (TypeError, AttributeError) as error:  # the constructor of a class that is not ours (a plugin)
-            raise SpecError(f"cannot be built with {layer.args!r}: {error}") from error
+            raise SpecError(f"cannot be built with {plain(layer.args)}: {error}") from error
         first = len(self.slots)
         by_stride = {level.stride: level for level in levels}
         self.slots += [_Slot(by_stride.get(stride)) for stride in LEVEL_STRIDES.values()]
