@@ -50,7 +50,7 @@ class Route:
 
     layer: LayerSpec
     repeats: int
-    arguments: tuple[Any, ...] | Mapping[str, Any]
+    arguments: tuple[Any, ...]
     slot: int
     sources: tuple[int, ...]
     takes_list: bool
@@ -298,8 +298,9 @@ class _Builder:
         self.backbone = layer.module, first
         number = {stride: first + i for i, stride in enumerate(LEVEL_STRIDES.values())}
         outputs = tuple(number.get(level.stride) for level in levels)
+        given = layer.args if isinstance(layer.args, tuple) else (layer.args,)
         self.modules.append(module)
-        self.routes.append(Route(layer, 1, layer.args, first, (IMAGE,), False, True, outputs, levels, pad_to=divisor))
+        self.routes.append(Route(layer, 1, given, first, (IMAGE,), False, True, outputs, levels, pad_to=divisor))
 
     # ---- from -------------------------------------------------------------------------------------------------------
 

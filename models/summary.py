@@ -142,7 +142,7 @@ def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
         str(route.repeats),
         str(sum(p.numel() for p in module.parameters())),
         route.layer.module,
-        _shown(route.arguments),
+        _shown(route.layer.args if route.gives_levels else route.arguments),
         levels or "predictions",
     )
 

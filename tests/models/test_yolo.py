@@ -358,11 +358,11 @@ def test_operations_that_cannot_be_counted_are_no_obstacle(monkeypatch: pytest.M
 
 def test_table_of_layers() -> None:
     spec = load_model_spec("yolov5-riformer.yaml").to_dict()
-    spec["backbone"][0][3] = ["s12", {"normalize": False}]
+    spec["backbone"][0][3] = {"arch": "s12", "normalize": False}
     table = DetectionModel(spec, nc=3).layer_table().splitlines()
     assert table[0].split() == ["slot", "from", "n", "params", "module", "arguments", "output"]
     assert table[1].split() == (
-        "0-4 -1 1 11409856 RIFormer [s12, {normalize: False}] 64 @ 4, 128 @ 8, 320 @ 16, 512 @ 32".split()
+        "0-4 -1 1 11409856 RIFormer {arch: s12, normalize: False} 64 @ 4, 128 @ 8, 320 @ 16, 512 @ 32".split()
     )
     assert table[4].split() == "7 -1 1 0 nn.Upsample [None, 2, nearest] 128 @ 16".split()
     assert table[6].split()[:6] == "9 -1 1 115456 C3 [448,".split()
