@@ -12,7 +12,9 @@ import importlib
 import importlib.util
 import io
 import pickle
+import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,18 @@ from engine.optim import parameter_groups
 from models.backbones import BACKBONES, Backbone, FeatureLevel, backbone_class, create_backbone
 
 SMALL = ("riformer_s12", "revvit_small", "repmlp_t224", "nextvit_small")
-TIMM = ("timm/resnet18", "timm/convnext_atto", "timm/repvgg_a0", "timm/vit_tiny_patch16_224")
-MORE_TIMM = ("timm/swin_tiny_patch4_window7_224", "timm/mobilenetv3_small_050", "timm/maxvit_rmlp_pico_rw_256")
+TIMM = ("timm/convnext_atto", "timm/repvgg_a0", "timm/vit_tiny_patch16_224")
+MORE_TIMM = (
+    "timm/resnet18",
+    "timm/swin_tiny_patch4_window7_224",
+    "timm/mobilenetv3_small_050",
+    "timm/maxvit_rmlp_pico_rw_256",
+)
 
 Factory = Callable[[], Backbone]
 
 
+@cache  # one class object for all tests: pickle compares it with the module's
 def _user_class(text: str) -> type[Backbone]:
     module_name, _, class_name = text.rpartition(":")
     if not module_name:
@@ -38,7 +46,7 @@ def _user_class(text: str) -> type[Backbone]:
         if spec is None or spec.loader is None or not Path(module_name).is_file():
             raise pytest.UsageError(f"--backbone {text}: no such file")
         module = importlib.util.module_from_spec(spec)
-        importlib.sys.modules[spec.name] = module  # pickle looks classes up there
+        sys.modules[spec.name] = module  # pickle looks classes up there
         spec.loader.exec_module(module)
     else:
         module = importlib.import_module(module_name)
