@@ -10,7 +10,8 @@ Measured per source, writing annotated pictures or an mp4 as the command does:
 - the whole command in a process of its own, start-up included (seconds).
 
 Rounds of all sources take turns, so that a change of load hits all of them; shown is the median, and the range of the
-frames per second. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
+frames per second. The machine's load (of the last minute, this measurement included) is kept too: on a busy machine only
+the processor time says something. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
 
 Results: benchmarks/results/detect.json and .md.
 """
@@ -18,7 +19,7 @@ Results: benchmarks/results/detect.json and .md.
 from __future__ import annotations
 
 import argparse
-import logging
+import os
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,6 @@ from utils.timing import Profile
 
 CHECKPOINT = ROOT / "tests/parity/data/official_checkpoint/yolov5n_bccd.pt"
 STAGES = ("read", "fit", "network", "nms", "draw+write")
-LOGGER = logging.getLogger(__name__)
 
 
 def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, float]:
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = f"# Detection, {Path(options.weights).stem}, {'x'.join(map(str, options.imgsz))}, batch 1\n\n"
     text += markdown_table(header, rows) + "\n"
     about: dict[str, Any] = {**machine(torch.device(options.device)), "opencv": cv2.__version__}
-    about["rounds"] = options.rounds
+    about |= {"rounds": options.rounds, "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None}
     write_results("detect", {"machine": about, "results": results}, text)
 
 

@@ -28,7 +28,7 @@ from engine.detections import Detections, DrawStyle, annotated
 from engine.pipeline import Drain, Feed
 from engine.plugins import load_plugins
 from engine.progress import Progress
-from engine.runtimes import choose_weights, open_runtime, split_device
+from engine.runtimes import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.writers import CropWriter, CsvWriter, JsonWriter, LabelWriter, Outputs, PictureWriter, Writer, write_picture
@@ -83,6 +83,8 @@ def detect(config: DetectConfig) -> DetectReport:
         weights, device, half=config.half, augment=config.augment, dnn=config.dnn, provider=provider
     )
     LOGGER.info("Detecting on %s", describe_device(device))
+    if config.update and any(Path(path).suffix.lower() not in CHECKPOINT_SUFFIXES for path in weights):
+        raise ConfigError(f"--update: rewrites checkpoints only; allowed: {', '.join(CHECKPOINT_SUFFIXES)}")
     names = class_names(runtime, config.data)
     check_classes(config.classes, names)
     if config.visualize and not isinstance(runtime, PyTorchRuntime):
