@@ -10,8 +10,8 @@ Measured per source, writing annotated pictures or an mp4 as the command does:
 - the whole command in a process of its own, start-up included (seconds).
 
 Rounds of all sources take turns, so that a change of load hits all of them; shown is the median, and the range of the
-frames per second. The machine's load (of the last minute, this measurement included) is kept too: on a busy machine only
-the processor time says something. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
+frames per second. The machine's load (last minute, this measurement included) is kept too: on a busy machine only the
+processor time says something. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
 
 Results: benchmarks/results/detect.json and .md.
 """
