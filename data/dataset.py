@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from data import mosaic, warp
 from data.augment import hsv_gains, mixup
 from data.augment_config import AugmentConfig
-from data.image_store import RECENT_BYTES, ImageStore, enlarged
+from data.image_store import RECENT_BYTES, ImageStore, bytes_kept, enlarged
 from data.labels import ImageRecord
 from data.letterbox import Fit, Image, fit, place
 from data.mosaic import Picture
-from data.order import Index, Key, SampleKey, as_key, epoch_order, window_at
+from data.order import WINDOW, Index, Key, SampleKey, as_key, epoch_order, window_at
 from data.sizes import HW, fit_long_side, rect_batch_shapes, rect_order
 from utils.boxes import xyxy2xywhn
 from utils.seed import sample_rng
@@ -72,6 +72,7 @@ class DetectionDataset:
             recent_bytes=RECENT_BYTES if self.uses_mosaic else 0,
         )
         self._order: tuple[int, Index, Index] | None = None
+        self._window_size = self.window_size
 
     def __len__(self) -> int:
         return len(self.records)
@@ -93,6 +94,16 @@ class DetectionDataset:
     def labels(self) -> list[NDArray[np.float32]]:
         """Per picture (n, 5) class, centre x, centre y, width, height as parts of the sides."""
         return [record.labels for record in self.records]
+
+    @property
+    def window_size(self) -> int:
+        """How many pictures of an epoch's order may share a mosaic.
+
+        All of them where one process can keep the whole set decoded; in a larger set a window, so that each picture is
+        decoded about once per epoch. A small set needs the variety: few windows make successive steps see few pictures.
+        """
+        needed = sum(bytes_kept((r.height, r.width), self.imgsz) for r in self.records)
+        return max(len(self.records), 1) if needed <= RECENT_BYTES else WINDOW
 
     @property
     def uses_mosaic(self) -> bool:
@@ -205,7 +216,7 @@ class DetectionDataset:
         if self._order is None or self._order[0] != key.epoch:
             order = epoch_order(len(self.records), self.seed, key.epoch)
             self._order = key.epoch, order, np.argsort(order)
-        return window_at(self._order[1], int(self._order[2][key.index]))
+        return window_at(self._order[1], int(self._order[2][key.index]), self._window_size)
 
 
 def _normalised(labels: mosaic.Labels, shape: HW) -> mosaic.Labels:

@@ -103,7 +103,7 @@ class ImageStore:
     # ---- memory
 
     def _fits_in_memory(self) -> bool:
-        needed = sum(_bytes_kept(self._size(i), self._imgsz) for i in range(len(self._records)))
+        needed = sum(bytes_kept(self._size(i), self._imgsz) for i in range(len(self._records)))
         free = available_memory()
         if free is not None and needed * SAFETY > free:
             LOGGER.warning(
@@ -186,7 +186,8 @@ def _cgroup_available() -> int | None:
     return int(limit) - used + int(pages.get("inactive_file", 0)) if limit.isdigit() else None
 
 
-def _bytes_kept(size: HW, imgsz: int) -> int:
+def bytes_kept(size: HW, imgsz: int) -> int:
+    """Memory of a picture of (height, width) once its longer side is no more than `imgsz`."""
     height, width = fit_long_side(*size, imgsz) if max(size) > imgsz else size
     return height * width * 3
 

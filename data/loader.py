@@ -115,14 +115,15 @@ class DetectionLoader:
         if self.image_weights is not None and not self.dataset.rect:
             if len(self.image_weights) != n:
                 raise ValueError(f"{len(self.image_weights)} image weights for {n} pictures")
-            return weighted_keys(weighted_order(self.image_weights, self.seed, self.epoch), self.epoch)
+            order = weighted_order(self.image_weights, self.seed, self.epoch)
+            return weighted_keys(order, self.epoch, self.dataset.window_size)
         shuffled = self.shuffle and not self.dataset.rect
         order = epoch_order(n, self.seed, self.epoch) if shuffled else self.dataset.visiting_order
         return [(self.epoch, index) for index in order.tolist()]
 
     def _batches_per_task(self) -> int:
         """Batches that one worker makes in one go: those of a mosaic window, if memory and a fair split allow."""
-        if not self.workers or not self.dataset.uses_mosaic:
+        if not self.workers or not self.dataset.uses_mosaic or self.dataset.window_size >= len(self.dataset):
             return 1
         batch_bytes = 3 * self.dataset.imgsz**2 * self.batch_size
         fair = -(-len(self) // (2 * self.workers))

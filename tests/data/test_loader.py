@@ -12,7 +12,7 @@ from data.augment_config import AugmentConfig
 from data.collate import collate, collate_quad
 from data.dataset import DetectionDataset
 from data.loader import create_loader
-from data.order import epoch_order
+from data.order import as_key, epoch_order
 from tests.data.pictures import write_set
 from utils.errors import DataError
 from utils.structures import Sample
@@ -161,12 +161,26 @@ def test_workers_are_limited(records, monkeypatch):
         assert found == expected, (workers, world_size, batch_size)
 
 
-def test_a_window_is_decoded_once_by_one_worker(records, two_processors):
-    """The tasks of two workers hold whole windows where the set is large enough."""
+def test_a_small_set_shares_all_its_pictures(records, two_processors):
+    """Nothing is gained by windows where every picture stays in memory: partners come from the whole set."""
+    small = dataset(records)
+    assert small.window_size == len(records)
+    assert set(small._window(as_key((3, 1))).tolist()) == set(range(len(records)))
+    assert create_loader(small, 4, workers=2)._batches_per_task() == 1
+
+
+def test_a_window_is_decoded_once_by_one_worker(records, two_processors, monkeypatch):
+    """The tasks of two workers hold whole windows where the set is large."""
+    monkeypatch.setattr("data.dataset.RECENT_BYTES", 0)
+    monkeypatch.setattr("data.dataset.WINDOW", 8)
+    assert len(dataset(records)._window(as_key((3, 1)))) == 8
+    monkeypatch.undo()
+    monkeypatch.setattr("data.loader._processors", lambda: 8)
+    monkeypatch.setattr("data.dataset.RECENT_BYTES", 0)
     loader = create_loader(dataset(records * 50), 16, workers=2, shuffle=True)
     assert loader._batches_per_task() == 4
     assert create_loader(dataset(records * 50, augment=None), 16, workers=2)._batches_per_task() == 1
-    assert create_loader(dataset(records), 4, workers=2)._batches_per_task() == 2  # fair: both get work
+    assert create_loader(dataset(records * 5), 16, workers=2)._batches_per_task() == 2  # fair: both get work
     big = DetectionDataset(records * 50, 1280, augment=RECIPE)
     assert create_loader(big, 16, workers=2)._batches_per_task() == 1  # memory
 
