@@ -37,8 +37,8 @@ class FeatureLevel:
 class Backbone(nn.Module):
     """Base class of all backbones.
 
-    A subclass sets `levels` (high resolution first) and `size_divisor`, and defines `forward_features`; `forward` may be
-    overridden where more than that is returned.
+    A subclass sets `levels` (high resolution first) and `size_divisor`, and defines `forward_features`; `forward` may
+    be overridden where more than that is returned.
 
     Args:
         normalize: subtract `mean` and divide by `std` first, so that published weights see what they were trained on.
