@@ -221,7 +221,15 @@ class TimmBackbone(Backbone):
         """Fuse what timm knows how to fuse (RepVGG, MobileOne, FastViT, RepViT blocks ...), in place."""
         from timm.utils.model import reparameterize_model
 
-        reparameterize_model(self.network, inplace=True)
+        like = torch.empty_like(next(self.network.parameters()))
+        usual = torch.get_default_dtype()
+        # timm makes the fused layers in the default type: in float64 the rounding at the end is the only error.
+        torch.set_default_dtype(torch.float64)
+        try:
+            reparameterize_model(self.network.double(), inplace=True)
+        finally:
+            torch.set_default_dtype(usual)
+        self.network.to(like).train(self.training)
 
     def param_depth(self, name: str) -> int:
         """Depth by order of construction: blocks are counted as the network lists them; what was added comes last."""

@@ -26,6 +26,7 @@ KINDS = [
     ("swin_tiny_patch4_window7_224", (4, 8, 16, 32), 32),  # NHWC, native size only unless freed
     ("test_maxvit", (2, 4, 8, 16, 32), 160),  # multiples of its native size
     ("test_vit", (8, 16, 32), 32),  # plain: one stride, through the pyramid
+    ("mvitv2_tiny", (4, 8, 16, 32), 224),  # looks beyond its tables on larger pictures: tiles
     ("visformer_tiny", (8, 16, 32), 224),  # its native size only: tiles
     ("pit_ti_224", (8, 16, 32), 224),
     ("convmixer_768_32", (8, 16, 32), 32),  # stride 7, plain
@@ -158,6 +159,28 @@ def test_depth_of_parameters_follows_the_network() -> None:
     assert depths == sorted(set(depths)) and depths[0] == 0
     vit = TimmBackbone("test_vit")
     assert vit.param_depth("pyramid.levels.0.0.weight") > vit.param_depth("network.model.blocks.5.attn.qkv.weight")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["repvit_m1", "efficientvit_m0", "repvgg_a0"])
+def test_fusing_works_in_every_precision(name: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    backbone = TimmBackbone(name).to(dtype).eval()
+    for m in backbone.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+    image = torch.rand(1, 3, 64, 64, dtype=dtype)
+    count = sum(p.numel() for p in backbone.parameters())
+    with torch.no_grad():
+        before = backbone(image)
+        backbone.reparameterize()
+        after = backbone(image)
+    assert {p.dtype for p in backbone.parameters()} == {dtype} and torch.get_default_dtype() == torch.float32
+    assert sum(p.numel() for p in backbone.parameters()) < count
+    share = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]
+    for a, b in zip(before, after):
+        torch.testing.assert_close(b, a, rtol=0, atol=share * float(a.double().std()))
 
 
 # ---- weights --------------------------------------------------------------------------------------------------------
