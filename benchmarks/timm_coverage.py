@@ -167,6 +167,12 @@ def check_fuse(model: DetectionModel) -> None:
             raise Failed(f"fused outputs are {difference:.1e} of their spread away")
 
 
+def shortened(text: str, name: str) -> str:
+    """The error without the row it stands in, at most 160 characters, fit for a table."""
+    text = text.split(f"timm/{name}: ")[-1].replace("|", "/")
+    return text if len(text) <= 160 else text[:157] + "..."
+
+
 def examine(name: str) -> dict[str, Any]:
     """Run all steps for one network; the first that fails ends it."""
     began = time.perf_counter()
@@ -200,7 +206,7 @@ def examine(name: str) -> dict[str, Any]:
             work()
         except FAILURES as error:
             text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            result.update(failed=step, reason=text[:300])
+            result.update(failed=step, reason=shortened(text, name))
             break
         result["passed"].append(step)
     result["seconds"] = round(time.perf_counter() - began, 1)
