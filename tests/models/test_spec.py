@@ -107,6 +107,8 @@ CASES = [
     ("[10, 13, 16, 30]", "[10, 13, x, 30]", ["my.yaml:5: anchors hold something that is not a size in pixels; allowed: "
      "one list of width, height, width, height ... in pixels per level, or a whole number of at least 1"]),
     (ROW, "[-1, 3, C3]", ["my.yaml:10: row 1 is [-1, 3, 'C3']; a row is [from, number, module, arguments]"]),
+    (ROW, "[-1, 3, C3, [128], x]",
+     ["my.yaml:10: row 1 is [-1, 3, 'C3', [128], 'x']; a row is [from, number, module, arguments]"]),
     (ROW, "C3", ["my.yaml:10: row 1 is 'C3'; a row is [from, number, module, arguments]"]),
     (ROW, "[-1, 0, C3, [128]]", ["my.yaml:10: row 1 (C3): number is 0; a whole number of at least 1 is needed"]),
     (ROW, "[-1, 3, C3, 128]", ["my.yaml:10: row 1 (C3): arguments are 128; a list is needed, such as [128]"]),
