@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.arguments import activation_from_text
-from models.backbones import backbone_from_row, is_backbone_name, list_backbones
+from models.backbones import backbone_from_row, is_backbone_name, row_names
 from models.backbones.base import FeatureLevel
 from models.common import Conv
 from models.layer_rules import LAYERS, Built, Row, Rule
@@ -208,7 +208,7 @@ class _Builder:
         is_plain = layer.module in LAYERS
         if not layer.repeats or not (is_plain or is_backbone_name(layer.module)):
             if layer.repeats:
-                near = did_you_mean(layer.module, (*LAYERS.names(), *list_backbones()))
+                near = did_you_mean(layer.module, (*LAYERS.names(), *row_names()))
                 self.problems.append(f"{place}: unknown module '{layer.module}'{near}")
             self.numbers_known = False
             self.slots.append(_UNKNOWN)
