@@ -208,7 +208,7 @@ class _Builder:
         is_plain = layer.module in LAYERS
         if not layer.repeats or not (is_plain or is_backbone_name(layer.module)):
             if layer.repeats:
-                near = did_you_mean(layer.module, (*LAYERS.names(), *row_names()))
+                near = did_you_mean(layer.module, (*LAYERS.names(), *row_names(layer.module)))
                 self.problems.append(f"{place}: unknown module '{layer.module}'{near}")
             self.numbers_known = False
             self.slots.append(_UNKNOWN)

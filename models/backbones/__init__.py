@@ -119,9 +119,17 @@ def _register(name: str, cls: Any) -> Any:
     return cls
 
 
-def row_names() -> list[str]:
-    """What a model row may be called, timm's names aside: class names and registered names."""
-    return [*ROW_CLASSES, *list_backbones()]
+def row_names(like: str = "") -> list[str]:
+    """What a model row may be called: class names, registered names, and timm's where `like` could be one of them."""
+    names = [*ROW_CLASSES, *list_backbones()]
+    if like.islower() and not like.startswith("nn."):
+        try:
+            from models.backbones.timm_measure import timm_package
+
+            names += timm_package().list_models()
+        except SpecError:  # timm is not installed
+            return names
+    return names
 
 
 def is_backbone_name(name: str) -> bool:
@@ -159,9 +167,8 @@ def _entry(name: str) -> BackboneEntry:
     if is_backbone_name(name):
         return BackboneEntry(TIMM, {"name": name.removeprefix(TIMM_PREFIX)})
     known = row_names()
-    raise SpecError(
-        f"unknown backbone '{name}'; allowed: {', '.join(known)}, or timm/<name>{did_you_mean(name, known)}"
-    )
+    near = did_you_mean(name, row_names(name))
+    raise SpecError(f"unknown backbone '{name}'; allowed: {', '.join(known)}, or timm/<name>{near}")
 
 
 def _class_of(entry: BackboneEntry) -> type[Backbone]:

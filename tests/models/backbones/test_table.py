@@ -129,6 +129,7 @@ def test_rows(name: str, args: Any, blocks: int, dims: int) -> None:
     [
         ("RIFormr", [], "unknown backbone 'RIFormr'; allowed: RIFormer"),
         ("RIFormr", [], "did you mean 'RIFormer'?"),
+        ("resnt50", [], "did you mean 'resnet50'?"),
         ("RIFormer", ["s13"], "unknown arch 's13'; allowed: s12"),
         ("RIFormer", {"drop_path": 0.1}, "unknown argument 'drop_path'; allowed: weights,"),
         ("RIFormer", {"drop_path": 0.1}, "did you mean 'drop_path_rate'?"),
