@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from engine.optim import parameter_groups
 from models.backbones import BACKBONES, Backbone, FeatureLevel, backbone_class, create_backbone
+from utils.errors import SpecError
 
 SMALL = ("riformer_s12", "revvit_small", "repmlp_t224", "nextvit_small")
 TIMM = ("timm/convnext_atto", "timm/repvgg_a0", "timm/vit_tiny_patch16_224")
@@ -227,6 +228,25 @@ def test_depth_of_parameters_starts_at_the_stem(factory: Factory) -> None:
     assert min(depths.values()) == 0
     if type(backbone).param_depth is not Backbone.param_depth:
         assert max(depths.values()) > 1, "all parameters have one depth"
+
+
+def test_freezing_by_stage_and_holding_the_norms(factory: Factory) -> None:
+    backbone = randomized(factory())
+    stages = {name: backbone.stage_of(name) for name, p in backbone.named_parameters() if p.requires_grad}
+    assert min(stages.values()) == 0 and max(stages.values()) <= backbone.num_stages + 1
+    with pytest.raises(SpecError, match=f"frozen_stages is {backbone.num_stages + 1}; allowed: -1 to"):
+        backbone.hold(backbone.num_stages + 1)
+    last = backbone.num_stages // 2
+    backbone.hold(last, norm_eval=True)
+    before = {key: value.clone() for key, value in backbone.state_dict().items()}
+    outputs = backbone.train()(image_for(backbone, batch=2))
+    assert backbone.training
+    if last < max(stages.values()):
+        sum(o.square().mean() for o in outputs).backward()  # type: ignore[union-attr]
+    learned = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert learned == {name for name, stage in stages.items() if stage > last}
+    for key, value in backbone.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, msg=f"{key} moved")
 
 
 def test_autocast_gives_finite_maps(factory: Factory) -> None:

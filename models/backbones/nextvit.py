@@ -382,9 +382,7 @@ class NextViT(Backbone):
         drop_path_rate: stochastic depth of the last block; it rises linearly from zero in the first.
         drop_rate: dropout after attention and in the MLPs.
         attn_drop_rate: dropout of attention weights.
-        frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages, which then stay in evaluation mode.
-            The published detection recipe is 1, with `norm_eval`.
-        norm_eval: keep every BatchNorm in evaluation mode; their weights still learn.
+        frozen_stages, norm_eval: see `Backbone`; the published detection recipe is 1 and true.
         normalize, mean, std: see `Backbone`.
     """
 
@@ -412,8 +410,7 @@ class NextViT(Backbone):
         rates = {"drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}
         for name, rate in rates.items():
             require(0 <= rate < 1, f"NextViT: {name} is {rate}; allowed: 0 <= {name} < 1")
-        require(-1 <= frozen_stages <= 4, f"NextViT: frozen_stages is {frozen_stages}; allowed: -1 to 4")
-        self.frozen_stages, self.norm_eval = frozen_stages, norm_eval
+        self.stage_sizes = self.arch.depths
         self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(self.arch.out_channels))
         self.size_divisor = 32
         first, second, channels = self.arch.stem_channels
@@ -429,9 +426,7 @@ class NextViT(Backbone):
                 channels = (self.arch.out_channels if transformer else self.arch.conv_channels)[stage]
         self.features = nn.ModuleList(blocks)
         self.apply(_init_weights)
-        for part in self._frozen_parts():
-            part.requires_grad_(False)
-        self.train()
+        self.hold(frozen_stages, norm_eval)
 
     def _block(self, stage: int, index: int, in_channels: int, options: _BlockOptions) -> ConvBlock | TransformerBlock:
         stride = 2 if stage and not index else 1
@@ -439,19 +434,6 @@ class NextViT(Backbone):
             return ConvBlock(in_channels, self.arch.conv_channels[stage], stride, options)
         reduction = self.arch.reductions[stage]
         return TransformerBlock(in_channels, self.arch.out_channels[stage], stride, reduction, options)
-
-    def _frozen_parts(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        return [self.stem, *self.features[: sum(self.arch.depths[: self.frozen_stages])]]
-
-    def train(self, mode: bool = True) -> NextViT:
-        """As `nn.Module.train`; frozen parts, and with `norm_eval` every BatchNorm, stay in evaluation mode."""
-        super().train(mode)
-        norms = [m for m in self.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))] if self.norm_eval else []
-        for part in [*self._frozen_parts(), *norms]:
-            part.eval()
-        return self
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The four stage outputs of a normalised image (B, 3, H, W); sides that are no multiple of 32 round up."""

@@ -276,6 +276,7 @@ class RepMLPNet(Backbone):
         arch: name in `ARCHITECTURES` or a mapping with `channels`, `depths`, `share_sets` and optionally `nominal`,
             `kernels`.
         tile_order: "published" or "spatial"; see the head of this file.
+        frozen_stages, norm_eval: see `Backbone`.
         normalize, mean, std: see `Backbone`.
 
     Raises:
@@ -289,6 +290,8 @@ class RepMLPNet(Backbone):
         self,
         arch: str | Mapping[str, Any] = "T224",
         tile_order: str = "published",
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -300,7 +303,7 @@ class RepMLPNet(Backbone):
         a = choose_architecture("RepMLPNet", arch, ARCHITECTURES)
         self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(a.channels))
         self.size_divisor = 32
-        self._depths = a.depths
+        self.stage_sizes = a.depths
         self.conv_embedding = ConvBN(3, a.channels[0], 4, stride=4)
         stages, embeds = [], []
         for i, (c, depth, s) in enumerate(zip(a.channels, a.depths, a.share_sets)):
@@ -311,6 +314,7 @@ class RepMLPNet(Backbone):
                 embeds.append(ConvBN(c, a.channels[i + 1], 2, stride=2))
         self.stages = nn.ModuleList(stages)
         self.embeds = nn.ModuleList(embeds)
+        self.hold(frozen_stages, norm_eval)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The four stage outputs of a normalised image (B, 3, H, W), H and W multiples of 32."""
@@ -343,5 +347,5 @@ class RepMLPNet(Backbone):
         """0 for the embedding, 1 + i for unit i; a downsampling counts as the unit after it."""
         parts = name.split(".")
         if parts[0] == "stages":
-            return 1 + sum(self._depths[: int(parts[1])]) + int(parts[2])
-        return 1 + sum(self._depths[: int(parts[1]) + 1]) if parts[0] == "embeds" else 0
+            return 1 + sum(self.stage_sizes[: int(parts[1])]) + int(parts[2])
+        return 1 + sum(self.stage_sizes[: int(parts[1]) + 1]) if parts[0] == "embeds" else 0

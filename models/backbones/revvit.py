@@ -358,9 +358,8 @@ class RevViT(Backbone):
             ("drop_rate", "attn_drop_rate", "drop_path_rate"), (drop_rate, attn_drop_rate, drop_path_rate)
         ):
             require(0 <= rate < 1, f"RevViT: {name} is {rate}; allowed: 0 <= {name} < 1")
-        _check_options(self.arch.num_layers, fusion_mode, frozen_stages, buffered_layers)
+        _check_options(self.arch.num_layers, fusion_mode, buffered_layers)
         self.fusion_mode = fusion_mode
-        self.frozen_stages = frozen_stages
         self.buffered_layers = frozenset(buffered_layers)
         self.no_custom_backward = no_custom_backward
         self.size_divisor = max(patch_size, *strides)
@@ -379,7 +378,8 @@ class RevViT(Backbone):
         self.pyramid = SimpleFeaturePyramid(channels, patch_size, strides, widths)
         self.levels = tuple(FeatureLevel(w, s) for w, s in zip(self.pyramid.widths, self.pyramid.strides))
         self._initialize()
-        self._freeze()
+        self.stage_sizes = (1,) * self.arch.num_layers
+        self.hold(frozen_stages)
 
     def _initialize(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -389,23 +389,15 @@ class RevViT(Backbone):
             elif name.endswith("bias"):
                 nn.init.zeros_(value)
 
-    def _frozen_parts(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        parts: list[nn.Module] = [self.patch_embed, self.drop_after_pos, *self.layers[: self.frozen_stages]]
-        return parts + ([self.ln1] if self.frozen_stages == len(self.layers) else [])
-
-    def _freeze(self) -> None:
-        for part in self._frozen_parts():
-            part.eval().requires_grad_(False)
-        if self.frozen_stages >= 0:
-            self.pos_embed.requires_grad_(False)
+    def stage_of(self, name: str) -> int:
+        """As `Backbone.stage_of`, each block a stage; the final norm belongs to the last one."""
+        return len(self.layers) if name.startswith("ln1.") else super().stage_of(name)
 
     def train(self, mode: bool = True) -> RevViT:
-        """As `nn.Module.train`; frozen parts stay in evaluation mode."""
+        """As `Backbone.train`; the dropout behind frozen position embeddings is still, too."""
         super().train(mode)
-        for part in self._frozen_parts():
-            part.eval()
+        if self.frozen_stages >= 0:
+            self.drop_after_pos.eval()
         return self
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -474,10 +466,9 @@ class RevViT(Backbone):
         return 1 + (int(name.split(".")[1]) if name.startswith("layers.") else len(self.layers))
 
 
-def _check_options(depth: int, fusion_mode: str, frozen_stages: int, buffered_layers: Sequence[int]) -> None:
+def _check_options(depth: int, fusion_mode: str, buffered_layers: Sequence[int]) -> None:
     modes = ", ".join(FUSION_MODES)
     require(fusion_mode in FUSION_MODES, f"RevViT: fusion_mode is {fusion_mode!r}; allowed: {modes}")
-    require(-1 <= frozen_stages <= depth, f"RevViT: frozen_stages is {frozen_stages}; allowed: -1 to {depth}")
     for index in buffered_layers:
         require(0 <= index < depth, f"RevViT: buffered_layers holds {index}; allowed: 0 to {depth - 1}")
 

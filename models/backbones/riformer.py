@@ -143,6 +143,7 @@ class RIFormer(Backbone):
             AdamW lets them grow by themselves (to 1e-3 .. 1e-1 within 300 steps); 1 instead of 1e-5 gained nothing.
         strides: of the maps to return. A map that nobody reads leaves its norm without gradient, which data-parallel
             training refuses.
+        frozen_stages: see `Backbone`.
         normalize, mean, std: see `Backbone`.
 
     Raises:
@@ -160,6 +161,7 @@ class RIFormer(Backbone):
         drop_rate: float = 0.0,
         layer_scale_init_value: float = LAYER_SCALE_INIT,
         strides: Sequence[int] = STRIDES,
+        frozen_stages: int = -1,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -175,7 +177,7 @@ class RIFormer(Backbone):
         )
         self.levels = tuple(FeatureLevel(width, s) for s, width in zip(STRIDES, widths) if s in strides)
         self.size_divisor = 32
-        self._depths = depths
+        self.stage_sizes = depths
         total = sum(depths)
         drop_paths = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
         self.patch_embed = PatchEmbed(3, widths[0], 7, 4, 2)
@@ -193,6 +195,7 @@ class RIFormer(Backbone):
             if STRIDES[stage] in strides:
                 self.add_module(f"norm{2 * stage}", nn.GroupNorm(1, width, eps=NORM_EPS))
         self.apply(_init_weights)
+        self.hold(frozen_stages)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The normed stage outputs of a normalised image (B, 3, H, W); any H and W from 32 on."""
@@ -222,9 +225,9 @@ class RIFormer(Backbone):
         if parts[0] == "patch_embed":
             return 0
         if parts[0] != "network":
-            return sum(self._depths) + 1
+            return sum(self.stage_sizes) + 1
         index = int(parts[1])
-        before = sum(self._depths[: (index + 1) // 2])
+        before = sum(self.stage_sizes[: (index + 1) // 2])
         return before + 1 + (int(parts[2]) if index % 2 == 0 else 0)
 
 

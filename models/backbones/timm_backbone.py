@@ -76,7 +76,8 @@ class TimmBackbone(Backbone):
         widths: channels of the maps of a plain vision transformer's pyramid, one for each stride, or one for all.
         drop_path_rate: stochastic depth, where the network knows it.
         model_args: further arguments of timm's constructor, e.g. `{img_size: 640}`.
-        normalize: see `Backbone`.
+        frozen_stages: see `Backbone`; each map that timm can return ends a stage (in a plain transformer, each block).
+        norm_eval, normalize: see `Backbone`.
         mean, std: per channel; by default those of timm's pretrained configuration.
 
     Raises:
@@ -93,6 +94,8 @@ class TimmBackbone(Backbone):
         widths: int | Sequence[int] = (128, 256, 512),
         drop_path_rate: float = 0.0,
         model_args: Mapping[str, Any] | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
         normalize: bool = True,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
@@ -130,6 +133,8 @@ class TimmBackbone(Backbone):
             own = self._add_levels(own, DETECTION_STRIDES if strides is None else strides)
         self.levels = tuple(own)
         self._depth_of = _depths(self)
+        self._stage_of = _stages(self.network)
+        self.hold(frozen_stages, norm_eval)
 
     def _build(self, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
         if not pretrained or _rank() > 0:
@@ -235,6 +240,15 @@ class TimmBackbone(Backbone):
         """Depth by order of construction: blocks are counted as the network lists them; what was added comes last."""
         return self._depth_of.get(_block(name), max(self._depth_of.values()))
 
+    @property
+    def num_stages(self) -> int:
+        """Modules of the network after which timm can return a map, as far as they are built."""
+        return max(self._stage_of.values(), default=0)
+
+    def stage_of(self, name: str) -> int:
+        """0 before the first of those modules, n in the n-th and in what leads to it, `num_stages` + 1 after them."""
+        return self._stage_of.get(name, self.num_stages + 1)
+
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """timm's own state dict under the keys of this module, without what a feature extractor leaves out."""
         own = {_spelling(key.removeprefix("network.")): key for key in self.state_dict() if key.startswith("network.")}
@@ -274,6 +288,29 @@ def _depths(backbone: nn.Module) -> dict[str, int]:
     for name, _ in backbone.named_parameters():
         depths.setdefault(_block(name), len(depths))
     return depths
+
+
+def _stages(network: nn.Module) -> dict[str, int]:
+    """Stage of each parameter of a feature extractor, from the modules whose results timm can return.
+
+    What stands up to a map finer than stride 4 is the stem (0), or else what stands before the first map's module.
+    """
+    names: list[str] = []
+    begin = {}
+    for path, module in network.named_modules():
+        begin[_spelling(path)] = len(names)
+        names += [f"{path}.{key}".lstrip(".") for key, _ in module.named_parameters(recurse=False)]
+    spelled = [_spelling(name) for name in names]
+    entries = [(e["module"].replace("_", "."), e["reduction"]) for e in network.feature_info.info]  # type: ignore
+    ends = {}
+    for path, stride in entries:
+        inside = [i for i, name in enumerate(spelled) if name.startswith(path + ".")]
+        if path in begin:
+            ends[inside[-1] + 1 if inside else begin[path]] = stride
+    first = min((begin[path] for path, _ in entries if path in begin), default=0)
+    stem = max((end for end, stride in ends.items() if stride < 4), default=first if first else 0)
+    rising = sorted(end for end in ends if end > stem)
+    return {f"network.{name}": 0 if i < stem else 1 + sum(end <= i for end in rising) for i, name in enumerate(names)}
 
 
 def _fitted(x: Tensor, height: int, width: int) -> Tensor:
