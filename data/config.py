@@ -1,7 +1,8 @@
 """Data set YAMLs: where the pictures are, what the classes are called, and how the set can be had.
 
-The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`) and `generate` for the set that is
-drawn on first use. The format: https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
+The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the set that is drawn
+on first use, and `images` for the pictures of COCO and VOC annotations (docs/datasets.md). YOLOv5's format:
+https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
+from data.formats import AnnotatedSource, Source, class_names, recognise
 from data.shapes import ShapesRecipe, ensure, parse_shapes
 from utils.errors import DataError, did_you_mean
 from utils.files import ROOT, find_file
@@ -21,7 +23,7 @@ from utils.yaml_lines import LineDict, load_yaml
 LOGGER = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
-_OWN_KEYS = ("path", *SPLITS, "names", "nc", "download", "generate")
+_OWN_KEYS = ("path", *SPLITS, "names", "nc", "images", "download", "generate")
 _EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date", "info", "yaml_file", "channels")
 """Keys that exporters write; they say nothing about boxes and are passed over."""
 
@@ -34,12 +36,15 @@ class DataConfig:
         file: the YAML.
         root: absolute folder that the splits are relative to.
         names: class number -> name, numbers 0..n-1 without gaps.
-        splits: split name -> folders and list files, absolute, in the YAML's order; they may be missing on disk.
+        splits: split name -> folders, list and annotation files, absolute, in the YAML's order; they may be missing on
+            disk.
         download: text of a foreign YAML's `download:` (a script or URL), None if there is none.
         recipe: our own download step, None if there is none.
         shapes: how to draw the set, None for sets that are not drawn.
         roots: all folders that `path` can mean, in the order in which they were tried.
         lines: line of every key in the YAML.
+        classes: names that annotations are read by; those of the YAML, whatever `names` is replaced by later.
+        images: split name -> folder of the pictures of its annotations, where the YAML names one.
     """
 
     file: Path
@@ -51,14 +56,16 @@ class DataConfig:
     shapes: ShapesRecipe | None = None
     roots: tuple[Path, ...] = ()
     lines: Mapping[str, int] | None = None
+    classes: tuple[str, ...] | None = None
+    images: Mapping[str, Path] | None = None
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.names)
 
-    def split(self, name: str) -> tuple[Path, ...]:
-        """Folders and list files of one split, all of them there: drawn or downloaded first where the YAML says how.
+    def split(self, name: str) -> tuple[Source, ...]:
+        """Sources of one split, all of them there: drawn or downloaded first where the YAML says how.
 
         Args:
             name: 'train', 'val' or 'test'.
@@ -76,11 +83,12 @@ class DataConfig:
         missing = [p for p in paths if not p.exists()]
         if missing:
             raise DataError(self._missing(name, missing))
-        return paths
+        folders = [self.images[name]] if self.images and name in self.images else []
+        return tuple(recognise(path, self.classes, folders, self.root, name) for path in paths)
 
     def _missing(self, name: str, missing: list[Path]) -> str:
         where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
-        text = f"{where}: split '{name}': no such folder or list of files: {', '.join(map(str, missing))}"
+        text = f"{where}: split '{name}': no such folder, list or annotation file: {', '.join(map(str, missing))}"
         others = [str(root) for root in self.roots if root != self.root]
         if others:
             text += f" (nothing below {', '.join(others)} either)"
@@ -104,7 +112,8 @@ def load_data_config(path: str | Path) -> DataConfig:
         path: the YAML, or the name of one in the project's `data` folder (`coco128`, `coco128.yaml`).
 
     Raises:
-        DataError: all mistakes of the file at once, each with file:line.
+        DataError: all mistakes of the file at once, each with file:line; or annotations that should name the classes
+            and cannot be read.
     """
     file = find_file(path, "data", error=DataError)
     data = load_yaml(file, DataError)
@@ -118,11 +127,19 @@ def load_data_config(path: str | Path) -> DataConfig:
     script, recipe = _download(data, names, file, problems)
     shapes = _generate(data, names, file, problems)
     roots = _roots(data, file, problems)
-    if problems:
-        raise DataError("; ".join(problems))
     root = _choose_root(roots, entries)
     splits = {name: tuple(_locate(root, entry) for entry in found) for name, found in entries.items()}
-    return DataConfig(file, root, names, splits, script, recipe, shapes, roots, dict(data.lines))
+    images = _images(data, root, file, problems)
+    annotated = _annotated(splits, images) if "names" not in data else []
+    if not names and not annotated and "names" not in data:
+        problems.append(f"{file}: 'names:' is missing; a list of class names is needed")
+    if problems:
+        raise DataError("; ".join(problems))
+    if annotated:
+        names = _found_names(data, annotated, names, file)
+    return DataConfig(
+        file, root, names, splits, script, recipe, shapes, roots, dict(data.lines), tuple(names.values()), images
+    )
 
 
 def _check_keys(data: LineDict, file: Path, problems: list[str]) -> None:
@@ -142,8 +159,8 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
         count = None
     given = data.get("names")
     if given is None:
-        if count is None:
-            problems.append(f"{file}: 'names:' is missing; a list of class names is needed")
+        if count is None and "nc" in data:
+            return {0: ""}  # that mistake is enough
         return {i: f"class{i}" for i in range(count or 0)}
     line = data.lines["names"]
     if isinstance(given, list):
@@ -165,12 +182,56 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     return {key: str(given[key]) for key in (given if wrong else sorted(given))}
 
 
+def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path]) -> list[AnnotatedSource]:
+    """Sources that say themselves what their classes are called."""
+    found = [
+        recognise(path, None, [images[name]] if name in images else ()) for name in splits for path in splits[name]
+    ]
+    return [source for source in found if isinstance(source, AnnotatedSource)]
+
+
+def _found_names(
+    data: LineDict, annotated: list[AnnotatedSource], placeholders: dict[int, str], file: Path
+) -> dict[int, str]:
+    """Class names as the annotations have them."""
+    names = class_names(annotated)
+    if "nc" in data and len(placeholders) != len(names):
+        raise DataError(
+            f"{file}:{data.lines['nc']}: nc is {len(placeholders)}, but {annotated[0]} has {len(names)} classes:"
+            f" {', '.join(names)}; leave out nc"
+        )
+    return dict(enumerate(names))
+
+
+def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict[str, Path]:
+    """Folder of the pictures per split: one for all, or a mapping."""
+    value = data.get("images")
+    if value is None:
+        return {}
+    table = value if isinstance(value, dict) else dict.fromkeys(SPLITS, value)
+    line = data.lines["images"]
+    for key, folder in table.items():
+        if key not in SPLITS:
+            hint = did_you_mean(key, SPLITS) or f"; splits are {', '.join(SPLITS)}"
+            problems.append(f"{file}:{line}: images: unknown split '{key}'{hint}")
+        elif not isinstance(folder, str) or not folder.strip():
+            problems.append(f"{file}:{line}: images is {value!r}; a folder, or a mapping 'split: folder', is needed")
+            return {}
+    found = {key: _locate(root, str(folder).strip()) for key, folder in table.items()}
+    missing = [str(path) for path in dict.fromkeys(found.values()) if not path.is_dir()]
+    if missing and not problems and "download" not in data:
+        problems.append(f"{file}:{line}: images: no such folder: {', '.join(missing)}")
+    return found
+
+
 def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tuple[str, ...]:
     value = data.get(split)
     entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
     if any(not isinstance(entry, str) or not entry.strip() for entry in entries):
         line = data.lines[split]
-        problems.append(f"{file}:{line}: {split} is {value!r}; a folder, a .txt list of files or several are needed")
+        problems.append(
+            f"{file}:{line}: {split} is {value!r}; a folder, a .txt list, a COCO .json or several are needed"
+        )
         return ()
     return tuple(entry.strip() for entry in entries)
 

@@ -24,7 +24,7 @@ from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Raise it whenever the verification or this layout changes: older caches are then made anew."""
 
 STATUSES = ("labelled", "missing", "empty", "corrupt")
@@ -42,6 +42,7 @@ class Entry:
         status: one of STATUSES.
         duplicates: label rows removed.
         messages: problems, one line each.
+        crowd, difficult: objects left out.
     """
 
     stamp: tuple[int, int, int, int]
@@ -52,6 +53,8 @@ class Entry:
     status: str
     duplicates: int
     messages: tuple[str, ...]
+    crowd: int = 0
+    difficult: int = 0
 
     @property
     def usable(self) -> bool:
@@ -80,7 +83,7 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
     arrays = {
         "header": np.frombuffer(json.dumps(header).encode("ascii"), np.uint8),
         "stamps": np.array([entry.stamp for entry in entries], np.int64).reshape(-1, 4),
-        "numbers": np.array([_numbers(entry) for entry in entries], np.int64).reshape(-1, 6),
+        "numbers": np.array([_numbers(entry) for entry in entries], np.int64).reshape(-1, 8),
         "labels": np.concatenate([np.zeros((0, 5), np.float32), *(entry.labels for entry in entries)]),
         "segment_lengths": np.array([len(segment) for segment in segments], np.int64),
         "segment_points": np.concatenate([np.zeros((0, 2), np.float32), *segments]),
@@ -107,7 +110,7 @@ def read(path: Path) -> dict[str, Entry]:
 
 
 def _numbers(entry: Entry) -> tuple[int, ...]:
-    counts = (len(entry.labels), len(entry.segments), entry.duplicates)
+    counts = (len(entry.labels), len(entry.segments), entry.duplicates, entry.crowd, entry.difficult)
     return (entry.height, entry.width, STATUSES.index(entry.status), *counts)
 
 
@@ -123,7 +126,7 @@ def _entries(arrays: dict[str, NDArray]) -> dict[str, Entry]:
     label_at = segment_at = 0
     messages = header["messages"]
     for i, (image, stamps, row) in enumerate(zip(images, arrays["stamps"].tolist(), numbers.tolist())):
-        height, width, status, count, polygons, duplicates = row
+        height, width, status, count, polygons, duplicates, crowd, difficult = row
         found[image] = Entry(
             stamp=tuple(stamps),
             height=height,
@@ -133,6 +136,8 @@ def _entries(arrays: dict[str, NDArray]) -> dict[str, Entry]:
             status=STATUSES[status],
             duplicates=duplicates,
             messages=tuple(messages.get(str(i), ())),
+            crowd=crowd,
+            difficult=difficult,
         )
         label_at += count
         segment_at += polygons

@@ -1,12 +1,11 @@
 """Labels: which pictures a split holds, what is in them, and what is wrong with them.
 
-A label file lies where YOLOv5 looks for it (`.../images/a/b.jpg` -> `.../labels/a/b.txt`, the last `images` counts; a
-picture outside an `images` folder has its label beside it) and holds a row per object: `class x y w h`, or
-`class x1 y1 x2 y2 x3 y3 ...` for a polygon, all as parts of the picture's sides.
+Labels come as YOLO text (`data.label_text`), COCO JSON (`data.coco`) or Pascal VOC XML (`data.voc`); `data.formats`
+finds out which. All pass the same checks.
 
-What happens to mistakes, as in YOLOv5: a picture that cannot be used, or whose label file holds a wrong row, is left
-out and reported; repeated rows count once; a picture without a label file, or with an empty one, is background. A class
-number that the data set has no name for is an error for the whole set.
+What happens to mistakes, as in YOLOv5: a picture that cannot be used, or that has a wrong row, is left out and
+reported; repeated rows count once; a picture without labels is background. A class that the data set has no name for is
+an error for the whole set. COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +23,23 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data import label_cache
+from data.formats import AnnotatedSource, Listed, Source, pictures, plain, recognise
 from data.images import IMAGE_SUFFIXES, probe
+from data.label_text import LabelFile, label_path, read_labels
+from data.voc import UnknownClass
 from utils.errors import DataError
+
+__all__ = [
+    "Annotations",
+    "ImageRecord",
+    "LabelFile",
+    "LabelReport",
+    "label_path",
+    "list_images",
+    "load_annotations",
+    "read_labels",
+    "verify",
+]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -67,7 +81,9 @@ class LabelReport:
         duplicate_images: pictures listed more than once (used once).
         duplicate_rows: label rows left out as repetitions.
         boxes: objects in the usable pictures.
-        messages: one line per problem, with file and, for labels, line.
+        messages: one line per problem, with file and, for labels, place.
+        crowd: COCO groups in the usable pictures, left out.
+        difficult: VOC objects marked as difficult in the usable pictures, left out.
     """
 
     images: int
@@ -79,6 +95,8 @@ class LabelReport:
     duplicate_rows: int
     boxes: int
     messages: tuple[str, ...] = ()
+    crowd: int = 0
+    difficult: int = 0
 
     def summary(self) -> str:
         """The counts in one line, then the first problems, one line each."""
@@ -89,6 +107,10 @@ class LabelReport:
         ]
         if self.duplicate_rows or self.duplicate_images:
             lines[0] += f", {self.duplicate_rows} duplicate rows and {self.duplicate_images} duplicate images removed"
+        if self.crowd:
+            lines[0] += f", {self.crowd} groups (iscrowd) left out"
+        if self.difficult:
+            lines[0] += f", {self.difficult} difficult objects left out"
         lines += self.messages[:_SHOWN]
         if len(self.messages) > _SHOWN:
             lines.append(f"... and {len(self.messages) - _SHOWN} more")
@@ -104,7 +126,7 @@ class Annotations:
 
 
 def load_annotations(
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Source],
     num_classes: int,
     *,
     single_cls: bool = False,
@@ -115,7 +137,8 @@ def load_annotations(
     """List, verify and load the labels of one split.
 
     Args:
-        sources: folders (searched with all below them), .txt lists of pictures, or pictures.
+        sources: folders (searched with all below them), .txt lists of pictures, pictures, or annotations: as
+            `DataConfig.split` gives them, or paths (COCO and VOC classes are then numbered as the files have them).
         num_classes: class numbers run from 0 to `num_classes - 1`.
         single_cls: turn every class into 0.
         cache_folder: where the cache file goes; None = where YOLOv5 has it, beside the labels folder or the list.
@@ -123,37 +146,35 @@ def load_annotations(
         require_labels: refuse a split without a single object.
 
     Raises:
-        DataError: a source is missing, no picture found, none usable, no labels at all, or a class number too high.
+        DataError: a source is missing, no picture found, none usable, no labels at all, or an unknown class.
     """
-    listed, repeated = list_images(sources)
+    known = [source if isinstance(source, AnnotatedSource) else recognise(Path(source)) for source in sources]
+    listed, repeated, notes = _list(known)
     if not listed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise DataError(f"{', '.join(map(str, sources))}: no pictures found; allowed are files that end in {kinds}")
     paths = sorted(listed, key=str)  # the order of the texts, as in YOLOv5
-    cache = _cache_path([Path(source) for source in sources], paths[0], cache_folder)
+    cache = _cache_path(known, paths[0], cache_folder)
     entries = _verified(paths, listed, cache, progress)
-    report = _report(entries, repeated)
+    report = _report(entries, repeated, notes)
     where = ", ".join(map(str, sources))
     if report.corrupt == report.images:
         raise DataError(f"{where}: none of {report.images} pictures can be used: {report.messages[0]}")
     if require_labels and report.boxes == 0:
+        annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
+        if annotated:
+            raise DataError(f"{where}: no labels for {report.images} pictures in {', '.join(annotated)}")
         looked = sorted({str(label_path(path).parent) for path in paths})
         more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
         raise DataError(
             f"{where}: no labels in {report.images} pictures; looked for .txt files in {', '.join(looked[:3])}{more}"
         )
     records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
-    _check_classes(records, num_classes)
+    _check_classes(records, num_classes, listed)
     return Annotations(records, report)
 
 
-def label_path(image: str | Path) -> Path:
-    """Where the labels of a picture are: the last folder `images` becomes `labels`, the suffix `.txt`."""
-    head, found, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
-    return Path(f"{head}{os.sep}labels{os.sep}{tail}" if found else image).with_suffix(".txt")
-
-
-def list_images(sources: Iterable[str | Path]) -> tuple[dict[Path, str], int]:
+def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
     """Pictures of all sources.
 
     Folders are searched with all below them, hidden files and folders left out. In a list, an entry that begins with
@@ -163,25 +184,40 @@ def list_images(sources: Iterable[str | Path]) -> tuple[dict[Path, str], int]:
         ({path: where it is listed, '' for a folder}, number of repetitions left out).
 
     Raises:
-        DataError: a source is missing, not readable, or neither a folder, a list nor a picture.
+        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor a picture.
     """
-    found: dict[Path, str] = {}
+    found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognise(Path(s)) for s in sources])
+    return {path: listed.origin for path, listed in found.items()}, repeated
+
+
+def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str, ...]]:
+    """Pictures with their labels, the number of repetitions, and what is odd about whole sources."""
+    found: dict[Path, Listed] = {}
     repeated = 0
-    for source in map(Path, sources):
-        if source.is_dir():
-            new: Iterable[tuple[Path, str]] = ((path, "") for path in _walk(source))
-        elif source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
-            new = [(source, "")]
-        elif source.is_file() and source.suffix.lower() == ".txt":
-            new = _read_list(source)
-        elif source.exists():
-            raise DataError(f"{source}: is neither a folder, a .txt list of pictures nor a picture")
+    notes: tuple[str, ...] = ()
+    for source in sources:
+        if isinstance(source, AnnotatedSource):
+            new, more = pictures(source)
+            notes += more
         else:
-            raise DataError(f"{source}: no such folder or list of pictures")
-        for path, origin in new:
+            new = _plain_pictures(source)
+        for path, listed in new:
             repeated += path in found
-            found.setdefault(path, origin)
-    return found, repeated
+            found.setdefault(path, listed)
+    return found, repeated, notes
+
+
+def _plain_pictures(source: Path) -> Iterator[tuple[Path, Listed]]:
+    """Pictures whose labels are YOLO text."""
+    if source.is_dir():
+        return ((path, plain(path)) for path in _walk(source))
+    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        return iter([(source, plain(source))])
+    if source.is_file() and source.suffix.lower() == ".txt":
+        return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source))
+    if source.exists():
+        raise DataError(f"{source}: is neither a folder, a .txt list of pictures, a COCO .json file nor a picture")
+    raise DataError(f"{source}: no such folder, list of pictures or annotation file")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -207,17 +243,22 @@ def _read_list(source: Path) -> Iterator[tuple[Path, str]]:
         yield Path(os.path.abspath(path)), f"{source}:{number}"
 
 
-def _cache_path(sources: Sequence[Path], first_image: Path, folder: str | Path | None) -> Path:
-    labels = label_path(first_image).parent
-    base = sources[0] if len(sources) == 1 and sources[0].suffix == ".txt" else labels
-    name = base.stem if base.suffix == ".txt" else base.name
-    if len(sources) > 1:  # so that sets which share their first folder do not share a cache
-        name += f"-{label_cache.short_hash(map(str, sources))}"
+def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path | None) -> Path:
+    first = sources[0]
+    if isinstance(first, AnnotatedSource):
+        base = first.path
+    else:
+        base = first if len(sources) == 1 and first.suffix == ".txt" else label_path(first_image).parent
+    name = base.stem if base.is_file() else base.name
+    annotated = any(isinstance(source, AnnotatedSource) for source in sources)
+    if len(sources) > 1 or annotated:  # so that sets which share their first folder do not share a cache
+        keys = (source.key if isinstance(source, AnnotatedSource) else str(source) for source in sources)
+        name += f"-{label_cache.short_hash(keys)}"
     return Path(folder if folder is not None else base.parent) / f"{name}.cache.npz"
 
 
 def _verified(
-    paths: Sequence[Path], listed: Mapping[Path, str], cache: Path, progress: bool
+    paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool
 ) -> list[label_cache.Entry]:
     """One entry per path: from the cache where size and time of picture and label are unchanged, else verified anew."""
     known = label_cache.read(cache)
@@ -225,7 +266,7 @@ def _verified(
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         parts = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
-        stamps = [stamp for part in pool.map(_stamps, parts) for stamp in part]
+        stamps = [stamp for part in pool.map(lambda part: _stamps(part, listed), parts) for stamp in part]
         entries = [known.get(str(path)) for path in paths]
         todo = [i for i, entry in enumerate(entries) if entry is None or entry.stamp != stamps[i]]
         fresh = pool.map(lambda i: verify(paths[i], stamps[i], listed[paths[i]]), todo)
@@ -240,135 +281,48 @@ def _verified(
     return checked
 
 
-def _stamps(paths: Sequence[Path]) -> list[tuple[int, int, int, int]]:
-    return [label_cache.stamp(path, label_path(path)) for path in paths]
+def _stamps(paths: Sequence[Path], listed: Mapping[Path, Listed]) -> list[tuple[int, int, int, int]]:
+    return [label_cache.stamp(path, listed[path].label) for path in paths]
 
 
-def verify(image: Path, stamp: tuple[int, int, int, int], listed: str = "") -> label_cache.Entry:
-    """Check one picture and its label file.
+def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> label_cache.Entry:
+    """Check one picture and its labels.
 
     Args:
         image: the picture.
         stamp: what `label_cache.stamp` gives for it.
-        listed: 'list:line' that names the picture, for messages.
+        listed: where its labels are.
 
     Returns:
-        The entry; problems are messages in it, never exceptions.
+        The entry; problems of the picture are messages in it, never exceptions.
+
+    Raises:
+        UnknownClass: a class that the data set does not name.
     """
-    found = LabelFile(np.zeros((0, 5), np.float32), (), 0, ())
+    found = LabelFile(np.zeros((0, 5), np.float32))
     status = "missing"
     height = width = 0
     try:
         if stamp[0] < 0:
-            raise DataError(f"{image}: no such file{f' (listed in {listed})' if listed else ''}")
+            raise DataError(f"{image}: no such file{f' (listed in {listed.origin})' if listed.origin else ''}")
         height, width = probe(image)
         if min(height, width) < MIN_SIDE:
             raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
         if stamp[2] >= 0:
-            found = read_labels(label_path(image))
+            found = listed.read((height, width))
             status = "labelled" if len(found.labels) else "empty"
+    except UnknownClass:
+        raise
     except DataError as error:
         status = "corrupt"
-        found = LabelFile(found.labels, (), 0, (f"{error} (left out)",))
-    return label_cache.Entry(stamp, height, width, found.labels, found.segments, status, found.duplicates, found.notes)
+        found = LabelFile(found.labels, notes=(f"{error} (left out)",))
+    return label_cache.Entry(
+        stamp, height, width, found.labels, found.segments, status, found.duplicates, found.notes, found.crowd,
+        found.difficult,
+    )  # fmt: skip
 
 
-@dataclass(frozen=True, eq=False)
-class LabelFile:
-    """One label file, checked.
-
-    Attributes:
-        labels: (n, 5) float32 class, centre x, centre y, width, height, as parts of the sides.
-        segments: n polygons (k, 2) float32, or none.
-        duplicates: rows removed.
-        notes: what is odd but kept or mended, by file and line.
-    """
-
-    labels: NDArray[np.float32]
-    segments: tuple[NDArray[np.float32], ...]
-    duplicates: int
-    notes: tuple[str, ...]
-
-
-def read_labels(path: str | Path) -> LabelFile:
-    """Read and check one label file.
-
-    Rows with more than six numbers are polygons and become boxes; repeated rows are removed, and the rest is then
-    sorted (as YOLOv5 does). Where one row is a polygon, every box of the file gets its four corners as one.
-
-    Raises:
-        DataError: the first wrong row, by file and line.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
-    rows = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
-    polygons = any(len(row) > 6 for _, row in rows)
-    labels = np.zeros((len(rows), 5), np.float32)
-    segments: list[NDArray[np.float32]] = []
-    for i, (number, row) in enumerate(rows):
-        try:
-            values = np.array([float(text) for text in row], np.float32)
-        except ValueError as error:
-            raise DataError(f"{path}:{number}: {str(error).split(': ')[-1]} is not a number") from error
-        if len(row) > 6:
-            if len(row) % 2 == 0:
-                raise DataError(f"{path}:{number}: {len(row)} columns; a polygon has a class and pairs of x and y")
-            segments.append(values[1:].reshape(-1, 2))
-            labels[i] = (values[0], *_enclosing_box(segments[-1]))
-        elif len(row) == 5:
-            labels[i] = values
-            if polygons:
-                segments.append(_corners(values[1:]))
-        else:
-            raise DataError(f"{path}:{number}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
-    numbers = [number for number, _ in rows]
-    _check_rows(labels, numbers, path)
-    flat = np.flatnonzero((labels[:, 3:] <= 0).any(1))
-    notes = (
-        [f"{path}:{numbers[flat[0]]}: {len(flat)} boxes without area, the first one here; kept"] if len(flat) else []
-    )
-    if len(labels) < 2:
-        return LabelFile(labels, tuple(segments), 0, tuple(notes))
-    _, first = np.unique(labels, axis=0, return_index=True)
-    removed = len(labels) - len(first)
-    if removed:
-        line = numbers[min(set(range(len(labels))) - set(first.tolist()))]
-        notes.append(f"{path}:{line}: {removed} duplicate rows, the first one here; removed")
-        labels = labels[first]
-        segments = [segments[i] for i in first] if polygons else []
-    return LabelFile(labels, tuple(segments), removed, tuple(notes))
-
-
-def _enclosing_box(points: NDArray[np.float32]) -> tuple[np.float32, ...]:
-    low, high = points.min(0), points.max(0)
-    return (*((low + high) / 2), *(high - low))
-
-
-def _corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The four corners of a box, clockwise from the upper left."""
-    return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
-
-
-def _check_rows(labels: NDArray[np.float32], lines: Sequence[int], path: str | Path) -> None:
-    """Raise for the first row with a value that is not allowed."""
-    classes, boxes = labels[:, 0], labels[:, 1:]
-    with np.errstate(invalid="ignore"):
-        checks = (
-            (~np.isfinite(labels).all(1), "is not finite"),
-            ((classes < 0) | (classes != np.floor(classes)), "has a class that is not a whole number from 0"),
-            ((boxes < 0).any(1), "has a negative value"),
-            ((boxes > 1).any(1), "has a value above 1; centre and size are parts of the picture's sides"),
-        )
-    for wrong, problem in checks:
-        if wrong.any():
-            i = int(np.argmax(wrong))
-            row = " ".join(f"{value:g}" for value in labels[i])
-            raise DataError(f"{path}:{lines[i]}: row '{row}' {problem}")
-
-
-def _report(entries: Sequence[label_cache.Entry], repeated: int) -> LabelReport:
+def _report(entries: Sequence[label_cache.Entry], repeated: int, notes: tuple[str, ...]) -> LabelReport:
     counts = {name: sum(entry.status == name for entry in entries) for name in label_cache.STATUSES}
     usable = [entry for entry in entries if entry.usable]
     return LabelReport(
@@ -376,7 +330,9 @@ def _report(entries: Sequence[label_cache.Entry], repeated: int) -> LabelReport:
         duplicate_images=repeated,
         duplicate_rows=sum(entry.duplicates for entry in usable),
         boxes=sum(len(entry.labels) for entry in usable),
-        messages=tuple(message for entry in entries for message in entry.messages),
+        messages=(*notes, *(message for entry in entries for message in entry.messages)),
+        crowd=sum(entry.crowd for entry in usable),
+        difficult=sum(entry.difficult for entry in usable),
         **counts,
     )
 
@@ -389,15 +345,15 @@ def _record(path: Path, entry: label_cache.Entry, single_cls: bool) -> ImageReco
     return ImageRecord(path, entry.height, entry.width, labels, entry.segments)
 
 
-def _check_classes(records: Sequence[ImageRecord], num_classes: int) -> None:
+def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Mapping[Path, Listed]) -> None:
     if np.concatenate([record.labels[:, 0] for record in records]).max(initial=0) < num_classes:
         return
     record = next(record for record in records if record.labels[:, 0].max(initial=0) >= num_classes)
     number = int(record.labels[record.labels[:, 0] >= num_classes][0, 0])
-    file = label_path(record.path)
+    file = listed[record.path].label
+    line = f":{_line_of_class(file, number)}" if file.suffix == ".txt" else ""
     raise DataError(
-        f"{file}:{_line_of_class(file, number)}: class {number}, but the data set has {num_classes} classes;"
-        f" allowed are 0-{num_classes - 1}"
+        f"{file}{line}: class {number}, but the data set has {num_classes} classes; allowed are 0-{num_classes - 1}"
     )
 
 

@@ -1,0 +1,41 @@
+"""What the data commands (`python -m data.convert`, `data.check`) share: one-line errors and exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from utils.errors import UserError, did_you_mean
+from utils.log import configure_logging
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that names the nearest option."""
+
+    def error(self, message: str) -> Any:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            names = [text for action in self._actions for text in action.option_strings]
+            message += did_you_mean(unknown.split()[0].split("=")[0], names)
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+
+
+def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+    """Parse and work.
+
+    Returns:
+        Exit status: 0; 2 after a mistake of the user (one line on standard error); 130 after Ctrl-C.
+    """
+    arguments = parser.parse_args(argv)
+    configure_logging()
+    try:
+        work(arguments)
+    except UserError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+    return 0

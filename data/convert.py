@@ -1,0 +1,271 @@
+"""Data sets from one format into another: YOLO text, COCO JSON, Pascal VOC XML.
+
+    python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--link]
+
+SOURCE is a data set YAML, a COCO .json file or a VOC folder; TARGET a new folder, which gets the pictures, the labels
+and a `data.yaml`. It appears when all is done, or not at all. Pictures and objects that training leaves out (broken
+pictures, repetitions, groups, difficult objects) are left out here too, and counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data import command, voc
+from data.config import load_data_config
+from data.formats import AnnotatedSource, class_names, recognise
+from data.labels import Annotations, ImageRecord, load_annotations
+from utils.errors import DataError
+from utils.files import make_folder
+from utils.yaml_lines import dump_yaml
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """A data set in memory: class names by number, and annotations by split."""
+
+    names: tuple[str, ...]
+    splits: Mapping[str, Annotations]
+
+
+def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
+    """Load all splits of a data set YAML, or annotations as one split `train`.
+
+    Raises:
+        DataError: neither of both, or a part of it cannot be used.
+    """
+    path = Path(source)
+    found = recognise(path.absolute()) if path.exists() else path
+    if isinstance(found, AnnotatedSource):
+        names = class_names([found])
+        return LoadedSet(names, {"train": load_annotations([found], len(names), progress=progress)})
+    if path.is_dir() or path.suffix.lower() in (".txt", ".json"):
+        raise DataError(
+            f"{path}: is neither a data set YAML, a COCO .json nor a VOC folder; for YOLO text give the YAML"
+        )
+    config = load_data_config(path)
+    splits = {
+        name: load_annotations(config.split(name), config.num_classes, progress=progress, require_labels=False)
+        for name in config.splits
+    }
+    return LoadedSet(tuple(config.names.values()), splits)
+
+
+def convert(source: str | Path, target: str | Path, to: str, *, link: bool = False, progress: bool = True) -> LoadedSet:
+    """Write a data set in another format.
+
+    Args:
+        source: data set YAML, COCO .json or VOC folder.
+        target: new folder.
+        to: "yolo", "coco" or "voc".
+        link: make symbolic links to the pictures instead of copies.
+        progress: show bars on standard error.
+
+    Returns:
+        What was written.
+
+    Raises:
+        DataError: the target is there already, or the source cannot be used.
+    """
+    final = Path(target).absolute()
+    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+        raise DataError(f"{target}: is there already; give a new folder")
+    loaded = load_set(source, progress)
+    make_folder(final.parent)
+    build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    try:
+        _WRITERS[to](loaded, _Pictures(build, link, progress))
+        build.chmod(0o755)  # mkdtemp makes folders private
+        if final.is_dir():
+            final.rmdir()
+        os.rename(build, final)
+    except OSError as error:
+        raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+    return loaded
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Puts pictures into the new folder `root`."""
+
+    root: Path
+    link: bool
+    progress: bool
+
+    def put(self, record: ImageRecord, place: str) -> None:
+        """Copy (or link) a picture to `place` below the root."""
+        target = self.root / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if self.link:
+            target.symlink_to(record.path.absolute())
+        else:
+            shutil.copy2(record.path, target)
+
+    def write(self, place: str, text: str) -> None:
+        """Write a text file below the root."""
+        target = self.root / place
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(text, encoding="utf-8")
+
+    def bar(self, records: Sequence[ImageRecord], split: str) -> Iterable[ImageRecord]:
+        """The records, with a progress bar."""
+        return tqdm(records, desc=f"converting {split}", unit="image", mininterval=0.5, disable=not self.progress)
+
+    def describe(self, names: Sequence[str], splits: Mapping[str, str]) -> None:
+        """Write `data.yaml`."""
+        dump_yaml(self.root / "data.yaml", {"path": ".", **splits, "names": dict(enumerate(names))})
+
+
+def _write_yolo(loaded: LoadedSet, pictures: _Pictures) -> None:
+    for split, part in loaded.splits.items():
+        names = file_names([record.path for record in part.records])
+        for record in pictures.bar(part.records, split):
+            name = names[record.path]
+            pictures.put(record, f"images/{split}/{name}")
+            pictures.write(f"labels/{split}/{Path(name).with_suffix('.txt')}", label_rows(record))
+    pictures.describe(loaded.names, {split: f"images/{split}" for split in loaded.splits})
+
+
+def _write_coco(loaded: LoadedSet, pictures: _Pictures) -> None:
+    categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(loaded.names, 1)]
+    for split, part in loaded.splits.items():
+        names = file_names([record.path for record in part.records])
+        images: list[dict[str, Any]] = []
+        annotations: list[dict[str, Any]] = []
+        for number, record in enumerate(pictures.bar(part.records, split), 1):
+            name = names[record.path]
+            pictures.put(record, f"images/{split}/{name}")
+            images.append({"id": number, "file_name": name, "width": record.width, "height": record.height})
+            annotations += coco_annotations(record, number, len(annotations) + 1)
+        content = {"images": images, "annotations": annotations, "categories": categories}
+        pictures.write(f"annotations/{split}.json", json.dumps(content))
+    pictures.describe(loaded.names, {split: f"annotations/{split}.json" for split in loaded.splits})
+
+
+def _write_voc(loaded: LoadedSet, pictures: _Pictures) -> None:
+    names = file_names([record.path for part in loaded.splits.values() for record in part.records], spaces=False)
+    written: set[Path] = set()
+    for split, part in loaded.splits.items():
+        for record in pictures.bar(part.records, split):
+            if record.path in written:
+                continue
+            written.add(record.path)
+            name = names[record.path]
+            pictures.put(record, f"JPEGImages/{name}")
+            objects = [(loaded.names[int(c)], box, outline) for c, box, outline in pixel_objects(record)]
+            text = voc.annotation(name, (record.height, record.width), objects)
+            pictures.write(f"Annotations/{Path(name).with_suffix('.xml')}", text)
+        stems = [Path(names[record.path]).stem for record in part.records]
+        pictures.write(f"ImageSets/Main/{split}.txt", "".join(f"{stem}\n" for stem in stems))
+    pictures.describe(loaded.names, {split: f"ImageSets/Main/{split}.txt" for split in loaded.splits})
+
+
+_WRITERS: Mapping[str, Callable[[LoadedSet, _Pictures], None]] = {
+    "yolo": _write_yolo,
+    "coco": _write_coco,
+    "voc": _write_voc,
+}
+
+
+def label_rows(record: ImageRecord) -> str:
+    """A YOLO label file that reads back as the same float32 numbers; polygons where the record has outlines."""
+    lines = []
+    for i, row in enumerate(record.labels):
+        values = record.segments[i].reshape(-1) if record.segments else row[1:]
+        lines.append(" ".join([f"{int(row[0])}", *(np.format_float_positional(v, trim="-") for v in values)]))
+    return "".join(f"{line}\n" for line in lines)
+
+
+def pixel_objects(record: ImageRecord) -> list[tuple[int, list[float], NDArray[np.float64] | None]]:
+    """Class, (left, top, right, bottom) and outline (k, 2) or None of every object, in pixels."""
+    sides = np.array((record.width, record.height), np.float64)
+    found = []
+    for i, row in enumerate(record.labels.astype(np.float64)):
+        centre, half = row[1:3] * sides, row[3:5] * sides / 2
+        outline = record.segments[i].astype(np.float64) * sides if record.segments else None
+        found.append((int(row[0]), [*(centre - half), *(centre + half)], outline))
+    return found
+
+
+def coco_annotations(record: ImageRecord, image_id: int, first_id: int) -> list[dict[str, Any]]:
+    """COCO annotations of a picture; category ids are class numbers + 1."""
+    found = []
+    for i, (number, (left, top, right, bottom), outline) in enumerate(pixel_objects(record)):
+        points = [] if outline is None else [[round(float(v), 4) for v in outline.reshape(-1)]]
+        box = [round(v, 4) for v in (left, top, right - left, bottom - top)]
+        area = round((right - left) * (bottom - top) if outline is None else _area(outline), 4)
+        found.append(
+            {"id": first_id + i, "image_id": image_id, "category_id": number + 1, "bbox": box, "area": area}
+            | {"iscrowd": 0, "segmentation": points}
+        )
+    return found
+
+
+def _area(outline: NDArray[np.float64]) -> float:
+    """Area inside an outline, by the shoelace formula."""
+    x, y = outline.T
+    return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
+
+
+def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
+    """A file name for each picture, different without suffix too: its own, or with its folders in front.
+
+    Args:
+        paths: the pictures.
+        spaces: whether names may hold spaces; VOC's lists may not.
+    """
+    unique = list(dict.fromkeys(paths))
+    names = {path: path.name for path in unique}
+    if len({Path(name).stem.lower() for name in names.values()}) < len(unique):
+        common = os.path.commonpath([path.parent for path in unique])
+        names = {path: os.path.relpath(path, common).replace(os.sep, "_") for path in unique}
+    if not spaces:
+        names = {path: "_".join(name.split()) for path, name in names.items()}
+    taken: set[str] = set()
+    for path, name in names.items():
+        wanted, count = Path(name), 1
+        while wanted.stem.lower() in taken:
+            count += 1
+            wanted = Path(f"{Path(name).stem}_{count}{Path(name).suffix}")
+        taken.add(wanted.stem.lower())
+        names[path] = wanted.name
+    return names
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser(prog="convert", description="convert a data set between YOLO, COCO and Pascal VOC")
+    parser.add_argument("source", help="data set YAML, COCO .json file or VOC folder")
+    parser.add_argument("target", help="new folder")
+    parser.add_argument("--to", required=True, choices=sorted(_WRITERS), help="format to write")
+    parser.add_argument("--link", action="store_true", help="symbolic links to the pictures instead of copies")
+    return command.run(parser, _convert, argv)
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    loaded = convert(arguments.source, arguments.target, arguments.to, link=arguments.link)
+    for split, part in loaded.splits.items():
+        LOGGER.info("%s: %s", split, part.report.summary())
+    LOGGER.info("written: %s", Path(arguments.target) / "data.yaml")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

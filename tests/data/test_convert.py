@@ -1,0 +1,156 @@
+"""Conversion between formats: the records stay, the target is whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data import convert as module
+from data.config import load_data_config
+from data.convert import convert, file_names, label_rows, main
+from data.labels import ImageRecord, load_annotations, read_labels
+from utils.errors import DataError
+
+POLYGONS = "2 0.1 0.2 0.5 0.2 0.5 0.8 0.2 0.6\n0 0.5 0.5 0.2 0.4\n"
+FILES = {
+    "train": {"a": "1 0.5 0.5 0.2 0.4\n0 0.25 0.75 0.1 0.1\n", "b": "", "c": POLYGONS, "d e": "2 0.95 0.5 0.2 0.3\n"},
+    "val": {"a": "0 0.5 0.5 1 1\n", "z": "1 0.123456 0.654321 0.1 0.2\n"},
+}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A YOLO set with backgrounds, polygons, equal names in both splits, and a box that reaches over the border."""
+    root = tmp_path / "source"
+    for split, files in FILES.items():
+        for i, (name, text) in enumerate(files.items()):
+            for folder in ("images", "labels"):
+                (root / folder / split).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((41 + i, 67, 3), 50 * i + (split == "val"), np.uint8)
+            cv2.imwrite(str(root / "images" / split / f"{name}.png"), pixels)
+            (root / "labels" / split / f"{name}.txt").write_text(text)
+    (root / "d.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [zebra, ant, 'my dog']\n")
+    return root / "d.yaml"
+
+
+def records(yaml: Path, split: str) -> tuple[ImageRecord, ...]:
+    config = load_data_config(yaml)
+    assert list(config.names.values()) == ["zebra", "ant", "my dog"]
+    return load_annotations(config.split(split), 3, progress=False).records
+
+
+def assert_same(first: tuple[ImageRecord, ...], second: tuple[ImageRecord, ...], atol: float) -> None:
+    assert len(first) == len(second)
+    by_pixels = {cv2.imread(str(r.path)).tobytes(): r for r in second}
+    for a in first:
+        b = by_pixels[cv2.imread(str(a.path)).tobytes()]
+        assert (a.height, a.width) == (b.height, b.width) and len(a.segments) == len(b.segments)
+        np.testing.assert_allclose(a.labels, b.labels, atol=atol, rtol=0)
+        for p, q in zip(a.segments, b.segments):
+            np.testing.assert_allclose(p, q, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["yolo", "coco", "voc"])
+@pytest.mark.parametrize("second", ["", "yolo", "coco", "voc"])
+def test_records_stay_within_rounding(tmp_path: Path, source: Path, first: str, second: str) -> None:
+    convert(source, tmp_path / "one", first, progress=False)
+    yaml = tmp_path / "one" / "data.yaml"
+    if second:
+        convert(yaml, tmp_path / "two", second, progress=False)
+        yaml = tmp_path / "two" / "data.yaml"
+    exact = {first, second} <= {"yolo", ""}
+    for split in FILES:
+        assert_same(records(source, split), records(yaml, split), 1e-7 if exact else 1e-4)  # 0.001 pixels of 41 are 2e-5
+
+
+def test_single_annotation_file_is_a_source(tmp_path: Path, source: Path) -> None:
+    convert(source, tmp_path / "coco", "coco", progress=False)
+    loaded = convert(tmp_path / "coco/annotations/train.json", tmp_path / "voc", "voc", progress=False)
+    assert list(loaded.splits) == ["train"] and loaded.names == ("zebra", "ant", "my dog")
+    assert (tmp_path / "voc/JPEGImages/d_e.png").is_file()  # VOC's lists cannot hold a space
+    loaded = convert(tmp_path / "voc", tmp_path / "yolo", "yolo", link=True, progress=False)
+    assert loaded.names == ("ant", "my dog", "zebra") and (tmp_path / "yolo/images/train/a.png").is_symlink()
+
+
+def test_coco_output_is_what_pycocotools_reads(tmp_path: Path, source: Path) -> None:
+    pytest.importorskip("pycocotools")
+    from pycocotools.coco import COCO
+
+    convert(source, tmp_path / "out", "coco", progress=False)
+    known = COCO(str(tmp_path / "out/annotations/train.json"))
+    assert len(known.getImgIds()) == 4 and len(known.getAnnIds()) == 5
+    outlined = next(a for a in known.dataset["annotations"] if a["segmentation"] and a["category_id"] == 3)
+    assert known.annToMask(outlined).sum() == pytest.approx(outlined["area"], rel=0.1)
+
+
+def test_target_is_never_overwritten(tmp_path: Path, source: Path) -> None:
+    (tmp_path / "there").mkdir()
+    convert(source, tmp_path / "there", "yolo", progress=False)  # empty: nothing to lose
+    before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
+    with pytest.raises(DataError, match="there: is there already; give a new folder"):
+        convert(source, tmp_path / "there", "coco", progress=False)
+    assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
+
+
+def test_a_break_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(module.shutil, "copy2", full)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(DataError, match="No space left"):
+        convert(source, tmp_path / "out" / "new", "coco", progress=False)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_label_rows_read_back_exactly(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).random((50, 5)).astype(np.float32)
+    values[:, 0] = np.arange(50)
+    values[0, 1:] = 1e-7
+    (tmp_path / "x.txt").write_text(label_rows(ImageRecord(tmp_path / "x.jpg", 9, 9, values)))
+    np.testing.assert_array_equal(read_labels(tmp_path / "x.txt").labels, values)
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["/r/a.jpg", "/r/b.jpg"], ["a.jpg", "b.jpg"]),
+        (["/r/x/a.jpg", "/r/y/a.jpg"], ["x_a.jpg", "y_a.jpg"]),
+        (["/r/a.jpg", "/r/a.png", "/r/A.bmp"], ["a.jpg", "a_2.png", "A_3.bmp"]),
+        (["/r/x/a.jpg", "/r/y/a.jpg", "/r/x_a.jpg"], ["x_a.jpg", "y_a.jpg", "x_a_2.jpg"]),
+    ],
+)
+def test_file_names_differ(paths: list[str], names: list[str]) -> None:
+    assert list(file_names([Path(p) for p in paths]).values()) == names
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["gone.yaml", "t", "--to", "yolo"], "gone.yaml: no such file"),
+        (["{}", "t", "--to", "yolo"], "for YOLO text give the YAML"),
+        (["x", "t", "--to", "yaml"], "invalid choice"),
+        (["x", "t", "--to", "yolo", "--lnik"], "did you mean '--link'"),
+    ],
+)
+def test_mistakes_are_one_line(
+    tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    try:
+        status = main([text.format(source.parent / "images") for text in arguments])
+    except SystemExit as end:
+        status = int(str(end.code))
+    text = capsys.readouterr().err
+    assert status == 2 and problem in text and text.count("\n") == 1
+
+
+def test_command_writes_and_counts(tmp_path: Path, source: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (source.parent / "labels/train/a.txt").write_text("9 9 9 9 9\n")
+    assert main([str(source), str(tmp_path / "out"), "--to", "coco"]) == 0
+    content = json.loads((tmp_path / "out/annotations/train.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["b.png", "c.png", "d e.png"]
