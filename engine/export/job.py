@@ -11,7 +11,8 @@ import tempfile
 import time
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from engine.export.onnx import onnx_model, save_onnx, simplified
 from engine.export.onnx_nms import NmsOptions, embed_nms
 from engine.export.openvino import save_openvino
 from engine.export.proof import Proof, precision, proof_inputs
-from engine.export.samples import PictureSource, as_images, find_pictures
+from engine.export.samples import CALIBRATION_SPLITS, PictureSource, as_images, find_pictures
 from engine.export.torchscript import save_torchscript
 from engine.export.verify import Comparison
 from engine.plugins import load_plugins
@@ -83,6 +84,8 @@ def export(config: ExportConfig) -> ExportReport:
     """
     load_plugins(config.plugin)
     device = select_device(config.device)
+    if config.half and device.type == "cpu":
+        LOGGER.warning("--half on a CPU: float16 files are written and proved; they are smaller, not faster, on a CPU")
     artefacts: list[Artefact] = []
     failures: list[str] = []
     for weights in choose_weights(config.weights):
@@ -106,7 +109,7 @@ class Job:
         deployed: its deployed form, float32, on `device`.
         shape: of the graph's input.
         metadata: what the artefacts say about themselves.
-        pictures: for calibration.
+        pictures: for calibration of int8 ranges.
         proof: of the deployed form.
     """
 
@@ -130,6 +133,7 @@ class Job:
         model = load_detector(weights, device)
         shape = input_shape(config, model)
         pictures = find_pictures(config.data, checkpoint.metadata)
+        calibration = find_pictures(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else pictures
         inputs = proof_inputs(pictures, shape)
         deployed = deployed_form(model)
         proof = Proof(model, deployed, inputs, pictures.origin, device)
@@ -145,7 +149,7 @@ class Job:
             names=dict(model.names), stride=shape.grid, imgsz=(shape.height, shape.width), batch=shape.batch,
             dynamic=shape.dynamic, nms=config.nms, about=about,
         )  # fmt: skip
-        return cls(config, weights, device, deployed, shape, metadata, pictures, proof)
+        return cls(config, weights, device, deployed, shape, metadata, calibration, proof)
 
     def final_path(self, name: str) -> Path:
         """Where an artefact goes: beside the weights, `_int8` in the name where it is that."""
@@ -169,7 +173,7 @@ class Job:
             del runtime
             _move(made, final)
         proof_path = final.with_name(f"{final.name}.proof.json")
-        self.proof.write(proof_path, final.name, comparison, self.config, {"versions": versions(name)})
+        self.proof.write(proof_path, final.name, comparison, self.config, {"versions": self._versions(name)})
         seconds = time.perf_counter() - start
         return Artefact(name, final, _megabytes(final), seconds, comparison, proof_path)
 
@@ -179,14 +183,23 @@ class Job:
         return f"nothing was written; {final} is that of an earlier export" if final.exists() else "nothing was written"
 
     def _write(self, name: str, path: Path) -> None:
+        about = {**self.metadata.about, "versions": json.dumps(self._versions(name))}
+        metadata = replace(self.metadata, about=about)
         if name == "torchscript":
-            save_torchscript(self._traceable(self.config.half), path, self.metadata, self.shape)
+            save_torchscript(self._traceable(self.config.half), path, metadata, self.shape)
         elif name == "onnx":
-            save_onnx(self._onnx(self.config.half), path, self.metadata, self.shape)
+            save_onnx(self._onnx(self.config.half), path, metadata, self.shape)
         else:
             path.mkdir()
             # OpenVINO narrows the weights itself: it gets the float32 graph.
-            save_openvino(self._onnx(half=False), path, self.weights.stem, self.metadata, self.config.half)
+            save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
+
+    def _versions(self, name: str) -> dict[str, str]:
+        """Versions of the packages that took part."""
+        packages = ["torch", *FORMATS[name].packages.values()]
+        if self.config.simplify and name != "torchscript":
+            packages.append("onnxslim")
+        return {package: version(package) for package in packages}
 
     def _traceable(self, half: bool) -> ExportGraph:
         model = deepcopy(self.deployed).half() if half else self.deployed
@@ -240,21 +253,12 @@ def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
         "description": f"detector exported from {weights.name}",
         "backbone": name,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "torch": str(torch.__version__),
         "spec": json.dumps(model.yaml, default=str),
     }
 
 
 def _nms_options(c: ExportConfig) -> NmsOptions:
     return NmsOptions(c.conf_thres, c.iou_thres, c.topk_per_class, c.topk_all, c.agnostic_nms)
-
-
-def versions(name: str) -> dict[str, str]:
-    """Versions of the packages that took part."""
-    from importlib.metadata import version
-
-    packages = ["torch", *FORMATS[name].packages.values()]
-    return {package: version(package) for package in packages}
 
 
 def _opened(path: Path, device: torch.device) -> Runtime:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from engine.export.graph import ExportGraph, GraphShape
 from engine.export.onnx_graph import lower_to_17, opset_of, remove_unused_constants, reorder_gelu, strip_traces
@@ -20,6 +21,7 @@ LOGGER = logging.getLogger(__name__)
 NATIVE_OPSET = 18  # what torch's exporter writes by itself
 LARGEST_SIDE = 8192
 LIMIT = 2**31  # a protobuf file cannot be longer
+GRAPH_BYTES = 2**26  # what the nodes beside the weights may take, at most
 
 
 def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
@@ -31,8 +33,9 @@ def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
         opset: ONNX operator set.
 
     Raises:
-        ExportError: torch's exporter cannot do it; says so in one line.
+        ExportError: torch's exporter cannot do it, or the weights do not fit into one file; says so in one line.
     """
+    check_size(graph)
     device = next(graph.parameters()).device
     example = torch.rand(shape.example, device=device)
     try:
@@ -60,6 +63,21 @@ def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
     if opset_of(model) != opset:
         raise ExportError(f"--opset {opset}: torch's exporter wrote operator set {opset_of(model)} instead")
     return model
+
+
+def check_size(graph: nn.Module) -> None:
+    """Refuse weights that one file cannot hold, before any work.
+
+    Raises:
+        ExportError: 2 GB or more, the graph included.
+    """
+    size = sum(t.numel() * t.element_size() for t in (*graph.parameters(), *graph.buffers()))
+    if size >= LIMIT - GRAPH_BYTES:
+        raise ExportError(_too_large(size))
+
+
+def _too_large(size: int) -> str:
+    return f"onnx: {size / 1e9:.3g} GB; one file holds 2 GB: use --half, a smaller model, or torchscript"
 
 
 def _free_dimensions(shape: GraphShape) -> dict[str, Any]:
@@ -123,8 +141,7 @@ def save_onnx(model: Any, path: Path, metadata: Metadata, shape: GraphShape) -> 
         model.metadata_props.add(key=key, value=value)
     model.producer_name, model.producer_version = "yolov5-backbones", ""
     if model.ByteSize() >= LIMIT:
-        size = model.ByteSize() / 2**30
-        raise ExportError(f"onnx: {size:.1f} GB; one file holds 2 GB: use --half, or a smaller model")
+        raise ExportError(_too_large(model.ByteSize()))
     try:
         onnx.checker.check_model(model, full_check=False)
     except onnx.checker.ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.config import load_data_config
+from data.config import DataConfig, load_data_config
 from data.images import IMAGE_SUFFIXES, read
 from data.labels import list_images
 from data.letterbox import letterbox
@@ -22,6 +22,10 @@ from utils.files import ROOT
 
 LOGGER = logging.getLogger(__name__)
 SHIPPED = ROOT / "data" / "images"
+# Splits in order of preference. What a proof looks at should be new to the model; what int8 ranges are taken from
+# should not be what the accuracy is measured on.
+PROOF_SPLITS = ("val", "test", "train")
+CALIBRATION_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class PictureSource:
 
     Attributes:
         origin: said in the proof.
-        files: the pictures; those of a validation split where there is one.
+        files: the pictures.
     """
 
     origin: str
@@ -58,33 +62,36 @@ class PictureSource:
         return np.stack(fitted)
 
 
-def find_pictures(data: str, metadata: Mapping[str, Any]) -> PictureSource:
+def find_pictures(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = PROOF_SPLITS) -> PictureSource:
     """Pictures of the data set asked for, else of the one the checkpoint was trained on, else those shipped.
 
     Args:
         data: the option; '' leaves the choice.
         metadata: of the checkpoint.
+        splits: the first that the data set has is taken; of the one trained on, the first whose pictures are there.
 
     Raises:
         UserError: `data` was given and cannot be used.
     """
     if data:
-        return _of_data_set(data)
+        config = load_data_config(data)
+        return _of_split(config, next((name for name in splits if name in config.splits), splits[0]))
     trained_on = metadata.get("data") or (metadata.get("opt") or {}).get("data")
     if trained_on and Path(str(trained_on)).is_file():
         try:
             config = load_data_config(str(trained_on))
-            if all(path.exists() for path in config.splits.get("val", ())):  # `split` might fetch it
-                return _of_data_set(str(trained_on))
+            # `split` might fetch what is missing: not for this.
+            there = [name for name, paths in config.splits.items() if all(path.exists() for path in paths)]
+            split = next((name for name in splits if name in there), "")
+            if split:
+                return _of_split(config, split)
         except UserError as error:
             LOGGER.info("pictures shipped with the project are used: %s", error)
     files = tuple(sorted(path for path in SHIPPED.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES))
     return PictureSource("data/images (shipped)", files)
 
 
-def _of_data_set(data: str) -> PictureSource:
-    config = load_data_config(data)
-    split = next((name for name in ("val", "test", "train") if name in config.splits), "val")
+def _of_split(config: DataConfig, split: str) -> PictureSource:
     files = tuple(sorted(list_images(config.split(split))[0]))
     if not files:
         raise DataError(f"{config.file}: its split '{split}' has no pictures")

@@ -21,6 +21,7 @@ DEFAULT_CONF = 0.25
 CANDIDATES = 100  # rows per picture above the threshold, at least: it is lowered until there are so many
 IOU_THRES = 0.45
 MAX_DET = 1000
+SAME_PX = 0.05  # boxes whose sides are so near are one, however thin they are
 
 Detector = Callable[[Tensor], Tensor]
 
@@ -222,6 +223,8 @@ def match(a: Tensor, b: Tensor, tolerance: Tolerance) -> tuple[Tensor, Tensor]:
     if not len(a) or not len(b):
         return has_a, has_b
     overlap = box_iou(a[:, :4], b[:, :4])
+    gap = (a[:, None, :4] - b[None, :, :4]).abs().amax(2)
+    overlap = torch.where(gap <= SAME_PX, 1.0, overlap)  # a box without height overlaps nothing, not even itself
     allowed = (a[:, None, 5] == b[None, :, 5]) & ((a[:, None, 4] - b[None, :, 4]).abs() <= tolerance.score)
     allowed &= overlap >= tolerance.iou
     first, second = allowed.nonzero(as_tuple=True)

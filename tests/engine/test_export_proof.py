@@ -218,6 +218,17 @@ def test_boxes(before, after, edge, same):
     assert found.edge == edge or not same
 
 
+def test_boxes_without_height_are_no_false_alarm():
+    """They overlap nothing, not even themselves; a flat picture gives many."""
+    thin = [[10 + 30 * k, 20, 35 + 30 * k, 20, 0.9 - 0.1 * k, 0] for k in range(3)]
+    reference = torch.tensor([[row(box) for box in thin]], dtype=torch.float32)
+    found = boxes(*thin)
+    found[:, :4] += 0.01
+    assert not compare_boxes("x", [reference], [[found]], FP32, Suppression(0.25, 0.45)).problems
+    found[1, 1] += 0.2  # that is another one
+    assert compare_boxes("x", [reference], [[found]], FP32, Suppression(0.25, 0.45)).problems
+
+
 def test_limits_of_suppression():
     """Two boxes per class, three per picture."""
     limited = Suppression(0.25, 0.45, per_class=2, per_picture=3).apply(rows(9))[0]
