@@ -46,6 +46,8 @@ class DetectionDataset:
         cache: keep decoded pictures in memory ("ram") or as .npy files ("disk").
         cache_folder: where the .npy files go; None means beside the pictures.
         seed: of all random choices.
+        close_mosaic_from: first epoch without mosaics, and so without mixup and copy-paste; None: there is none. The
+            epoch comes with each key, so worker processes need not be told.
 
     Raises:
         DataError: at once when the cache cannot be filled; on access when a picture cannot be read.
@@ -61,6 +63,7 @@ class DetectionDataset:
     cache: Literal["ram", "disk"] | None = field(default=None, kw_only=True)
     cache_folder: Path | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    close_mosaic_from: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._images = ImageStore(
@@ -107,8 +110,12 @@ class DetectionDataset:
 
     @property
     def uses_mosaic(self) -> bool:
-        """Whether samples may hold several pictures."""
+        """Whether samples may hold several pictures, in some epoch."""
         return self.augment is not None and self.augment.mosaic > 0 and not self.rect
+
+    def mosaic_closed(self, epoch: int) -> bool:
+        """Whether samples of an epoch hold one picture each, because it is one of the last ones."""
+        return self.close_mosaic_from is not None and epoch >= self.close_mosaic_from
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
@@ -162,7 +169,7 @@ class DetectionDataset:
         rng = sample_rng(self.seed, key.epoch, key.index + key.repeat * len(self.records))
         flips = (bool(rng.random() < config.flipud), bool(rng.random() < config.fliplr))
         shapes = None
-        if self.uses_mosaic and rng.random() < config.mosaic:
+        if self.uses_mosaic and not self.mosaic_closed(key.epoch) and rng.random() < config.mosaic:
             window = self._window(key)
             image, labels = self._mosaic(key.index, window, flips, rng)
             if rng.random() < config.mixup:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -135,6 +136,41 @@ def test_small_pictures_are_enlarged_and_large_ones_shrunk(tmp_path):
         assert (s.image[:10] == 114).all() and (s.image[70:] == 114).all() and not (s.image[10:70] == 114).all(2).any()
         assert s.shapes.pad == (0, 10)
         assert s.shapes.ratio == (80 / records[i].width, 80 / records[i].width)
+
+
+def test_mosaics_end_with_the_epoch_they_are_closed_from(records):
+    """Before it samples are as without the option; from it on they are single pictures: no mixup, no copy-paste."""
+    always = AugmentConfig(hsv_v=0.4, scale=0.5, fliplr=0.5, mosaic=1.0, mixup=1.0, copy_paste=1.0)
+    plain = DetectionDataset(records, 64, augment=always, seed=3)
+    closing = DetectionDataset(records, 64, augment=always, seed=3, close_mosaic_from=2)
+    copy = pickle.loads(pickle.dumps(closing))  # noqa: S301 -- what a worker that is started afresh gets
+    for i in range(6):
+        assert all(same(plain[epoch, i], closing[epoch, i]) for epoch in (0, 1))
+        assert plain[2, i].shapes is None
+        assert all(closing[epoch, i].shapes is not None and len(closing[epoch, i].labels) <= 2 for epoch in (2, 7))
+        assert same(closing[2, i], copy[2, i]) and not same(closing[2, i], closing[3, i])
+    assert closing.mosaic_closed(2) and not closing.mosaic_closed(1) and not plain.mosaic_closed(10**6)
+
+
+def outlined(records):
+    """The records with an outline for each label: a diamond in its box."""
+    diamond = np.array([(0, -0.5), (0.5, 0), (0, 0.5), (-0.5, 0)], np.float32)
+    return [replace(r, segments=tuple(row[1:3] + diamond * row[3:5] for row in r.labels)) for r in records]
+
+
+def test_copy_paste_adds_objects_and_depends_on_the_key_alone(records):
+    shrink = np.array((1, 0.6, 1, 0.5, 0.5), np.float32)  # small and on the left: the mirror image has room
+    records = [replace(r, labels=r.labels[:1] * shrink) for r in records]
+    never, always = (AugmentConfig(mosaic=1.0, copy_paste=share) for share in (0.0, 1.0))
+    plain = DetectionDataset(outlined(records), 64, augment=never)
+    first, second = (DetectionDataset(outlined(records), 64, augment=always) for _ in range(2))
+    keys = [(e, i) for e in range(2) for i in range(10)]
+    pasted = {key: first[key] for key in keys}
+    assert all(same(pasted[key], second[key]) for key in reversed(keys))
+    assert sum(len(pasted[key].labels) for key in keys) > 1.3 * sum(len(plain[key].labels) for key in keys)
+    boxes = DetectionDataset(records, 64, augment=never)
+    without = DetectionDataset(records, 64, augment=always)  # boxes alone: nothing to cut out
+    assert all(same(boxes[key], without[key]) for key in keys)
 
 
 def test_index_out_of_range(records):
