@@ -30,6 +30,8 @@ from utils.plots import class_name
 LOGGER = logging.getLogger(__name__)
 PICTURE_FORMATS = frozenset({".bmp", ".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes that annotated pictures keep; others become .jpg."""
+CROP_GAIN, CROP_PAD = 1.02, 10
+"""Cut-outs are boxes of this many times the size, and this many pixels more, on each axis."""
 
 
 class Writer(Protocol):
@@ -281,13 +283,22 @@ class JsonWriter:
         os.replace(self._part, self._path)
 
 
-class CropWriter:
-    """Cut-outs of the unmarked picture: crops/<class>/<stem>.jpg, counted on (`<stem>2.jpg` ...) where a name is taken.
+def cut_out(image: NDArray[np.uint8], box_xyxy: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """The part of a picture (H, W, 3) in a box, with the margin that YOLOv5 users know: a view, perhaps empty.
 
-    A margin of 2 % of the box and 10 pixels in all is added on each axis, as YOLOv5 users know their crops.
+    Args:
+        box_xyxy: (4,) corners in pixels.
     """
+    centre = (box_xyxy[:2] + box_xyxy[2:]) / 2
+    size = (box_xyxy[2:] - box_xyxy[:2]) * CROP_GAIN + CROP_PAD
+    height, width = image.shape[:2]
+    left, top = np.clip(centre - size / 2, 0, (width, height)).astype(int)
+    right, bottom = np.clip(centre + size / 2, 0, (width, height)).astype(int)
+    return image[top:bottom, left:right]
 
-    GAIN, PAD = 1.02, 10
+
+class CropWriter:
+    """Cut-outs of the unmarked picture: crops/<class>/<stem>.jpg, counted on (`<stem>2.jpg` ...) where a name is taken."""
 
     def __init__(self, folder: Path, names: Any) -> None:
         self._folder = folder
@@ -297,18 +308,11 @@ class CropWriter:
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
         for row in found.boxes[::-1]:
-            image = self._cut(found.frame.image, row[:4])
+            image = cut_out(found.frame.image, row[:4])
             if image.size:
                 folder = make_folder(self._folder / _folder_name(class_name(self._names, int(row[5]))))
                 write_picture(self._free(folder / _stem(found.frame)), image)
                 self.files += 1
-
-    def _cut(self, image: NDArray[np.uint8], box: NDArray[np.floating]) -> NDArray[np.uint8]:
-        centre, size = (box[:2] + box[2:]) / 2, (box[2:] - box[:2]) * self.GAIN + self.PAD
-        height, width = image.shape[:2]
-        left, top = np.clip(centre - size / 2, 0, (width, height)).astype(int)
-        right, bottom = np.clip(centre + size / 2, 0, (width, height)).astype(int)
-        return image[top:bottom, left:right]
 
     def _free(self, base: Path) -> Path:
         number = self._next.get(base, 1)
