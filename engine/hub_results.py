@@ -71,7 +71,7 @@ class Results:
         for number, found in enumerate(self._found, 1):
             height, width = found.frame.image.shape[:2]
             lines.append(f"image {number}/{self.n}: {height}x{width} {counts_text(found.classes, self.names)}")
-        speed = "%.1fms pre-process, %.1fms inference, %.1fms NMS" % self.t
+        speed = "{:.1f}ms pre-process, {:.1f}ms inference, {:.1f}ms NMS".format(*self.t)
         return "\n".join([*lines, f"Speed: {speed} per image at shape {self.s}"])
 
     def __repr__(self) -> str:

@@ -298,7 +298,7 @@ def cut_out(image: NDArray[np.uint8], box_xyxy: NDArray[np.floating]) -> NDArray
 
 
 class CropWriter:
-    """Cut-outs of the unmarked picture: crops/<class>/<stem>.jpg, counted on (`<stem>2.jpg` ...) where a name is taken."""
+    """Cut-outs of the unmarked picture: crops/<class>/<stem>.jpg, then `<stem>2.jpg` ... where a name is taken."""
 
     def __init__(self, folder: Path, names: Any) -> None:
         self._folder = folder
