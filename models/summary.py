@@ -20,6 +20,24 @@ LOGGER = logging.getLogger(__name__)
 # A norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of PyTorch
 # leaves norms out; YOLOv5's summaries count them, and in small models they are 2 %.
 NORM_FLOPS = 4
+PARTS = ("backbone", "neck", "head")
+
+
+class PartSize(NamedTuple):
+    """Size of a part of a detector.
+
+    Attributes:
+        name: one of `PARTS`.
+        parameters: their number.
+        gflops: operations in 1e9 for one picture; NaN where they cannot be counted.
+    """
+
+    name: str
+    parameters: int
+    gflops: float
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.parameters:,} parameters, {self.gflops:.1f} GFLOPs"
 
 
 class ModelInfo(NamedTuple):
@@ -30,37 +48,63 @@ class ModelInfo(NamedTuple):
         parameters: number of parameters.
         gradients: number of those that are trained.
         gflops: operations (a multiply-add is two) in 1e9 for one picture; NaN where they cannot be counted.
+        parts: the same for backbone, neck and head of a detector; empty for other modules.
     """
 
     layers: int
     parameters: int
     gradients: int
     gflops: float
+    parts: tuple[PartSize, ...] = ()
 
     def __str__(self) -> str:
-        return (
+        whole = (
             f"{self.layers} layers, {self.parameters:,} parameters, {self.gradients:,} gradients, "
             f"{self.gflops:.1f} GFLOPs"
         )
+        return f"{whole}\n{'; '.join(map(str, self.parts))}" if self.parts else whole
 
 
-def summarize(model: nn.Module, channels: int, height: int, width: int) -> ModelInfo:
-    """Count modules, parameters and the operations for a picture of height x width pixels."""
+def summarize(model: nn.Module, channels: int, height: int, width: int, rows: Rows | None = None) -> ModelInfo:
+    """Count modules, parameters and the operations for a picture of height x width pixels.
+
+    Args:
+        model: takes one image batch.
+        channels: of the picture.
+        height, width: in pixels.
+        rows: those of a detector, to count its parts too.
+    """
     parameters = list(model.parameters())
+    modules = list(rows) if rows is not None else []
+    total, by_row = _gflops(model, (1, channels, height, width), modules)
     return ModelInfo(
         layers=_count_layers(model),
         parameters=sum(p.numel() for p in parameters),
         gradients=sum(p.numel() for p in parameters if p.requires_grad),
-        gflops=_gflops(model, (1, channels, height, width)),
+        gflops=total,
+        parts=_parts(rows, by_row) if rows is not None else (),
     )
 
 
-def _gflops(model: nn.Module, shape: Sequence[int]) -> float:
+def _parts(rows: Rows, gflops: Sequence[float]) -> tuple[PartSize, ...]:
+    """Backbone: the rows of that section. Head: the last row. Neck: all between."""
+    parameters, operations = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
+    for module, route, count in zip(rows, rows.routes, gflops, strict=True):
+        last = route is rows.routes[-1]
+        part = "head" if last else "backbone" if route.layer.section == "backbone" else "neck"
+        parameters[part] += sum(p.numel() for p in module.parameters())
+        operations[part] += count
+    return tuple(PartSize(part, parameters[part], operations[part]) for part in PARTS)
+
+
+def _gflops(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]) -> tuple[float, list[float]]:
+    """Of the whole, and of each of `modules`."""
     try:
-        return count_flops(model, shape) / 1e9
+        total, counts = _count(model, shape, modules)
     except (RuntimeError, TypeError) as error:  # a backbone of the user's whose operations need real numbers
         LOGGER.info("GFLOPs are not counted: %s", str(error).splitlines()[0])
-        return math.nan
+        return math.nan, [math.nan] * len(modules)
+    return total / 1e9, [count / 1e9 for count in counts]
 
 
 def _count_layers(model: nn.Module) -> int:
@@ -80,15 +124,42 @@ def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
         model: takes one image batch. Its mode and its values stay as they are.
         shape: (B, C, H, W).
     """
+    return _count(model, shape, ())[0]
+
+
+def _count(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]) -> tuple[int, list[int]]:
+    """Operations of the model, and of each of the modules in it."""
     aten = torch.ops.aten
     norms = (aten.native_batch_norm, aten.native_group_norm, aten.native_layer_norm)
     counter = FlopCounterMode(display=False, custom_mapping={norm: _norm_flops for norm in norms})
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    with evaluating(model), torch.no_grad(), counter:
+    with evaluating(model), torch.no_grad(), counter, _counting(modules, counter) as counts:
         functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
-    return counter.get_total_flops()
+    return counter.get_total_flops(), counts
+
+
+@contextmanager
+def _counting(modules: Sequence[nn.Module], counter: FlopCounterMode) -> Iterator[list[int]]:
+    """A list that fills, while the model runs, with the operations of each module."""
+    counts = [0] * len(modules)
+
+    def before(place: int) -> None:
+        counts[place] -= counter.get_total_flops()
+
+    def after(place: int) -> None:
+        counts[place] += counter.get_total_flops()
+
+    handles = []
+    for place, module in enumerate(modules):
+        handles.append(module.register_forward_pre_hook(lambda _module, _args, at=place: before(at)))
+        handles.append(module.register_forward_hook(lambda _module, _args, _out, at=place: after(at)))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _norm_flops(input_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:

@@ -127,7 +127,7 @@ class DetectionModel(nn.Module):
         return self
 
     def info(self, imgsz: int | Sequence[int] = 640) -> ModelInfo:
-        """Number of layers, parameters, gradients and GFLOPs; as text it is the usual summary line.
+        """Number of layers, parameters, gradients and GFLOPs; as text it is the usual summary line, and the parts.
 
         Args:
             imgsz: side of a square picture in pixels, or (height, width); rounded up to the stride.
@@ -135,7 +135,7 @@ class DetectionModel(nn.Module):
         sides = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
         multiple = self.model.size_multiple
         height, width = (math.ceil(side / multiple) * multiple for side in sides)
-        return summarize(self, self.spec.channels or 3, height, width)
+        return summarize(self, self.spec.channels or 3, height, width, self.model)
 
     def layer_table(self) -> str:
         """One line per row: slot, from, n, params, module, arguments, output channels @ stride."""

@@ -1,0 +1,195 @@
+"""What is compared: `--cfg` and `--weights` entries as candidates with a label, a model YAML or a checkpoint each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePath
+from typing import Any
+
+from data.config import DataConfig
+from engine.compare.config import CompareConfig
+from engine.compare.store import digest, stat_key
+from engine.evaluator import check_classes
+from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, row_names
+from models.checkpoint import read_checkpoint
+from models.spec import FOLDERS
+from utils.errors import CheckpointError, ConfigError, UserError, did_you_mean
+from utils.files import ROOT, find_file
+from utils.yaml_lines import dump_yaml, load_yaml, plain
+
+TEMPLATE = ROOT / "models" / "yolov5-timm.yaml"  # the neck of yolov5n behind a backbone row
+YAML_SUFFIXES = (".yaml", ".yml")
+# Maps of plain vision transformers as wide as those of yolov5n's backbone, as the YAMLs in models/ have them.
+PYRAMID = {"strides": [8, 16, 32], "widths": [64, 128, 256]}
+REVVIT = "revvit"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the comparison.
+
+    Attributes:
+        label: what tables and pictures call it; no two are alike.
+        given: as the command line has it.
+        cfg: model YAML, or None where `weights` is given.
+        weights: trained checkpoint, or None.
+        key: stands for everything that the file says; another one after every change that matters.
+    """
+
+    label: str
+    given: str
+    cfg: Path | None
+    weights: Path | None
+    key: str
+
+    @property
+    def file(self) -> Path:
+        """The YAML or the checkpoint."""
+        path = self.cfg or self.weights
+        assert path is not None
+        return path
+
+
+def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candidate]:
+    """The candidates that the options name, in their order.
+
+    A YAML is only looked for, not read: one that is broken becomes a row that says so.
+
+    Args:
+        config: options; plugins are loaded.
+        data: the data set, whose classes checkpoints must have.
+        specs: folder for the YAMLs of backbones that are given by name.
+
+    Raises:
+        UserError: unknown names, missing files, checkpoints with other classes; all of them in one line.
+    """
+    found: list[tuple[str, Path, bool]] = []
+    problems: list[str] = []
+    for given in dict.fromkeys(config.cfg):
+        try:
+            found.append((given, _yaml_of(given, config.pretrained, specs), False))
+        except UserError as error:
+            problems.append(str(error))
+    for given in dict.fromkeys(config.weights):
+        try:
+            found.append((given, _checkpoint(given, data), True))
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    labels = unique_labels([_names_of(given, path, trained) for given, path, trained in found])
+    return [
+        Candidate(label, given, None if trained else path, path if trained else None, _key(path, trained, config))
+        for label, (given, path, trained) in zip(labels, found)
+    ]
+
+
+def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
+    """The shortest name of each that no other one has.
+
+    Args:
+        names: per candidate, from short to long.
+    """
+    longest = max(map(len, names), default=0)
+    depth = [0] * len(names)
+    for _ in range(longest):
+        labels = [options[min(d, len(options) - 1)] for options, d in zip(names, depth)]
+        clashing = [k for k, label in enumerate(labels) if labels.count(label) > 1]
+        for k in clashing:
+            depth[k] += 1
+    labels = [options[min(d, len(options) - 1)] for options, d in zip(names, depth)]
+    return [
+        f"{label} ({labels[:k].count(label) + 1})" if label in labels[:k] else label for k, label in enumerate(labels)
+    ]
+
+
+def _names_of(given: str, path: Path, trained: bool) -> list[str]:
+    """Names from short to long: of a checkpoint first that of its run, since all are called best.pt."""
+    if not trained and not given.lower().endswith(YAML_SUFFIXES):
+        return [given.removeprefix(TIMM_PREFIX), given]
+    parts = PurePath(path).with_suffix("").parts
+    if trained:
+        parts = tuple(part for part in parts if part != "weights") or parts
+    names = ["/".join(parts[-n:]) for n in range(1, len(parts) + 1)]
+    usual = trained and parts[-1] in ("best", "last") and len(names) > 1
+    return (names[1:] if usual else names) + [str(path)]
+
+
+def _yaml_of(given: str, pretrained: bool, specs: Path) -> Path:
+    if given.lower().endswith(YAML_SUFFIXES):
+        return find_file(given, *FOLDERS)
+    if _is_backbone(given):
+        return write_spec(given, pretrained, specs)
+    try:
+        return find_file(given, *FOLDERS)
+    except ConfigError:
+        yamls = [p.stem for folder in FOLDERS for p in (ROOT / folder).glob("*.yaml")]
+        near = did_you_mean(given.removeprefix(TIMM_PREFIX), [*yamls, *row_names(given.removeprefix(TIMM_PREFIX))])
+        allowed = "a model YAML, timm/<name>, or a registered backbone (python -m models.backbones lists them)"
+        raise ConfigError(f"--cfg {given}: unknown; allowed: {allowed}{near}") from None
+
+
+def _is_backbone(name: str) -> bool:
+    if not name.startswith(TIMM_PREFIX):
+        return is_backbone_name(name)
+    from models.backbones.timm_measure import is_timm_name, timm_package
+
+    timm_package()  # an error that gives the pip command where it is missing
+    return is_timm_name(name.removeprefix(TIMM_PREFIX))
+
+
+def write_spec(name: str, pretrained: bool, folder: Path) -> Path:
+    """Write the model YAML of a backbone given by name: its row, and the neck of yolov5n.
+
+    Args:
+        name: registered name, class name, `timm/<name>` or a timm name.
+        pretrained: ask for the published weights.
+        folder: where it goes.
+    """
+    arguments: dict[str, Any] = {}
+    own = BACKBONES.get(name) or ROW_CLASSES.get(name)
+    if own is None and is_backbone_name(name) and not _is_plugin(name):
+        arguments = {"extra_levels": True, **PYRAMID}
+    elif own is not None and isinstance(own.target, str) and REVVIT in own.target:
+        arguments = dict(PYRAMID)
+    if pretrained:
+        arguments["weights"] = True
+    content = plain(load_yaml(TEMPLATE))
+    content["backbone"][0] = [-1, 1, name, arguments or []]
+    path = folder / f"{name.replace('/', '-')}-{digest(content)}.yaml"
+    if not path.is_file():
+        dump_yaml(path, content)
+    return path
+
+
+def _is_plugin(name: str) -> bool:
+    from models.backbones import list_backbones
+
+    return name in list_backbones() and name not in BACKBONES
+
+
+def _checkpoint(given: str, data: DataConfig) -> Path:
+    path = find_file(given, error=CheckpointError)
+    check_classes(read_checkpoint(path).names, data, str(given))
+    return path
+
+
+def _key(path: Path, trained: bool, config: CompareConfig) -> str:
+    plugins = [digest(Path(text).read_bytes()) for text in config.plugin]
+    if trained:
+        return digest([digest(path.read_bytes()), plugins])
+    try:
+        content = plain(load_yaml(path))
+    except UserError:
+        return digest([path.read_bytes().hex(), plugins])
+    return digest([content, [stat_key(file) for file in _named_files(content)], plugins])
+
+
+def _named_files(value: Any) -> list[Path]:
+    """Files that a YAML names (weights of a backbone row)."""
+    if isinstance(value, Mapping):
+        return [path for item in value.values() for path in _named_files(item)]
+    if isinstance(value, (list, tuple)):
+        return [path for item in value for path in _named_files(item)]
+    return [Path(value)] if isinstance(value, str) and "." in value and Path(value).is_file() else []

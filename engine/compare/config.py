@@ -1,0 +1,109 @@
+"""Options of compare.py. No torch here: `--help` has to be instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+from engine.config import IMGSZ_NAMES, MANY, OPTIONAL, Options, flag, option
+from engine.export.config import FORMATS, require_packages
+from utils.errors import ConfigError, did_you_mean
+
+PYTORCH = "pytorch"
+RUNTIMES = (PYTORCH, *FORMATS)
+# Options that say how a candidate is trained: they are part of what a stored training is known by.
+RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "cache")
+
+
+@dataclass(frozen=True)
+class CompareConfig(Options):
+    """Options of compare.py."""
+
+    cfg: list[str] = option(
+        [],
+        "candidates: model YAMLs, timm/<name>, or registered backbones, which get the neck of yolov5n",
+        str,
+        form=MANY,
+    )
+    weights: list[str] = option([], "further candidates: trained checkpoints; they are not trained", str, form=MANY)
+    data: str = option("data/shapes.yaml", "data set YAML: pictures, classes, training and validation")
+    imgsz: int = option(640, "square side in pixels, for everything", int, aliases=IMGSZ_NAMES, low=32)
+    epochs: int = option(0, "train each candidate for so many epochs; 0 = structure and speed alone", int, low=0)
+    seeds: list[int] = option([0], "train each candidate once per seed", int, form=MANY, low=0)
+    runtimes: list[str] = option(
+        [PYTORCH], f"of {', '.join(RUNTIMES)}; the first one counts for picture, limits and pick", str, form=MANY
+    )
+    batch: list[int] = option(
+        [1], "pictures per call when latency is measured; the first one counts for picture, limits and pick", int,
+        form=MANY, low=1,
+    )  # fmt: skip
+    device: str = option("", "'' = first GPU or CPU; cpu; 0")
+    threads: int = option(0, "threads of a measurement on a CPU; 0 = as many as PyTorch takes", int, low=0)
+    max_latency_ms: float | None = option(None, "limit: milliseconds per picture, all stages", float, low=0.0)
+    max_params_m: float | None = option(None, "limit: millions of parameters", float, low=0.0)
+    max_gflops: float | None = option(None, "limit: GFLOPs at --imgsz", float, low=0.0)
+    max_memory_mb: float | None = option(None, "limit: peak memory of inference in MB", float, low=0.0)
+    batch_size: int = option(16, "training: images per step", int, low=1)
+    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyper-parameter YAML")
+    optimizer: str = option("SGD", "training: optimiser", choices=("SGD", "Adam", "AdamW"))
+    cos_lr: bool = flag("training: cosine instead of linear decay of the learning rate")
+    cache: Any = option(
+        None, "training: keep images in memory (ram) or as .npy files (disk)", str,
+        form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),
+    )  # fmt: skip
+    workers: int = option(8, "training: loader processes (also limited by CPU count and batch)", int, low=0)
+    task: str = option("val", "split that accuracy is measured on", choices=("val", "test"))
+    step_batch: int = option(
+        0, "images of the training step that is measured; 0 = --batch-size on a GPU, at most 2 on a CPU", int, low=0
+    )
+    rounds: int = option(15, "measured rounds at most; each asks every candidate once", int, low=3)
+    seconds: float = option(
+        10.0,
+        "measuring time per runtime and batch for all candidates together; 5 rounds at least",
+        float,
+        low=0.0,
+    )
+    memory_gb: float = option(0.0, "memory one candidate may take on a CPU; 0 = what is free", float, low=0.0)
+    pretrained: bool = flag("backbones given by name start from their published weights")
+    fresh: bool = flag("measure and train everything anew instead of using stored results")
+    project: str = option("runs/compare", "parent folder of runs, and of the stored results")
+    name: str = option("exp", "run folder name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+    def check(self) -> None:
+        """As `Options.check`; also that there is something to compare, and runtimes that are known and installed."""
+        super().check()
+        problems = []
+        if not self.cfg and not self.weights:
+            problems.append("--cfg and --weights are empty; name at least one candidate, such as --cfg yolov5n.yaml")
+        for name in self.runtimes:
+            if name not in RUNTIMES:
+                allowed = f"allowed: {', '.join(RUNTIMES)}{did_you_mean(name, RUNTIMES)}"
+                problems.append(f"--runtimes {name}: unknown runtime; {allowed}")
+        for name in ("seeds", "runtimes", "batch"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                problems.append(f"--{name}: {' '.join(map(str, values))} names one twice")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        for name in self.runtimes:
+            if name in FORMATS:
+                require_packages(f"--runtimes {name}", FORMATS[name].packages)
+
+    def command_words(self) -> list[str]:
+        """The command that gives these options, without those that have their default value."""
+        words = ["python", "compare.py"]
+        for f in fields(self):
+            value = getattr(self, f.name)
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if value == default:
+                continue
+            words.append("--" + f.name.replace("_", "-"))
+            if value is not True:
+                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in _listed(value)]
+        return words
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,178 @@
+"""What all stages of a comparison share: options, data, folders, keys, and pictures to measure on."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.config import DataConfig, load_data_config
+from data.images import read
+from data.labels import Annotations, load_annotations
+from engine.compare.config import RECIPE, CompareConfig
+from engine.compare.machine import available_memory, describe_machine
+from engine.compare.measure import SamplePictures
+from engine.compare.pool import Setting, Worker
+from engine.compare.results import Row
+from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
+from engine.config import Hyperparameters
+from utils.device import select_device
+from utils.errors import ConfigError, DataError
+from utils.files import find_file, make_folder
+
+LOGGER = logging.getLogger(__name__)
+SAMPLE_PICTURES = 8
+CPU_STEP_BATCH = 2
+
+
+@dataclass(frozen=True)
+class Context:
+    """Made once, never changed.
+
+    Attributes:
+        config: options.
+        data: the data set.
+        device: where everything is measured.
+        cache: folder of what is kept between runs.
+        store: finished results.
+        sample: file of pictures.
+        machine: description.
+        memory: bytes that a candidate may take on a CPU.
+        measuring_key, training_key, validation_key: stand for all that such results depend on, candidates apart.
+    """
+
+    config: CompareConfig
+    data: DataConfig
+    device: torch.device
+    cache: Path
+    store: Store
+    sample: Path
+    machine: dict[str, Any]
+    memory: float
+    measuring_key: str
+    training_key: str
+    validation_key: str
+
+    @classmethod
+    def prepare(cls, config: CompareConfig) -> Context:
+        """Check the options against the machine and the data set.
+
+        Raises:
+            UserError: a device, data set, hyper-parameter file or folder that cannot be used.
+        """
+        device = select_device(config.device)
+        hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
+        data = load_data_config(config.data)
+        splits = [config.task, *(["train", "val"] if config.epochs else [])]
+        for name in splits:
+            data.split(name)
+        make_folder(config.project)
+        cache = make_folder(Path(config.project) / "cache")
+        annotations = load_annotations(data.split(config.task), len(data.names))
+        LOGGER.info("%s", annotations.report.summary())
+        seen = data_key(data, [config.task])
+        machine = describe_machine(device, config.threads)
+        versions = {"torch": machine["torch"], "device": device.type}
+        recipe = {name: getattr(config, name) for name in RECIPE} | {"hyp": hyp.to_dict(), "cache": None}
+        training = (
+            [recipe, data_key(data, dict.fromkeys(splits)), code_key(TRAINING_CODE), versions] if config.epochs else []
+        )
+        return cls(
+            config=config, data=data, device=device, cache=cache, store=Store(cache / "results", config.fresh),
+            sample=write_sample(annotations, cache / f"pictures-{seen}.npz"), machine=machine,
+            memory=config.memory_gb * 1e9 or available_memory(),
+            measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.batch_size, seen,
+                                  code_key(MEASURING_CODE, REPORTING)]),
+            training_key=digest(training),
+            validation_key=digest([config.imgsz, config.task, seen, code_key(TRAINING_CODE), versions]),
+        )  # fmt: skip
+
+    @property
+    def step_batch(self) -> int:
+        """Pictures of the training step that is measured."""
+        if self.config.step_batch:
+            return self.config.step_batch
+        return self.config.batch_size if self.device.type == "cuda" else min(self.config.batch_size, CPU_STEP_BATCH)
+
+    @property
+    def exports(self) -> Path:
+        """Folder of exported files; removed at the end."""
+        return self.cache / "exports"
+
+    def recipe(self, row: Row, seed: int = 0) -> dict[str, Any]:
+        """Options of train.py for a candidate: the same for all but `cfg` and `seed`."""
+        config = self.config
+        device = "cpu" if self.device.type == "cpu" else str(self.device.index or 0)
+        chosen = {name: getattr(config, name) for name in RECIPE} | {"epochs": max(config.epochs, 1)}
+        return {
+            **chosen, "cfg": str(row.candidate.cfg or ""), "data": config.data, "seed": seed, "device": device,
+            "workers": config.workers, "patience": 0, "noplots": True, "plugin": list(config.plugin),
+        }  # fmt: skip
+
+    def worker(self, row: Row) -> Worker:
+        """A new process for a candidate."""
+        setting = Setting(
+            str(row.candidate.file), tuple(self.data.names[i] for i in range(len(self.data.names))), str(self.device),
+            self.config.threads, self.memory, tuple(self.config.plugin),
+        )  # fmt: skip
+        return Worker(setting, self.log(row))
+
+    def log(self, row: Row) -> Path:
+        """File that takes what a candidate's processes print."""
+        return self.cache / "logs" / f"{safe(row.label)}.log"
+
+
+def safe(label: str) -> str:
+    """A label as part of a file name."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "candidate"
+
+
+def write_sample(annotations: Annotations, path: Path) -> Path:
+    """Decode a few pictures, evenly spread over the split, into a file that all processes read."""
+    if path.is_file():
+        return path
+    records = annotations.records
+    step = max(len(records) // SAMPLE_PICTURES, 1)
+    pictures: list[Any] = []
+    labels: list[Any] = []
+    for record in records[::step]:
+        if len(pictures) == SAMPLE_PICTURES:
+            break
+        try:
+            pictures.append(read(record.path))
+        except DataError as error:
+            LOGGER.warning("%s; left out", error)
+            continue
+        labels.append(record.labels)
+    if not pictures:
+        raise DataError("none of the pictures can be read")
+    part = path.with_name(f".{os.getpid()}-{path.name}")
+    SamplePictures(tuple(pictures), tuple(labels)).write(part)
+    os.replace(part, path)
+    return path
+
+
+@contextmanager
+def alone(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; ConfigError when another process has it."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on this system
+        yield
+        return
+    make_folder(path.parent)
+    with open(path, "w", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ConfigError(
+                f"{what}: another compare.py is at it now; wait for it, or give another --project"
+            ) from error
+        yield

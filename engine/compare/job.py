@@ -1,0 +1,83 @@
+"""A comparison from options to report: look at each candidate, train, measure in turns, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.compare.candidates import resolve
+from engine.compare.config import CompareConfig
+from engine.compare.context import Context
+from engine.compare.pareto import Limits, Pick, pick, points_of
+from engine.compare.report import Findings, write_all
+from engine.compare.results import Row, measured
+from engine.compare.speed import Speed
+from engine.compare.stages import look_at_all, train_all
+from engine.compare.table import as_text
+from engine.eval_outputs import run_folder
+from engine.plugins import load_plugins
+from utils.errors import ConfigError
+
+LOGGER = logging.getLogger(__name__)
+SHOWN = ("Summary", "Latency", "What failed")  # on the terminal; the rest is in the files
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison found.
+
+    Attributes:
+        folder: of the report.
+        rows: one per candidate.
+        pick: which one to take, and why.
+    """
+
+    folder: Path
+    rows: tuple[Row, ...]
+    pick: Pick
+
+
+def compare(config: CompareConfig) -> Comparison:
+    """Compare as the options say.
+
+    What is finished is kept below `<project>/cache`: after an interruption the same command goes on where it was.
+
+    Raises:
+        UserError: options, names, data set or folder that cannot be used, or no candidate that can be measured.
+    """
+    load_plugins(config.plugin)
+    context = Context.prepare(config)
+    rows = [Row(candidate) for candidate in resolve(config, context.data, context.cache / "specs")]
+    LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
+    try:
+        look_at_all(context, rows)
+        _some_left(rows)
+        train_all(context, rows)
+        conditions = Speed(context, rows).run()
+    except KeyboardInterrupt:
+        LOGGER.warning("interrupted; what is finished is kept, the same command goes on from here")
+        raise
+    runtime, batch = config.runtimes[0], config.batch[0]
+    chosen = pick(points_of(rows, runtime, batch), Limits.of(config))
+    found = Findings(config, rows, chosen, context.machine, conditions, _about(context), context.step_batch)
+    with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
+        write_all(found, run.folder)
+    for table in found.tables():
+        if table.title in SHOWN:
+            LOGGER.info("\n%s", as_text(table))
+    LOGGER.info("\n%s\nResults saved to %s (open report.html)", found.verdict(), run.final)
+    return Comparison(run.final, tuple(rows), chosen)
+
+
+def _some_left(rows: Sequence[Row]) -> None:
+    """ConfigError that gives every candidate's reason when none is left."""
+    if not measured(rows):
+        reasons = "; ".join(f"{row.label}: {row.failure}" for row in rows)
+        raise ConfigError(f"none of the {len(rows)} candidate(s) can be measured: {reasons}")
+
+
+def _about(context: Context) -> str:
+    data = context.data
+    return f"{data.file.name}, split '{context.config.task}', {len(data.names)} classes"

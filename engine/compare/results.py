@@ -1,0 +1,171 @@
+"""What is known about each candidate, and how it becomes plain values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.compare.candidates import Candidate
+from engine.compare.measure import STAGES, STEP, TOTAL
+from engine.compare.rounds import Spread, deviation, from_plain, over_seeds, to_plain
+
+DEPLOYED, TRAINING = "deployed", "training"  # forms whose latency is measured
+AREAS = ("small", "medium", "large")
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Detection of one form in one runtime.
+
+    Attributes:
+        runtime, form, batch: what was measured.
+        side: of the input in pixels.
+        times: milliseconds per picture by stage, and `total`.
+        peak_mb: most memory held, see `engine.compare.jobs.memory_of`.
+        baseline_mb: held before the model was there (CPU).
+        disk_mb: size of the file that was run.
+        proof: how far the exported file is from the model (pixels, score).
+    """
+
+    runtime: str
+    form: str
+    batch: int
+    side: int
+    times: Mapping[str, Spread]
+    peak_mb: float
+    baseline_mb: float | None = None
+    disk_mb: float | None = None
+    proof: Mapping[str, float | None] | None = None
+
+    @property
+    def total(self) -> Spread:
+        """Milliseconds per picture, all stages."""
+        return self.times[TOTAL]
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        times = {name: to_plain(spread) for name, spread in self.times.items()}
+        return {**vars(self), "times": times}
+
+    @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> Latency:
+        """What `to_plain` gave."""
+        times = {name: from_plain(spread) for name, spread in content["times"].items()}
+        return cls(**{**content, "times": times})
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Validation of a candidate's trainings.
+
+    Attributes:
+        seeds: of the trainings; None for a checkpoint that was given.
+        results: one per training, see `engine.compare.jobs.run_validation`.
+    """
+
+    seeds: tuple[int, ...] | None
+    results: tuple[Mapping[str, Any], ...]
+
+    def figure(self, name: str) -> Spread:
+        """`map50`, `map`, `precision` or `recall` over the trainings."""
+        return over_seeds([float(result[name]) for result in self.results])
+
+    def deviation(self, name: str) -> float | None:
+        """Sample standard deviation over the trainings; None for one."""
+        return deviation([float(result[name]) for result in self.results])
+
+    def area(self, name: str) -> Spread | None:
+        """mAP50-95 of small, medium or large objects; None where there are none, or without pycocotools."""
+        values = [result["areas"][name] for result in self.results]
+        return None if any(v is None for v in values) else over_seeds([float(v) for v in values])
+
+    def classes(self, figure: str = "map") -> dict[str, Spread]:
+        """mAP by class name."""
+        names = self.results[0]["classes"]
+        return {name: over_seeds([r["classes"][name][figure] for r in self.results]) for name in names}
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON, with means and deviations."""
+        figures = {
+            name: {"mean": self.figure(name).middle, "deviation": self.deviation(name)}
+            for name in ("map50", "map", "precision", "recall")
+        }
+        return {"seeds": self.seeds, "results": [dict(r) for r in self.results], **figures}
+
+
+@dataclass
+class Row:
+    """One candidate, filled in while the comparison goes on.
+
+    Attributes:
+        weights: checkpoint whose speed is measured: trained, given, or with random weights.
+        weights_key: stands for it in keys of stored results.
+        structure: see `engine.compare.jobs.structure`.
+        training_memory: see there.
+        training_fits: False when a training step ran out of memory.
+        latencies: by runtime, form and batch.
+        step: milliseconds per picture of a training step.
+        failure: why there is nothing more; None for a candidate that was measured.
+        notes: what else could not be done, and why.
+    """
+
+    candidate: Candidate
+    weights: Path | None = None
+    weights_key: str = ""
+    structure: dict[str, Any] | None = None
+    training_memory: dict[str, Any] | None = None
+    training_fits: bool = True
+    latencies: list[Latency] = field(default_factory=list)
+    step: Spread | None = None
+    accuracy: Accuracy | None = None
+    failure: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """Name of the candidate."""
+        return self.candidate.label
+
+    def latency(self, runtime: str, batch: int, form: str = DEPLOYED) -> Latency | None:
+        """What was measured, if it was."""
+        for found in self.latencies:
+            if (found.runtime, found.batch, found.form) == (runtime, batch, form):
+                return found
+        return None
+
+    @property
+    def parameters_m(self) -> float | None:
+        """Millions of parameters of the training form."""
+        return self.structure["parameters"] / 1e6 if self.structure else None
+
+    @property
+    def images_per_s(self) -> Spread | None:
+        """Pictures per second of training (without the loader)."""
+        if self.step is None:
+            return None
+        s = self.step
+        return Spread(1000 / s.middle, 1000 / s.high, 1000 / s.low, tuple(1000 / v for v in s.values))
+
+    def to_plain(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "label": self.label,
+            "given": self.candidate.given,
+            "failure": self.failure,
+            "notes": list(self.notes),
+            "structure": self.structure,
+            "training_memory": self.training_memory,
+            "latencies": [latency.to_plain() for latency in self.latencies],
+            "training_step_ms": to_plain(self.step) if self.step else None,
+            "accuracy": self.accuracy.to_plain() if self.accuracy else None,
+        }
+
+
+def measured(rows: Sequence[Row]) -> list[Row]:
+    """The rows that did not fail."""
+    return [row for row in rows if row.failure is None]
+
+
+__all__ = ["AREAS", "DEPLOYED", "STAGES", "STEP", "TOTAL", "TRAINING", "Accuracy", "Latency", "Row", "measured"]

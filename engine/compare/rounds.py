@@ -1,0 +1,135 @@
+"""Interleaved rounds (A B C, A B C, ...) and what they say: medians, quartiles, ranks with ties."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+FEWEST_ROUNDS = 5
+VISIT_S = 0.2  # a turn lasts about so long, and at least one call
+MOST_CALLS = 20
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure measured several times.
+
+    Attributes:
+        middle, low, high: median and quartiles of rounds; mean, smallest and largest of seeds.
+        values: one per round, or per seed.
+    """
+
+    middle: float
+    low: float
+    high: float
+    values: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Median and quartiles (linear interpolation)."""
+        low, middle, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75)).tolist()
+        return cls(middle, low, high, tuple(values))
+
+    def overlaps(self, other: Spread) -> bool:
+        """Whether the ranges have a point in common."""
+        return self.low <= other.high and other.low <= self.high
+
+
+def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
+    """Whose turn it is: (round, name), every name once per round, always in the same order."""
+    for number in range(rounds):
+        for name in names:
+            yield number, name
+
+
+def calls_per_visit(call_s: float) -> int:
+    """Calls that count in one turn of a candidate whose call takes so many seconds."""
+    return max(1, min(MOST_CALLS, int(VISIT_S / max(call_s, 1e-9))))
+
+
+def rounds_that_fit(call_s: Mapping[str, float], seconds: float, most: int) -> int:
+    """Rounds to make within a time.
+
+    Args:
+        call_s: seconds of a call by candidate.
+        seconds: time for all candidates together.
+        most: rounds at most; at least `FEWEST_ROUNDS` are made even where they take longer (or `most`, if fewer).
+    """
+    one = sum(took * (calls_per_visit(took) + 1) for took in call_s.values())
+    return max(min(most, FEWEST_ROUNDS), min(most, int(seconds / one) if one > 0 else most))
+
+
+def play(
+    names: Sequence[str], rounds: int, ask: Callable[[str], Mapping[str, float] | None], tick: Callable[[], None]
+) -> dict[str, dict[str, Spread]]:
+    """Make the rounds.
+
+    Args:
+        names: candidates, in the order of their turns.
+        rounds: number of rounds.
+        ask: gives the figures of one turn; None from a candidate that failed, which is not asked again.
+        tick: called after every turn.
+
+    Returns:
+        By candidate (those that failed are left out), by figure.
+    """
+    found: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
+    failed: set[str] = set()
+    for _, name in turns(names, rounds):
+        if name not in failed:
+            figures = ask(name)
+            if figures is None:
+                failed.add(name)
+            else:
+                found[name].append(figures)
+        tick()
+    return {
+        name: {figure: Spread.of([times[figure] for times in rows]) for figure in rows[0]}
+        for name, rows in found.items()
+        if name not in failed
+    }
+
+
+def ranks(spreads: Mapping[str, Spread], smaller_is_better: bool = True) -> dict[str, str]:
+    """Places, the best first: `1`, `2=`, `2=`, `4`.
+
+    Those whose range overlaps with that of the best one of a group share its place: the measurement does not tell them
+    apart.
+    """
+    sign = 1 if smaller_is_better else -1
+    order = sorted(spreads, key=lambda name: sign * spreads[name].middle)
+    groups: list[list[str]] = []
+    for name in order:
+        if groups and spreads[groups[-1][0]].overlaps(spreads[name]):
+            groups[-1].append(name)
+        else:
+            groups.append([name])
+    out: dict[str, str] = {}
+    for group in groups:
+        place = len(out) + 1
+        out |= {name: f"{place}=" if len(group) > 1 else str(place) for name in group}
+    return out
+
+
+def to_plain(spread: Spread) -> dict[str, Any]:
+    """For JSON."""
+    return {"middle": spread.middle, "low": spread.low, "high": spread.high, "values": list(spread.values)}
+
+
+def from_plain(content: Mapping[str, Any]) -> Spread:
+    """What `to_plain` gave."""
+    return Spread(content["middle"], content["low"], content["high"], tuple(content["values"]))
+
+
+def over_seeds(values: Sequence[float]) -> Spread:
+    """Figures of several seeds: mean, smallest, largest. One seed has no known spread."""
+    return Spread(math.fsum(values) / len(values), min(values), max(values), tuple(values))
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """Sample standard deviation; None for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None

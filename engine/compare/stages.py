@@ -1,0 +1,150 @@
+"""The first two stages of a comparison: what each candidate is made of, and how accurate it becomes."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from engine.compare.context import Context, alone, safe
+from engine.compare.pool import Failed, Worker
+from engine.compare.results import Accuracy, Row, measured
+from engine.compare.store import digest
+from engine.compare.worker import CRASH, MEMORY
+
+LOGGER = logging.getLogger(__name__)
+TRANSIENT = (MEMORY, CRASH)  # failures that another try may not see: never kept
+BAR = "{l_bar}{bar:20}{r_bar}"
+
+
+def look_at_all(context: Context, rows: Sequence[Row]) -> None:
+    """Structure and memory of training of every candidate; what fails here is out of the comparison."""
+    bar = tqdm(rows, desc="structure and memory", bar_format=BAR)
+    with logging_redirect_tqdm():
+        for row in bar:
+            bar.set_postfix_str(row.label)
+            try:
+                _look_at(context, row)
+            except Failed as error:
+                row.failure, row.notes = error.reason, []
+                LOGGER.warning("%s: %s", row.label, error.reason)
+
+
+def _look_at(context: Context, row: Row) -> None:
+    key = digest([row.candidate.key, context.measuring_key, context.step_batch])
+    checkpoint = context.cache / "initial" / f"{safe(row.label)}-{key}.pt"
+    row.weights, row.weights_key = checkpoint, key
+    known = context.store.find("structure", key)
+    if known is not None and checkpoint.is_file():
+        row.structure, row.training_memory = known["structure"], known["training_memory"]
+        row.notes += known["notes"]
+        return
+    keep = True
+    worker = context.worker(row)
+    try:
+        try:  # first of all: the peak of memory is that of the whole process
+            recipe = context.recipe(row)
+            row.training_memory = worker.ask(
+                "training_memory", sample=str(context.sample), recipe=recipe, batch=context.step_batch
+            )
+        except Failed as error:
+            row.notes.append(f"training step of {context.step_batch}: {error.reason}")
+            row.training_fits = error.kind != MEMORY
+            keep = error.kind not in TRANSIENT
+            if not worker.is_alive:
+                worker.close()
+                worker = context.worker(row)
+        row.structure = worker.ask("structure", imgsz=context.config.imgsz, checkpoint=str(checkpoint))
+    finally:
+        worker.close()
+    if keep:
+        found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
+        context.store.keep("structure", key, found, row.label)
+
+
+# ---- accuracy -------------------------------------------------------------------------------------------------------
+
+
+def train_all(context: Context, rows: Sequence[Row]) -> None:
+    """Train every candidate once per seed, and validate; checkpoints that were given are validated only.
+
+    Seeds take turns: when the first one is done, there is a first answer for all candidates.
+    """
+    found: dict[str, list[dict[str, Any]]] = {row.label: [] for row in rows}
+    given = [row for row in measured(rows) if row.candidate.weights]
+    trained = [row for row in measured(rows) if row.candidate.cfg] if context.config.epochs else []
+    jobs: list[tuple[Row, int | None]] = [(row, None) for row in given]
+    jobs += [(row, seed) for seed in context.config.seeds for row in trained]
+    for number, (row, seed) in enumerate(jobs, 1):
+        what = "validation" if seed is None else f"training, seed {seed}"
+        try:
+            found[row.label].append(_one(context, row, seed, f"{number}/{len(jobs)} {row.label}, {what}"))
+        except Failed as error:
+            row.notes.append(f"{what}: {error.reason}")
+            LOGGER.warning("%s: %s: %s", row.label, what, error.reason)
+    for row in rows:
+        results = found[row.label]
+        if results:
+            seeds = None if row.candidate.weights else tuple(r["seed"] for r in results)
+            row.accuracy = Accuracy(seeds, tuple(results))
+            row.weights, row.weights_key = Path(results[0]["weights"]), results[0]["key"]
+
+
+def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, Any]:
+    """Figures of one training (or of a given checkpoint): those that are kept, or new ones."""
+    training = digest([row.candidate.key, context.training_key if seed is not None else None, seed])
+    key = digest([training, context.validation_key])
+    known = context.store.find("accuracy", key)
+    if known is not None and Path(known["weights"]).is_file():
+        LOGGER.info("%s: found, not done again", title)
+        return known
+    if seed is not None and not row.training_fits:
+        raise Failed(MEMORY, "left out: a single step takes more memory than there is")
+    folder = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
+    with alone(folder.with_suffix(".lock"), title), context.worker(row) as worker:
+        weights = str(row.candidate.weights)
+        if seed is not None:
+            if context.config.fresh and folder.exists():
+                shutil.rmtree(folder)
+            weights = _train(context, row, seed, folder, worker, title)
+        config = context.config
+        scratch = folder if seed is not None else context.cache / "initial"
+        figures = worker.ask(
+            "validate", weights=weights, data=config.data, imgsz=config.imgsz, task=config.task,
+            batch=config.batch_size, workers=config.workers, scratch=str(scratch),
+        )  # fmt: skip
+    result = {**figures, "seed": seed, "weights": weights, "key": key}
+    context.store.keep("accuracy", key, result, title)
+    return result
+
+
+def _train(context: Context, row: Row, seed: int, folder: Path, worker: Worker, title: str) -> str:
+    """Train in a process of its own, with a bar that counts the epochs. Returns the best weights."""
+    with tqdm(total=context.config.epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
+        tick = _epoch_counter(folder / "results.csv", bar)
+        tick()
+        if bar.n:
+            LOGGER.info("%s: goes on after epoch %d", title, bar.n)
+        found = worker.ask("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
+        tick()
+    return found["best"]
+
+
+def _epoch_counter(path: Path, bar: tqdm) -> Callable[[], None]:
+    """Brings a bar up to the number of epochs in results.csv."""
+
+    def tick() -> None:
+        try:
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except OSError:
+            return
+        done = min(max(len(lines) - 1, 0), bar.total)
+        if done > bar.n:
+            bar.update(done - bar.n)
+
+    return tick

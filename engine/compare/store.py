@@ -1,0 +1,110 @@
+"""Results that are kept, each by a key of everything that it depends on: nothing is done twice, nothing is stale.
+
+A key is a hash of plain values. What an interrupted comparison has finished is found again by the same command.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from data.config import DataConfig
+from data.labels import label_path, list_images
+from utils.files import ROOT, atomic_path, make_folder
+
+LOGGER = logging.getLogger(__name__)
+VERSION = 1  # raise it when the content of stored results changes
+HEX = 16
+# Source files that can change what a training or a measurement gives. What draws and reports is left out: a nicer
+# table is no reason to train again.
+TRAINING_CODE = ("models", "data", "utils", "engine")
+MEASURING_CODE = (*TRAINING_CODE, "engine/runtimes", "engine/export", "engine/compare")
+REPORTING = ("table.py", "report.py", "pictures.py", "pareto.py", "job.py", "config.py", "store.py", "columns.py")
+
+
+def digest(value: Any) -> str:
+    """Hex digits of plain values (of bytes: of their content); equal values give equal digits."""
+    if isinstance(value, bytes):
+        return hashlib.sha256(value).hexdigest()[:HEX]
+    text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:HEX]
+
+
+def stat_key(path: Path) -> list[Any]:
+    """Name, size and time of a file; stands for its content."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return [path.name, -1, -1]
+    return [path.name, stat.st_size, stat.st_mtime_ns]
+
+
+def data_key(data: DataConfig, splits: Iterable[str]) -> str:
+    """Stands for the classes, pictures and labels of some splits: names, sizes and times of all files."""
+    found: list[Any] = [sorted(data.names.items())]
+    for name in splits:
+        listed, _ = list_images(data.split(name))
+        for path in sorted(listed, key=str):
+            place = path.parent.relative_to(data.root) if path.is_relative_to(data.root) else path.parent
+            found.append([name, place.as_posix(), stat_key(path), stat_key(label_path(path))])
+    return digest(found)
+
+
+def code_key(folders: Sequence[str], skipped: Sequence[str] = ()) -> str:
+    """Stands for the source files right in some folders (`models` and `data`: with all below them).
+
+    Args:
+        folders: below the project's root.
+        skipped: file names that do not count.
+    """
+    files: set[Path] = set()
+    for name in folders:
+        pattern = "*.py" if name.startswith("engine") else "**/*.py"
+        files |= set((ROOT / name).glob(pattern))
+    listed = sorted((p.relative_to(ROOT).as_posix(), p) for p in files if p.name not in skipped)
+    return digest([[name, digest(path.read_bytes())] for name, path in listed])
+
+
+class Store:
+    """Finished results as JSON files, one per key.
+
+    Args:
+        folder: of the files; made when something is kept.
+        fresh: find nothing (but keep what is new).
+    """
+
+    def __init__(self, folder: Path, fresh: bool = False) -> None:
+        self.folder, self.fresh = folder, fresh
+
+    def find(self, kind: str, key: str) -> Any | None:
+        """What was kept under a key; None when there is nothing, or nothing that can be read."""
+        path = self._path(kind, key)
+        if self.fresh or not path.is_file():
+            return None
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return content["result"] if content["version"] == VERSION else None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            LOGGER.warning("%s: cannot be used, made anew (%s)", path, error)
+            return None
+
+    def keep(self, kind: str, key: str, result: Any, about: Any = None) -> None:
+        """Keep plain values under a key.
+
+        Args:
+            kind: first part of the file's name.
+            key: of everything that the result depends on.
+            result: plain values.
+            about: what the key was made of, for who reads the file.
+        """
+        make_folder(self.folder)
+        content = {"version": VERSION, "kind": kind, "about": about, "result": result}
+        with atomic_path(self._path(kind, key)) as part:
+            part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / f"{kind}-{key}.json"
