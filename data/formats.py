@@ -142,6 +142,46 @@ def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
 # ---- COCO
 
 
+@dataclass(frozen=True)
+class CocoTruth:
+    """A COCO file as the ground truth that detections are scored against, groups included.
+
+    Attributes:
+        content: images, annotations, categories; every annotation with `area` and `iscrowd`.
+        images: image id by path of the picture.
+        categories: category id by class number; a class that the file does not have gets an id of its own.
+    """
+
+    content: Mapping[str, Any]
+    images: Mapping[str, Any]
+    categories: tuple[Any, ...]
+
+
+def coco_truth(source: AnnotatedSource) -> CocoTruth:
+    """What `val --save-json` needs to write results under the ids of a COCO file.
+
+    Raises:
+        DataError: annotations that cannot be read, or with classes that the data set does not name.
+    """
+    content = coco.read_coco(source.path)
+    ids = {number: category for category, number in coco.class_numbers(content, source.classes).items()}
+    free = max(content.categories, default=0) + 1
+    count = len(source.classes) if source.classes is not None else len(content.categories)
+    annotations: list[dict[str, Any]] = []
+    for items in content.annotations.values():
+        for item in items:
+            _, _, width, height = item.get("bbox") or (0, 0, 0, 0)
+            entry = {"area": float(width * height), "iscrowd": 0} | dict(item)
+            annotations.append(entry | {"id": len(annotations) + 1})
+    images = [{"id": image.id, "file_name": image.file_name} for image in content.images]
+    listed = [{"id": number, "name": name} for number, name in content.categories.items()]
+    return CocoTruth(
+        {"images": images, "annotations": annotations, "categories": listed},
+        {str(path): image.id for path, image in reversed(list(located(source, content.images)))},
+        tuple(ids.get(number, free + number) for number in range(count)),
+    )
+
+
 def _coco_folders(folder: Path, root: Path | None, words: Sequence[str]) -> tuple[Path, ...]:
     above = folder.parent if folder.name.lower() == "annotations" else folder
     bases = [base for start in (folder, root or above, above) for base in (start, start / "images")]
