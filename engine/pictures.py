@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 
+from engine.writers import write_picture
 from utils.curves import plot_history, plot_labels
 from utils.plots import image_grid
 from utils.structures import Batch
@@ -25,7 +25,7 @@ def labels(s: Setup) -> None:
 def training_batch(s: Setup, batch: Batch, number: int) -> None:
     """train_batch<number>.jpg: what the network is shown, augmentation and boxes."""
     picture = image_grid(batch.images, batch.targets, batch.paths, s.data.names)
-    cv2.imwrite(str(s.folder / f"train_batch{number}.jpg"), picture)
+    write_picture(s.folder / f"train_batch{number}.jpg", picture)
 
 
 def results(folder: Path) -> None:
