@@ -157,7 +157,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         "imgsz": args.imgsz,
         "batch_size": args.batch_size,
         "decodes_per_picture": decodes_per_picture(records, args.imgsz, recipe),
-        "settings": [{"cache": cache, "workers": workers, **c.to_dict()} for (cache, workers), c in clocks.items()],
+        "settings": [
+            {"cache": cache, "workers": loaders[cache, asked].workers, "asked": asked, **c.to_dict()}
+            for (cache, asked), c in clocks.items()
+        ],
         "paste_then_warp": [{"cache": cache, "workers": 0, **c.to_dict()} for cache, c in usual.items()],
     }
 
@@ -191,9 +194,11 @@ def main() -> None:
 
 def _row(setting: dict[str, Any]) -> tuple[Any, ...]:
     rates, workers = setting["rates"], setting["workers"]
+    asked = setting.get("asked", workers)  # a loader starts no more than there are processors
     cpu = "" if workers else f"{statistics.median(setting['cpu_ms']):.2f}"  # of this process alone, so not with workers
     spread = f"{min(rates):.0f} .. {max(rates):.0f}"
-    return setting["cache"], workers, f"{statistics.median(rates):.0f}", spread, cpu
+    shown = workers if workers == asked else f"{workers} ({asked} asked)"
+    return setting["cache"], shown, f"{statistics.median(rates):.0f}", spread, cpu
 
 
 if __name__ == "__main__":

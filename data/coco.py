@@ -21,6 +21,7 @@ from utils.errors import DataError, did_you_mean
 Segment = NDArray[np.float32]
 
 NEEDED = ("images", "annotations", "categories")
+"""Lists of a file; `annotations` may be missing altogether, as in COCO's own lists of test pictures."""
 
 
 @dataclass(frozen=True)
@@ -169,12 +170,13 @@ def _load(path: Path) -> dict[str, Any]:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    keys = list(content) if isinstance(content, dict) else []
-    missing = [key for key in NEEDED if not isinstance(content, dict) or not isinstance(content.get(key), list)]
+    table = content if isinstance(content, dict) else {}
+    lists = {"annotations": [], **table}
+    missing = [key for key in NEEDED if not isinstance(lists.get(key), list)]
     if missing:
-        hint = did_you_mean(missing[0], keys)
+        hint = did_you_mean(missing[0], table)
         raise DataError(f"{path}: is no COCO detection file: lists {', '.join(missing)} are missing{hint}")
-    return content
+    return lists
 
 
 def _categories(items: Sequence[Any], path: Path) -> dict[Any, str]:

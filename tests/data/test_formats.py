@@ -183,6 +183,8 @@ def test_box_that_reaches_over_the_border_by_rounding_is_cut(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
+        ({"images": {}, "image": []}, r"lists images are missing; did you mean 'image'"),
+        ({"annotations": None}, r"lists annotations are missing"),
         ({"images": {}}, r"is no COCO detection file: lists images are missing"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories\[1\]: id 1 .* given twice"),
         ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \(a\)"),
@@ -196,6 +198,15 @@ def test_broken_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], p
     with pytest.raises(DataError, match=problem) as caught:
         load(file)
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+
+
+def test_list_of_pictures_without_annotations(tmp_path: Path) -> None:
+    """COCO's image_info_test-dev2017.json: enough for detections without a score."""
+    content = json.loads(coco_set(tmp_path, []).read_text())
+    file = dump(tmp_path / "test.json", {key: value for key, value in content.items() if key != "annotations"})
+    assert len(load(file, require_labels=False).records) == 2
+    with pytest.raises(DataError, match=r"no labels for 2 pictures in .*test\.json"):
+        load(file)
 
 
 def test_json_syntax_error_has_its_line(tmp_path: Path) -> None:
@@ -331,7 +342,8 @@ def test_voc_polygon_becomes_an_outline(tmp_path: Path) -> None:
 
 
 def test_unknown_voc_class_is_an_error_for_the_set(tmp_path: Path) -> None:
-    voc_set(tmp_path, a=[voc_object("dog", 6, 4, 18, 12), voc_object("Dgo", 6, 4, 18, 12)])
+    good = voc_object("dog", 6, 4, 18, 12)
+    voc_set(tmp_path, a=[good, voc_object("Dgo", 6, 4, 18, 12)], b=[good])
     config = load_data_config(yaml(tmp_path, "train: .\nnames: [cat, dog]\n"))
     with pytest.raises(DataError, match=r"a\.xml: object 2 \(Dgo\): the classes are cat, dog; did you mean 'dog'"):
         load(*config.split("train"))
