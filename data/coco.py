@@ -174,7 +174,7 @@ def _load(path: Path) -> dict[str, Any]:
     lists = {"annotations": [], **table}
     missing = [key for key in NEEDED if not isinstance(lists.get(key), list)]
     if missing:
-        hint = did_you_mean(missing[0], table)
+        hint = did_you_mean(missing[0], [key for key in table if key not in NEEDED])
         raise DataError(f"{path}: is no COCO detection file: lists {', '.join(missing)} are missing{hint}")
     return lists
 
