@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from engine.keywords import settled
 from utils.errors import ConfigError, did_you_mean
 from utils.yaml_lines import load_yaml
 
@@ -77,7 +78,7 @@ class Options:
         for name in keywords:
             if name not in names:
                 raise ConfigError(f"{cls.__name__}: unknown option '{name}'{did_you_mean(name, names)}")
-        config = cls(**keywords)
+        config = cls(**settled(fields(cls), keywords))  # type: ignore[arg-type]
         config.check()
         return config
 
