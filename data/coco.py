@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class CocoFile:
     annotations: Mapping[Any, Sequence[Mapping[str, Any]]]
     notes: tuple[str, ...] = ()
 
-    @property
+    @cached_property
     def used(self) -> set[Any]:
         """Category ids that some annotation has."""
         return {item["category_id"] for items in self.annotations.values() for item in items}

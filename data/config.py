@@ -89,6 +89,8 @@ class DataConfig:
     def _missing(self, name: str, missing: list[Path]) -> str:
         where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
         text = f"{where}: split '{name}': no such folder, list or annotation file: {', '.join(map(str, missing))}"
+        parent = missing[0].parent
+        text += did_you_mean(missing[0].name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
         others = [str(root) for root in self.roots if root != self.root]
         if others:
             text += f" (nothing below {', '.join(others)} either)"

@@ -208,7 +208,7 @@ def _coco_pictures(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[
 
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
     """The path of each picture; one that is nowhere gets the path at which it was looked for first."""
-    folders = list(source.folders)
+    folders = [folder for folder in source.folders if folder.is_dir()] or list(source.folders[:1])
     for image in images:
         name = image.file_name.replace("\\", "/")
         found = next((i for i, folder in enumerate(folders) if (folder / name).is_file()), 0)

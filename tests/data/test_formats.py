@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +98,7 @@ def test_coco_classes_are_numbered_by_rising_id_or_by_the_names_of_the_yaml(tmp_
     config = load_data_config(yaml(tmp_path, "train: train.json\nnames: [dog, cat, ant, extra]\n"))
     sources = config.split("train")
     assert [r.labels[:, 0].tolist() for r in load(*sources, num_classes=4).records] == [[1, 0], [2]]
+    sources = replace(config, names={0: "item"}).split("train")  # as --single-cls does it
     one = load(*sources, num_classes=4, single_cls=True).records
     assert [r.labels[:, 0].tolist() for r in one] == [[0, 0], [0]]
 
@@ -111,6 +113,13 @@ def test_names_that_do_not_fit_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"d\.yaml:2: nc is 2, but .*train\.json has 3 classes: ant, cat, dog"):
         load_data_config(yaml(tmp_path, "train: train.json\nnc: 2\n"))
     assert load_data_config(yaml(tmp_path, "train: train.json\nnc: 3\n")).names[2] == "dog"
+
+
+def test_missing_annotations_name_the_nearest_file(tmp_path: Path) -> None:
+    coco_set(tmp_path, [])
+    config = load_data_config(yaml(tmp_path, "train: trian.json\nnames: [a]\n"))
+    with pytest.raises(DataError, match=r"d\.yaml:1: split 'train': .*trian\.json; did you mean 'train\.json'"):
+        config.split("train")
 
 
 def test_crowds_repetitions_and_empty_pictures_are_counted(tmp_path: Path) -> None:
