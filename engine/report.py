@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,8 +21,12 @@ from engine.report_parts import line_chart, number, picture_file, table, text, v
 from engine.tally import EvalResult
 from engine.worst import USE_SCORE, PictureErrors
 from utils.curves import read_history
+from utils.device import describe_device
 from utils.errors import DataError
 from utils.files import ROOT, atomic_path
+
+if TYPE_CHECKING:
+    from engine.setup import Setup
 
 CHARTS: Mapping[str, Mapping[str, str]] = {
     "Box loss": {"training": "train/box_loss", "validation": "val/box_loss"},
@@ -97,6 +101,26 @@ class RunFacts:
     device: str
     result: EvalResult | None = None
     worst: Sequence[PictureErrors] = ()
+
+
+def facts_of(s: Setup, result: EvalResult | None, worst: Sequence[PictureErrors] = ()) -> RunFacts:
+    """What the report of a training tells.
+
+    Args:
+        s: the training.
+        result: validation of the best weights, or None.
+        worst: pictures with the most errors, the worst first.
+    """
+    return RunFacts(
+        names=s.data.names,
+        options=s.config.to_dict(),
+        hyp=s.hyp.to_dict(),
+        layers=s.model.layer_table(),
+        model=str(s.model.info(s.config.imgsz)),
+        device=describe_device(s.device),
+        result=result,
+        worst=worst,
+    )
 
 
 def write_report(folder: Path, facts: RunFacts) -> Path:

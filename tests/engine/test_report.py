@@ -7,17 +7,20 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import pytest
 import torch
 
+from engine.config import Hyperparameters, TrainConfig
 from engine.hooks import CsvLog
-from engine.report import RunFacts, environment, git_commit, write_report
+from engine.report import RunFacts, environment, facts_of, git_commit, write_report
 from engine.report_parts import embedded, line_chart, number, table, ticks
 from engine.tally import ImageOutcome, Tally, summarize
 from engine.worst import PictureErrors, WorstPictures, picture_errors
+from tests.engine import detectors
 from tests.engine.test_hooks import row
 from utils.files import ROOT
 
@@ -221,6 +224,17 @@ def test_ticks(low, high, expected):
 def test_numbers_and_cells():
     assert [number(v) for v in (0.123456, 1234567.0, float("nan"), 1.0)] == ["0.1235", "1.235e+06", "-", "1"]
     assert '<td class="n">7</td><td>True</td><td>a&lt;</td>' in table([(7, True, "a<")])
+
+
+def test_facts_of_a_training():
+    model = detectors.build("yolov5")
+    setup = SimpleNamespace(
+        config=TrainConfig(imgsz=64), hyp=Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"), model=model,
+        data=SimpleNamespace(names=model.names), device=torch.device("cpu"),
+    )  # fmt: skip
+    found = facts_of(setup, None)
+    assert found.options["imgsz"] == 64 and found.hyp["lr0"] == 0.01 and found.names == model.names
+    assert "Detect" in found.layers and "parameters" in found.model and found.device.startswith("cpu")
 
 
 @pytest.mark.parametrize(("suffix", "side", "shape"), [(".jpg", 50, (25, 50)), (".png", 500, (60, 120))])
