@@ -229,8 +229,8 @@ def test_numbers_and_cells():
 def test_facts_of_a_training():
     model = detectors.build("yolov5")
     setup = SimpleNamespace(
-        config=TrainConfig(imgsz=64), hyp=Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"), model=model,
-        data=SimpleNamespace(names=model.names), device=torch.device("cpu"),
+        config=TrainConfig(imgsz=64), hyp=Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"),
+        model=model, data=SimpleNamespace(names=model.names), device=torch.device("cpu"),
     )  # fmt: skip
     found = facts_of(setup, None)
     assert found.options["imgsz"] == 64 and found.hyp["lr0"] == 0.01 and found.names == model.names
