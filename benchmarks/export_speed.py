@@ -16,6 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    rows = []
+    about = {**machine(CPU), **{package: version(package) for package in ("onnxruntime", "openvino")}}
+    rows: list[dict[str, Any]] = []
     for cfg in options.models:
         with tempfile.TemporaryDirectory() as folder:
             runtimes = forms(cfg, options.imgsz, Path(folder), tuple(options.files))
@@ -134,8 +136,8 @@ def main() -> None:
             ratios |= {kind: ratio(taken, kind, DEPLOYED) for kind in options.files}
             rows.append({"model": Path(cfg).stem, "seconds": taken, "ratios": ratios})
             del runtimes
-    results: dict[str, Any] = {"machine": machine(CPU), **vars(options), "rows": rows}
-    write_results(options.name, results, text(results))
+        results = {"machine": about, **vars(options), "rows": rows}
+        write_results(options.name, results, text(results))  # after each: a long run may be cut off
 
 
 if __name__ == "__main__":

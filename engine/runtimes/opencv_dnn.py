@@ -24,7 +24,7 @@ class OpenCvRuntime(ArtefactRuntime):
         device: the CPU.
 
     Raises:
-        CheckpointError: a file with operators that OpenCV does not have; it names them.
+        CheckpointError: a file with operators that OpenCV does not have (it names them), or with suppression in it.
         ConfigError: another device than the CPU.
     """
 
@@ -32,6 +32,10 @@ class OpenCvRuntime(ArtefactRuntime):
         if device.type != "cpu":
             raise ConfigError(f"--dnn: OpenCV runs on the CPU here, not on {device}; use --device cpu")
         metadata, shape, columns = describe_onnx(Path(path))
+        if metadata.nms:  # seen with 5.0: a division by zero that ends the process
+            raise CheckpointError(
+                f"{path}: exported with --nms, on which OpenCV crashes; leave out --dnn, or --nms there"
+            )
         try:
             self.net = cv2.dnn.readNetFromONNX(str(path))
         except cv2.error as error:

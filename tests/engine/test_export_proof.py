@@ -6,7 +6,9 @@ import copy
 
 import numpy as np
 import pytest
+import timm.utils.model
 import torch
+from timm.models.byobnet import RepVggBlock
 from torch import nn
 
 import models.backbones.nextvit as nextvit
@@ -91,6 +93,8 @@ BREAKS = [
     ("yolov5", fuse, "_folded", wrong_sign),
     ("yolov5", fuse, "_folded", wrong_eps),
     ("riformer", fuse, "_folded", wrong_eps),
+    ("revvit", fuse, "_folded", wrong_sign),
+    ("timm", fuse, "_folded", wrong_eps),
     ("repmlp", repmlp, "folded_fc3", fc3_without_the_largest_branch),
     ("repmlp", repmlp, "folded_fc3", fc3_with_wrong_eps),
     ("nextvit", nextvit, "fold_norm_before", norm_forgotten),
@@ -116,6 +120,23 @@ def test_a_broken_riformer_fold_is_seen(monkeypatch):
         right(self)
 
     monkeypatch.setattr(riformer.RIFormer, "reparameterize", broken)
+    with pytest.raises(ExportError, match="stage 1"):
+        proved(model)
+
+
+def test_a_skipped_branch_of_timm_is_seen(monkeypatch):
+    """RepVGG's identity branch, left out by the function that fuses a block."""
+    model = build("timm-repvgg")
+    right = timm.utils.model.reparameterize_model
+
+    def poorer(network, inplace):
+        skipped = [m for m in network.modules() if isinstance(m, RepVggBlock) and m.identity is not None]
+        assert skipped
+        for block in skipped:
+            block.identity = None
+        return right(network, inplace=inplace)
+
+    monkeypatch.setattr(timm.utils.model, "reparameterize_model", poorer)
     with pytest.raises(ExportError, match="stage 1"):
         proved(model)
 

@@ -223,6 +223,7 @@ def refused(tmp_path, case):
         helper.make_model(flat, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), str(tmp_path / "flat.onnx")
     )
     script = torchscript_file(tmp_path / "plain.torchscript", {})
+    nms = onnx_file(tmp_path / "nms.onnx", texts={"nms": "True"})
     path = {name: str(tmp_path / name) for name in ("bad.onnx", "bad.torchscript", "bad.xyz", "empty", "goood.onnx")}
     return {
         "corrupt onnx": (lambda: open_runtime([path["bad.onnx"]], CPU), "ONNX Runtime cannot open it"),
@@ -236,6 +237,7 @@ def refused(tmp_path, case):
         "augment": (lambda: open_runtime([good], CPU, augment=True), "--augment: needs a .pt file"),
         "dnn without onnx": (lambda: open_runtime(["x.pt"], CPU, dnn=True), "--dnn: OpenCV runs one ONNX file"),
         "provider without onnx": (lambda: open_runtime(["x.pt"], CPU, provider="openvino"), "for one ONNX file only"),
+        "dnn with suppression": (lambda: open_runtime([nms], CPU, dnn=True), "with --nms, on which OpenCV crashes"),
         "dnn elsewhere": (lambda: OpenCvRuntime(good, torch.device("cuda")), "--dnn: OpenCV runs on the CPU"),
     }[case]  # fmt: skip
 
@@ -243,7 +245,7 @@ def refused(tmp_path, case):
 @pytest.mark.parametrize(
     "case",
     ["corrupt onnx", "corrupt torchscript", "no config", "no detector", "empty folder", "unknown kind", "missing",
-     "ensemble", "augment", "dnn without onnx", "provider without onnx", "dnn elsewhere"],
+     "ensemble", "augment", "dnn without onnx", "provider without onnx", "dnn with suppression", "dnn elsewhere"],
 )  # fmt: skip
 def test_refused_in_one_line(tmp_path, case):
     call, words = refused(tmp_path, case)
