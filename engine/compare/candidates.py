@@ -14,7 +14,7 @@ from engine.evaluator import check_classes
 from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, row_names
 from models.checkpoint import read_checkpoint
 from models.spec import FOLDERS
-from utils.errors import CheckpointError, ConfigError, UserError, did_you_mean
+from utils.errors import CheckpointError, ConfigError, DataError, UserError, did_you_mean
 from utils.files import ROOT, find_file
 from utils.yaml_lines import dump_yaml, load_yaml, plain
 
@@ -125,7 +125,9 @@ def _yaml_of(given: str, pretrained: bool, specs: Path) -> Path:
         return find_file(given, *FOLDERS)
     except ConfigError:
         yamls = [p.stem for folder in FOLDERS for p in (ROOT / folder).glob("*.yaml")]
-        near = did_you_mean(given.removeprefix(TIMM_PREFIX), [*yamls, *row_names(given.removeprefix(TIMM_PREFIX))])
+        name = given.removeprefix(TIMM_PREFIX)
+        prefix = TIMM_PREFIX if name != given else ""
+        near = did_you_mean(given, [prefix + known for known in [*yamls, *row_names(name)]])
         allowed = "a model YAML, timm/<name>, or a registered backbone (python -m models.backbones lists them)"
         raise ConfigError(f"--cfg {given}: unknown; allowed: {allowed}{near}") from None
 
@@ -171,7 +173,11 @@ def _is_plugin(name: str) -> bool:
 
 def _checkpoint(given: str, data: DataConfig) -> Path:
     path = find_file(given, error=CheckpointError)
-    check_classes(read_checkpoint(path).names, data, str(given))
+    try:
+        check_classes(read_checkpoint(path).names, data, str(given))
+    except DataError as error:
+        found = str(error).rpartition("; ")[0]  # without the hint at an option of val.py
+        raise DataError(f"{found}; give the data set that it was trained for") from error
     return path
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from data.config import DataConfig, load_data_config
+from data.config import DataConfig
 from data.images import read
 from data.labels import Annotations, load_annotations
 from engine.compare.config import RECIPE, CompareConfig
@@ -61,7 +61,7 @@ class Context:
     validation_key: str
 
     @classmethod
-    def prepare(cls, config: CompareConfig) -> Context:
+    def prepare(cls, config: CompareConfig, data: DataConfig) -> Context:
         """Check the options against the machine and the data set.
 
         Raises:
@@ -69,12 +69,10 @@ class Context:
         """
         device = select_device(config.device)
         hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-        data = load_data_config(config.data)
         splits = [config.task, *(["train", "val"] if config.epochs else [])]
         for name in splits:
             data.split(name)
-        make_folder(config.project)
-        cache = make_folder(Path(config.project) / "cache")
+        cache = make_folder(cache_folder(config))
         annotations = load_annotations(data.split(config.task), len(data.names))
         LOGGER.info("%s", annotations.report.summary())
         seen = data_key(data, [config.task])
@@ -127,6 +125,11 @@ class Context:
     def log(self, row: Row) -> Path:
         """File that takes what a candidate's processes print."""
         return self.cache / "logs" / f"{safe(row.label)}.log"
+
+
+def cache_folder(config: CompareConfig) -> Path:
+    """Folder of what is kept between runs."""
+    return Path(config.project) / "cache"
 
 
 def safe(label: str) -> str:

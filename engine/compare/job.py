@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.config import load_data_config
 from engine.compare.candidates import resolve
 from engine.compare.config import CompareConfig
-from engine.compare.context import Context
+from engine.compare.context import Context, cache_folder
 from engine.compare.pareto import Limits, Pick, pick, points_of
 from engine.compare.report import Findings, write_all
 from engine.compare.results import Row, measured
@@ -19,6 +20,7 @@ from engine.compare.table import as_text
 from engine.eval_outputs import run_folder
 from engine.plugins import load_plugins
 from utils.errors import ConfigError
+from utils.files import make_folder
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = ("Summary", "Latency", "What failed")  # on the terminal; the rest is in the files
@@ -48,8 +50,10 @@ def compare(config: CompareConfig) -> Comparison:
         UserError: options, names, data set or folder that cannot be used, or no candidate that can be measured.
     """
     load_plugins(config.plugin)
-    context = Context.prepare(config)
-    rows = [Row(candidate) for candidate in resolve(config, context.data, context.cache / "specs")]
+    make_folder(config.project)
+    data = load_data_config(config.data)
+    rows = [Row(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
+    context = Context.prepare(config, data)
     LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
     try:
         look_at_all(context, rows)

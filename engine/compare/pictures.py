@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.compare.pareto import Limits, Pick, Point, front
 from engine.compare.results import STAGES, Row, measured
+from engine.compare.table import significant
 from utils.files import atomic_path
 
 if TYPE_CHECKING:
@@ -34,16 +36,19 @@ Box = tuple[float, float, float, float]
 # ---- labels that do not overlap (pure) ------------------------------------------------------------------------------
 
 
-def place_labels(anchors: Sequence[Box], sizes: Sequence[tuple[float, float]], inside: Box) -> list[Box]:
+def place_labels(
+    anchors: Sequence[Box], sizes: Sequence[tuple[float, float]], inside: Box, obstacles: Sequence[Box] = ()
+) -> list[Box]:
     """Find a place for each label, beside what it names.
 
     Rings around the named thing are tried from near to far, eight directions each, to the right first. A place is free
-    when it lies inside, and touches neither a label placed before nor any of the named things.
+    when it lies inside, and touches neither a label placed before, nor any of the named things, nor an obstacle.
 
     Args:
         anchors: boxes of what is named.
         sizes: (width, height) of the labels.
         inside: where labels may be.
+        obstacles: what else is not to be covered; an overlap with them weighs half.
 
     Returns:
         A box per label. Where nothing is free the one with the least overlap.
@@ -54,6 +59,7 @@ def place_labels(anchors: Sequence[Box], sizes: Sequence[tuple[float, float]], i
         best, least = None, float("inf")
         for box in _places(anchor, size):
             cost = sum(overlap(box, other) for other in taken) + outside(box, inside)
+            cost += sum(overlap(box, other) for other in obstacles) / 2
             if cost < least:
                 best, least = box, cost
             if cost == 0:
@@ -117,29 +123,38 @@ def pareto_picture(path: Path, points: Mapping[str, Point], chosen: Pick, limits
             at[label] = (point.latency.middle, value)
     biggest = max((points[label].parameters_m or 0.0 for label in at), default=1.0) or 1.0
     areas = {label: disc_area(points[label].parameters_m or 0.0, biggest) for label in at}
+    lines: list[tuple[float, float, float, float]] = []  # drawn, in data: labels are to keep off
     kept = front(at) if judged else []
     if judged and len(kept) > 1:
-        axes.step(
-            *np.array([at[label] for label in kept]).T, where="post", color=FRONT, lw=1.2, zorder=1, label="front"
-        )
-    for label, (x, y) in at.items():
+        lines += _draw_front(axes, [at[label] for label in kept])
+    for label, (x, y) in sorted(at.items(), key=lambda item: -areas[item[0]]):  # small discs on top
         color = PICKED if label == chosen.label else FRONT if label in kept else GREY if judged else "#4878a8"
         strength = 0.35 if chosen.misses.get(label) else 0.8
         axes.scatter([x], [y], s=areas[label], color=color, linewidths=0, zorder=2, alpha=strength)
-        _ranges(axes, points[label], (x, y), judged)
+        lines += _ranges(axes, points[label], (x, y), judged)
     if limits.latency_ms is not None:
         axes.axvline(limits.latency_ms, color="0.3", lw=0.9, ls="--", label=f"limit {limits.latency_ms:g} ms")
     axes.set_xlabel(f"milliseconds per picture ({what})")
     axes.set_ylabel("mAP50-95" if judged else "GFLOPs (no accuracy was measured)")
     axes.set_title("Accuracy against latency" if judged else "Operations against latency", fontsize=12)
-    _room(axes, at)
+    _room(axes, [*((x, y, x, y) for x, y in at.values()), *lines], judged)
+    if limits.latency_ms is not None:
+        lines.append((limits.latency_ms, axes.get_ylim()[0], limits.latency_ms, axes.get_ylim()[1]))
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="lower right", fontsize=9)
-    _area_key(axes, biggest)
-    _write_labels(figure, axes, at, areas, chosen)
+    _area_key(axes, biggest, judged)
+    _write_labels(figure, axes, at, areas, lines, chosen.label)
     _save(figure, path)
+
+
+def _draw_front(axes: Axes, places: Sequence[tuple[float, float]]) -> list[Box]:
+    """Steps from one candidate of the front to the next. Returns the ends of the lines."""
+    xs, ys = zip(*places)
+    axes.step(xs, ys, where="post", color=FRONT, lw=1.2, zorder=1, label="front")
+    flat = [(x, y, next_x, y) for x, y, next_x in zip(xs, ys, xs[1:])]
+    return flat + [(x, y, x, next_y) for x, y, next_y in zip(xs[1:], ys, ys[1:])]
 
 
 def disc_area(parameters_m: float, biggest_m: float) -> float:
@@ -147,38 +162,61 @@ def disc_area(parameters_m: float, biggest_m: float) -> float:
     return max(LARGEST * parameters_m / biggest_m, SMALLEST)
 
 
-def _ranges(axes: Axes, point: Point, at: tuple[float, float], judged: bool) -> None:
-    """Thin lines: quartiles of the latency, range of the accuracy over seeds."""
+def _ranges(axes: Axes, point: Point, at: tuple[float, float], judged: bool) -> list[Box]:
+    """Thin lines: quartiles of the latency, range of the accuracy over seeds. Returns their ends."""
     x, y = at
     assert point.latency is not None
-    axes.plot([point.latency.low, point.latency.high], [y, y], color="0.2", lw=0.8, zorder=3)
+    found = [(point.latency.low, y, point.latency.high, y)]
     if judged and point.accuracy is not None:
-        axes.plot([x, x], [point.accuracy.low, point.accuracy.high], color="0.2", lw=0.8, zorder=3)
+        found.append((x, point.accuracy.low, x, point.accuracy.high))
+    for x0, y0, x1, y1 in found:
+        axes.plot([x0, x1], [y0, y1], color="0.2", lw=0.8, zorder=3)
+    return found
 
 
-def _room(axes: Axes, at: Mapping[str, tuple[float, float]]) -> None:
+def _room(axes: Axes, lines: Sequence[Box], judged: bool) -> None:
     """Limits with room for discs and labels; latency starts at zero unless candidates then could not be told apart."""
-    if not at:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    if not lines:
         return
-    xs, ys = np.array(list(at.values())).T
+    ends = np.array(lines).reshape(-1, 2)
+    xs, ys = ends.T
     if xs.max() > 12 * xs.min():
         axes.set_xscale("log")
         axes.set_xlim(xs.min() / 1.6, xs.max() * 1.9)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     else:
-        axes.set_xlim(0, xs.max() * 1.25)
-    span = max(ys.max() - ys.min(), 0.05 * max(ys.max(), 1e-3))
-    axes.set_ylim(ys.min() - 0.22 * span, ys.max() + 0.22 * span)
+        spread = xs.max() - xs.min()
+        axes.set_xlim(0 if xs.min() < 0.35 * xs.max() else max(0, xs.min() - 0.8 * spread), xs.max() + 0.35 * spread)
+    if not judged and ys.max() > 12 * ys.min() > 0:
+        axes.set_yscale("log")
+        axes.set_ylim(ys.min() / 1.9, ys.max() * 1.9)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    else:
+        span = max(ys.max() - ys.min(), 0.05 * max(ys.max(), 1e-3))
+        axes.set_ylim(ys.min() - 0.22 * span, ys.max() + 0.22 * span)
 
 
-def _area_key(axes: Axes, biggest: float) -> None:
+def _area_key(axes: Axes, biggest: float, judged: bool) -> None:
+    lines = "lines: quartiles, and range over seeds" if judged else "lines: quartiles"
     axes.text(
-        0.01, 0.985, f"area of a disc: parameters (largest {biggest:.3g} M); lines: quartiles, and range over seeds",
+        0.01, 0.985, f"area of a disc: parameters (largest {biggest:.3g} M); {lines}",
         transform=axes.transAxes, fontsize=8, color="0.35", va="top",
     )  # fmt: skip
 
 
 def _write_labels(
-    figure: Figure, axes: Axes, at: Mapping[str, tuple[float, float]], areas: Mapping[str, float], chosen: Pick
+    figure: Figure,
+    axes: Axes,
+    at: Mapping[str, tuple[float, float]],
+    areas: Mapping[str, float],
+    lines: Sequence[Box],
+    chosen: str | None,
 ) -> None:
     """Names beside the discs; a thin line where one stands apart from what it names."""
     figure.canvas.draw()
@@ -189,7 +227,7 @@ def _write_labels(
         x, y = axes.transData.transform(xy)
         radius = (areas[label] / np.pi) ** 0.5 * scale
         anchors.append((x - radius, y - radius, x + radius, y + radius))
-        weight = "bold" if label == chosen.label else "normal"
+        weight = "bold" if label == chosen else "normal"
         text = axes.text(0, 0, _plain(label), fontsize=9, weight=weight, transform=None, zorder=4)
         extent = text.get_window_extent()
         texts.append(text)
@@ -197,15 +235,25 @@ def _write_labels(
     frame = axes.get_window_extent()
     key_height = 16 * scale  # the line about areas
     inside = (frame.x0 + GAP, frame.y0 + GAP, frame.x1 - GAP, frame.y1 - key_height)
-    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, inside)):
+    obstacles = [_upright(axes.transData.transform(np.reshape(line, (2, 2)))) for line in lines]
+    legend = axes.get_legend()
+    if legend is not None:
+        obstacles.append(_upright(legend.get_window_extent().get_points()))
+    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, inside, obstacles)):
         text.set_position((box[0], box[1] + 0.22 * (box[3] - box[1])))
         x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
         near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
-        if np.hypot(near[0] - x, near[1] - y) > (anchor[2] - anchor[0]) / 2 + 4 * GAP:
+        if np.hypot(near[0] - x, near[1] - y) > (anchor[2] - anchor[0]) / 2 + 2 * GAP:
             axes.annotate(
                 "", near, (x, y), xycoords="figure pixels", textcoords="figure pixels",
                 arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6},
             )  # fmt: skip
+
+
+def _upright(ends: NDArray[np.floating]) -> Box:
+    """The box between two corners (2, 2)."""
+    (left, bottom), (right, top) = ends.min(0).tolist(), ends.max(0).tolist()
+    return left, bottom, right, top
 
 
 # ---- bars -----------------------------------------------------------------------------------------------------------
@@ -236,7 +284,7 @@ def latency_picture(path: Path, rows: Sequence[Row]) -> None:
                 axes.barh(y, width, left=start, color=STAGE_COLORS[stage], height=0.66, label=name)
                 start += width
             axes.plot([found.total.low, found.total.high], [y, y], color="0.15", lw=1)
-            axes.text(start, y, f"  {start:.3g}", va="center", fontsize=8)
+            axes.text(max(start, found.total.high), y, f"  {significant(found.total.middle)}", va="center", fontsize=8)
         _bars(axes, labels, number % columns == 0)
         axes.set_title(f"{runtime}, {form} form, batch {batch}", fontsize=10)
         axes.set_xlabel("milliseconds per picture", fontsize=9)
@@ -268,9 +316,11 @@ def memory_picture(path: Path, rows: Sequence[Row], runtime: str, batch: int) ->
                 axes.text(0, y, " failed", va="center", fontsize=8, color="0.4")
                 continue
             axes.barh(y, value, color="#4878a8", height=0.66)
+            more = ""
             if base:
                 axes.barh(y, min(base, value), color="0.8", height=0.66)
-            axes.text(value, y, f"  {value:.0f}", va="center", fontsize=8)
+                more = f" (model {significant(max(value - base, 0.0))})"
+            axes.text(value, y, f"  {significant(value)}{more}", va="center", fontsize=8)
         _bars(axes, labels, number == 0)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("MB (grey: Python and libraries)" if number < 2 else "MB", fontsize=9)
@@ -283,7 +333,7 @@ def _bars(axes: Axes, labels: Sequence[str], named: bool) -> None:
         range(len(labels)), [_plain(label) for label in labels] if named else [""] * len(labels), fontsize=9
     )
     axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.18)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 

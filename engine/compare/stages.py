@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,26 +125,24 @@ def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, 
 
 def _train(context: Context, row: Row, seed: int, folder: Path, worker: Worker, title: str) -> str:
     """Train in a process of its own, with a bar that counts the epochs. Returns the best weights."""
-    with tqdm(total=context.config.epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
-        tick = _epoch_counter(folder / "results.csv", bar)
-        tick()
-        if bar.n:
-            LOGGER.info("%s: goes on after epoch %d", title, bar.n)
+    log = folder / "results.csv"
+    done = min(_epochs_in(log), context.config.epochs)
+    if done:
+        LOGGER.info("%s: goes on after %d of %d epochs", title, done, context.config.epochs)
+    with tqdm(initial=done, total=context.config.epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
+
+        def tick() -> None:
+            bar.update(max(min(_epochs_in(log), bar.total) - bar.n, 0))
+
         found = worker.ask("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
         tick()
     return found["best"]
 
 
-def _epoch_counter(path: Path, bar: tqdm) -> Callable[[], None]:
-    """Brings a bar up to the number of epochs in results.csv."""
-
-    def tick() -> None:
-        try:
-            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        except OSError:
-            return
-        done = min(max(len(lines) - 1, 0), bar.total)
-        if done > bar.n:
-            bar.update(done - bar.n)
-
-    return tick
+def _epochs_in(path: Path) -> int:
+    """Epochs that a results.csv tells of."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except OSError:
+        return 0
+    return max(len(lines) - 1, 0)

@@ -96,8 +96,8 @@ def all_tables(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> l
         chosen: the pick.
         runtime, batch: whose latency counts in the summary.
     """
-    tables = [summary(rows, chosen, runtime, batch), structure(rows), latency(rows), training(rows)]
-    tables += [accuracy(rows), classes(rows), failures(rows)]
+    tables = [summary(rows, chosen, runtime, batch), failures(rows), structure(rows), latency(rows), training(rows)]
+    tables += [accuracy(rows), classes(rows)]
     return [table for table in tables if table.rows]
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import queue
+import re
 import signal
 import sys
 import threading
@@ -67,12 +68,21 @@ def classify(error: BaseException) -> tuple[str, str]:
     text = text if len(text) <= LONGEST or isinstance(error, UserError) else text[: LONGEST - 3] + "..."
     low = str(error).lower()
     if isinstance(error, MemoryError) or any(word in low for word in MEMORY_WORDS):
-        return MEMORY, f"out of memory{f' ({text})' if text else ''}"
+        return MEMORY, f"out of memory{_where(text)}"
     if isinstance(error, UserError):
         return MISTAKE, text
     if isinstance(error, NotImplementedError):
         return UNSUPPORTED, f"unsupported operator ({text})"
     return OTHER, f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _where(text: str) -> str:
+    """Where memory ran out, and how much more was asked for; not the allocator's own words."""
+    asked = re.search(r"tried to allocate (\d+) bytes", text)
+    head = re.split(r":? ?\[enforce|:? ?DefaultCPUAllocator", text)[0].strip(" :") if asked else text
+    parts = [head, f"asked for {int(asked[1]) / 1e6:.0f} MB more" if asked else ""]
+    told = "; ".join(filter(None, parts))
+    return f" ({told})" if told else ""
 
 
 def exit_reason(status: int) -> tuple[str, str]:
