@@ -124,7 +124,10 @@ class Proof:
         boxes = [[picture[picture[:, 4] > 0] for picture in batch] for batch in found]
         limits = config.topk_per_class, config.topk_all
         suppression = Suppression(conf, config.iou_thres, config.agnostic_nms, *limits)
-        return compare_boxes(stage, self.rows, boxes, TOLERANCES[precision(config)], suppression)
+        comparison = compare_boxes(stage, self.rows, boxes, TOLERANCES[precision(config)], suppression)
+        if not comparison.reference:
+            LOGGER.warning("%s: no box scores above --conf-thres %g: the proof compared none", stage, conf)
+        return comparison
 
     def write(
         self, path: Path, artefact: str, comparison: Comparison, config: ExportConfig, about: dict[str, Any]

@@ -135,9 +135,17 @@ def test_boxes_of_a_file_with_suppression(weights, dynamic):
 @needs_openvino
 @pytest.mark.slow
 def test_openvino_with_suppression(weights):
-    artefact = one(weights, "openvino", nms=True, conf_thres=0.2, dynamic=True)
+    artefact = one(weights, "openvino", nms=True, conf_thres=0.02, dynamic=True)
     assert artefact.comparison.matched > 20
     assert open_runtime([str(artefact.path)], CPU)(torch.rand(2, 3, 96, 96)).shape == (2, 100, 8)
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_a_proof_without_boxes_is_said(weights, caplog):
+    """OpenVINO's threshold cannot be lowered for the proof, as ONNX Runtime's can."""
+    assert one(weights, "openvino", nms=True, conf_thres=0.999).comparison.reference == 0
+    assert "no box scores above --conf-thres 0.999" in caplog.text
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
