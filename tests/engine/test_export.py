@@ -149,6 +149,7 @@ def test_detect_gives_the_same_boxes_for_every_format(weights, exported, tmp_pat
             np.testing.assert_allclose(a, b, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_free_sizes(tmp_path):
     """Batches 1 to 8 and sizes square and not, for a model that the proof has not seen at these sizes."""
     weights = save(build("riformer"), tmp_path / "r.pt")
@@ -188,32 +189,6 @@ def test_a_model_that_cannot_have_free_sizes_is_told_so(tmp_path, capsys):
     assert status == 1 and "leave --dynamic out" in text and "tile_order published" in text
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
     assert cli(["--weights", weights, "--imgsz", 128, "--include", "torchscript"], capsys)[0] == 0
-
-
-# ---- precision ------------------------------------------------------------------------------------------------------
-
-
-def test_half(weights, tmp_path):
-    copy = tmp_path / "h.pt"
-    copy.write_bytes(weights.read_bytes())
-    artefact = export.run(weights=[str(copy)], imgsz=SIZE, include=["onnx"], half=True).artefacts[0]
-    model = onnx.load(str(artefact.path))
-    stored = {i.data_type for i in model.graph.initializer if len(i.dims) == 4}
-    assert stored == {onnx.TensorProto.FLOAT16}
-    assert {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)} == {onnx.TensorProto.FLOAT}
-    assert json.loads(artefact.proof.read_text())["precision"] == "float16"
-
-
-def test_int8(weights, tmp_path):
-    copy = tmp_path / "q.pt"
-    copy.write_bytes(weights.read_bytes())
-    artefact = export.run(weights=[str(copy)], imgsz=SIZE, include=["onnx"], int8=True).artefacts[0]
-    assert artefact.path.name == "q_int8.onnx"
-    model = onnx.load(str(artefact.path))
-    convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
-    int8 = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4]
-    assert len(int8) == convolutions > 10
-    assert "versions" in {p.key for p in model.metadata_props}
 
 
 # ---- suppression in the graph ---------------------------------------------------------------------------------------

@@ -151,11 +151,14 @@ def test_a_proof_without_boxes_is_said(weights, caplog):
 # ---- precision ------------------------------------------------------------------------------------------------------
 
 
-def test_half_on_a_cpu_is_said_in_one_line(weights, caplog):
+def test_half_on_a_cpu(weights, caplog):
     artefact = one(weights, half=True)
     lines = [r.getMessage() for r in caplog.records if "--half" in r.getMessage()]
     assert lines == ["--half on a CPU: float16 files are written and proved; they are smaller, not faster, on a CPU"]
-    assert artefact.megabytes < 0.7 * one(weights).megabytes
+    model = onnx.load(str(artefact.path))
+    assert {i.data_type for i in model.graph.initializer if len(i.dims) == 4} == {onnx.TensorProto.FLOAT16}
+    assert {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)} == {onnx.TensorProto.FLOAT}
+    assert json.loads(artefact.proof.read_text())["precision"] == "float16"
 
 
 @pytest.mark.slow
@@ -203,7 +206,7 @@ def test_a_split_that_is_not_there_is_not_fetched(tmp_path):
     assert find_pictures("", {"data": data}).origin == "data/images (shipped)"
 
 
-def test_int8_is_calibrated_on_the_training_split(weights, tmp_path, caplog, monkeypatch):
+def test_int8(weights, tmp_path, caplog, monkeypatch):
     import engine.export.job as job
 
     caplog.set_level("INFO")
@@ -214,6 +217,12 @@ def test_int8_is_calibrated_on_the_training_split(weights, tmp_path, caplog, mon
     assert "--int8: calibrated on 3 pictures of set.yaml, train" in caplog.text
     assert json.loads(artefact.proof.read_text())["inputs"]["pictures"] == "set.yaml, val"
     assert [batch.shape for batch in seen] == [(1, 3, *SIZE)] * 3  # val has two
+    assert artefact.path.name == "best_int8.onnx"
+    model = onnx.load(str(artefact.path))
+    convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
+    int8 = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4]
+    assert len(int8) == convolutions > 10
+    assert "versions" in {p.key for p in model.metadata_props}
 
 
 # ---- the limit of one file ------------------------------------------------------------------------------------------
