@@ -27,6 +27,9 @@ from utils.structures import Batch
 TASK_BYTES = 96 * 2**20
 """Most pixels, in bytes, that a worker hands over at once when it makes several batches in one go."""
 
+GRACE_SECONDS = 5
+"""How long a worker lives on after SIGTERM."""
+
 _QUAD_STREAM = 2**33  # added to a picture's number: the random numbers of the four-in-one collate
 
 Keys = Sequence[Key]
@@ -65,7 +68,7 @@ class DetectionLoader:
             raise ValueError(f"batch size {self.batch_size}; at least 1 is needed")
         if self.dataset.rect and self.dataset.batch_size != self.batch_size:
             raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
-        self.epoch = 0
+        self.epoch = self.skip = 0
         self.workers = min(self.workers, _processors() // max(self.world_size, 1), len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()
         self._loader: DataLoader | None = None
@@ -80,7 +83,7 @@ class DetectionLoader:
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
             self._loader = self._open()
-        batches = self.batches()
+        batches = self.batches()[self.skip :]
         group = self._batches_per_task()
         self._tasks.tasks = [batches[i : i + group] for i in range(0, len(batches), group)]
         for made in self._loader:
@@ -88,9 +91,9 @@ class DetectionLoader:
                 raise made
             yield from made
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next pass."""
-        self.epoch = epoch
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch of the next pass, and how many of its batches to leave out at the beginning."""
+        self.epoch, self.skip = epoch, skip
 
     def set_image_weights(self, weights: NDArray[np.floating] | Sequence[float] | None) -> None:
         """Choose the weights that the next pass draws by; None ends the weighted drawing."""
@@ -190,6 +193,12 @@ def _as_is(made: list[Batch] | UserError) -> list[Batch] | UserError:
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # one thread per worker; the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
+    signal.signal(signal.SIGTERM, _last_seconds)
+
+
+def _last_seconds(*_: object) -> None:
+    """A scheduler's SIGTERM goes to all processes: serve the main one until it has saved its state, then end."""
+    signal.alarm(GRACE_SECONDS)
 
 
 def _processors() -> int:

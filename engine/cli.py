@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 from engine.config import FLAG, MANY, OPTIONAL, Options
-from utils.errors import UserError, did_you_mean
+from utils.errors import TrainingError, UserError, did_you_mean
 from utils.log import configure_logging
 
 T = TypeVar("T", bound=Options)
@@ -85,7 +85,8 @@ def run_main(
         argv: arguments; None = those of the process.
 
     Returns:
-        Exit status: 0 or what `work` returned; 2 after a mistake of the user (one line on stderr); 130 after Ctrl-C.
+        Exit status: 0 or what `work` returned; 2 after a mistake of the user, 1 when a training broke down (one line on
+        stderr each); 130 after Ctrl-C.
     """
     parser = build_parser(config, prog, description)
     values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
@@ -97,6 +98,9 @@ def run_main(
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
+    except TrainingError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -40,6 +40,7 @@ def flag(text: str, **extra: Any) -> Any:
     return option(False, text, bool, form=FLAG, **extra)
 
 
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
 IMGSZ_NAMES = ("--img", "--img-size")
 
 
@@ -117,7 +118,7 @@ class TrainConfig(Options):
     device: str = option("", "'' = first GPU or CPU; cpu; 0; several GPUs by torchrun")
     multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
     single_cls: bool = flag("treat all labels as one class")
-    optimizer: str = option("SGD", "optimiser", choices=("SGD", "Adam", "AdamW"))
+    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS)
     sync_bn: bool = flag("synchronised batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
     project: str = option("runs/train", "parent folder of runs")
@@ -128,16 +129,32 @@ class TrainConfig(Options):
     label_smoothing: float = option(0.0, "epsilon of class label smoothing", float, low=0.0, high=0.5)
     patience: int = option(100, "epochs without better fitness before stopping (0 = never)", int, low=0)
     freeze: list[str] = option(
-        ["0"], "one number n: freeze rows 0..n-1; several: those rows; 'backbone': the backbone row", str, form=MANY
-    )
+        ["0"],
+        "one number n: freeze rows 0..n-1; several: those rows; 'backbone'; 'backbone:K': its stem and first K stages; "
+        "or a regular expression over parameter names",
+        str, form=MANY,
+    )  # fmt: skip
+    freeze_epochs: int = option(0, "let what --freeze holds learn again after this many epochs (0 = never)", int, low=0)
+    backbone_lr: float = option(1.0, "factor on the learning rate of the backbone", float, low=0.0)
+    layer_decay: float = option(
+        1.0, "factor on the learning rate per layer of depth in the backbone, from its end to its stem", float,
+        low=0.01, high=1.0,
+    )  # fmt: skip
+    close_mosaic: int = option(0, "no mosaic, mixup and copy-paste in the last N epochs", int, low=0)
+    compile: bool = flag("compile the network with torch.compile for training")
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
     local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
-    entity: str | None = option(None, "logger entity", missing="no hosted logger is built in")
+    logger: list[str] = option([], "also report to: wandb, mlflow, clearml, comet", str, form=MANY)
+    entity: str | None = option(None, "team or workspace at W&B or Comet")
     upload_dataset: Any = option(
-        False, "logger: upload the data set", str, form=OPTIONAL, const=True, missing="no hosted logger is built in"
-    )
-    bbox_interval: int = option(-1, "logger: interval of box pictures", int, missing="no hosted logger is built in")
+        False, "logger: upload the data set", str, form=OPTIONAL, const=True,
+        missing="data sets stay where they are; use the tracker's own artefacts",
+    )  # fmt: skip
+    bbox_interval: int = option(
+        -1, "logger: interval of box pictures", int,
+        missing="val_batch*.jpg and report.html go to the trackers once, at the end",
+    )  # fmt: skip
     amp: str = option(
         "auto", "mixed precision; auto = fp16 on CUDA, off on a CPU", choices=("auto", "fp16", "bf16", "off")
     )
@@ -180,9 +197,7 @@ class DetectConfig(Options):
     """Options of detect.py."""
 
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
-    source: str = option(
-        "data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen"
-    )
+    source: str = option("data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen")
     data: str = option("", "data set YAML for class names where the model file has none")
     imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
     conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
@@ -219,8 +234,8 @@ class Hyperparameters:
     """Training hyper-parameters as YOLOv5's hyp files name them.
 
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
-    those of the model YAML). `nominal_batch`, a key of our own, is the number of images that one optimiser step
-    is to see.
+    those of the model YAML). Keys of our own: `nominal_batch`, images that one optimiser step is to see; `clip_norm`,
+    largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused).
     """
 
     lr0: float
@@ -253,6 +268,8 @@ class Hyperparameters:
     copy_paste: float = 0.0
     anchors: float | None = None
     nominal_batch: float = 64
+    clip_norm: float = 10.0
+    optimizer: str | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyperparameters:
@@ -275,17 +292,21 @@ class Hyperparameters:
             place = f"{where}:{lines[key]}" if lines and key in lines else where
             if key not in names:
                 problems.append(f"{place}: unknown hyper-parameter '{key}'{did_you_mean(key, names)}")
+            elif key == "optimizer":
+                if value not in (None, *OPTIMIZERS):
+                    problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
             elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 problems.append(f"{place}: {key} is '{value}'; a number is needed")
             elif isinstance(value, (int, float)) and value < 0:
                 problems.append(f"{place}: {key} is {value}; it cannot be negative")
-        missing = [n for n in names if n not in data and n not in ("copy_paste", "anchors", "nominal_batch")]
+        optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer")
+        missing = [n for n in names if n not in data and n not in optional]
         if missing:
             problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
         if problems:
             raise ConfigError("; ".join(problems))
         return cls(**dict(data))
 
-    def to_dict(self) -> dict[str, float]:
-        """Plain values; `anchors` only where it is set."""
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `anchors` and `optimizer` only where they are set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}

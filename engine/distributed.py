@@ -67,3 +67,13 @@ def broadcast(value: object, world: World) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on at least one rank; every rank has to ask."""
+    if world.size == 1:
+        return flag
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(int(flag), device=device)
+    dist.all_reduce(total)
+    return bool(total.item())

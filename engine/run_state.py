@@ -18,15 +18,31 @@ FORMAT = "detector-1"
 
 
 def save(trainer: Trainer, epoch: int, is_best: bool) -> None:
-    """Write last.pt (resumable), best.pt when this epoch is the best so far, and epoch<N>.pt when asked for."""
+    """Write last.pt (resumable), best.pt when this epoch is the best so far, and epoch<N>.pt when asked for.
+
+    last.pt comes last: a process killed between two files repeats the epoch and writes both again.
+    """
     s = trainer.s
     folder = s.folder / "weights"
     content = weights_content(s, epoch, trainer.best_fitness)
-    write_checkpoint(folder / "last.pt", {**content, "train": training_state(trainer)})
+    full = {**content, "train": training_state(trainer)}
     if is_best:
         write_checkpoint(folder / "best.pt", content)
     if s.config.save_period > 0 and epoch % s.config.save_period == 0:
-        write_checkpoint(folder / f"epoch{epoch}.pt", {**content, "train": training_state(trainer)})
+        write_checkpoint(folder / f"epoch{epoch}.pt", full)
+    write_checkpoint(folder / "last.pt", full)
+
+
+def save_unfinished(trainer: Trainer, epoch: int) -> None:
+    """Write last.pt in the middle of an epoch, right after an optimiser step; `resume` does the rest of it."""
+    content = weights_content(trainer.s, epoch - 1, trainer.best_fitness)
+    progress = trainer.progress
+    state = training_state(trainer) | {
+        "batches": progress.batches,
+        "counted": float(progress.counted),
+        "losses": progress.mean(),
+    }
+    write_checkpoint(trainer.s.folder / "weights" / "last.pt", {**content, "train": state})
 
 
 def weights_content(s: Setup, epoch: int, best_fitness: float) -> dict[str, Any]:
@@ -59,7 +75,9 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "model": {k: v.detach().cpu().contiguous() for k, v in s.model.state_dict().items()},
         "optimizer": s.optimizer.state_dict(),
         "ema_updates": s.ema.updates if s.ema else 0,
-        "scaler": trainer.scaler.state_dict(),
+        "scaler": trainer.stepper.scaler.state_dict(),
+        "skipped": trainer.stepper.skipped,
+        "data_hash": s.data_hash,
         "best_fitness": trainer.best_fitness,
         "best_epoch": trainer.best_epoch,
         "last_step": trainer.last_step,
@@ -81,7 +99,11 @@ def restore(trainer: Trainer) -> None:
         s.ema.updates = int(state["ema_updates"])
     s.model.load_state_dict(state["model"])
     s.optimizer.load_state_dict(state["optimizer"])
-    trainer.scaler.load_state_dict(state["scaler"])
+    trainer.stepper.scaler.load_state_dict(state["scaler"])
+    trainer.stepper.skipped = int(state.get("skipped", 0))
+    trainer.progress.batches = int(state.get("batches", 0))
+    trainer.progress.counted = torch.tensor(float(state.get("counted", 0)), device=trainer.device)
+    trainer.progress.losses = torch.tensor(state.get("losses", [0.0] * 3), device=trainer.device)
     trainer.best_fitness, trainer.best_epoch = float(state["best_fitness"]), int(state["best_epoch"])
     trainer.last_step = int(state["last_step"])
     trainer.class_maps[:] = state["class_maps"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,18 +19,19 @@ from data.dataset import DetectionDataset
 from data.labels import Annotations, load_annotations
 from data.loader import DetectionLoader, create_loader
 from data.weights import labels_to_class_weights
+from engine.autobatch import choose_batch
 from engine.config import Hyperparameters, TrainConfig
-from engine.distributed import World, main_first
+from engine.distributed import World, broadcast, main_first
 from engine.ema import ModelEma
 from engine.evaluator import EvalOptions
-from engine.freeze import freeze_rows, rows_to_freeze
-from engine.optim import Schedule, build_optimizer, parameter_groups, scaled_decay
+from engine.freeze import Frozen, freeze, log_frozen, names_to_freeze
+from engine.optim import Schedule, build_optimizer, describe_groups, parameter_groups, rate_scales, scaled_decay
 from engine.plugins import load_plugins
 from engine.runtimes.pytorch import grid_of
 from models.checkpoint import Checkpoint, read_checkpoint, transfer_weights
 from models.loss import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
-from utils.device import describe_device
+from utils.device import amp_dtype, describe_device
 from utils.errors import CheckpointError, ConfigError
 from utils.files import find_file, increment_path, make_folder, newest_file
 from utils.seed import seed_everything
@@ -44,10 +46,11 @@ class Setup:
 
     Attributes:
         grid: input sides are multiples of it.
-        frozen_rows: rows without gradients, kept in evaluation mode.
+        frozen: what `--freeze` holds still; empty once `--freeze-epochs` are over.
         labels: per training picture (n, 5) class, xywhn.
         class_weights: (nc,) inverse frequency, sum 1.
         ema: the averaged model; on rank zero only.
+        data_hash: of names, sizes and labels of the training and validation pictures.
         start_epoch: first epoch to do.
     """
 
@@ -59,7 +62,7 @@ class Setup:
     world: World
     model: DetectionModel
     grid: int
-    frozen_rows: list[int]
+    frozen: Frozen
     loader: DetectionLoader
     val_loader: Any
     labels: list[np.ndarray]
@@ -70,6 +73,7 @@ class Setup:
     ema: ModelEma[DetectionModel] | None
     eval_options: EvalOptions
     resumed: Checkpoint | None = None
+    data_hash: str = ""
     start_epoch: int = 0
 
 
@@ -113,7 +117,6 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
 
 def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> Setup:
     """Build everything; all mistakes of the user are found here, before the run folder is made."""
-    config = _batch_size(config, device)
     hyp = _hyperparameters(config, resumed)
     seed_everything(config.seed + 1 + world.rank)
     data = load_data_config(config.data)
@@ -123,38 +126,44 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model = build_model(config, hyp, data, resumed).to(device)
     grid = grid_of(model)
     config = replace(config, imgsz=_whole(config.imgsz, grid))
+    config = _batch_size(config, model, device, world)
     if device.type == "cpu" and not resumed:
         _quick_look(config)
     with main_first(world):
         train_set = load_annotations(data.split("train"), declared, single_cls=config.single_cls)
         val_set = load_annotations(data.split("val"), declared, single_cls=config.single_cls)
-    frozen = rows_to_freeze(model, config.freeze)
+    frozen_names = names_to_freeze(model, config.freeze)
     for part in (train_set, val_set):
         LOGGER.info("%s", part.report.summary())
+    data_hash = hash_of(train_set, val_set)
+    _same_data(resumed, data_hash, data)
     folder = _run_folder(config, world)
     labels = [r.labels for r in train_set.records]
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
-    for name in freeze_rows(model, frozen):
-        LOGGER.info("freezing %s", name)
+    start_epoch = resumed.epoch + 1 if resumed else 0
+    thawed = 0 < config.freeze_epochs <= start_epoch
+    frozen = freeze(model, set() if thawed else frozen_names)
+    log_frozen(model, frozen)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ConfigError(f"--freeze {' '.join(config.freeze)}: holds every parameter; nothing is left to learn")
     if config.sync_bn and world.size > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(memory_format=torch.channels_last)
     loader, val_loader = _loaders(config, hyp, (train_set, val_set), grid, world)
     decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
-    optimizer = build_optimizer(config.optimizer, parameter_groups(model, decay), hyp.lr0, hyp.momentum)
-    for group in optimizer.param_groups:
-        tensors = len(group["params"])
-        LOGGER.info("%s: %d %s, decay %g", config.optimizer, tensors, group["name"], group["weight_decay"])
+    groups = parameter_groups(model, decay, rate_scales(model, config.backbone_lr, config.layer_decay))
+    optimizer = build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
+    LOGGER.info("%s, lr0 %g\n%s", config.optimizer, hyp.lr0, describe_groups(groups))
     return Setup(
         config=config, hyp=hyp, data=data, folder=folder, device=device, world=world, model=model, grid=grid,
-        frozen_rows=frozen, loader=loader, val_loader=val_loader, labels=labels,
+        frozen=frozen, loader=loader, val_loader=val_loader, labels=labels,
         class_weights=labels_to_class_weights(labels, len(data.names)),
         criterion=build_loss(model, hyp, config), optimizer=optimizer,
         schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
         ema=ModelEma(model) if world.is_main else None,
         eval_options=EvalOptions(names=data.names, single_cls=config.single_cls), resumed=resumed,
-        start_epoch=resumed.epoch + 1 if resumed else 0,
+        data_hash=data_hash, start_epoch=start_epoch,
     )  # fmt: skip
 
 
@@ -201,15 +210,43 @@ def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig)
 def _hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
     if resumed is not None and resumed.train is not None:
         return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
-    return Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
+    hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
+    if hyp.optimizer not in (None, config.optimizer):
+        raise ConfigError(
+            f"{config.hyp}: its rates are made for {hyp.optimizer}, not {config.optimizer}; add --optimizer "
+            f"{hyp.optimizer} (or remove the line 'optimizer:' from a copy of the file)"
+        )
+    return hyp
 
 
-def _batch_size(config: TrainConfig, device: torch.device) -> TrainConfig:
-    if config.batch_size > 0:
-        return config
-    if config.batch_size == 0 or device.type == "cuda":
-        raise ConfigError(f"--batch-size {config.batch_size}: give a number of images; -1 works on a CPU only so far")
-    return replace(config, batch_size=16)
+def _batch_size(config: TrainConfig, model: DetectionModel, device: torch.device, world: World) -> TrainConfig:
+    if config.batch_size == 0:
+        raise ConfigError("--batch-size 0: give a number of images, or -1 to choose it by GPU memory")
+    if config.batch_size == -1:
+        batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device))
+        config = replace(config, batch_size=int(broadcast(batch, world)) * world.size)  # type: ignore[call-overload]
+    if config.batch_size % world.size:
+        raise ConfigError(f"--batch-size {config.batch_size}: is not a multiple of the {world.size} processes")
+    return config
+
+
+def hash_of(*sets: Annotations) -> str:
+    """Hex digest of the file names, sizes and labels of these pictures, wherever their folder is."""
+    digest = hashlib.sha256()
+    for part in sets:
+        for record in part.records:
+            digest.update(f"{record.path.name} {record.height} {record.width} {len(record.labels)}".encode())
+            digest.update(np.ascontiguousarray(record.labels).tobytes())
+    return digest.hexdigest()
+
+
+def _same_data(resumed: Checkpoint | None, data_hash: str, data: DataConfig) -> None:
+    before = resumed.train.get("data_hash") if resumed is not None and resumed.train is not None else None
+    if before not in (None, data_hash):
+        raise CheckpointError(
+            f"--resume: {data.file}: its pictures or labels have changed since this run began, so that it cannot go on "
+            "as it was; start a new run from its weights: --weights .../last.pt"
+        )
 
 
 def _whole(imgsz: int, grid: int) -> int:
@@ -263,6 +300,7 @@ def _loaders(
     train_data = DetectionDataset(
         train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(hyp.to_dict()), rect=config.rect,
         batch_size=per_rank, stride=grid, cache=config.cache, seed=config.seed,
+        close_mosaic_from=max(config.epochs - config.close_mosaic, 0) if config.close_mosaic else None,
     )  # fmt: skip
     loader = create_loader(
         train_data, per_rank, workers=config.workers, shuffle=not config.rect, seed=config.seed,
@@ -275,5 +313,3 @@ def _loaders(
         cache=None if config.noval else config.cache,
     )  # fmt: skip
     return loader, create_loader(val_data, per_rank * 2, workers=config.workers)
-
-

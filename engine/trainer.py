@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from data.sizes import multi_scale_shape, multi_scale_sizes
 from data.weights import labels_to_image_weights
 from engine import pictures, run_state
 from engine.config import TrainConfig
-from engine.distributed import World, broadcast, process_group, world_from_environment
+from engine.distributed import World, any_rank, broadcast, process_group, world_from_environment
 from engine.evaluator import EvalResult, evaluate
-from engine.freeze import keep_still
-from engine.hooks import CsvLog, TensorBoardLog
-from engine.optim import CLIP_NORM, apply_settings
+from engine.freeze import Frozen, keep_still, unfreeze
+from engine.hooks import Logs, check_loggers, make_logs
+from engine.optim import apply_settings
+from engine.prefetch import on_device
+from engine.report import facts_of, write_report
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.setup import Setup, build_setup, resolve_run, save_resolved
-from models.backbones.base import Backbone
-from utils.device import select_device
-from utils.errors import ConfigError
+from engine.stopping import StopNow, StopRequest
+from engine.train_step import TrainStep
+from engine.worst import WorstPictures
+from utils.device import amp_dtype, select_device
 from utils.metrics import fitness
-from utils.seed import sample_rng
-from utils.structures import Batch, to_unit
 
 LOGGER = logging.getLogger(__name__)
 BAR_HEAD = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 
 
-class TrainingError(RuntimeError):
-    """Training cannot go on: the loss is not a number any more."""
+@dataclass
+class EpochProgress:
+    """How far an epoch is, and the mean of its losses so far.
+
+    Attributes:
+        batches: batches done.
+        counted: batches whose losses are numbers.
+        losses: (3,) mean box, objectness and class loss of those; on the device, read only when it is shown.
+    """
+
+    batches: int = 0
+    counted: torch.Tensor = field(default_factory=lambda: torch.zeros(()))
+    losses: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
+
+    def add(self, parts: torch.Tensor) -> None:
+        """Count one batch."""
+        self.batches += 1
+        counted, losses = self.counted.to(parts.device), self.losses.to(parts.device)
+        good = torch.isfinite(parts).all()
+        self.losses = torch.where(good, (losses * counted + parts) / (counted + 1), losses)
+        self.counted = counted + good
+
+    def mean(self) -> list[float]:
+        """The mean losses."""
+        return self.losses.tolist()
 
 
 @dataclass(frozen=True)
@@ -65,10 +85,11 @@ def train(config: TrainConfig) -> TrainResult:
 
     Raises:
         UserError: an option, file or model that cannot be used; nothing is left half-written.
-        TrainingError: the loss became infinite or not a number.
+        TrainingError: the gradients stay infinite or not a number.
     """
     world = world_from_environment()
     config, resumed = resolve_run(config)
+    check_loggers(config.logger, config.entity)
     device = select_device(str(world.local_rank) if _one_gpu_each(world, config) else config.device, config.batch_size)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -93,35 +114,34 @@ class Trainer:
         self.device, self.world, self.config = setup.device, setup.world, setup.config
         self.best_fitness, self.best_epoch = 0.0, -1
         self.last_step = -1
+        self.progress = EpochProgress()
         self.amp_dtype = amp_dtype(self.config.amp, self.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
-        self.network: nn.Module = setup.model
-        if self.world.size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            # A backbone may have levels that the neck does not read; their norms get no gradient.
-            unread = any(isinstance(m, Backbone) for m in setup.model.modules())
-            self.network = DistributedDataParallel(setup.model, device_ids=ids, find_unused_parameters=unread)
+        self.stepper = TrainStep(setup, self.amp_dtype)
         self.class_maps = np.zeros(len(setup.data.names))
-        self.logs: list[CsvLog | TensorBoardLog] = []
+        self.logs = Logs(setup.folder)
+        self.stop = StopRequest()
 
     def run(self) -> TrainResult:
         """Train from the setup's first epoch to the last; validate the best weights at the end."""
         s, config = self.s, self.config
         if self.world.is_main:
             save_resolved(s)
-            csv = CsvLog(s.folder)
-            csv.drop_from(s.start_epoch)
-            self.logs = [csv, TensorBoardLog(s.folder)]
+            self.logs = make_logs(config.logger, s.folder, config.to_dict(), s.hyp.to_dict(), s.start_epoch)
             if not config.noplots and s.start_epoch == 0:
                 pictures.labels(s)
         run_state.restore(self)
-        epoch, begin = s.start_epoch, time.time()
-        for epoch in range(s.start_epoch, config.epochs):
-            if self._epoch(epoch):
-                LOGGER.info("No better fitness since epoch %d: stopped early (--patience)", self.best_epoch)
-                break
-        LOGGER.info("%d epochs in %.3f hours", epoch - s.start_epoch + 1, (time.time() - begin) / 3600)
-        return self._finish(epoch)
+        done, begin = s.start_epoch, time.time()
+        with self.logs:
+            with self.stop:
+                for epoch in range(s.start_epoch, config.epochs):
+                    over = self._epoch(epoch)
+                    done = epoch + 1
+                    if over:
+                        LOGGER.info("No better fitness since epoch %d: stopped early (--patience)", self.best_epoch)
+                        break
+                    self._leave_if_asked(epoch + 1)
+            LOGGER.info("%d epochs in %.3f hours", done - s.start_epoch, (time.time() - begin) / 3600)
+            return self._finish(done)
 
     def _epoch(self, epoch: int) -> bool:
         """One epoch: train, validate, log, save. Returns whether to stop early."""
@@ -129,92 +149,91 @@ class Trainer:
         if config.image_weights:
             needed = s.class_weights * (1 - self.class_maps) ** 2  # classes that are found badly count more
             s.loader.set_image_weights(labels_to_image_weights(s.labels, len(needed), needed))
-        losses, rates = self._train_epoch(epoch)
+        if 0 < config.freeze_epochs == epoch and s.frozen.names:
+            LOGGER.info("%d frozen tensors learn from now on (--freeze-epochs)", len(s.frozen.thaw))
+            unfreeze(s.model, s.frozen)
+            s.frozen = Frozen()
+            self.stepper.wrap()
+        rates = self._train_epoch(epoch)
         final = epoch + 1 == config.epochs
         stop = False
+        result = self._validate(epoch) if not config.noval or final else None
         if self.world.is_main:
-            result = self._validate() if not config.noval or final else None
-            stop = self._note(epoch, losses, rates, result)
+            stop = self._note(epoch, rates, result)
             if not config.nosave or final or stop:
                 run_state.save(self, epoch, is_best=self.best_epoch == epoch)
+        self.progress = EpochProgress()
         return bool(broadcast(stop, self.world))
 
-    def _train_epoch(self, epoch: int) -> tuple[list[float], tuple[float, float, float]]:
-        """Go once through the training data. Returns mean loss parts and the rates of the last batch."""
-        s = self.s
-        self.network.train()
-        keep_still(s.model, s.frozen_rows)
-        s.loader.set_epoch(epoch)
-        mean = torch.zeros(3, device=self.device)
+    def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
+        """Go through what is left of the epoch's batches. Returns the rates of the last one."""
+        s, progress = self.s, self.progress
+        self.stepper.network.train()
+        keep_still(s.model, s.frozen)
+        s.loader.set_epoch(epoch, skip=progress.batches)
         LOGGER.info("\n%s", "".join(f"{word:>11}" for word in BAR_HEAD))
-        bar = tqdm(s.loader, disable=not self.world.is_main, bar_format="{l_bar}{bar:10}{r_bar}")
+        total = len(s.loader)
+        bar = tqdm(
+            on_device(s.loader, self.device), total=total, initial=progress.batches,
+            disable=not self.world.is_main, bar_format="{l_bar}{bar:10}{r_bar}",
+        )  # fmt: skip
+        settings = s.schedule.at(epoch * total + max(total - 1, 0), epoch)
         s.optimizer.zero_grad()
         shown = 0.0
-        for i, batch in enumerate(bar):
-            iteration = epoch * len(s.loader) + i
+        for batch, images in bar:
+            i = progress.batches
+            iteration = epoch * total + i
             settings = s.schedule.at(iteration, epoch)
             apply_settings(s.optimizer, settings)
             if epoch == 0 and i < 3 and self.world.is_main and not self.config.noplots:
                 pictures.training_batch(s, batch, i)
-            parts, size = self._backward(batch, epoch, i)
-            mean = (mean * i + parts) / (i + 1)
+            parts, size = self.stepper.backward(images, batch.targets, (epoch, i))
+            progress.add(parts)
             if iteration - self.last_step >= settings.accumulate:
-                self._optimizer_step()
+                self.stepper.step()
                 self.last_step = iteration
-            if time.time() - shown > 0.5 or i + 1 == len(s.loader):  # formatting waits for the device: not every step
+                self._leave_if_asked(epoch)
+            if time.time() - shown > 0.5 or i + 1 == total:  # formatting waits for the device: not every step
                 shown = time.time()
-                self._show(bar, epoch, mean, (len(batch.targets), size))
-        return mean.tolist(), settings.lr
+                self._show(bar, epoch, (len(batch.targets), size))
+        return settings.lr
 
-    def _backward(self, batch: Batch, epoch: int, i: int) -> tuple[Tensor, int]:
-        """Forward and backward of one batch. Returns the loss parts and the image size used."""
-        s, config = self.s, self.config
-        # The targets stay on the CPU: the loss assigns them there and copies the result without waiting for the device.
-        images = to_unit(batch.images.to(self.device, non_blocking=True))
-        images = images.contiguous(memory_format=torch.channels_last)
-        if config.multi_scale:
-            images = multi_scale(images, config.imgsz, s.grid, sample_rng(config.seed, epoch, 2**31 + i))
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
-            total, parts = s.criterion(self.network(images), batch.targets)
-        if self.world.size > 1:
-            total = total * self.world.size  # DDP averages the gradients; the loss is a sum over images
-        if config.quad:
-            total = total * 4.0
-        self.scaler.scale(total).backward()
-        return parts, images.shape[-1]
+    def _leave_if_asked(self, epoch: int) -> None:
+        """Where no gradient is pending: when a signal asked for it, save the state and end the process."""
+        if not any_rank(self.stop.number is not None, self.world):
+            return
+        if self.world.is_main:
+            run_state.save_unfinished(self, epoch)
+            last = self.s.folder / "weights" / "last.pt"
+            LOGGER.info("Stopped in epoch %d; go on with: python train.py --resume %s", epoch, last)
+        self.stop.leave()
 
-    def _optimizer_step(self) -> None:
-        """Clip, step, and blend the new weights into the average."""
-        s = self.s
-        self.scaler.unscale_(s.optimizer)
-        clip_grad_norm_(s.model.parameters(), max_norm=CLIP_NORM)
-        self.scaler.step(s.optimizer)
-        self.scaler.update()
-        s.optimizer.zero_grad()
-        if s.ema:
-            s.ema.update(s.model)
-
-    def _show(self, bar: tqdm, epoch: int, mean: Tensor, counts: tuple[int, int]) -> None:
-        """Bring the progress bar up to date, and stop when the losses are no numbers any more."""
-        box, obj, cls = mean.tolist()
-        if not np.isfinite(box + obj + cls):
-            raise TrainingError(
-                f"the loss is not finite any more (box {box:.3g}, obj {obj:.3g}, cls {cls:.3g}); the last good "
-                f"checkpoint is {self.s.folder / 'weights' / 'last.pt'}; try a lower lr0 in the hyper-parameters"
-            )
+    def _show(self, bar: tqdm, epoch: int, counts: tuple[int, int]) -> None:
+        """Bring the progress bar up to date."""
+        losses = self.progress.mean()
         memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
-        cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in (box, obj, cls)), *counts]
+        cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in losses), *counts]
         bar.set_description_str("".join(f"{cell:>11}" for cell in cells))
 
-    def _validate(self) -> EvalResult:
+    def _validate(self, epoch: int) -> EvalResult | None:
         """Validate the averaged weights on the validation split, with losses."""
         s = self.s
+        if not self.world.is_main:
+            return None
         assert s.ema is not None  # rank zero has the average
         runtime = PyTorchRuntime.from_model(s.ema.module, self.device, half=self.amp_dtype is not None)
-        return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
+        if self.world.size > 1:
+            return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
+        try:
+            with self.stop.at_once():
+                return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
+        except StopNow:
+            self._leave_if_asked(epoch)
+            raise
 
-    def _note(self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None) -> bool:
+    def _note(self, epoch: int, rates: tuple[float, ...], result: EvalResult | None) -> bool:
         """Log an epoch and keep the best. Returns whether patience is over."""
+        losses = self.progress.mean()
         metrics, val_losses = [0.0] * 4, [0.0] * 3
         if result is not None:
             metrics, val_losses = [result.mp, result.mr, result.map50, result.map], list(result.losses)
@@ -224,55 +243,27 @@ class Trainer:
                 self.best_fitness, self.best_epoch = value, epoch
             elif value == self.best_fitness:
                 self.best_epoch = epoch
-        for log in self.logs:
-            log.add([epoch, *losses, *metrics, *val_losses, *rates])
+        self.logs.add([epoch, *losses, *metrics, *val_losses, *rates])
         if not self.config.noplots:
             pictures.results(self.s.folder)
         return bool(self.config.patience and result and epoch - self.best_epoch >= self.config.patience)
 
-    def _finish(self, epoch: int) -> TrainResult:
+    def _finish(self, epochs: int) -> TrainResult:
         """Strip the last checkpoint, validate the best one with pictures, and say where everything is."""
         s = self.s
         last, best = s.folder / "weights/last.pt", s.folder / "weights/best.pt"
         metrics = None
         if self.world.is_main:
             run_state.strip(last)
-            for log in self.logs:
-                if isinstance(log, TensorBoardLog):
-                    log.close()
             if best.is_file():
                 LOGGER.info("Validating %s ...", best)
                 runtime = PyTorchRuntime([str(best)], self.device, half=self.device.type == "cuda")
-                options = replace(s.eval_options, folder=s.folder, plots=not self.config.noplots, verbose=True)
+                worst = WorstPictures()
+                plots = not self.config.noplots
+                options = replace(s.eval_options, folder=s.folder, plots=plots, verbose=True, sinks=(worst,))
                 metrics = evaluate(runtime, s.val_loader, options)
+                if plots:
+                    write_report(s.folder, facts_of(s, metrics, worst.found()))
+            self.logs.finish()
             LOGGER.info("Results saved to %s", s.folder)
-        return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epoch + 1, self.best_fitness)
-
-
-def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
-    """Type of mixed precision that `--amp` means on a device; None = everything in float32.
-
-    Raises:
-        ConfigError: float16 on a CPU, which has no fast arithmetic for it.
-    """
-    if text == "fp16" and device.type == "cpu":
-        raise ConfigError("--amp fp16: not on a CPU; allowed there are bf16 and off")
-    if text == "auto":
-        return torch.float16 if device.type == "cuda" else None
-    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[text]
-
-
-def multi_scale(images: Tensor, imgsz: int, grid: int, rng: np.random.Generator) -> Tensor:
-    """Scale a batch to a random size of 0.5 to 1.5 times `imgsz`.
-
-    Args:
-        images: (B, 3, H, W).
-        imgsz: nominal side.
-        grid: sides of the result are multiples of it.
-        rng: draws the size.
-    """
-    height, width = images.shape[2:]
-    shape = multi_scale_shape(height, width, int(rng.choice(multi_scale_sizes(imgsz, grid))), grid)
-    if shape == (height, width):
-        return images
-    return nn.functional.interpolate(images, size=shape, mode="bilinear", align_corners=False)
+        return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epochs, self.best_fitness)

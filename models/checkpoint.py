@@ -9,6 +9,7 @@ module: see `models.official_pickle`.
 from __future__ import annotations
 
 import pickle
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -160,7 +161,7 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
             scalars become numbers, paths text, `state` float32; `spec` names no weights to fetch any more.
 
     Raises:
-        CheckpointError: a key is missing, or a value is neither plain nor a tensor; names its key.
+        CheckpointError: a key is missing, or a value is neither plain nor a tensor (names its key); a full disk.
     """
     lacking = [key for key in REQUIRED if key not in mapping]
     if lacking:
@@ -168,7 +169,12 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
     values = {key: _storable(value, key, str(path)) for key, value in mapping.items()}
     values |= {"format": FORMAT, "spec": spec_without_weights(values["spec"]), "state": _float32(values["state"])}
     with atomic_path(path) as temporary:
-        torch.save(values, temporary)
+        try:
+            torch.save(values, temporary)
+        except (OSError, RuntimeError) as error:  # torch reports a failed write as either
+            free = shutil.disk_usage(temporary.parent).free / 2**20
+            kept = "; the earlier file is as it was" if Path(path).is_file() else ""
+            raise CheckpointError(f"{path}: cannot be written ({free:.0f} MiB are free on its disk){kept}") from error
         written = torch.load(temporary, map_location="cpu", weights_only=True)
         difference = _difference(values, written, "")
         if difference:

@@ -55,3 +55,16 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
+
+
+def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
+    """Type of mixed precision that `--amp` means on a device; None = everything in float32.
+
+    Raises:
+        ConfigError: float16 on a CPU, which has no fast arithmetic for it.
+    """
+    if text == "fp16" and device.type == "cpu":
+        raise ConfigError("--amp fp16: not on a CPU; allowed there are bf16 and off")
+    if text == "auto":
+        return torch.float16 if device.type == "cuda" else None
+    return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[text]

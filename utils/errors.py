@@ -30,6 +30,10 @@ class ExportError(UserError):
     """A model that cannot be written in the wanted format, or an artefact that does not compute what the model does."""
 
 
+class TrainingError(RuntimeError):
+    """A training that cannot go on though nothing was asked wrongly; told in one line too (exit status 1)."""
+
+
 def did_you_mean(found: object, allowed: Iterable[str]) -> str:
     """The ending of an error sentence that names the allowed word nearest to `found`.
 

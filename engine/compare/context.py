@@ -104,6 +104,11 @@ class Context:
         """Folder of exported files; removed at the end."""
         return self.cache / "exports"
 
+    @property
+    def initial(self) -> Path:
+        """Folder of checkpoints with random weights, and of other files that are not kept; removed at the end."""
+        return self.cache / "initial"
+
     def recipe(self, row: Row, seed: int = 0) -> dict[str, Any]:
         """Options of train.py for a candidate: the same for all but `cfg` and `seed`."""
         config = self.config
@@ -164,7 +169,7 @@ def write_sample(annotations: Annotations, path: Path) -> Path:
 
 @contextmanager
 def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; ConfigError when another process has it."""
+    """Hold a lock file; ConfigError when another process has it. The lock goes with the process that holds it."""
     try:
         import fcntl
     except ImportError:  # no such locks on this system

@@ -10,7 +10,7 @@ from pathlib import Path
 from data.config import load_data_config
 from engine.compare.candidates import resolve
 from engine.compare.config import CompareConfig
-from engine.compare.context import Context, cache_folder
+from engine.compare.context import Context, alone, cache_folder
 from engine.compare.pareto import Limits, Pick, pick, points_of
 from engine.compare.report import Findings, write_all
 from engine.compare.results import Row, measured
@@ -53,7 +53,12 @@ def compare(config: CompareConfig) -> Comparison:
     make_folder(config.project)
     data = load_data_config(config.data)
     rows = [Row(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
-    context = Context.prepare(config, data)
+    with alone(cache_folder(config) / ".lock", f"--project {config.project}"):
+        return _compare(Context.prepare(config, data), rows)
+
+
+def _compare(context: Context, rows: list[Row]) -> Comparison:
+    config = context.config
     LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
     try:
         look_at_all(context, rows)

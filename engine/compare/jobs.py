@@ -106,24 +106,32 @@ def build(state: State) -> DetectionModel:
     return model.to(state.device)
 
 
+def initial(state: State, *, checkpoint: str) -> float:
+    """Write the candidate's model with its random weights, unless it is a checkpoint itself.
+
+    Returns:
+        Size of the file in MB.
+    """
+    path = Path(checkpoint)
+    if path != state.file:
+        model = build(state)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = {"names": dict(model.names), "stride": [float(s) for s in model.stride]}
+        write_checkpoint(path, {"spec": model.yaml, "state": model.cpu().state_dict(), **content})
+    return path.stat().st_size / machine.MB
+
+
 def structure(state: State, *, imgsz: int, checkpoint: str) -> dict[str, Any]:
     """Parameters and GFLOPs of the parts, levels, strides, size of the checkpoint; writes the latter.
 
     Args:
         state: of the process.
         imgsz: side in pixels; rounded up to the model's grid.
-        checkpoint: file to write; an existing checkpoint of the candidate is copied.
+        checkpoint: see `initial`.
     """
     model = build(state).eval()
     side = on_grid(imgsz, model)
     info, deployed = model.info(side), deployed_form(model).info(side)
-    path = Path(checkpoint)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if state.file.suffix.lower() in (".yaml", ".yml"):
-        content = {"names": dict(model.names), "stride": [float(s) for s in model.stride]}
-        write_checkpoint(path, {"spec": model.yaml, "state": model.cpu().state_dict(), **content})
-    else:
-        shutil.copyfile(state.file, path)
     return {
         "parts": {p.name: {"parameters": p.parameters, "gflops": finite(p.gflops)} for p in info.parts},
         "parameters": info.parameters,
@@ -133,7 +141,7 @@ def structure(state: State, *, imgsz: int, checkpoint: str) -> dict[str, Any]:
         "levels": levels_read(model),
         "strides": [int(s) for s in model.stride],
         "side": side,
-        "disk_mb": path.stat().st_size / machine.MB,
+        "disk_mb": initial(state, checkpoint=checkpoint),
     }
 
 
@@ -363,6 +371,7 @@ def objects_by_area(records: Any) -> dict[str, int]:
 
 JOBS: dict[str, Callable[..., Any]] = {
     "setup": setup,
+    "initial": initial,
     "structure": structure,
     "training_memory": training_memory,
     "open_inference": open_inference,

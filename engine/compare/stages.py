@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from engine.compare.context import Context, alone, safe
+from engine.compare.context import Context, safe
 from engine.compare.pool import Failed, Worker
 from engine.compare.results import Accuracy, Row, measured
 from engine.compare.store import digest
@@ -37,10 +37,9 @@ def look_at_all(context: Context, rows: Sequence[Row]) -> None:
 
 def _look_at(context: Context, row: Row) -> None:
     key = digest([row.candidate.key, context.measuring_key, context.step_batch])
-    checkpoint = context.cache / "initial" / f"{safe(row.label)}-{key}.pt"
-    row.weights, row.weights_key = checkpoint, key
+    row.weights, row.weights_key = row.candidate.weights or context.initial / f"{safe(row.label)}-{key}.pt", key
     known = context.store.find("structure", key)
-    if known is not None and checkpoint.is_file():
+    if known is not None:
         row.structure, row.training_memory = known["structure"], known["training_memory"]
         row.notes += known["notes"]
         return
@@ -59,7 +58,7 @@ def _look_at(context: Context, row: Row) -> None:
             if not worker.is_alive:
                 worker.close()
                 worker = context.worker(row)
-        row.structure = worker.ask("structure", imgsz=context.config.imgsz, checkpoint=str(checkpoint))
+        row.structure = worker.ask("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
     finally:
         worker.close()
     if keep:
@@ -106,14 +105,14 @@ def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, 
     if seed is not None and not row.training_fits:
         raise Failed(MEMORY, "left out: a single step takes more memory than there is")
     folder = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
-    with alone(folder.with_suffix(".lock"), title), context.worker(row) as worker:
+    with context.worker(row) as worker:
         weights = str(row.candidate.weights)
         if seed is not None:
             if context.config.fresh and folder.exists():
                 shutil.rmtree(folder)
             weights = _train(context, row, seed, folder, worker, title)
         config = context.config
-        scratch = folder if seed is not None else context.cache / "initial"
+        scratch = folder if seed is not None else context.initial
         figures = worker.ask(
             "validate", weights=weights, data=config.data, imgsz=config.imgsz, task=config.task,
             batch=config.batch_size, workers=config.workers, scratch=str(scratch),

@@ -102,13 +102,14 @@ def all_tables(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> l
 
 
 def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Table:
-    """One line per candidate, failed ones last."""
+    """One line per candidate: by falling accuracy, else by rising latency; failed ones last."""
     times = {r.label: found.total for r in measured(rows) if (found := r.latency(runtime, batch))}
     maps = {r.label: r.accuracy.figure("map") for r in measured(rows) if r.accuracy}
     speeds = {r.label: r.images_per_s for r in measured(rows)}
     by_time, by_map = ranks(times), ranks(maps, smaller_is_better=False)
     lines = []
-    for row in [*measured(rows), *(r for r in rows if r.failure is not None)]:
+    order = sorted(rows, key=lambda r: _sort_key(r, maps.get(r.label), times.get(r.label)))
+    for row in order:
         label, found = row.label, row.latency(runtime, batch)
         lines.append((
             word(label), Cell(_verdict(row, chosen), _verdict(row, chosen)),
@@ -131,6 +132,11 @@ def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Tabl
         "Of it model: what Python and libraries held before is taken off."
     )
     return _without_empty("Summary", header, lines, note)
+
+
+def _sort_key(row: Row, accuracy: Spread | None, latency: Spread | None) -> tuple[bool, float, float]:
+    worst = float("inf")
+    return row.failure is not None, -accuracy.middle if accuracy else worst, latency.middle if latency else worst
 
 
 def _memory(peak: float | None, baseline: float | None) -> tuple[Cell, Cell]:

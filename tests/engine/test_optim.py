@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from engine.ema import ModelEma
-from engine.freeze import freeze_rows, keep_still, rows_to_freeze
-from engine.optim import build_optimizer, parameter_groups
+from engine.optim import StepSettings, apply_settings, build_optimizer, describe_groups, parameter_groups, rate_scales
 from models.backbones.base import Backbone, FeatureLevel
-from utils.errors import ConfigError
+from models.yolo import DetectionModel
+from tests.engine.detectors import build
 
 
 class _Odd(Backbone):
@@ -77,28 +77,46 @@ def test_ema_averages_floats_and_keeps_integers():
     assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
 
 
-@pytest.mark.parametrize(
-    ("selection", "rows"), [(["0"], []), (["2"], [0, 1]), (["1", "3"], [1, 3]), (["backbone"], [0])]
-)
-def test_rows_to_freeze(selection, rows):
-    assert rows_to_freeze(_Model(), selection) == rows
+def scales_of(model: DetectionModel, backbone_lr: float, layer_decay: float) -> dict[str, float]:
+    scale_of = rate_scales(model, backbone_lr, layer_decay)
+    return {name: scale_of(name) for name, _ in model.named_parameters()}
 
 
-@pytest.mark.parametrize(
-    ("selection", "message"),
-    [(["9"], "row 4 is not there"), (["neck"], "allowed are row numbers"), (["1", "x"], "allowed")],
-)
-def test_freeze_errors(selection, message):
-    with pytest.raises(ConfigError, match=message):
-        rows_to_freeze(_Model(), selection)
+def test_backbone_rate_and_layer_decay():
+    model = build("riformer")  # depths 0 (stem), 1 to 4 (one block a stage), 5 (norms)
+    scales = scales_of(model, 0.5, 0.1)
+    wanted = {
+        "model.0.patch_embed.proj.weight": 0.5e-6,
+        "model.0.network.0.0.norm1.weight": 0.5e-5,
+        "model.0.network.6.0.norm1.weight": 0.5e-2,
+        "model.0.norm0.weight": 0.5e-1,
+        "model.1.cv1.conv.weight": 1.0,
+        "model.8.m.0.bias": 1.0,
+    }
+    assert {name: scales[name] for name in wanted} == pytest.approx(wanted)
+    assert set(scales_of(model, 1.0, 1.0).values()) == {1.0}
 
 
-def test_frozen_rows_do_not_move():
-    model = _Model()
-    names = freeze_rows(model, [2])
-    assert names == ["model.2.weight", "model.2.bias"]
-    model.train()
-    keep_still(model, [2])
-    before = model.model[2].running_mean.clone()
-    model.model[2](torch.randn(4, 8, 3, 3) + 5)
-    torch.testing.assert_close(model.model[2].running_mean, before, rtol=0, atol=0)
+def test_backbone_rate_of_a_plain_model_counts_rows():
+    scales = scales_of(build("yolov5"), 0.1, 0.5)
+    assert scales["model.6.cv1.conv.weight"] == pytest.approx(0.05)
+    assert scales["model.0.conv.weight"] == pytest.approx(0.1 * 0.5**7)
+    assert scales["model.9.cv1.conv.weight"] == 1.0
+
+
+def test_groups_by_kind_and_scale():
+    model = build("riformer")
+    scale_of = rate_scales(model, 0.1, 1.0)
+    groups = parameter_groups(model, 0.02, scale_of)
+    assert [(g["name"], g["lr_scale"]) for g in groups] == [
+        (kind, scale) for scale in (1.0, 0.1) for kind in ("biases", "weights", "norms")
+    ]
+    found = [id(p) for g in groups for p in g["params"]]
+    assert sorted(found) == sorted(id(p) for p in model.parameters())
+    inside = {id(p) for p in model.model[0].parameters()}
+    assert all((id(p) in inside) == (g["lr_scale"] == 0.1) for g in groups for p in g["params"])
+    optimizer = build_optimizer("SGD", groups, 0.01, 0.9)
+    apply_settings(optimizer, StepSettings((0.3, 0.2, 0.1), 0.8, 1))
+    assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.3, 0.2, 0.1, 0.03, 0.02, 0.01])
+    table = describe_groups(groups).splitlines()
+    assert len(table) == 7 and table[-1].split()[-1] == "0.1"

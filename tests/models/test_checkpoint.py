@@ -143,7 +143,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.torch, "save", full_disk)
-    with pytest.raises(OSError):
+    with pytest.raises(CheckpointError, match=r"a\.pt: cannot be written .*the earlier file is as it was"):
         write_checkpoint(path, content(detector(1), epoch=2))
     assert read_checkpoint(path).epoch == 1
     assert os.listdir(tmp_path) == ["a.pt"]
