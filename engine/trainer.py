@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -80,8 +81,13 @@ class TrainResult:
     fitness: float
 
 
-def train(config: TrainConfig) -> TrainResult:
+def train(config: TrainConfig, on_epoch: Callable[[int, float], bool] | None = None) -> TrainResult:
     """Train a detector as the options say.
+
+    Args:
+        config: options.
+        on_epoch: called on rank zero after each validated epoch with its number and fitness; True ends the training
+            with the weights that there are.
 
     Raises:
         UserError: an option, file or model that cannot be used; nothing is left half-written.
@@ -95,7 +101,7 @@ def train(config: TrainConfig) -> TrainResult:
         torch.cuda.set_device(device)
     with process_group(world, device):
         setup = build_setup(config, resumed, device, world)
-        return Trainer(setup).run()
+        return Trainer(setup, on_epoch).run()
 
 
 def _one_gpu_each(world: World, config: TrainConfig) -> bool:
@@ -107,10 +113,11 @@ class Trainer:
 
     Args:
         setup: model, data, optimiser and loss, ready to go.
+        on_epoch: as in `train`.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self.s = setup
+    def __init__(self, setup: Setup, on_epoch: Callable[[int, float], bool] | None = None) -> None:
+        self.s, self.on_epoch = setup, on_epoch
         self.device, self.world, self.config = setup.device, setup.world, setup.config
         self.best_fitness, self.best_epoch = 0.0, -1
         self.last_step = -1
@@ -137,7 +144,6 @@ class Trainer:
                     over = self._epoch(epoch)
                     done = epoch + 1
                     if over:
-                        LOGGER.info("No better fitness since epoch %d: stopped early (--patience)", self.best_epoch)
                         break
                     self._leave_if_asked(epoch + 1)
             LOGGER.info("%d epochs in %.3f hours", done - s.start_epoch, (time.time() - begin) / 3600)
@@ -232,7 +238,7 @@ class Trainer:
             raise
 
     def _note(self, epoch: int, rates: tuple[float, ...], result: EvalResult | None) -> bool:
-        """Log an epoch and keep the best. Returns whether patience is over."""
+        """Log an epoch and keep the best. Returns whether to stop: patience is over, or `on_epoch` says so."""
         losses = self.progress.mean()
         metrics, val_losses = [0.0] * 4, [0.0] * 3
         if result is not None:
@@ -246,7 +252,15 @@ class Trainer:
         self.logs.add([epoch, *losses, *metrics, *val_losses, *rates])
         if not self.config.noplots:
             pictures.results(self.s.folder)
-        return bool(self.config.patience and result and epoch - self.best_epoch >= self.config.patience)
+        if result is None:
+            return False
+        if self.on_epoch is not None and self.on_epoch(epoch, float(fitness(np.array(metrics)))):
+            LOGGER.info("Stopped after epoch %d", epoch)
+            return True
+        impatient = 0 < self.config.patience <= epoch - self.best_epoch
+        if impatient:
+            LOGGER.info("No better fitness since epoch %d: stopped early (--patience)", self.best_epoch)
+        return impatient
 
     def _finish(self, epochs: int) -> TrainResult:
         """Strip the last checkpoint, validate the best one with pictures, and say where everything is."""
