@@ -117,7 +117,7 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
 
 def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> Setup:
     """Build everything; all mistakes of the user are found here, before the run folder is made."""
-    hyp = _hyperparameters(config, resumed)
+    hyp = choose_hyperparameters(config, resumed)
     seed_everything(config.seed + 1 + world.rank)
     data = load_data_config(config.data)
     declared = len(data.names)
@@ -207,7 +207,8 @@ def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig)
     return DetectionLoss(head.anchors * head.stride.view(-1, 1, 1).to(head.anchors), model.stride, loss_config)
 
 
-def _hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
+def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
+    """Those of a resumed run, else of `--hyp`; ConfigError when that file is made for another optimiser."""
     if resumed is not None and resumed.train is not None:
         return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
     hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))

@@ -6,11 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+from engine.config import Hyperparameters, TrainConfig
 from engine.ema import ModelEma
 from engine.optim import StepSettings, apply_settings, build_optimizer, describe_groups, parameter_groups, rate_scales
+from engine.setup import choose_hyperparameters
 from models.backbones.base import Backbone, FeatureLevel
 from models.yolo import DetectionModel
 from tests.engine.detectors import build
+from utils.errors import ConfigError
+from utils.files import ROOT
 
 
 class _Odd(Backbone):
@@ -120,3 +124,16 @@ def test_groups_by_kind_and_scale():
     assert [g["lr"] for g in optimizer.param_groups] == pytest.approx([0.3, 0.2, 0.1, 0.03, 0.02, 0.01])
     table = describe_groups(groups).splitlines()
     assert len(table) == 7 and table[-1].split()[-1] == "0.1"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "data/hyps").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_recipe_in_the_project_is_complete(path):
+    hyp = Hyperparameters.from_yaml(path)
+    assert 0 < hyp.lrf <= 1 and hyp.clip_norm > 0
+
+
+def test_a_recipe_made_for_another_optimizer_is_refused():
+    path = str(ROOT / "data/hyps/hyp.finetune-transformer.yaml")
+    with pytest.raises(ConfigError, match="made for AdamW, not SGD; add --optimizer AdamW"):
+        choose_hyperparameters(TrainConfig(hyp=path), None)
+    assert choose_hyperparameters(TrainConfig(hyp=path, optimizer="AdamW"), None).clip_norm == 1.0
