@@ -62,7 +62,7 @@ def _compare(context: Context, rows: list[Row]) -> Comparison:
     LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
     try:
         look_at_all(context, rows)
-        _some_left(rows)
+        some_left(rows)
         train_all(context, rows)
         conditions = Speed(context, rows).run()
     except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def _compare(context: Context, rows: list[Row]) -> Comparison:
     return Comparison(run.final, tuple(rows), chosen)
 
 
-def _some_left(rows: Sequence[Row]) -> None:
+def some_left(rows: Sequence[Row]) -> None:
     """ConfigError that gives every candidate's reason when none is left."""
     if not measured(rows):
         reasons = "; ".join(f"{row.label}: {row.failure}" for row in rows)

@@ -131,12 +131,13 @@ class Worker:
         return kind, f"{reason}; its last words: {last}" if last and kind == CRASH else reason
 
     def close(self) -> None:
-        """End the process, and all that it started."""
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except (ProcessLookupError, PermissionError):
-            self._process.kill()
-        self._process.wait()
+        """End the process, and all that it started (loaders of a process that is gone end by themselves)."""
+        if self._process.poll() is None:
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except (ProcessLookupError, PermissionError):
+                self._process.kill()
+            self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
             if stream is not None:
                 try:

@@ -24,46 +24,55 @@ BAR = "{l_bar}{bar:20}{r_bar}"
 
 def look_at_all(context: Context, rows: Sequence[Row]) -> None:
     """Structure and memory of training of every candidate; what fails here is out of the comparison."""
-    bar = tqdm(rows, desc="structure and memory", bar_format=BAR)
-    with logging_redirect_tqdm():
-        for row in bar:
-            bar.set_postfix_str(row.label)
-            try:
-                _look_at(context, row)
-            except Failed as error:
-                row.failure, row.notes = error.reason, []
-                LOGGER.warning("%s: %s", row.label, error.reason)
+    pending = [row for row in rows if not _take_known(context, row)]
+    started: dict[str, Worker] = {}
+    bar = tqdm(pending, desc="structure and memory", bar_format=BAR, disable=not pending)
+    try:
+        with logging_redirect_tqdm():
+            for number, row in enumerate(bar):
+                bar.set_postfix_str(row.label)
+                for near in pending[number : number + 2]:  # the next one starts up while this one works
+                    if near.label not in started:
+                        started[near.label] = context.worker(near)
+                try:
+                    _look_at(context, row, started)
+                except Failed as error:
+                    row.failure, row.notes = error.reason, []
+                    LOGGER.warning("%s: %s", row.label, error.reason)
+                started[row.label].close()
+    finally:
+        for worker in started.values():
+            worker.close()
 
 
-def _look_at(context: Context, row: Row) -> None:
+def _take_known(context: Context, row: Row) -> bool:
     key = digest([row.candidate.key, context.measuring_key, context.step_batch])
     row.weights, row.weights_key = row.candidate.weights or context.initial / f"{safe(row.label)}-{key}.pt", key
     known = context.store.find("structure", key)
-    if known is not None:
-        row.structure, row.training_memory = known["structure"], known["training_memory"]
-        row.notes += known["notes"]
-        return
-    keep = True
-    worker = context.worker(row)
-    try:
-        try:  # first of all: the peak of memory is that of the whole process
-            recipe = context.recipe(row)
-            row.training_memory = worker.ask(
-                "training_memory", sample=str(context.sample), recipe=recipe, batch=context.step_batch
-            )
-        except Failed as error:
-            row.notes.append(f"training step of {context.step_batch}: {error.reason}")
-            row.training_fits = error.kind != MEMORY
-            keep = error.kind not in TRANSIENT
-            if not worker.is_alive:
-                worker.close()
-                worker = context.worker(row)
-        row.structure = worker.ask("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
-    finally:
-        worker.close()
+    if known is None:
+        return False
+    row.structure, row.training_memory = known["structure"], known["training_memory"]
+    row.notes += known["notes"]
+    return True
+
+
+def _look_at(context: Context, row: Row, started: dict[str, Worker]) -> None:
+    keep, label = True, row.label
+    try:  # first of all: the peak of memory is that of the whole process
+        row.training_memory = started[label].ask(
+            "training_memory", sample=str(context.sample), recipe=context.recipe(row), batch=context.step_batch
+        )
+    except Failed as error:
+        row.notes.append(f"training step of {context.step_batch}: {error.reason}")
+        row.training_fits = error.kind != MEMORY
+        keep = error.kind not in TRANSIENT
+        if not started[label].is_alive:
+            started[label].close()
+            started[label] = context.worker(row)
+    row.structure = started[label].ask("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
     if keep:
         found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
-        context.store.keep("structure", key, found, row.label)
+        context.store.keep("structure", row.weights_key, found, label)
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
