@@ -9,18 +9,29 @@ from engine.cli import run_main
 from engine.config import TrainConfig
 
 
-def work(config: TrainConfig) -> None:
-    """Train as the options say (the engine is imported here so that `--help` is instant)."""
+def start(config: TrainConfig) -> Any:
+    """Train, or tune, as the options say (the engine is imported here so that `--help` is instant)."""
+    if config.evolve is not None or config.resume_evolve is not None:
+        from engine.evolve import evolve
+
+        return evolve(config)
     from engine.trainer import train
 
-    train(config)
+    return train(config)
+
+
+def work(config: TrainConfig) -> None:
+    """What the command does."""
+    start(config)
 
 
 def run(**options: Any) -> Any:
-    """Train from Python: the command's flags as keywords, with underscores. Returns the `TrainResult`."""
-    from engine.trainer import train
+    """Train from Python: the command's flags as keywords, with underscores.
 
-    return train(TrainConfig.from_keywords(**options))
+    Returns:
+        The `TrainResult`; with `evolve` or `resume_evolve` the `EvolveResult`.
+    """
+    return start(TrainConfig.from_keywords(**options))
 
 
 if __name__ == "__main__":

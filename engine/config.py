@@ -101,14 +101,9 @@ class TrainConfig(Options):
     noval: bool = flag("validate only after the final epoch")
     noautoanchor: bool = flag("skip the anchor check")
     noplots: bool = flag("write no pictures")
-    evolve: Any = option(
-        None, "hyper-parameter evolution", int, form=OPTIONAL, const=300,
-        missing="evolution is not built yet; run train.py with several --hyp files",
-    )  # fmt: skip
-    evolve_population: str = option(
-        "data/hyps", "folder with start populations", missing="belongs to --evolve, which is not built yet"
-    )
-    resume_evolve: str | None = option(None, "population file", missing="belongs to --evolve, which is not built yet")
+    evolve: Any = option(None, "tune the hyper-parameters: number of trials", int, form=OPTIONAL, const=300, low=1)
+    evolve_population: str = option("data/hyps", "folder with hyper-parameter files that --evolve is to try first, too")
+    resume_evolve: str | None = option(None, "go on with an evolution (its study.db or folder), or take part in it")
     bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(
         None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,

@@ -55,7 +55,7 @@ def test_parser_errors_are_one_line(argv, words, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--evolve"], ["--evolve: not available"]),
+        (["--evolve", "0"], ["--evolve: 0 is out of range"]),
         (["--bucket", "x", "--bbox_interval", "3"], ["--bucket: not available", "--bbox-interval: not available"]),
         (["--epochs", "0"], ["--epochs: 0 is out of range"]),
         (["--label-smoothing", "0.9"], ["out of range", "0.5"]),
