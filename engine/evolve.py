@@ -169,6 +169,11 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
         return folder, True
 
 
+def _drop_weights(trial: Path) -> None:
+    """Remove the weights of a trial: of hundreds of trainings, nobody needs them."""
+    shutil.rmtree(trial / "weights", ignore_errors=True)
+
+
 class Evolution:
     """This process's part in a study.
 
@@ -303,9 +308,9 @@ class Evolution:
         except (TrainingError, torch.OutOfMemoryError) as error:
             trial.set_user_attr("error", str(error).splitlines()[0] if str(error) else type(error).__name__)
             LOGGER.warning("trial %d failed: %s", trial.number, error)
+            _drop_weights(folder)
             raise
-        finally:
-            shutil.rmtree(folder / "weights", ignore_errors=True)  # of hundreds of trainings, nobody needs them
+        _drop_weights(folder)
         self._note(trial, folder, result.fitness)
         if pruned:
             raise optuna.TrialPruned(f"behind the median after {result.epochs} epochs")

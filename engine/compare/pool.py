@@ -130,6 +130,14 @@ class Worker:
         last = _last_line(self.log)
         return kind, f"{reason}; its last words: {last}" if last and kind == CRASH else reason
 
+    def stop(self, patience: float) -> None:
+        """Ask the process to save what it trains and to end; wait so many seconds for that."""
+        self._process.terminate()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            LOGGER.warning("its process did not end within %g s; what it did since its last epoch is lost", patience)
+
     def close(self) -> None:
         """End the process, and all that it started (loaders of a process that is gone end by themselves)."""
         if self._process.poll() is None:

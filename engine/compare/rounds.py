@@ -64,7 +64,7 @@ def rounds_that_fit(call_s: Mapping[str, float], seconds: float, most: int) -> i
 
 
 def play(
-    names: Sequence[str], rounds: int, ask: Callable[[str], Mapping[str, float] | None], tick: Callable[[], None]
+    names: Sequence[str], rounds: int, ask: Callable[[str], Mapping[str, float] | None], tick: Callable[[], object]
 ) -> dict[str, dict[str, Spread]]:
     """Make the rounds.
 

@@ -181,7 +181,7 @@ class Speed:
                 return None
 
         with tqdm(total=rounds * len(ready), desc=str(phase), unit="turn", bar_format=BAR) as bar:
-            spreads = play(list(ready), rounds, ask, lambda: bar.update() and None)
+            spreads = play(list(ready), rounds, ask, bar.update)
         for label in spreads:
             try:
                 workers[label].ask("close")

@@ -19,6 +19,7 @@ from engine.compare.worker import CRASH, MEMORY
 
 LOGGER = logging.getLogger(__name__)
 TRANSIENT = (MEMORY, CRASH)  # failures that another try may not see: never kept
+SAVING_S = 60.0  # what an interrupted training gets to save its state, in the middle of an epoch too
 BAR = "{l_bar}{bar:20}{r_bar}"
 
 
@@ -134,15 +135,20 @@ def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, 
 def _train(context: Context, row: Row, seed: int, folder: Path, worker: Worker, title: str) -> str:
     """Train in a process of its own, with a bar that counts the epochs. Returns the best weights."""
     log = folder / "results.csv"
-    done = min(_epochs_in(log), context.config.epochs)
+    epochs = context.config.epochs
+    done = min(_epochs_in(log), epochs)
     if done:
-        LOGGER.info("%s: goes on after %d of %d epochs", title, done, context.config.epochs)
-    with tqdm(initial=done, total=context.config.epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
+        LOGGER.info("%s: goes on after %d of %d epochs", title, done, epochs)
+    with tqdm(initial=done, total=epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
 
         def tick() -> None:
-            bar.update(max(min(_epochs_in(log), bar.total) - bar.n, 0))
+            bar.update(max(min(_epochs_in(log), epochs) - bar.n, 0))
 
-        found = worker.ask("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
+        try:
+            found = worker.ask("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
+        except KeyboardInterrupt:
+            worker.stop(SAVING_S)
+            raise
         tick()
     return found["best"]
 

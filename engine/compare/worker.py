@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
 from utils.log import configure_logging
 
 MEMORY, CRASH, MISTAKE, UNSUPPORTED, OTHER = "memory", "crash", "mistake", "unsupported", "other"
@@ -73,6 +73,8 @@ def classify(error: BaseException) -> tuple[str, str]:
         return MISTAKE, text
     if isinstance(error, NotImplementedError):
         return UNSUPPORTED, f"unsupported operator ({text})"
+    if isinstance(error, TrainingError):
+        return OTHER, text
     return OTHER, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import math
+import re
 import shutil
 import sqlite3
 import sys
@@ -39,13 +41,13 @@ class Trainings:
 
     Attributes:
         hyps: hyper-parameters by trial number.
-        events: by trial number an exception to raise, or the fitness to reach.
+        events: by trial number an exception to raise, the fitness to reach, or that of each epoch.
     """
 
     def __init__(self) -> None:
         self.hyps: dict[int, Hyperparameters] = {}
         self.configs: dict[int, TrainConfig] = {}
-        self.events: dict[int, BaseException | float] = {}
+        self.events: dict[int, BaseException | float | list[float]] = {}
         self.always: BaseException | None = None
 
     def __call__(self, config, on_epoch):
@@ -61,12 +63,12 @@ class Trainings:
         log = CsvLog(folder)
         top = event if event is not None else 1 - self.hyps[number].scale
         for epoch in range(config.epochs):
-            value = top * (epoch + 1) / config.epochs
+            value = top[epoch] if isinstance(top, list) else top * (epoch + 1) / config.epochs
             best = max(best, value)
             log.add([epoch, 0, 0, 0, 0.5, 0.25, value, value, 0, 0, 0, 0, 0, 0])
             if on_epoch(epoch, value):
                 break
-        reached = best if top == top else top
+        reached = top if isinstance(top, float) and math.isnan(top) else best
         return TrainResult(folder, None, folder / "weights/last.pt", None, epoch + 1, reached)
 
     def points(self) -> list[tuple[float, ...]]:
@@ -202,12 +204,12 @@ def test_failed_trials_do_not_end_the_evolution(tmp_path, trainings):
 
 def test_trials_behind_the_median_are_pruned(tmp_path, trainings, monkeypatch):
     monkeypatch.setattr(studies, "PRUNE_AFTER", 2)
-    trainings.events = {0: 0.5, 1: 0.5, 2: 0.1, 3: 0.9}
-    result = evolve(config(tmp_path, evolve=4))
+    trainings.events = {0: 0.6, 1: 0.6, 2: 0.1, 3: 0.9, 4: [0.5, 0.5, 0.5]}
+    result = evolve(config(tmp_path, evolve=5))
     rows = table(result.folder)
-    assert [r["state"] for r in rows] == ["complete", "complete", "pruned", "complete"]
-    assert [r["epochs"] for r in rows] == ["3", "3", "2", "3"], "not in the first third of the epochs"
-    assert (result.trials, result.best_trial) == (4, 3)
+    assert [r["state"] for r in rows] == ["complete", "complete", "pruned", "complete", "complete"]
+    assert [r["epochs"] for r in rows] == ["3", "3", "2", "3", "3"], "not in the first third, nor after the last epoch"
+    assert (result.trials, result.best_trial) == (5, 3)
 
 
 def test_the_first_of_equals_is_best():
@@ -246,6 +248,12 @@ def test_bounds_hold_the_recipes():
     assert inside({row.key: 1e9 for row in SPACE}, SPACE) == {row.key: row.high for row in SPACE}
     with pytest.raises(ConfigError, match=r"lr0: a finite number"):
         point_of(replace(Hyperparameters.from_yaml(START), lr0=float("inf")), "x")
+
+
+def test_the_documented_bounds_are_those_in_use():
+    text = (HYPS.parents[1] / "docs/tuning.md").read_text()
+    found = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (by ratio)?", text, re.MULTILINE)
+    assert [(k, float(a), float(b), bool(r)) for k, a, b, r in found] == [(r.key, r.low, r.high, r.log) for r in SPACE]
 
 
 def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
