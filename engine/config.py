@@ -151,8 +151,9 @@ class TrainConfig(Options):
         missing="val_batch*.jpg and report.html go to the trackers once, at the end",
     )  # fmt: skip
     amp: str = option(
-        "auto", "mixed precision; auto = fp16 on CUDA, off on a CPU", choices=("auto", "fp16", "bf16", "off")
-    )
+        "auto", "mixed precision; auto = fp16 on CUDA, bf16 on a CPU with instructions for it, else off",
+        choices=("auto", "fp16", "bf16", "off"),
+    )  # fmt: skip
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
     partial_weights: bool = flag("accept weights that fit only in part")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)

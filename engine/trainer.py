@@ -123,6 +123,7 @@ class Trainer:
         self.last_step = -1
         self.progress = EpochProgress()
         self.amp_dtype = amp_dtype(self.config.amp, self.device)
+        LOGGER.info("Precision: %s (--amp %s)", str(self.amp_dtype or torch.float32)[6:], self.config.amp)
         self.stepper = TrainStep(setup, self.amp_dtype)
         self.class_maps = np.zeros(len(setup.data.names))
         self.logs = Logs(setup.folder)
