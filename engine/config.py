@@ -42,6 +42,7 @@ def flag(text: str, **extra: Any) -> Any:
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW")
 IMGSZ_NAMES = ("--img", "--img-size")
+PRECISIONS = ("auto", "fp16", "bf16", "off")
 
 
 class Options:
@@ -152,7 +153,7 @@ class TrainConfig(Options):
     )  # fmt: skip
     amp: str = option(
         "auto", "mixed precision; auto = fp16 on CUDA, bf16 on a CPU with instructions for it, else off",
-        choices=("auto", "fp16", "bf16", "off"),
+        choices=PRECISIONS,
     )  # fmt: skip
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
     partial_weights: bool = flag("accept weights that fit only in part")
@@ -184,6 +185,11 @@ class ValConfig(Options):
     name: str = option("exp", "run folder name")
     exist_ok: bool = flag("reuse the folder instead of counting up")
     half: bool = flag("half precision (ignored on a CPU)")
+    amp: str = option(
+        "auto",
+        "mixed precision of .pt files; auto and off = float32 (auto: unless --half is given), fp16 on a GPU only",
+        choices=PRECISIONS,
+    )
     dnn: bool = flag("run ONNX through OpenCV DNN")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
 
@@ -220,6 +226,11 @@ class DetectConfig(Options):
     hide_labels: bool = flag("no text at boxes")
     hide_conf: bool = flag("no score in the text")
     half: bool = flag("half precision (ignored on a CPU)")
+    amp: str = option(
+        "auto",
+        "mixed precision of .pt files; auto and off = float32 (auto: unless --half is given), fp16 on a GPU only",
+        choices=PRECISIONS,
+    )
     dnn: bool = flag("run ONNX through OpenCV DNN")
     vid_stride: int = option(1, "use every n-th frame", int, low=1)
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)

@@ -237,8 +237,9 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     device = select_device(device_name, config.batch_size)
     config = replace(config, weights=choose_weights(config.weights))
     runtime = open_runtime(
-        config.weights, device, half=config.half, augment=config.augment, dnn=config.dnn, provider=provider
-    )
+        config.weights, device, half=config.half, amp=config.amp, augment=config.augment, dnn=config.dnn,
+        provider=provider,
+    )  # fmt: skip
     if not config.single_cls:
         check_classes(runtime.names, data, config.weights[0])
     LOGGER.info("Validating on %s", describe_device(device))

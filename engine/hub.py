@@ -171,7 +171,8 @@ class HubModel(nn.Module):
     ) -> list[Detections]:
         """Run the network and the suppression on pictures of one shape; boxes in pixels of the pictures."""
         if isinstance(self.runtime, PyTorchRuntime):
-            self.runtime.augment, self.runtime.autocast = augment, self.amp and self.device.type != "cpu"
+            self.runtime.augment = augment
+            self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
         with timers[1]:
             limit = self.runtime.fixed_batch or len(prepared.images)
             decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])

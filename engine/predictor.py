@@ -80,7 +80,7 @@ def detect(config: DetectConfig) -> DetectReport:
     device = select_device(device_name)
     weights = choose_weights(config.weights)
     runtime = open_runtime(
-        weights, device, half=config.half, augment=config.augment, dnn=config.dnn, provider=provider
+        weights, device, half=config.half, amp=config.amp, augment=config.augment, dnn=config.dnn, provider=provider
     )
     LOGGER.info("Detecting on %s", describe_device(device))
     if config.update and any(Path(path).suffix.lower() not in CHECKPOINT_SUFFIXES for path in weights):

@@ -228,7 +228,8 @@ class Trainer:
         if not self.world.is_main:
             return None
         assert s.ema is not None  # rank zero has the average
-        runtime = PyTorchRuntime.from_model(s.ema.module, self.device, half=self.amp_dtype is not None)
+        autocast = None if self.device.type == "cpu" else self.amp_dtype  # on a CPU, the figures that val.py will give
+        runtime = PyTorchRuntime.from_model(s.ema.module, self.device, autocast=autocast)
         if self.world.size > 1:
             return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
         try:

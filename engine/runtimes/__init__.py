@@ -14,6 +14,7 @@ from engine.runtimes.opencv_dnn import OpenCvRuntime
 from engine.runtimes.openvino import OpenVinoRuntime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.torchscript import TorchScriptRuntime
+from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError, did_you_mean
 from utils.files import newest_weights
 
@@ -62,6 +63,7 @@ def open_runtime(
     device: torch.device,
     *,
     half: bool = False,
+    amp: str = "auto",
     augment: bool = False,
     dnn: bool = False,
     provider: str = "",
@@ -72,6 +74,7 @@ def open_runtime(
         weights: checkpoints, or one exported file (or OpenVINO folder).
         device: where to run.
         half: half precision where the device has it; an exported file has the precision it was exported with.
+        amp: mixed precision of checkpoints: `'fp16'`, `'bf16'`; `'auto'` and `'off'` for none.
         augment: test-time augmentation; checkpoints only.
         dnn: run an ONNX file by OpenCV.
         provider: of ONNX Runtime, see `split_device`.
@@ -80,6 +83,7 @@ def open_runtime(
         CheckpointError: a file that is missing, or cannot be used.
         ConfigError: a kind of file that cannot do what is asked of it, or a package that is not installed.
     """
+    autocast = mixed_precision(amp, half, device)
     kinds = [_kind(name) for name in weights]
     artefacts = [name for name, kind in zip(weights, kinds) if kind in OPENERS]
     if dnn and (len(artefacts) != 1 or kinds != [".onnx"]):
@@ -87,15 +91,30 @@ def open_runtime(
     if provider and kinds != [".onnx"]:
         raise ConfigError(f"--device {provider}: for one ONNX file only, not for {', '.join(weights)}")
     if not artefacts:
-        return PyTorchRuntime(weights, device, half=half, augment=augment)
+        return PyTorchRuntime(weights, device, half=half, autocast=autocast, augment=augment)
     if len(weights) > 1:
         raise ConfigError(f"--weights: {artefacts[0]} stands alone; an ensemble is made of several .pt files")
     if augment:
         raise ConfigError(f"--augment: needs a .pt file; {artefacts[0]} is exported for the plain picture")
+    if autocast is not None:
+        raise ConfigError(f"--amp {amp}: needs a .pt file; {artefacts[0]} has the precision that it was exported with")
     if half:
         LOGGER.warning("--half is ignored for %s: its precision is that of the export", artefacts[0])
     opener = OPENERS[DNN if dnn else kinds[0]]
     return opener(Path(artefacts[0]), device, provider)
+
+
+def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:
+    """What `--amp` of val.py and detect.py means: the type to compute in under autocast, None for no autocast.
+
+    Unlike in training `auto` never narrows anything: figures stay comparable, unless `--half` asks for it.
+
+    Raises:
+        ConfigError: a type that the device does not compute in, or one that contradicts `--half`.
+    """
+    if half and amp in ("bf16", "off"):
+        raise ConfigError(f"--half: means float16, and --amp {amp} something else; leave one of them out")
+    return None if amp == "auto" else amp_dtype(amp, device)
 
 
 def _kind(name: str) -> str:

@@ -28,6 +28,7 @@ class PyTorchRuntime:
         weights: checkpoint files.
         device: where to run.
         half: compute in half precision; ignored on a CPU, with a warning.
+        autocast: compute in this type under autocast, in float32 where that is better; the weights stay float32.
         augment: test-time augmentation.
 
     Raises:
@@ -43,6 +44,7 @@ class PyTorchRuntime:
         device: torch.device,
         *,
         half: bool = False,
+        autocast: torch.dtype | None = None,
         augment: bool = False,
     ) -> None:
         if not weights:
@@ -56,25 +58,32 @@ class PyTorchRuntime:
             reparameterize(model.fuse())
             model.requires_grad_(False)
             model.to(device, torch.float16 if half else torch.float32).to(memory_format=torch.channels_last)
-        self._set_up(models, device, torch.float16 if half else torch.float32, autocast=False, augment=augment)
+        self._set_up(models, device, torch.float16 if half else torch.float32, autocast=autocast, augment=augment)
         for model, path in zip(models, weights):
             parameters = sum(p.numel() for p in model.parameters())
             LOGGER.info("%s: %d parameters, %d classes, grid of %d pixels", path, parameters, model.nc, grid_of(model))
+        if autocast is not None:
+            LOGGER.info("Precision: %s under autocast, boxes in float32 (--amp)", str(autocast)[6:])
 
     @classmethod
     def from_model(
-        cls, model: DetectionModel, device: torch.device, *, half: bool = False, augment: bool = False
+        cls,
+        model: DetectionModel,
+        device: torch.device,
+        *,
+        autocast: torch.dtype | None = None,
+        augment: bool = False,
     ) -> PyTorchRuntime:
-        """Run a model as it stands (that of a training, say): nothing of it is changed, `half` works by autocast.
+        """Run a model as it stands (that of a training, say): nothing of it is changed.
 
         Args:
             model: in evaluation mode, on `device`.
+            autocast, augment: as for the class.
         """
         if model.training:
             raise ValueError("the model is in training mode; a runtime needs it in evaluation mode")
         runtime = cls.__new__(cls)
-        half = half and device.type != "cpu"
-        runtime._set_up([model], device, torch.float32, autocast=half, augment=augment)
+        runtime._set_up([model], device, torch.float32, autocast=autocast, augment=augment)
         return runtime
 
     def _set_up(
@@ -83,7 +92,7 @@ class PyTorchRuntime:
         device: torch.device,
         dtype: torch.dtype,
         *,
-        autocast: bool,
+        autocast: torch.dtype | None,
         augment: bool,
     ) -> None:
         self.models = list(models)
@@ -100,7 +109,7 @@ class PyTorchRuntime:
     def with_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """See `RawRuntime`; the raw levels are those of the first model, without augmentation."""
         pixels = to_unit(images.to(self.device), self.dtype).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, torch.float16, enabled=self.autocast):
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = [model(pixels, augment=self.augment) for model in self.models]
         decoded = torch.cat([rows for rows, _ in outputs], 1) if len(outputs) > 1 else outputs[0][0]
         return decoded.float(), list(outputs[0][1])

@@ -244,7 +244,7 @@ def test_deployed_form_gives_the_same_boxes(weights):
 def test_a_model_in_training_is_not_changed(weights):
     model = load_detector(weights)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    PyTorchRuntime.from_model(model, torch.device("cpu"), half=True)(torch.zeros(1, 3, 64, 64))
+    PyTorchRuntime.from_model(model, torch.device("cpu"), autocast=torch.bfloat16)(torch.zeros(1, 3, 64, 64))
     after = model.state_dict()
     assert list(before) == list(after) and all(torch.equal(before[k], after[k]) for k in before)
     with pytest.raises(ValueError, match="training mode"):
@@ -487,7 +487,8 @@ def test_cuda_gives_the_figures_of_the_cpu(data_file, weights, half):
     model = load_detector(weights).cuda()
     head = model.head
     criterion = DetectionLoss(head.anchors.cpu() * head.stride.view(-1, 1, 1), head.stride, LossConfig())
-    runtime = PyTorchRuntime.from_model(model, torch.device("cuda", 0), half=half)
+    autocast = torch.float16 if half else None
+    runtime = PyTorchRuntime.from_model(model, torch.device("cuda", 0), autocast=autocast)
     result = evaluate(runtime, loader_for(data_file), EvalOptions(names=NAMES), criterion=criterion)
     assert result.map50 == pytest.approx(results[0].map50, abs=0.02) and min(result.losses) > 0
     assert all(p.dtype == torch.float32 for p in model.parameters())
