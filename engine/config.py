@@ -6,6 +6,7 @@ apart. No torch here: `--help` has to be instant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from engine.keywords import settled
 from utils.errors import ConfigError, did_you_mean
-from utils.yaml_lines import load_yaml
+from utils.yaml_lines import load_yaml, plain
 
 FLAG, OPTIONAL, MANY = "flag", "optional", "many"
 
@@ -152,7 +153,7 @@ class TrainConfig(Options):
         missing="val_batch*.jpg and report.html go to the trackers once, at the end",
     )  # fmt: skip
     amp: str = option(
-        "auto", "mixed precision; auto = fp16 on CUDA, bf16 on a CPU with instructions for it, else off",
+        "auto", "mixed precision; auto = fp16 on CUDA, else off (bf16 saves time on CPUs that have it)",
         choices=PRECISIONS,
     )  # fmt: skip
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
@@ -242,7 +243,9 @@ class Hyperparameters:
 
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
     those of the model YAML). Keys of our own: `nominal_batch`, images that one optimiser step is to see; `clip_norm`,
-    largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused).
+    largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused);
+    `class_weights`, factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
+    numbers by class name (1 for the others).
     """
 
     lr0: float
@@ -277,6 +280,7 @@ class Hyperparameters:
     nominal_batch: float = 64
     clip_norm: float = 10.0
     optimizer: str | None = None
+    class_weights: str | list[float] | dict[str | int, float] | None = None
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> Hyperparameters:
@@ -302,18 +306,34 @@ class Hyperparameters:
             elif key == "optimizer":
                 if value not in (None, *OPTIMIZERS):
                     problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
+            elif key == "class_weights":
+                problems += [f"{place}: {problem}" for problem in _problems_of_class_weights(value)]
             elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
                 problems.append(f"{place}: {key} is '{value}'; a number is needed")
             elif isinstance(value, (int, float)) and value < 0:
                 problems.append(f"{place}: {key} is {value}; it cannot be negative")
-        optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer")
+        optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer", "class_weights")
         missing = [n for n in names if n not in data and n not in optional]
         if missing:
             problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
         if problems:
             raise ConfigError("; ".join(problems))
-        return cls(**dict(data))
+        values = plain(data)
+        if values.get("class_weights") == "none":
+            values["class_weights"] = None
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `anchors` and `optimizer` only where they are set."""
+        """Plain values; `anchors`, `optimizer` and `class_weights` only where they are set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def _problems_of_class_weights(value: Any) -> list[str]:
+    """What is wrong with the form of `class_weights`; classes are looked up when the data set is known."""
+    if value is None or value in ("none", "balanced"):
+        return []
+    if not isinstance(value, (list, dict)):
+        return [f"class_weights is '{value}'; allowed: none, balanced, a list of numbers, or numbers by class name"]
+    numbers = value.values() if isinstance(value, dict) else value
+    wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < math.inf]
+    return [f"class_weights holds '{n}'; finite numbers from 0 on are needed" for n in wrong]

@@ -27,7 +27,7 @@ from engine.setup import Setup, build_setup, resolve_run, save_resolved
 from engine.stopping import StopNow, StopRequest
 from engine.train_step import TrainStep
 from engine.worst import WorstPictures
-from utils.device import amp_dtype, select_device
+from utils.device import amp_dtype, cpu_has_bf16, select_device
 from utils.metrics import fitness
 
 LOGGER = logging.getLogger(__name__)
@@ -123,7 +123,11 @@ class Trainer:
         self.last_step = -1
         self.progress = EpochProgress()
         self.amp_dtype = amp_dtype(self.config.amp, self.device)
-        LOGGER.info("Precision: %s (--amp %s)", str(self.amp_dtype or torch.float32)[6:], self.config.amp)
+        faster = self.amp_dtype is None and self.device.type == "cpu" and cpu_has_bf16()
+        LOGGER.info(
+            "Precision: %s (--amp %s)%s", str(self.amp_dtype or torch.float32)[6:], self.config.amp,
+            "; this CPU computes faster in bfloat16: --amp bf16" if faster else "",
+        )  # fmt: skip
         self.stepper = TrainStep(setup, self.amp_dtype)
         self.class_maps = np.zeros(len(setup.data.names))
         self.logs = Logs(setup.folder)

@@ -34,11 +34,15 @@ def main() -> None:
     """Answer jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    # Loaders are forked, and a forked process closes its `sys.stdin`: for ever, if a thread was reading from that.
+    questions = os.fdopen(os.dup(0), encoding="utf-8")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     _be_first_to_go()
     configure_logging()
     jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(sys.stdin, jobs), daemon=True).start()
+    threading.Thread(target=_listen, args=(questions, jobs), daemon=True).start()
     try:
         from engine.compare.jobs import JOBS, State
 

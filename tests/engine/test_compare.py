@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def options(place: Path, *names: str, **more) -> dict:
     base = {
         "cfg": [str(place / f"{name}.yaml") for name in names], "data": str(place / "data.yaml"), "imgsz": 64,
-        "device": "cpu", "threads": 1, "rounds": 3, "seconds": 0.0, "workers": 0, "project": str(place / "runs"),
+        "device": "cpu", "threads": 1, "rounds": 3, "seconds": 0.0, "workers": 1, "project": str(place / "runs"),
     }  # fmt: skip
     return {**base, **more}
 
@@ -204,7 +204,7 @@ def test_training_is_taken_up_after_a_kill(place, tmp_path):
     """Two models, two seeds, ONNX: killed in the second training, gone on with, and not done again a third time."""
     words = ["--cfg", str(place / "tiny.yaml"), str(place / "small.yaml"), "--data", str(place / "data.yaml")]
     words += "--imgsz 64 --epochs 6 --seeds 0 1 --runtimes onnx pytorch --batch 1 2 --rounds 3 --seconds 0".split()
-    words += ["--workers", "0", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
+    words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
     own = tmp_path / "project"  # a copy: a change of the sources in between is a reason to train again
     for name in ("models", "data", "engine", "utils"):
         shutil.copytree(ROOT / name, own / name, ignore=shutil.ignore_patterns("__pycache__", "*.cache.npz"))
