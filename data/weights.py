@@ -1,11 +1,13 @@
-"""How much each class and each picture counts when pictures are drawn by weight (`--image-weights`)."""
+"""How much each class counts in the loss (`class_weights`), and each picture in the draw (`--image-weights`)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
+from utils.errors import ConfigError, did_you_mean
 
 
 def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
@@ -17,11 +19,68 @@ def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes:
     Returns:
         (num_classes,) float64.
     """
+    weights = 1 / np.maximum(label_counts(labels, num_classes), 1)
+    return weights / weights.sum()
+
+
+def label_counts(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
+    """Labels of each class, (num_classes,) float64; `labels` as in `labels_to_class_weights`."""
     counts = np.zeros(num_classes)
     for rows in labels:
         counts += np.bincount(rows[:, 0].astype(np.int64), minlength=num_classes)
-    weights = 1 / np.maximum(counts, 1)
-    return weights / weights.sum()
+    return counts
+
+
+def balanced_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
+    """`labels_to_class_weights` scaled so that their mean over the labels is 1; 1 for classes without labels.
+
+    (Those would get the largest weights of all, for outputs that have nothing to learn but zero.)
+    """
+    counts = label_counts(labels, num_classes)
+    weights = labels_to_class_weights(labels, num_classes)
+    if counts.any():
+        weights *= counts.sum() / (weights * counts).sum()
+    return np.where(counts > 0, weights, 1.0)
+
+
+def class_loss_weights(
+    wanted: str | Sequence[float] | Mapping[str | int, float] | None,
+    names: Mapping[int, str],
+    labels: Sequence[NDArray[np.floating]],
+    where: str,
+) -> tuple[float, ...] | None:
+    """The hyper-parameter `class_weights` for the classes of a data set.
+
+    Args:
+        wanted: None, `'balanced'`, a number per class, or numbers by class name or number (1 for the others).
+        names: class names by number, 0 and on.
+        labels: of the training pictures, as in `labels_to_class_weights`.
+        where: file that it stands in.
+
+    Returns:
+        A weight per class; None = none are wanted.
+
+    Raises:
+        ConfigError: another number of weights than of classes, or a class that the data set does not have.
+    """
+    if wanted is None:
+        return None
+    if isinstance(wanted, str):
+        return tuple(float(w) for w in balanced_class_weights(labels, len(names)))
+    if not isinstance(wanted, Mapping):
+        if len(wanted) != len(names):
+            have = f"the data set has {len(names)} classes ({', '.join(names.values())})"
+            raise ConfigError(f"{where}: class_weights: {len(wanted)} numbers; {have}")
+        return tuple(float(w) for w in wanted)
+    weights = [1.0] * len(names)
+    numbers = {name: number for number, name in names.items()}
+    for key, weight in wanted.items():
+        number = key if key in names else numbers.get(str(key))
+        if number is None:
+            near = did_you_mean(str(key), numbers)
+            raise ConfigError(f"{where}: class_weights: no class '{key}'; there are {', '.join(numbers)}{near}")
+        weights[int(number)] = float(weight)
+    return tuple(weights)
 
 
 def labels_to_image_weights(

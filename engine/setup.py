@@ -18,7 +18,7 @@ from data.config import DataConfig, load_data_config
 from data.dataset import DetectionDataset
 from data.labels import Annotations, load_annotations
 from data.loader import DetectionLoader, create_loader
-from data.weights import labels_to_class_weights
+from data.weights import class_loss_weights, labels_to_class_weights
 from engine.autobatch import choose_batch
 from engine.config import Hyperparameters, TrainConfig
 from engine.distributed import World, broadcast, main_first
@@ -137,8 +137,9 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         LOGGER.info("%s", part.report.summary())
     data_hash = hash_of(train_set, val_set)
     _same_data(resumed, data_hash, data)
-    folder = _run_folder(config, world)
     labels = [r.labels for r in train_set.records]
+    factors = _class_factors(config, hyp, data, labels)
+    folder = _run_folder(config, world)
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
     start_epoch = resumed.epoch + 1 if resumed else 0
@@ -159,7 +160,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         config=config, hyp=hyp, data=data, folder=folder, device=device, world=world, model=model, grid=grid,
         frozen=frozen, loader=loader, val_loader=val_loader, labels=labels,
         class_weights=labels_to_class_weights(labels, len(data.names)),
-        criterion=build_loss(model, hyp, config), optimizer=optimizer,
+        criterion=build_loss(model, hyp, config, factors), optimizer=optimizer,
         schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
         ema=ModelEma(model) if world.is_main else None,
         eval_options=EvalOptions(names=data.names, single_cls=config.single_cls), resumed=resumed,
@@ -194,7 +195,9 @@ def build_model(
     return model
 
 
-def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig) -> DetectionLoss:
+def build_loss(
+    model: DetectionModel, hyp: Hyperparameters, config: TrainConfig, class_weights: tuple[float, ...] | None = None
+) -> DetectionLoss:
     """The loss with its gains scaled to levels, classes and image size."""
     head = model.head
     loss_config = LossConfig.from_hyp(
@@ -204,7 +207,20 @@ def build_loss(model: DetectionModel, hyp: Hyperparameters, config: TrainConfig)
         imgsz=config.imgsz,
         label_smoothing=config.label_smoothing,
     )
+    loss_config = replace(loss_config, class_weights=class_weights)
     return DetectionLoss(head.anchors * head.stride.view(-1, 1, 1).to(head.anchors), model.stride, loss_config)
+
+
+def _class_factors(
+    config: TrainConfig, hyp: Hyperparameters, data: DataConfig, labels: list[np.ndarray]
+) -> tuple[float, ...] | None:
+    """Factors on the class loss that the hyper-parameters ask for, which are said."""
+    factors = class_loss_weights(hyp.class_weights, data.names, labels, config.hyp)
+    if factors is not None:
+        shown = ", ".join(f"{name} {factor:.3g}" for name, factor in zip(data.names.values(), factors))
+        note = "" if len(factors) > 1 else " (without effect: a single class has no class loss)"
+        LOGGER.info("Class loss weighted (class_weights): %s%s", shown, note)
+    return factors
 
 
 def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:

@@ -37,6 +37,7 @@ class LossConfig:
         fl_gamma: focal loss exponent (https://arxiv.org/abs/1708.02002); 0 = plain cross-entropy.
         label_smoothing: epsilon; class targets become 1 - epsilon / 2 and epsilon / 2.
         autobalance: adapt the weights of the levels' objectness losses.
+        class_weights: factor on the class loss of each class; None = 1 for all.
     """
 
     box: float = 0.05
@@ -48,6 +49,7 @@ class LossConfig:
     fl_gamma: float = 0.0
     label_smoothing: float = 0.0
     autobalance: bool = False
+    class_weights: tuple[float, ...] | None = None
 
     @classmethod
     def from_hyp(
@@ -174,6 +176,7 @@ class DetectionLoss(nn.Module):
     balance: torch.Tensor  # weight of each level's objectness loss
     gains: torch.Tensor  # box, objectness, class
     positive_weights: torch.Tensor  # objectness, class
+    class_weights: torch.Tensor | None
 
     def __init__(
         self,
@@ -197,6 +200,8 @@ class DetectionLoss(nn.Module):
         # Buffers, so that no step copies constants to the device.
         self.register_buffer("gains", torch.tensor((config.box, config.obj, config.cls)), persistent=False)
         self.register_buffer("positive_weights", torch.tensor((config.obj_pw, config.cls_pw)), persistent=False)
+        factors = None if config.class_weights is None else torch.tensor(config.class_weights, dtype=torch.float32)
+        self.register_buffer("class_weights", factors, persistent=False)
 
     def forward(self, raw: Sequence[torch.Tensor], targets: torch.Tensor) -> LossOutput:
         """Loss of raw head outputs; float32 inside, also under autocast. In eval mode the balance stays as it is.
@@ -240,14 +245,20 @@ class DetectionLoss(nn.Module):
     def _class_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         off = 0.5 * self.config.label_smoothing
         wanted = torch.full_like(logits, off).scatter_(1, labels[:, None], 1 - off)
-        return self._entropy(logits, wanted, self.positive_weights[1])
+        return self._entropy(logits, wanted, self.positive_weights[1], self.class_weights)
 
-    def _entropy(self, logits: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Mean binary cross-entropy, focal where `fl_gamma` asks for it."""
+    def _entropy(
+        self,
+        logits: torch.Tensor,
+        wanted: torch.Tensor,
+        positive: torch.Tensor,
+        factors: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Mean binary cross-entropy, focal where `fl_gamma` asks for it; `factors` (C,) multiply the terms."""
         gamma = self.config.fl_gamma
         if gamma <= 0:
-            return F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, pos_weight=weight, reduction="none")
+            return F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive)
+        loss = F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive, reduction="none")
         p = logits.sigmoid()
         p_wanted = wanted * p + (1 - wanted) * (1 - p)
         alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)

@@ -208,3 +208,33 @@ def test_cuda_agrees_with_cpu_and_with_itself(targets_on):
     torch.testing.assert_close(runs[0][0], expected.parts, rtol=1e-4, atol=1e-6)
     for parts, gradient in runs[1:]:
         assert torch.equal(parts, runs[0][0]) and torch.equal(gradient, runs[0][1])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_class_weights_multiply_the_terms_of_their_class(gamma, smoothing):
+    """The loss is linear in the weights: that of (a, b, c) is a, b and c times those of one class alone."""
+    options = {"fl_gamma": gamma, "label_smoothing": smoothing, "cls_pw": 1.3}
+    single = [tuple(row) for row in torch.eye(3).tolist()]
+    alone = [criterion(class_weights=row, **options)(raw_outputs(), TARGETS).parts for row in single]
+    mixed = criterion(class_weights=(0.5, 2.0, 0.0), **options)(raw_outputs(), TARGETS).parts
+    assert mixed[2].item() == pytest.approx(0.5 * alone[0][2].item() + 2 * alone[1][2].item(), rel=1e-5)
+    assert min(part[2] for part in alone) > 0
+    plain = criterion(**options)(raw_outputs(), TARGETS).parts
+    assert sum(part[2].item() for part in alone) == pytest.approx(plain[2].item(), rel=1e-5)
+    torch.testing.assert_close(mixed[:2], plain[:2], rtol=0, atol=0)  # box and objectness know no classes
+
+
+def test_a_class_of_weight_zero_learns_nothing():
+    raw = raw_outputs()
+    criterion(class_weights=(1.0, 0.0, 3.0))(raw, TARGETS).total.backward()
+    for level in raw:
+        assert not level.grad[..., 6].any()
+    assert any(level.grad[..., 5].any() and level.grad[..., 7].any() for level in raw)
+
+
+def test_without_class_weights_nothing_changes():
+    assert criterion().class_weights is None and "class_weights" not in criterion().state_dict()
+    assert "class_weights" not in criterion(class_weights=(1.0, 2.0, 3.0)).state_dict()
+    one = criterion(class_weights=(1.0, 1.0, 1.0))(raw_outputs(), TARGETS)
+    torch.testing.assert_close(one.parts, criterion()(raw_outputs(), TARGETS).parts, rtol=1e-6, atol=0)
