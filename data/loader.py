@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data.collate import collate, collate_quad
 from data.dataset import DetectionDataset
-from data.order import WINDOW, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
+from data.order import WINDOW, Index, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
 from utils.errors import UserError
 from utils.seed import sample_rng
 from utils.structures import Batch
@@ -27,8 +27,8 @@ from utils.structures import Batch
 TASK_BYTES = 96 * 2**20
 """Most pixels, in bytes, that a worker hands over at once when it makes several batches in one go."""
 
-GRACE_SECONDS = 5
-"""How long a worker lives on after SIGTERM."""
+GRACE_SECONDS = 30
+"""How long a worker lives on after SIGTERM; torchrun and SLURM give a process as long before they kill it."""
 
 _QUAD_STREAM = 2**33  # added to a picture's number: the random numbers of the four-in-one collate
 
@@ -46,6 +46,7 @@ class DetectionLoader:
         shuffle: a new order each epoch, a function of (seed, epoch).
         seed: of the order.
         rank, world_size: share of one process in distributed training; rank -1 means all.
+        repeat: give the ranks equally many batches by repeating some; else each comes once, as validation needs it.
         image_weights: (n,) non-negative: draw pictures by weight, with replacement, instead of each one once.
         quad: four-in-one batches, see `collate_quad`.
 
@@ -60,6 +61,7 @@ class DetectionLoader:
     seed: int = field(default=0, kw_only=True)
     rank: int = field(default=-1, kw_only=True)
     world_size: int = field(default=1, kw_only=True)
+    repeat: bool = field(default=True, kw_only=True)
     image_weights: NDArray[np.floating] | Sequence[float] | None = field(default=None, kw_only=True)
     quad: bool = field(default=False, kw_only=True)
 
@@ -69,7 +71,8 @@ class DetectionLoader:
         if self.dataset.rect and self.dataset.batch_size != self.batch_size:
             raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
         self.epoch = self.skip = 0
-        self.workers = min(self.workers, _processors() // max(self.world_size, 1), len(self)) if len(self) > 1 else 0
+        share = _processors() // _neighbours(self.world_size)
+        self.workers = min(self.workers, share, len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()
         self._loader: DataLoader | None = None
 
@@ -77,8 +80,8 @@ class DetectionLoader:
         """Number of batches of this process in one epoch."""
         n, size = len(self.dataset), self.batch_size
         if self.dataset.rect:
-            return len(shard(-(-n // size), self.rank, self.world_size))
-        return -(-len(shard(n, self.rank, self.world_size)) // size)
+            return len(self._shard(-(-n // size)))
+        return -(-len(self._shard(n)) // size)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
@@ -108,10 +111,13 @@ class DetectionLoader:
         size = self.batch_size
         keys = self._keys()
         if self.dataset.rect:  # whole batches are shared out: a batch has one shape
-            starts = shard(-(-len(keys) // size), self.rank, self.world_size) * size
+            starts = self._shard(-(-len(keys) // size)) * size
             return [keys[start : start + size] for start in starts.tolist()]
-        mine = [keys[place] for place in shard(len(keys), self.rank, self.world_size).tolist()]
+        mine = [keys[place] for place in self._shard(len(keys)).tolist()]
         return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def _shard(self, n: int) -> Index:
+        return shard(n, self.rank, self.world_size, self.repeat)
 
     def _keys(self) -> Keys:
         n = len(self.dataset)
@@ -206,3 +212,8 @@ def _processors() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
+
+
+def _neighbours(world_size: int) -> int:
+    """Processes of a training that share this machine; torchrun tells how many of all they are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1

@@ -95,16 +95,18 @@ def weighted_keys(order: Index, epoch: int, size: int = WINDOW) -> list[SampleKe
     return keys
 
 
-def shard(n: int, rank: int, world_size: int) -> Index:
+def shard(n: int, rank: int, world_size: int, repeat: bool = True) -> Index:
     """Places of an order of length `n` that belong to `rank`: every `world_size`-th one.
-
-    The order is first repeated from its start until it divides evenly, as
-    `torch.utils.data.DistributedSampler` does, so all ranks take equally many steps.
 
     Args:
         rank: 0 .. world_size - 1, or -1 for a single process.
+        repeat: first repeat the order from its start until it divides evenly, as
+            `torch.utils.data.DistributedSampler` does, so that all ranks take equally many steps. Without it each place
+            belongs to one rank, and some ranks may have one place less, or none at all.
     """
     if rank < 0 or world_size <= 1 or n == 0:
         return np.arange(n)
+    if not repeat:
+        return np.arange(rank, n, world_size)
     per_rank = -(-n // world_size)
     return (rank + np.arange(per_rank) * world_size) % n

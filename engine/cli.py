@@ -6,13 +6,14 @@ Nothing here imports torch, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from engine.config import FLAG, MANY, OPTIONAL, Options
-from utils.errors import TrainingError, UserError, did_you_mean
+from engine.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
+from utils.errors import ConfigError, TrainingError, UserError, did_you_mean
 from utils.log import configure_logging
 
 T = TypeVar("T", bound=Options)
@@ -26,7 +27,7 @@ class Parser(argparse.ArgumentParser):
         if unknown != message:
             names = [s for a in self._actions for s in a.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {message}\n" if _rank() <= 0 else None)
 
 
 # YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
@@ -73,6 +74,28 @@ def build_parser(config: type[Options], prog: str, description: str) -> argparse
     return parser
 
 
+def _rank() -> int:
+    """Number of this process among those that torchrun started; -1 alone."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else -1
+
+
+def _check_together(prog: str, options: Options) -> None:
+    """Under torchrun: refuse what is not done by several processes.
+
+    Raises:
+        ConfigError: a command or a task for a single process.
+    """
+    if _rank() < 0:
+        return
+    if not isinstance(options, TrainConfig):
+        raise ConfigError(f"{prog}: does not run under torchrun; start python {prog} (only train.py shares its work)")
+    if options.evolve is not None or options.resume_evolve is not None:
+        raise ConfigError(
+            "--evolve: does not run under torchrun; start python train.py --evolve once, then the same command with "
+            "--resume_evolve FOLDER and another --device for each further process"
+        )
+
+
 def run_main(
     config: type[T], prog: str, description: str, work: Callable[[T], int | None], argv: Sequence[str] | None = None
 ) -> int:
@@ -90,10 +113,16 @@ def run_main(
     """
     parser = build_parser(config, prog, description)
     values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
-    configure_logging()
+    configure_logging(rank=_rank())
     try:
         options = config(**vars(values))
         options.check()
+        _check_together(prog, options)
+    except UserError as error:
+        if _rank() <= 0:  # the others were given the same
+            print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    try:
         return work(options) or 0
     except UserError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)

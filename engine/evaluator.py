@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +17,12 @@ from data.labels import Annotations, load_annotations
 from data.loader import DetectionLoader, create_loader
 from engine import eval_pictures
 from engine.config import ValConfig
+from engine.distributed import World
 from engine.eval_outputs import CocoSink, TextSink, run_folder
 from engine.plugins import load_plugins
 from engine.runtimes import choose_weights, open_runtime, split_device
 from engine.runtimes.base import RawRuntime, Runtime
-from engine.tally import EvalResult, ImageOutcome, Tally, log_table, summarize, table_head
+from engine.tally import EvalResult, ImageOutcome, Tally, log_table, merge, summarize, table_head
 from models.loss import DetectionLoss
 from utils.boxes import scale_boxes, xywh2xyxy
 from utils.device import describe_device, select_device
@@ -31,7 +32,7 @@ from utils.nms import non_max_suppression
 from utils.structures import Batch, ImageShapes, to_unit
 from utils.timing import Profile
 
-__all__ = ["EvalOptions", "EvalResult", "ImageOutcome", "evaluate", "validate"]
+__all__ = ["EvalOptions", "EvalResult", "ImageOutcome", "conclude", "evaluate", "measure", "validate"]
 
 LOGGER = logging.getLogger(__name__)
 
@@ -39,6 +40,7 @@ PICTURED_BATCHES = 3
 USUAL_CONF = 0.001  # a higher threshold cuts the curves off
 FEW_CLASSES = 50  # with fewer classes each gets its line without --verbose
 SPEED_CONF, SPEED_IOU = 0.25, 0.45  # of --task speed
+SINGLE = World()
 RECT_PAD = 0.5  # in strides: extra padding of rectangular batches
 
 
@@ -54,7 +56,7 @@ class EvalOptions:
         folder: where pictures go; needed for `plots`.
         plots: draw curves, the confusion matrix, and the first batches.
         verbose: log the speed and a line per class.
-        sinks: called with the outcome of every picture.
+        sinks: called with the outcome of every picture at the end, in their order.
     """
 
     names: Mapping[int, str]
@@ -69,7 +71,6 @@ class EvalOptions:
     sinks: tuple[Callable[[ImageOutcome], None], ...] = ()
 
 
-@torch.no_grad()
 def evaluate(
     runtime: Runtime, loader: DetectionLoader, options: EvalOptions, criterion: DetectionLoss | None = None
 ) -> EvalResult:
@@ -82,30 +83,57 @@ def evaluate(
         criterion: also compute the loss, from the raw outputs; its automatic balance is left as it is. Needs a
             `RawRuntime`.
     """
+    return conclude([measure(runtime, loader, options, criterion)], options)
+
+
+@torch.no_grad()
+def measure(
+    runtime: Runtime,
+    loader: DetectionLoader,
+    options: EvalOptions,
+    criterion: DetectionLoss | None = None,
+    world: World = SINGLE,
+) -> Tally:
+    """The part of an evaluation that every process does for its own batches: detect and count; see `evaluate`."""
     tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
     timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
-    losses = torch.zeros(3)
+    bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not world.is_main)
     with _without_training(criterion):
-        for number, batch in enumerate(tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}")):
+        for turn, batch in enumerate(bar):
+            number = world.number + turn * world.size  # that it would have in a single process
             with timers[0]:
                 images = to_unit(batch.images.to(runtime.device, non_blocking=True))
             with timers[1]:
                 decoded, raw = _detect(runtime, images, criterion)
             if criterion is not None:
-                losses += criterion(raw, batch.targets).parts.cpu()
+                tally.losses[number] = criterion(raw, batch.targets).parts.cpu()
             with timers[2]:
                 found = _suppress(decoded, batch, options)
-            _count(tally, batch, found, options)
+            _count(tally, number, batch, found, options)
             if options.plots and options.folder is not None and number < PICTURED_BATCHES:
-                eval_pictures.draw_batch(options.folder, number, batch, found, options.names)
-    share = 1000 / max(tally.images, 1)
-    speeds = (timers[0].total * share, timers[1].total * share, timers[2].total * share)
-    box, obj, cls = (losses / max(len(loader), 1)).tolist()
-    result = summarize(tally, (box, obj, cls), speeds)
+                tally.shown[number] = batch, found
+    tally.seconds = timers[0].total, timers[1].total, timers[2].total
+    return tally
+
+
+def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
+    """The part of an evaluation that one process does: figures, table, pictures; see `evaluate`.
+
+    Args:
+        parts: what the processes measured, by rank.
+        options: as they were given to `measure`.
+    """
+    tally = merge(parts)
+    for outcome in tally.outcomes:
+        for sink in options.sinks:
+            sink(outcome)
+    result = summarize(tally)
     log_table(result, options.names, options.verbose)
     if options.verbose:
-        LOGGER.info("Speed per picture: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *speeds)
+        LOGGER.info("Speed per picture: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
     if options.plots and options.folder is not None:
+        for number, (batch, found) in sorted(tally.shown.items()):
+            eval_pictures.draw_batch(options.folder, number, batch, found, options.names)
         eval_pictures.draw_charts(options.folder, result, options.names)
     return result
 
@@ -156,7 +184,7 @@ def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list
     return list(together.split([len(rows) for rows in found]))
 
 
-def _count(tally: Tally, batch: Batch, found: list[torch.Tensor], options: EvalOptions) -> None:
+def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], options: EvalOptions) -> None:
     """Scale boxes and labels back to the original pictures, and count them."""
     height, width = batch.images.shape[2:]
     targets = batch.targets.cpu()
@@ -167,9 +195,9 @@ def _count(tally: Tally, batch: Batch, found: list[torch.Tensor], options: EvalO
         boxes = scale_boxes((height, width), corners[mine], fit.original, fit.ratio_pad)
         labels = torch.cat((targets[mine, 1:2], boxes), 1)
         boxes = scale_boxes((height, width), detections[:, :4], fit.original, fit.ratio_pad)
-        outcome = tally.add(path, fit.original, torch.cat((boxes, detections[:, 4:]), 1), labels)
-        for sink in options.sinks:
-            sink(outcome)
+        outcome = tally.add(path, fit.original, torch.cat((boxes, detections[:, 4:]), 1), labels, number)
+        if options.sinks:
+            tally.outcomes.append(outcome)
 
 
 # ---- val.py ---------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from engine.distributed import gather
 from engine.setup import Setup
 from models.checkpoint import read_checkpoint, spec_without_weights, write_checkpoint
 
@@ -20,12 +21,16 @@ FORMAT = "detector-1"
 def save(trainer: Trainer, epoch: int, is_best: bool) -> None:
     """Write last.pt (resumable), best.pt when this epoch is the best so far, and epoch<N>.pt when asked for.
 
-    last.pt comes last: a process killed between two files repeats the epoch and writes both again.
+    All ranks call it, each has a state of its own; rank zero writes. last.pt comes last: a process killed between two
+    files repeats the epoch and writes both again.
     """
     s = trainer.s
     folder = s.folder / "weights"
+    ranks = gather(rank_state(trainer), s.world)
+    if not ranks:
+        return
     content = weights_content(s, epoch, trainer.best_fitness)
-    full = {**content, "train": training_state(trainer)}
+    full = {**content, "train": training_state(trainer) | ranks[0] | {"others": ranks[1:]}}
     if is_best:
         write_checkpoint(folder / "best.pt", content)
     if s.config.save_period > 0 and epoch % s.config.save_period == 0:
@@ -34,26 +39,29 @@ def save(trainer: Trainer, epoch: int, is_best: bool) -> None:
 
 
 def save_unfinished(trainer: Trainer, epoch: int) -> None:
-    """Write last.pt in the middle of an epoch, right after an optimiser step; `resume` does the rest of it."""
-    content = weights_content(trainer.s, epoch - 1, trainer.best_fitness)
+    """Write last.pt in the middle of an epoch, right after an optimiser step; `resume` does the rest of it.
+
+    All ranks call it; rank zero writes.
+    """
     progress = trainer.progress
-    state = training_state(trainer) | {
-        "batches": progress.batches,
-        "counted": float(progress.counted),
-        "losses": progress.mean(),
-    }
+    ranks = gather(
+        rank_state(trainer) | {"counted": float(progress.counted), "losses": progress.mean()}, trainer.s.world
+    )
+    if not ranks:
+        return
+    content = weights_content(trainer.s, epoch - 1, trainer.best_fitness)
+    state = training_state(trainer) | ranks[0] | {"batches": progress.batches, "others": ranks[1:]}
     write_checkpoint(trainer.s.folder / "weights" / "last.pt", {**content, "train": state})
 
 
 def weights_content(s: Setup, epoch: int, best_fitness: float) -> dict[str, Any]:
     """The part of a checkpoint that detection needs: description, names and averaged weights."""
-    model = s.ema.module if s.ema else s.model
     return {
         "format": FORMAT,
         "spec": spec_without_weights(s.model.yaml),
         "names": dict(s.data.names),
         "stride": [float(x) for x in s.model.stride],
-        "state": {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()},
+        "state": {k: v.detach().cpu().contiguous() for k, v in s.ema.module.state_dict().items()},
         "epoch": epoch,
         "metadata": {
             "date": datetime.datetime.now().isoformat(timespec="seconds"),
@@ -65,16 +73,21 @@ def weights_content(s: Setup, epoch: int, best_fitness: float) -> dict[str, Any]
     }
 
 
-def training_state(trainer: Trainer) -> dict[str, Any]:
-    """Everything that must come back for the next epoch to go on as if nothing had happened."""
-    s = trainer.s
+def rank_state(trainer: Trainer) -> dict[str, Any]:
+    """What differs between the ranks of a training."""
     rng: dict[str, Any] = {"torch": torch.get_rng_state()}
     if trainer.device.type == "cuda":
         rng["cuda"] = torch.cuda.get_rng_state(trainer.device)
+    return {"rng": rng, "balance": [float(x) for x in trainer.s.criterion.balance]}
+
+
+def training_state(trainer: Trainer) -> dict[str, Any]:
+    """What is the same on all ranks, and must come back for the training to go on as if nothing had happened."""
+    s = trainer.s
     return {
         "model": {k: v.detach().cpu().contiguous() for k, v in s.model.state_dict().items()},
         "optimizer": s.optimizer.state_dict(),
-        "ema_updates": s.ema.updates if s.ema else 0,
+        "ema_updates": s.ema.updates,
         "scaler": trainer.stepper.scaler.state_dict(),
         "skipped": trainer.stepper.skipped,
         "data_hash": s.data_hash,
@@ -82,21 +95,24 @@ def training_state(trainer: Trainer) -> dict[str, Any]:
         "best_epoch": trainer.best_epoch,
         "last_step": trainer.last_step,
         "class_maps": [float(x) for x in trainer.class_maps],
-        "balance": [float(x) for x in s.criterion.balance],
         "options": s.config.to_dict(),
         "hyp": s.hyp.to_dict(),
-        "rng": rng,
     }
 
 
 def restore(trainer: Trainer) -> None:
-    """Put the state of a resumed run back; nothing to do for a new one."""
+    """Put the state of a resumed run back; nothing to do for a new one.
+
+    A rank that the run did not have before goes on with random numbers of its own.
+    """
     s = trainer.s
     if s.resumed is None or s.resumed.train is None:
         return
-    state = s.resumed.train
-    if s.ema:
-        s.ema.updates = int(state["ema_updates"])
+    state = dict(s.resumed.train)
+    others = state.get("others", [])
+    if s.world.number > 0:
+        state |= others[s.world.number - 1] if s.world.number <= len(others) else {"rng": {}}
+    s.ema.updates = int(state["ema_updates"])
     s.model.load_state_dict(state["model"])
     s.optimizer.load_state_dict(state["optimizer"])
     trainer.stepper.scaler.load_state_dict(state["scaler"])
@@ -108,7 +124,8 @@ def restore(trainer: Trainer) -> None:
     trainer.last_step = int(state["last_step"])
     trainer.class_maps[:] = state["class_maps"]
     s.criterion.balance.copy_(torch.tensor(state["balance"]))
-    torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
+    if "torch" in state["rng"]:
+        torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
     if trainer.device.type == "cuda" and "cuda" in state["rng"]:
         torch.cuda.set_rng_state(state["rng"]["cuda"].cpu().to(torch.uint8), trainer.device)
 

@@ -6,11 +6,9 @@ import hashlib
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from data.anchors import check_anchors
 from data.augment import AugmentConfig
@@ -21,13 +19,14 @@ from data.loader import DetectionLoader, create_loader
 from data.weights import class_loss_weights, labels_to_class_weights
 from engine.autobatch import choose_batch
 from engine.config import Hyperparameters, TrainConfig
-from engine.distributed import World, broadcast, main_first
+from engine.distributed import World, broadcast, copy_from_main, gather_all, main_first
 from engine.ema import ModelEma
 from engine.evaluator import EvalOptions
 from engine.freeze import Frozen, freeze, log_frozen, names_to_freeze
 from engine.optim import Schedule, build_optimizer, describe_groups, parameter_groups, rate_scales, scaled_decay
 from engine.plugins import load_plugins
 from engine.runtimes.pytorch import grid_of
+from engine.sync_bn import synchronise
 from models.checkpoint import Checkpoint, read_checkpoint, transfer_weights
 from models.loss import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
@@ -49,7 +48,7 @@ class Setup:
         frozen: what `--freeze` holds still; empty once `--freeze-epochs` are over.
         labels: per training picture (n, 5) class, xywhn.
         class_weights: (nc,) inverse frequency, sum 1.
-        ema: the averaged model; on rank zero only.
+        ema: the averaged model. Every rank keeps one; before a validation they take the values of rank zero's.
         data_hash: of names, sizes and labels of the training and validation pictures.
         start_epoch: first epoch to do.
     """
@@ -64,13 +63,13 @@ class Setup:
     grid: int
     frozen: Frozen
     loader: DetectionLoader
-    val_loader: Any
+    val_loader: DetectionLoader
     labels: list[np.ndarray]
     class_weights: np.ndarray
     criterion: DetectionLoss
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    ema: ModelEma[DetectionModel] | None
+    ema: ModelEma[DetectionModel]
     eval_options: EvalOptions
     resumed: Checkpoint | None = None
     data_hash: str = ""
@@ -129,12 +128,8 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     config = _batch_size(config, model, device, world)
     if device.type == "cpu" and not resumed:
         _quick_look(config)
-    with main_first(world):
-        train_set = load_annotations(data.split("train"), declared, single_cls=config.single_cls)
-        val_set = load_annotations(data.split("val"), declared, single_cls=config.single_cls)
+    train_set, val_set = _annotations(config, data, declared, world)
     frozen_names = names_to_freeze(model, config.freeze)
-    for part in (train_set, val_set):
-        LOGGER.info("%s", part.report.summary())
     data_hash = hash_of(train_set, val_set)
     _same_data(resumed, data_hash, data)
     labels = [r.labels for r in train_set.records]
@@ -142,15 +137,17 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     folder = _run_folder(config, world)
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
+    copy_from_main(model, world)  # each rank has drawn values of its own, and only rank zero reads published weights
     start_epoch = resumed.epoch + 1 if resumed else 0
     thawed = 0 < config.freeze_epochs <= start_epoch
     frozen = freeze(model, set() if thawed else frozen_names)
     log_frozen(model, frozen)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {' '.join(config.freeze)}: holds every parameter; nothing is left to learn")
-    if config.sync_bn and world.size > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     model = model.to(memory_format=torch.channels_last)
+    ema = ModelEma(model)
+    if config.sync_bn and world.size > 1:
+        synchronise(model, world, device)
     loader, val_loader = _loaders(config, hyp, (train_set, val_set), grid, world)
     decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
     groups = parameter_groups(model, decay, rate_scales(model, config.backbone_lr, config.layer_decay))
@@ -162,7 +159,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
         class_weights=labels_to_class_weights(labels, len(data.names)),
         criterion=build_loss(model, hyp, config, factors), optimizer=optimizer,
         schedule=Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr),
-        ema=ModelEma(model) if world.is_main else None,
+        ema=ema,
         eval_options=EvalOptions(names=data.names, single_cls=config.single_cls), resumed=resumed,
         data_hash=data_hash, start_epoch=start_epoch,
     )  # fmt: skip
@@ -241,10 +238,27 @@ def _batch_size(config: TrainConfig, model: DetectionModel, device: torch.device
         raise ConfigError("--batch-size 0: give a number of images, or -1 to choose it by GPU memory")
     if config.batch_size == -1:
         batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device))
-        config = replace(config, batch_size=int(broadcast(batch, world)) * world.size)  # type: ignore[call-overload]
+        config = replace(config, batch_size=min(gather_all(batch, world)) * world.size)  # the GPUs may differ
     if config.batch_size % world.size:
-        raise ConfigError(f"--batch-size {config.batch_size}: is not a multiple of the {world.size} processes")
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: is the total over all processes, and no multiple of the {world.size} "
+            "that torchrun started"
+        )
     return config
+
+
+def _annotations(
+    config: TrainConfig, data: DataConfig, declared: int, world: World
+) -> tuple[Annotations, Annotations]:
+    """Pictures and labels for training and validation; rank zero fetches, scans and writes the caches."""
+    with main_first(world):
+        train_set, val_set = (
+            load_annotations(data.split(name), declared, single_cls=config.single_cls, progress=world.is_main)
+            for name in ("train", "val")
+        )
+    for part in (train_set, val_set):
+        LOGGER.info("%s", part.report.summary())
+    return train_set, val_set
 
 
 def hash_of(*sets: Annotations) -> str:
@@ -285,10 +299,11 @@ def _quick_look(config: TrainConfig) -> None:
 
 def _run_folder(config: TrainConfig, world: World) -> Path:
     name = Path(config.cfg).stem if config.name == "cfg" else config.name
-    folder = increment_path(Path(config.project) / name, exist_ok=config.exist_ok or not world.is_main)
+    folder = Path(config.project) / name
     if world.is_main:
+        folder = increment_path(folder, exist_ok=config.exist_ok)
         make_folder(folder / "weights")
-    return folder
+    return broadcast(folder, world)
 
 
 def save_resolved(setup: Setup) -> None:
@@ -311,22 +326,24 @@ def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainCon
 
 def _loaders(
     config: TrainConfig, hyp: Hyperparameters, sets: tuple[Annotations, Annotations], grid: int, world: World
-) -> tuple[DetectionLoader, Any]:
+) -> tuple[DetectionLoader, DetectionLoader]:
     train_set, val_set = sets
     per_rank = config.batch_size // world.size
-    train_data = DetectionDataset(
-        train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(hyp.to_dict()), rect=config.rect,
-        batch_size=per_rank, stride=grid, cache=config.cache, seed=config.seed,
-        close_mosaic_from=max(config.epochs - config.close_mosaic, 0) if config.close_mosaic else None,
-    )  # fmt: skip
+    with main_first(world if config.cache == "disk" else World()):  # in memory, each has a cache of its own
+        train_data = DetectionDataset(
+            train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(hyp.to_dict()), rect=config.rect,
+            batch_size=per_rank, stride=grid, cache=config.cache, seed=config.seed,
+            close_mosaic_from=max(config.epochs - config.close_mosaic, 0) if config.close_mosaic else None,
+        )  # fmt: skip
+        val_data = DetectionDataset(
+            val_set.records, config.imgsz, rect=True, batch_size=per_rank * 2, stride=grid, pad=0.5,
+            cache=None if config.noval else config.cache,
+        )  # fmt: skip
     loader = create_loader(
         train_data, per_rank, workers=config.workers, shuffle=not config.rect, seed=config.seed,
         rank=world.rank, world_size=world.size, quad=config.quad,
     )  # fmt: skip
-    if not world.is_main:
-        return loader, None
-    val_data = DetectionDataset(
-        val_set.records, config.imgsz, rect=True, batch_size=per_rank * 2, stride=grid, pad=0.5,
-        cache=None if config.noval else config.cache,
-    )  # fmt: skip
-    return loader, create_loader(val_data, per_rank * 2, workers=config.workers)
+    val_loader = create_loader(
+        val_data, per_rank * 2, workers=config.workers, rank=world.rank, world_size=world.size, repeat=False
+    )
+    return loader, val_loader

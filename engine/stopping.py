@@ -17,7 +17,9 @@ class StopNow(BaseException):
 
 
 class StopRequest:
-    """Listens to `SIGNALS` for the length of a `with` block; a second signal breaks off at once.
+    """Listens to `SIGNALS` for the length of a `with` block; a Ctrl-C after another signal breaks off at once.
+
+    A repeated SIGTERM does not: a scheduler and torchrun may both send one, and SIGKILL follows when it takes too long.
 
     In another thread than the main one nothing is listened to: Python delivers signals to the main thread only.
 
@@ -59,6 +61,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.number is not None:
+            if number == signal.SIGTERM:
+                return
             raise KeyboardInterrupt
         self.number = number
         if self._at_once:

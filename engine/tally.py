@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from utils.metrics import IOU_THRESHOLDS, APResult, ConfusionMatrix, Curves, ap_per_class, match_detections
+from utils.structures import Batch
 
 LOGGER = logging.getLogger(__name__)
 
@@ -74,20 +75,37 @@ class EvalResult:
 
 @dataclass
 class Tally:
-    """What is counted while the pictures go by."""
+    """What is counted while the pictures go by; of several processes, each counts its own batches.
+
+    Attributes:
+        nc: number of classes.
+        batches: per picture the number of its batch.
+        losses: (3,) box, objectness and class loss by number of the batch.
+        seconds: spent on preparation, inference, suppression.
+        outcomes: of the pictures, where somebody wants to see them.
+        shown: batches to draw by their number, with the detections (n, 6) of each picture.
+    """
 
     nc: int
     thresholds: torch.Tensor = field(default_factory=lambda: torch.from_numpy(IOU_THRESHOLDS).float())
     confusion: ConfusionMatrix | None = None
     images: int = 0
+    batches: list[int] = field(default_factory=list)
+    losses: dict[int, torch.Tensor] = field(default_factory=dict)
+    seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    outcomes: list[ImageOutcome] = field(default_factory=list)
+    shown: dict[int, tuple[Batch, list[torch.Tensor]]] = field(default_factory=dict)
     correct: list[torch.Tensor] = field(default_factory=list)
     detections: list[torch.Tensor] = field(default_factory=list)
     labels: list[torch.Tensor] = field(default_factory=list)
 
-    def add(self, path: str, shape: tuple[int, int], detections: torch.Tensor, labels: torch.Tensor) -> ImageOutcome:
-        """Count one picture; boxes in its own pixels."""
+    def add(
+        self, path: str, shape: tuple[int, int], detections: torch.Tensor, labels: torch.Tensor, batch: int = 0
+    ) -> ImageOutcome:
+        """Count one picture of a batch; boxes in its own pixels."""
         correct = match_detections(detections, labels, self.thresholds)
         self.images += 1
+        self.batches.append(batch)
         self.correct.append(correct)
         self.detections.append(detections[:, 4:])
         self.labels.append(labels[:, 0])
@@ -105,10 +123,33 @@ class Tally:
         return ap_per_class(correct, detections[:, 0], detections[:, 1], labels), counts
 
 
-def summarize(
-    tally: Tally, losses: tuple[float, float, float] = (0.0, 0.0, 0.0), speeds: tuple[float, float, float] = (0.0,) * 3
-) -> EvalResult:
+def merge(parts: Sequence[Tally]) -> Tally:
+    """One tally of several processes' ones: pictures, and so equal scores, stand in the order of a single process."""
+    if len(parts) == 1:
+        return parts[0]
+    batches = [number for part in parts for number in part.batches]
+    order = sorted(range(len(batches)), key=batches.__getitem__)  # stable: within a batch as they were
+    whole = Tally(parts[0].nc, parts[0].thresholds, confusion=parts[0].confusion, images=len(batches))
+    for part in parts[1:]:
+        if whole.confusion is not None and part.confusion is not None:
+            whole.confusion.matrix += part.confusion.matrix
+    whole.batches = [batches[i] for i in order]
+    for name in ("correct", "detections", "labels", "outcomes"):
+        rows = [row for part in parts for row in getattr(part, name)]
+        setattr(whole, name, [rows[i] for i in order] if rows else [])
+    whole.losses = dict(sorted(item for part in parts for item in part.losses.items()))
+    whole.shown = {number: batch for part in parts for number, batch in part.shown.items()}
+    preparation, inference, suppression = np.sum([part.seconds for part in parts], 0).tolist()
+    whole.seconds = preparation, inference, suppression
+    return whole
+
+
+def summarize(tally: Tally) -> EvalResult:
     """The figures of what was counted; zeros where there is nothing to take a mean of."""
+    share = 1000 / max(tally.images, 1)
+    preparation, inference, suppression = tally.seconds
+    losses = sum(tally.losses.values(), torch.zeros(3)) / max(len(tally.losses), 1)
+    box, obj, cls = losses.tolist()
     metrics, counts = tally.average_precision()
     some = len(metrics.classes) > 0
     ap50, ap = metrics.ap[:, 0], metrics.ap.mean(1)
@@ -128,8 +169,8 @@ def summarize(
         nt=counts,
         class_maps=class_maps,
         images=tally.images,
-        losses=losses,
-        speeds=speeds,
+        losses=(box, obj, cls),
+        speeds=(preparation * share, inference * share, suppression * share),
         curves=metrics.curves,
         confusion=tally.confusion.matrix if tally.confusion is not None else None,
     )

@@ -50,7 +50,9 @@ class TrainStep:
             ids = [s.device.index] if s.device.type == "cuda" else None
             # A backbone may have levels that the neck does not read; their norms get no gradient.
             unread = any(isinstance(m, Backbone) for m in s.model.modules())
-            self.network = DistributedDataParallel(self.network, device_ids=ids, find_unused_parameters=unread)
+            self.network = DistributedDataParallel(
+                self.network, device_ids=ids, find_unused_parameters=unread, process_group=s.world.gradients
+            )
 
     def backward(self, images: Tensor, targets: Tensor, place: tuple[int, int]) -> tuple[Tensor, int]:
         """Forward and backward of one batch.
@@ -106,14 +108,13 @@ class TrainStep:
             self._skip()
             return
         self.skipped_in_row = 0
-        if s.ema:
-            s.ema.update(s.model)
+        s.ema.update(s.model)
 
     def _skip(self) -> None:
         s = self.s
         self.skipped += 1
         self.skipped_in_row += 1
-        repaired = restore_statistics(s.model, s.ema.module) if s.ema else 0
+        repaired = restore_statistics(s.model, s.ema.module)
         LOGGER.warning(
             "gradients are not finite: step skipped (%d so far%s)",
             self.skipped,

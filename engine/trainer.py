@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,8 +16,19 @@ from tqdm import tqdm
 from data.weights import labels_to_image_weights
 from engine import pictures, run_state
 from engine.config import TrainConfig
-from engine.distributed import World, any_rank, broadcast, process_group, world_from_environment
-from engine.evaluator import EvalResult, evaluate
+from engine.distributed import (
+    any_rank,
+    broadcast,
+    copy_from_main,
+    file_from_main,
+    gather,
+    gather_all,
+    own_device,
+    process_group,
+    with_gradients,
+    world_from_environment,
+)  # fmt: skip
+from engine.evaluator import EvalResult, conclude, measure
 from engine.freeze import Frozen, keep_still, unfreeze
 from engine.hooks import Logs, check_loggers, make_logs
 from engine.optim import apply_settings
@@ -94,18 +106,14 @@ def train(config: TrainConfig, on_epoch: Callable[[int, float], bool] | None = N
         TrainingError: the gradients stay infinite or not a number.
     """
     world = world_from_environment()
-    config, resumed = resolve_run(config)
-    check_loggers(config.logger, config.entity)
-    device = select_device(str(world.local_rank) if _one_gpu_each(world, config) else config.device, config.batch_size)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with process_group(world, device):
-        setup = build_setup(config, resumed, device, world)
+    with process_group(world):
+        config, resumed = resolve_run(config)
+        check_loggers(config.logger, config.entity)
+        device = select_device(own_device(config.device, world), config.batch_size)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        setup = build_setup(config, resumed, device, with_gradients(world, device))
         return Trainer(setup, on_epoch).run()
-
-
-def _one_gpu_each(world: World, config: TrainConfig) -> bool:
-    return world.size > 1 and torch.cuda.is_available() and config.device != "cpu"
 
 
 class Trainer:
@@ -167,14 +175,14 @@ class Trainer:
             self.stepper.wrap()
         rates = self._train_epoch(epoch)
         final = epoch + 1 == config.epochs
-        stop = False
+        losses = np.mean(gather_all(self.progress.mean(), self.world), 0).tolist()
         result = self._validate(epoch) if not config.noval or final else None
-        if self.world.is_main:
-            stop = self._note(epoch, rates, result)
-            if not config.nosave or final or stop:
-                run_state.save(self, epoch, is_best=self.best_epoch == epoch)
+        stop = self._note(epoch, losses, rates, result) if self.world.is_main else False
+        stop, self.class_maps = broadcast((stop, self.class_maps), self.world)
+        if not config.nosave or final or stop:
+            run_state.save(self, epoch, is_best=self.best_epoch == epoch)
         self.progress = EpochProgress()
-        return bool(broadcast(stop, self.world))
+        return stop
 
     def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
         """Go through what is left of the epoch's batches. Returns the rates of the last one."""
@@ -213,8 +221,9 @@ class Trainer:
         """Where no gradient is pending: when a signal asked for it, save the state and end the process."""
         if not any_rank(self.stop.number is not None, self.world):
             return
+        run_state.save_unfinished(self, epoch)
+        broadcast(None, self.world)  # when the first one leaves, torchrun ends the others: not before all is written
         if self.world.is_main:
-            run_state.save_unfinished(self, epoch)
             last = self.s.folder / "weights" / "last.pt"
             LOGGER.info("Stopped in epoch %d; go on with: python train.py --resume %s", epoch, last)
         self.stop.leave()
@@ -227,25 +236,28 @@ class Trainer:
         bar.set_description_str("".join(f"{cell:>11}" for cell in cells))
 
     def _validate(self, epoch: int) -> EvalResult | None:
-        """Validate the averaged weights on the validation split, with losses."""
+        """Validate the averaged weights of rank zero, with losses: each rank its batches. The result is rank zero's.
+
+        A signal breaks off the work of a rank, which then tells the others; all of them leave together.
+        """
         s = self.s
-        if not self.world.is_main:
-            return None
-        assert s.ema is not None  # rank zero has the average
+        copy_from_main(s.ema.module, self.world)  # batch statistics differ from rank to rank
+        s.criterion.balance.copy_(torch.tensor(broadcast(s.criterion.balance.tolist(), self.world)))
         autocast = None if self.device.type == "cpu" else self.amp_dtype  # on a CPU, the figures that val.py will give
         runtime = PyTorchRuntime.from_model(s.ema.module, self.device, autocast=autocast)
-        if self.world.size > 1:
-            return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
-        try:
-            with self.stop.at_once():
-                return evaluate(runtime, s.val_loader, s.eval_options, criterion=s.criterion)
-        except StopNow:
+        tally = None
+        with suppress(StopNow), self.stop.at_once():
+            tally = measure(runtime, s.val_loader, s.eval_options, s.criterion, self.world)
+        if any_rank(tally is None, self.world):
             self._leave_if_asked(epoch)
-            raise
+        assert tally is not None  # without one there was a signal
+        parts = gather(tally, self.world)
+        return conclude(parts, s.eval_options) if parts else None
 
-    def _note(self, epoch: int, rates: tuple[float, ...], result: EvalResult | None) -> bool:
+    def _note(
+        self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None
+    ) -> bool:
         """Log an epoch and keep the best. Returns whether to stop: patience is over, or `on_epoch` says so."""
-        losses = self.progress.mean()
         metrics, val_losses = [0.0] * 4, [0.0] * 3
         if result is not None:
             metrics, val_losses = [result.mp, result.mr, result.map50, result.map], list(result.losses)
@@ -272,18 +284,29 @@ class Trainer:
         """Strip the last checkpoint, validate the best one with pictures, and say where everything is."""
         s = self.s
         last, best = s.folder / "weights/last.pt", s.folder / "weights/best.pt"
-        metrics = None
         if self.world.is_main:
             run_state.strip(last)
-            if best.is_file():
-                LOGGER.info("Validating %s ...", best)
-                runtime = PyTorchRuntime([str(best)], self.device, half=self.device.type == "cuda")
-                worst = WorstPictures()
-                plots = not self.config.noplots
-                options = replace(s.eval_options, folder=s.folder, plots=plots, verbose=True, sinks=(worst,))
-                metrics = evaluate(runtime, s.val_loader, options)
-                if plots:
-                    write_report(s.folder, facts_of(s, metrics, worst.found()))
+        metrics = self._validate_best(best)
+        if self.world.is_main:
             self.logs.finish()
             LOGGER.info("Results saved to %s", s.folder)
         return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epochs, self.best_fitness)
+
+    def _validate_best(self, best: Path) -> EvalResult | None:
+        """Validate best.pt in its deployed form: each rank its batches; rank zero draws and reports."""
+        s = self.s
+        worst = WorstPictures()
+        plots = not self.config.noplots
+        options = replace(s.eval_options, folder=s.folder, plots=plots, verbose=True, sinks=(worst,))
+        with file_from_main(best, self.world) as file:
+            if file is None:
+                return None
+            LOGGER.info("Validating %s ...", best)
+            runtime = PyTorchRuntime([str(file)], self.device, half=self.device.type == "cuda")
+        parts = gather(measure(runtime, s.val_loader, options, world=self.world), self.world)
+        if not parts:
+            return None
+        result = conclude(parts, options)
+        if plots:
+            write_report(s.folder, facts_of(s, result, worst.found()))
+        return result

@@ -7,14 +7,14 @@ import sys
 
 
 def configure_logging(verbose: bool = True, rank: int = -1) -> None:
-    """Send log records to standard error as plain lines; ranks above zero show warnings only."""
+    """Send log records to standard error as plain lines; ranks above zero show errors only (all say the same)."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         root.removeHandler(handler)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_LevelFormatter())
     root.addHandler(handler)
-    root.setLevel(logging.INFO if verbose and rank in (-1, 0) else logging.WARNING)
+    root.setLevel(logging.ERROR if rank > 0 else logging.INFO if verbose else logging.WARNING)
     for name in ("matplotlib", "PIL", "torch", "onnxscript", "onnx_ir"):  # chatty libraries
         logging.getLogger(name).setLevel(logging.WARNING)
 
