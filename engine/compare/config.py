@@ -12,7 +12,7 @@ from utils.errors import ConfigError, did_you_mean
 PYTORCH = "pytorch"
 RUNTIMES = (PYTORCH, *FORMATS)
 # Options that say how a candidate is trained: they are part of what a stored training is known by.
-RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "cache")
+RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "amp", "cache")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,9 @@ class CompareConfig(Options):
     hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyper-parameter YAML")
     optimizer: str = option("SGD", "training: optimiser", choices=("SGD", "Adam", "AdamW"))
     cos_lr: bool = flag("training: cosine instead of linear decay of the learning rate")
+    amp: str = option(
+        "auto", "training: mixed precision; auto = fp16 on CUDA, else off", choices=("auto", "fp16", "bf16", "off")
+    )
     cache: Any = option(
         None, "training: keep images in memory (ram) or as .npy files (disk)", str,
         form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),

@@ -23,7 +23,7 @@ from engine.compare.pool import Setting, Worker
 from engine.compare.results import Row
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
 from engine.config import Hyperparameters
-from utils.device import select_device
+from utils.device import amp_dtype, select_device
 from utils.errors import ConfigError, DataError
 from utils.files import find_file, make_folder
 
@@ -68,6 +68,7 @@ class Context:
             UserError: a device, data set, hyper-parameter file or folder that cannot be used.
         """
         device = select_device(config.device)
+        amp_dtype(config.amp, device)
         hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
         splits = [config.task, *(["train", "val"] if config.epochs else [])]
         for name in splits:
@@ -86,8 +87,8 @@ class Context:
             config=config, data=data, device=device, cache=cache, store=Store(cache / "results", config.fresh),
             sample=write_sample(annotations, cache / f"pictures-{seen}.npz"), machine=machine,
             memory=config.memory_gb * 1e9 or available_memory(),
-            measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.batch_size, seen,
-                                  code_key(MEASURING_CODE, REPORTING)]),
+            measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.amp, config.batch_size,
+                                  seen, code_key(MEASURING_CODE, REPORTING)]),
             training_key=digest(training),
             validation_key=digest([config.imgsz, config.task, seen, code_key(TRAINING_CODE), versions]),
         )  # fmt: skip

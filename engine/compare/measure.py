@@ -21,9 +21,8 @@ from engine.config import DetectConfig, Hyperparameters, TrainConfig
 from engine.optim import CLIP_NORM, build_optimizer, parameter_groups, scaled_decay
 from engine.runtimes.base import Runtime
 from engine.setup import build_loss
-from engine.trainer import amp_dtype
 from models.yolo import DetectionModel
-from utils.device import synchronize
+from utils.device import amp_dtype, synchronize
 from utils.nms import non_max_suppression
 from utils.structures import to_unit
 

@@ -91,7 +91,7 @@ def how_measured(found: Findings) -> list[str]:
         "Exported files were made with a fixed size and batch, and each was proved equal to its model before it was "
         "timed.",
         f"A training step (batch {found.step_batch}) is forward, loss, backward, clipping and optimiser "
-        f"({c.optimizer}), without the loader, on one batch.",
+        f"({c.optimizer}, --amp {c.amp}), without the loader, on one batch.",
         memory,
         "Two figures are a tie (=) when their ranges overlap: quartiles of rounds, or all seeds.",
     ]
@@ -99,9 +99,9 @@ def how_measured(found: Findings) -> list[str]:
         seeds = ", ".join(map(str, c.seeds))
         lines.append(
             f"Accuracy: every candidate was trained with the same recipe and budget: {c.epochs} epochs at {c.imgsz} "
-            f"pixels, batch {c.batch_size}, {c.optimizer}, {Path(c.hyp).name}, seeds {seeds}; no early stop. Of each "
-            f"run the best epoch (by the val split) was validated on the split '{c.task}'. Speed was measured with the "
-            "weights of the first seed."
+            f"pixels, batch {c.batch_size}, {c.optimizer}, --amp {c.amp}, {Path(c.hyp).name}, seeds {seeds}; no early "
+            f"stop. Of each run the best epoch (by the val split) was validated on the split '{c.task}'. Speed was "
+            "measured with the weights of the first seed."
         )
     if any(row.accuracy and row.accuracy.seeds is None for row in found.rows):
         lines.append("Checkpoints that were given are validated as they are; how long they were trained is not known.")
