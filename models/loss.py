@@ -259,10 +259,10 @@ class DetectionLoss(nn.Module):
         if gamma <= 0:
             return F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive)
         loss = F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive, reduction="none")
-        p = logits.sigmoid()
-        p_wanted = wanted * p + (1 - wanted) * (1 - p)
+        # 1 - p would be 0 from a logit of 17 on, and the slope of 0 ** gamma is infinite.
+        missed = wanted * (-logits).sigmoid() + (1 - wanted) * logits.sigmoid()
         alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
-        return (loss * alpha * (1 - p_wanted) ** gamma).mean()
+        return (loss * alpha * missed.clamp_min(torch.finfo(missed.dtype).tiny) ** gamma).mean()
 
     def _adapt_balance(self, obj: torch.Tensor) -> None:
         """Move the levels' weights towards the inverse of their objectness losses (L,)."""

@@ -238,3 +238,16 @@ def test_without_class_weights_nothing_changes():
     assert "class_weights" not in criterion(class_weights=(1.0, 2.0, 3.0)).state_dict()
     one = criterion(class_weights=(1.0, 1.0, 1.0))(raw_outputs(), TARGETS)
     torch.testing.assert_close(one.parts, criterion()(raw_outputs(), TARGETS).parts, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("gamma", [0.13, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("size", [10.0, 17.5, 30.0, 200.0])
+def test_focal_gradients_of_certain_outputs_are_finite(gamma, size):
+    """Right or wrong, an output that is certain has a gradient, whatever the exponent."""
+    raw = [torch.zeros(1, 3, n, n, 8) for n in (8, 4, 2)]
+    for level, sign in zip(raw, (1, -1, 1)):
+        level[..., 4:] = sign * size
+        level.requires_grad_()
+    loss = criterion(fl_gamma=gamma)(raw, torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3]]))
+    loss.total.backward()
+    assert torch.isfinite(loss.total).all() and all(torch.isfinite(level.grad).all() for level in raw)
