@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import machine, markdown_table, write_results
+from engine.compare.measure import addresses, kept_for_backward
 from models.backbones.revvit import RevViT, RevViTArchitecture
 
 DEPTHS = (6, 12, 24, 48)
@@ -31,20 +32,7 @@ FORMS = {"reversible": False, "plain": True}  # name -> no_custom_backward
 
 def kept_bytes(model: RevViT, image: Tensor) -> int:
     """Bytes of all storages that autograd holds after a forward pass of `model.forward_features`, but parameters."""
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model.forward_features(image)  # held, so that no storage is freed and its address used again
-    total = sum(storages.values())
-    del output
-    return total
+    return kept_for_backward(lambda: model.forward_features(image), addresses(model))
 
 
 def training_step(model: RevViT, image: Tensor) -> tuple[float, int | None]:

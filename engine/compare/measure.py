@@ -226,11 +226,11 @@ def warm_up(subject: Subject) -> float:
     return time.perf_counter() - start
 
 
-def kept_for_backward(forward: Callable[[], Tensor], parameters: Mapping[int, Any]) -> int:
+def kept_for_backward(forward: Callable[[], Tensor | tuple[Tensor, ...]], parameters: Mapping[int, Any]) -> int:
     """Bytes of all storages that autograd holds after a forward pass, parameters apart.
 
     Args:
-        forward: gives the loss.
+        forward: gives the loss, or any output.
         parameters: addresses of the storages that do not count.
     """
     storages: dict[int, int] = {}
