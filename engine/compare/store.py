@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from data.labels import label_path, list_images
+from data.labels import load_annotations
 from utils.files import ROOT, atomic_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
@@ -44,13 +44,13 @@ def stat_key(path: Path) -> list[Any]:
 
 
 def data_key(data: DataConfig, splits: Iterable[str]) -> str:
-    """Stands for the classes, pictures and labels of some splits: names, sizes and times of all files."""
+    """Stands for the classes, pictures (names, sizes, times) and labels of some splits, in whatever format they are."""
     found: list[Any] = [sorted(data.names.items())]
     for name in splits:
-        listed, _ = list_images(data.split(name))
-        for path in sorted(listed, key=str):
-            place = path.parent.relative_to(data.root) if path.is_relative_to(data.root) else path.parent
-            found.append([name, place.as_posix(), stat_key(path), stat_key(label_path(path))])
+        for record in load_annotations(data.split(name), len(data.names), require_labels=False).records:
+            place = record.path.relative_to(data.root) if record.path.is_relative_to(data.root) else record.path
+            shapes = b"".join(part.tobytes() for part in (record.labels, *record.segments))
+            found.append([name, place.as_posix(), stat_key(record.path), digest(shapes)])
     return digest(found)
 
 

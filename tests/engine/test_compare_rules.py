@@ -8,6 +8,7 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -189,10 +190,10 @@ def test_every_limit_counts():
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
     for split in ("train", "val"):
-        for kind, name, content in (("images", "a.jpg", b"picture"), ("labels", "a.txt", b"0 .5 .5 .1 .1")):
-            path = tmp_path / "set" / kind / split / name
-            path.parent.mkdir(parents=True)
-            path.write_bytes(content)
+        for kind in ("images", "labels"):
+            (tmp_path / "set" / kind / split).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set/images" / split / "a.jpg"), np.zeros((20, 30, 3), np.uint8))
+        (tmp_path / "set/labels" / split / "a.txt").write_text("0 .5 .5 .1 .1")
     path = tmp_path / "data.yaml"
     path.write_text("path: set\ntrain: images/train\nval: images/val\nnames: [one, two]\n")
     return path
@@ -209,8 +210,26 @@ def test_the_key_of_a_data_set_changes_with_what_matters(data_set: Path):
     os.utime(label, ns=(1, 1))
     assert key("train", "val") != first
     assert key("val") == validation  # the other split is as it was
+    os.utime(data_set.parent / "set/images/val/a.jpg", ns=(1, 1))
+    assert key("val") != validation
+    validation = key("val")
     data_set.write_text(data_set.read_text().replace("two", "three"))
     assert key("val") != validation
+
+
+def test_the_key_sees_labels_in_annotation_files(data_set: Path):
+    file = data_set.parent / "set/val.json"
+    content = {
+        "images": [{"id": 1, "file_name": "images/val/a.jpg", "width": 30, "height": 20}],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}],
+    }
+    file.write_text(json.dumps(content))
+    data_set.write_text(data_set.read_text().replace("val: images/val", "val: val.json"))
+    before = store.data_key(load_data_config(data_set), ["val"])
+    content["annotations"][0]["category_id"] = 2
+    file.write_text(json.dumps(content))
+    assert store.data_key(load_data_config(data_set), ["val"]) != before
 
 
 def test_the_key_of_the_code_leaves_out_what_only_reports():
