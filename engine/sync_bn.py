@@ -11,21 +11,27 @@ from torch import Tensor, nn
 from engine.distributed import World
 
 
-def synchronise(model: nn.Module, world: World, device: torch.device) -> nn.Module:
-    """Let the batch norms of a model share their statistics; keys and values of its state stay as they are.
+def synchronise(model: nn.Module, world: World, device: torch.device) -> None:
+    """Let the batch norms inside a model share their statistics; keys and values of its state stay as they are.
 
-    On CUDA they are PyTorch's own. PyTorch's refuse tensors on a CPU; there `CpuSyncBatchNorm` stands in for them.
+    On CUDA they become PyTorch's own, which refuse tensors on a CPU; there `CpuSyncBatchNorm` stands in for them.
     """
-    model = nn.SyncBatchNorm.convert_sync_batchnorm(model, world.gradients)
-    if device.type == "cpu":
-        for module in model.modules():
-            if isinstance(module, nn.SyncBatchNorm):
-                module.__class__ = CpuSyncBatchNorm
-    return model
+    if device.type != "cpu":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model, world.gradients)
+        return
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.__class__ = CpuSyncBatchNorm
+            module.process_group = world.gradients
 
 
-class CpuSyncBatchNorm(nn.SyncBatchNorm):
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """`nn.SyncBatchNorm` in plain tensor operations, two sums over the processes per layer."""
+
+    process_group: Any
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of dimensions will do."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, ...) -> the same shape; statistics of all processes' batches in training mode."""
