@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -40,12 +42,16 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(setup.device.type, enabled=amp == torch.float16)
         self.skipped = self.skipped_in_row = 0
         self.network: nn.Module = setup.model
+        self.sizes_vary = setup.config.multi_scale or setup.config.rect
+        self.full_batch = 0
         self.wrap()
 
     def wrap(self) -> None:
         """Compile and distribute the network; again whenever other parameters learn than before."""
         s = self.s
-        self.network = torch.compile(s.model) if s.config.compile else s.model  # type: ignore[assignment]
+        self.network = s.model
+        if s.config.compile:  # one graph: of the one size there is, or of any size where it changes from batch to batch
+            self.network = torch.compile(s.model, dynamic=self.sizes_vary)  # type: ignore[assignment]
         if s.world.size > 1:
             ids = [s.device.index] if s.device.type == "cuda" else None
             # A backbone may have levels that the neck does not read; their norms get no gradient.
@@ -70,25 +76,40 @@ class TrainStep:
         if config.multi_scale:
             rng = sample_rng(config.seed, place[0], _MULTI_SCALE_STREAM + place[1])
             images = multi_scale(images, config.imgsz, s.grid, rng)
-        with torch.autocast(s.device.type, self.amp, enabled=self.amp is not None):
-            total, parts = s.criterion(self._forward(images), targets)
-        if s.world.size > 1:
-            total = total * s.world.size  # DDP averages the gradients; the loss is a sum over images
-        if config.quad:
-            total = total * 4.0
-        self.scaler.scale(total).backward()
+        with self._compiled(len(images)):
+            with torch.autocast(s.device.type, self.amp, enabled=self.amp is not None):
+                total, parts = s.criterion(self._forward(images), targets)
+            if s.world.size > 1:
+                total = total * s.world.size  # DDP averages the gradients; the loss is a sum over images
+            if config.quad:
+                total = total * 4.0
+            self.scaler.scale(total).backward()
         return parts, images.shape[-1]
 
     def _forward(self, images: Tensor) -> Any:
+        return self.network(images)
+
+    @contextmanager
+    def _compiled(self, batch: int) -> Iterator[None]:
+        """Where the network runs as compiled, but for an epoch's last batch if that is smaller: no graph for that.
+
+        Raises:
+            ConfigError: torch.compile does not get along with this network here.
+        """
         if not self.s.config.compile:
-            return self.network(images)
+            yield
+            return
+        self.full_batch = max(self.full_batch, batch)
         from torch._dynamo.exc import TorchDynamoException
+        from torch._inductor.exc import CppCompileError
 
         try:
-            return self.network(images)
-        except TorchDynamoException as error:
+            with torch.compiler.set_stance("default" if batch == self.full_batch else "force_eager"):
+                yield
+        except (TorchDynamoException, CppCompileError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise ConfigError(f"--compile: torch.compile cannot compile this network here: {reason}") from error
+            sizes = " (sizes vary: --multi-scale, --rect)" if self.sizes_vary else ""
+            raise ConfigError(f"--compile: torch.compile cannot compile this network here{sizes}: {reason}") from error
 
     def step(self) -> None:
         """Clip, step, and blend the new weights into the average; or skip.
