@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from engine.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
 from utils.errors import ConfigError, TrainingError, UserError, did_you_mean
-from utils.log import configure_logging
+from utils.log import configure_logging, end_silently
 
 T = TypeVar("T", bound=Options)
 
@@ -27,7 +27,9 @@ class Parser(argparse.ArgumentParser):
         if unknown != message:
             names = [s for a in self._actions for s in a.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
-        self.exit(2, f"{self.prog}: error: {message}\n" if _rank() <= 0 else None)
+        if _rank() > 0:
+            end_silently(2)  # rank zero was given the same
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 # YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
@@ -119,8 +121,9 @@ def run_main(
         options.check()
         _check_together(prog, options)
     except UserError as error:
-        if _rank() <= 0:  # the others were given the same
-            print(f"{prog}: error: {error}", file=sys.stderr)
+        if _rank() > 0:
+            end_silently(2)
+        print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     try:
         return work(options) or 0

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from utils.errors import ConfigError, TrainingError, UserError
+from utils.log import end_silently
 
 T = TypeVar("T")
 WAIT = timedelta(hours=6)
@@ -100,7 +101,7 @@ def process_group(world: World) -> Iterator[None]:
         broadcast(None, world)  # rank zero may have files to write when the others are done: all leave together
     except Exception as error:
         if not _is_first(store):
-            raise SystemExit(status_of(error)) from None
+            end_silently(status_of(error))
         if _is_loss(error):
             raise TrainingError(
                 f"rank {world.rank}: another process of this training is gone; its own message, or torchrun's summary, "
@@ -175,7 +176,7 @@ def main_first(world: World) -> Iterator[None]:
 def _take_turn(status: int, world: World) -> None:
     failed = max(gather_all(status, world))
     if failed:
-        raise SystemExit(failed)
+        end_silently(failed)
 
 
 def broadcast(value: T, world: World) -> T:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from typing import NoReturn
+
+LINGER = 10.0
+"""Seconds that a process lives on while another one of the training says why all of them end."""
 
 
 def configure_logging(verbose: bool = True, rank: int = -1) -> None:
@@ -17,6 +22,12 @@ def configure_logging(verbose: bool = True, rank: int = -1) -> None:
     root.setLevel(logging.ERROR if rank > 0 else logging.INFO if verbose else logging.WARNING)
     for name in ("matplotlib", "PIL", "torch", "onnxscript", "onnx_ir"):  # chatty libraries
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def end_silently(status: int) -> NoReturn:
+    """End a process of a training whose failure another one tells; torchrun ends all as soon as the first is gone."""
+    time.sleep(LINGER)
+    raise SystemExit(status)
 
 
 class _LevelFormatter(logging.Formatter):

@@ -44,6 +44,7 @@ from tests.engine.detectors import build
 from tests.engine.processes import next_group, run_processes
 from tests.engine.test_evaluator import NAMES, write_data
 from tests.engine.test_trainer import TINY, config, rows
+from utils import log
 from utils.errors import ConfigError, DataError
 from utils.files import ROOT
 
@@ -55,6 +56,13 @@ val: images/val
 names: {0: circle, 1: square, 2: cross}
 generate: {kind: shapes, train: 10, val: 7, test: 1, imgsz: 96, seed: 3}
 """
+
+
+def fill(folder: Path) -> None:
+    """A data set of a few pictures and a small model."""
+    (folder / "tiny.yaml").write_text(TINY)
+    (folder / "data.yaml").write_text(DATA)
+
 
 # ---- shares of the data ---------------------------------------------------------------------------------------------
 
@@ -222,6 +230,7 @@ def joined() -> World:
 def pair(folder: Path) -> None:
     """What two processes do for the tests below; each writes what it found."""
     rank = world_from_environment().rank
+    log.LINGER = 0.5
     found: dict[str, Any] = {}
     with process_group(world_from_environment()):
         world = joined()
@@ -265,8 +274,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("pair")
     (folder / "pictures").mkdir()
     write_data(folder / "pictures")
-    (folder / "tiny.yaml").write_text(TINY)
-    (folder / "data.yaml").write_text(DATA)
+    fill(folder)
     (folder / "file0").write_text("of rank zero")
     codes = run_processes(pair, folder)
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
