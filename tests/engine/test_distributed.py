@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data import image_store, label_cache, shapes
 from data.config import load_data_config
 from data.dataset import DetectionDataset
 from data.labels import load_annotations
@@ -211,7 +212,7 @@ def step(case: str, world: World) -> dict[str, Tensor]:
                 module.eval()
     elif world.size > 1:
         synchronise(network, world, CPU)
-    options = SimpleNamespace(compile=False, multi_scale=False, quad=False, seed=0, imgsz=64)
+    options = TrainConfig(imgsz=64)
     setup = SimpleNamespace(config=options, world=world, device=CPU, model=network, criterion=criterion)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     # The loss is a mean over the matches of each process: equal halves of targets make it the mean over all.
@@ -225,6 +226,22 @@ def step(case: str, world: World) -> dict[str, Tensor]:
 
 def joined() -> World:
     return with_gradients(world_from_environment(), CPU)
+
+
+WRITERS = {"shapes": (shapes, "generate"), "labels": (label_cache, "write"), "pictures": (image_store, "atomic_path")}
+
+
+def watch(place: Any, name: str) -> list[Any]:
+    """The arguments of all calls of a function from now on."""
+    calls: list[Any] = []
+    original = getattr(place, name)
+
+    def watched(*arguments: Any) -> Any:
+        calls.append(arguments)
+        return original(*arguments)
+
+    setattr(place, name, watched)
+    return calls
 
 
 def pair(folder: Path) -> None:
@@ -245,12 +262,12 @@ def pair(folder: Path) -> None:
         with distributed.file_from_main(folder / f"file{rank}", world) as path:  # a disk of its own for each
             found["file"] = path.read_text() if path is not None else None
     next_group()
-    weights: list[Any] = []
-    original = DetectionLoader.set_image_weights
-    DetectionLoader.set_image_weights = lambda self, w: (weights.append(w), original(self, w))[1]  # type: ignore
+    weights = watch(DetectionLoader, "set_image_weights")
+    wrote = {word: watch(place, name) for word, (place, name) in WRITERS.items()}
     options = {"noplots": False, "sync_bn": True, "image_weights": True, "cache": "disk", "batch_size": 4}
     trained = train(config(folder, epochs=2, amp="off", **options))
-    found |= {"weights": weights, "trained": trained.metrics, "run": trained.folder}
+    found |= {"weights": [given[1] for given in weights], "wrote": {word: len(calls) for word, calls in wrote.items()}}
+    found |= {"trained": trained.metrics, "run": trained.folder}
     next_group()
     try:
         with process_group(world_from_environment()), main_first(world_from_environment()):
@@ -328,6 +345,11 @@ def test_all_draw_by_the_same_image_weights(found) -> None:
     assert len(first) == len(second) == 2
     for a, b in zip(first, second):
         np.testing.assert_array_equal(a, b)
+
+
+def test_data_and_caches_are_written_by_one_process(found) -> None:
+    assert found[0]["wrote"] == {"shapes": 1, "labels": 2, "pictures": 17}
+    assert found[1]["wrote"] == {"shapes": 0, "labels": 0, "pictures": 0}
 
 
 def test_values_and_files_of_rank_zero_reach_the_others(found) -> None:

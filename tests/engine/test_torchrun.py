@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from engine.config import TrainConfig
 from engine.distributed import process_group, with_gradients, world_from_environment
 from engine.train_step import TrainStep
 from models.checkpoint import read_checkpoint
@@ -196,7 +197,7 @@ def test_every_model_file_is_tried() -> None:
 def two_steps(folder: Path) -> None:
     """Two training steps of every model that models.txt names; what went wrong is written to a file per rank."""
     problems = []
-    options = SimpleNamespace(compile=False, multi_scale=False, quad=False, seed=0, imgsz=64)
+    options = TrainConfig(imgsz=64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
     with process_group(world_from_environment()):
         world = with_gradients(world_from_environment(), torch.device("cpu"))
