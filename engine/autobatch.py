@@ -18,8 +18,17 @@ FRACTION = 0.8
 PROBED = (1, 2, 4, 8, 16)
 
 
-def choose_batch(model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None) -> int:
+def choose_batch(
+    model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None, pictures: int
+) -> int:
     """Batch size for training: 16 on a CPU; on CUDA by measuring forward and backward of a few small batches.
+
+    Args:
+        model: on the device.
+        imgsz: side of the pictures.
+        device: where.
+        amp: type of autocast, None for float32.
+        pictures: that there are to train on, the largest batch; more would only raise the weight decay, which goes by it.
 
     Raises:
         ConfigError: not even one picture fits.
@@ -38,7 +47,7 @@ def choose_batch(model: DetectionModel, imgsz: int, device: torch.device, amp: t
             torch.cuda.empty_cache()
     if not used:
         raise ConfigError(f"--batch-size -1: not one picture of {imgsz} pixels fits in {free / 2**30:.1f} GiB")
-    chosen = largest_batch(PROBED[: len(used)], used, FRACTION * free)
+    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), pictures)
     gib = 2**30
     LOGGER.info("--batch-size -1: %d (%.1f of %.1f GiB are free)", chosen, free / gib, total / gib)
     return chosen

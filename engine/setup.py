@@ -125,10 +125,10 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model = build_model(config, hyp, data, resumed).to(device)
     grid = grid_of(model)
     config = replace(config, imgsz=_whole(config.imgsz, grid))
-    config = _batch_size(config, model, device, world)
     if device.type == "cpu" and not resumed:
         _quick_look(config)
     train_set, val_set = _annotations(config, data, declared, world)
+    config = _batch_size(config, model, device, world, len(train_set.records))
     frozen_names = names_to_freeze(model, config.freeze)
     data_hash = hash_of(train_set, val_set)
     _same_data(resumed, data_hash, data)
@@ -233,11 +233,14 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
     return hyp
 
 
-def _batch_size(config: TrainConfig, model: DetectionModel, device: torch.device, world: World) -> TrainConfig:
+def _batch_size(
+    config: TrainConfig, model: DetectionModel, device: torch.device, world: World, pictures: int
+) -> TrainConfig:
     if config.batch_size == 0:
         raise ConfigError("--batch-size 0: give a number of images, or -1 to choose it by GPU memory")
     if config.batch_size == -1:
-        batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device))
+        share = max(pictures // world.size, 1)
+        batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device), share)
         config = replace(config, batch_size=min(gather_all(batch, world)) * world.size)  # the GPUs may differ
     if config.batch_size % world.size:
         raise ConfigError(

@@ -83,4 +83,4 @@ def test_largest_batch(batches, used, capacity, chosen) -> None:
 
 
 def test_batch_on_a_cpu() -> None:
-    assert choose_batch(build("yolov5"), 64, torch.device("cpu"), None) == CPU_BATCH
+    assert choose_batch(build("yolov5"), 64, torch.device("cpu"), None, 10) == CPU_BATCH

@@ -33,7 +33,7 @@ def run(model: RevViT, x: Tensor, seed: int = 5) -> tuple[Tensor, Gradients]:
     model.zero_grad()
     torch.manual_seed(seed)
     (y,) = model.forward_features(x)
-    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y)
     (y * weight).sum().backward()
     return y.detach(), gradients(model)
 
