@@ -28,7 +28,7 @@ def choose_batch(
         imgsz: side of the pictures.
         device: where.
         amp: type of autocast, None for float32.
-        pictures: that there are to train on, the largest batch; more would only raise the weight decay, which goes by it.
+        pictures: that there are to train on. A larger batch would only raise the weight decay, which goes by its size.
 
     Raises:
         ConfigError: not even one picture fits.
