@@ -134,5 +134,6 @@ def run_main(
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"{prog}: interrupted", file=sys.stderr)
+        if _rank() <= 0:
+            print(f"{prog}: interrupted", file=sys.stderr)
         return 130

@@ -50,6 +50,8 @@ def fail(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if kind == "term":  # the agent, which passes it on to all
         os.kill(os.getppid(), signal.SIGTERM)
+    if kind == "int":
+        os.kill(os.getppid(), signal.SIGINT)
     if kind == "term-one":
         os.kill(os.getpid(), signal.SIGTERM)
 

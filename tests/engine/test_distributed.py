@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import signal
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,7 @@ from engine.distributed import (
 from engine.evaluator import EvalOptions, EvalResult, conclude, evaluate, measure
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.setup import build_loss
+from engine.stopping import StopRequest
 from engine.sync_bn import synchronise
 from engine.train_step import TrainStep
 from engine.trainer import train
@@ -55,7 +57,7 @@ path: set
 train: images/train
 val: images/val
 names: {0: circle, 1: square, 2: cross}
-generate: {kind: shapes, train: 10, val: 7, test: 1, imgsz: 96, seed: 3}
+generate: {kind: shapes, train: 10, val: 9, test: 1, imgsz: 96, seed: 3}
 """
 
 
@@ -348,7 +350,7 @@ def test_all_draw_by_the_same_image_weights(found) -> None:
 
 
 def test_data_and_caches_are_written_by_one_process(found) -> None:
-    assert found[0]["wrote"] == {"shapes": 1, "labels": 2, "pictures": 17}
+    assert found[0]["wrote"] == {"shapes": 1, "labels": 2, "pictures": 19}
     assert found[1]["wrote"] == {"shapes": 0, "labels": 0, "pictures": 0}
 
 
@@ -394,3 +396,13 @@ def test_the_progress_bar_is_rank_zeros(pictures, monkeypatch) -> None:
         world = World(rank, rank, 2)
         measure(judge()[0], loader_of(pictures, 4, world, rect=True, repeat=False), EvalOptions(NAMES), world=world)
     assert shown == [True, False]
+
+
+def test_a_repeated_sigterm_does_not_break_off_the_saving() -> None:
+    """torchrun and a scheduler may both send one."""
+    with StopRequest() as stop:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.number == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)

@@ -17,11 +17,13 @@ import torch
 from engine.config import TrainConfig
 from engine.distributed import process_group, with_gradients, world_from_environment
 from engine.train_step import TrainStep
+from engine.trainer import train
 from models.checkpoint import read_checkpoint
 from models.yolo import DetectionModel
 from tests.engine.processes import run_processes
 from tests.engine.test_distributed import detection_loss, fill
-from tests.engine.test_stopping import same_runs
+from tests.engine.test_stopping import same_runs, signal_at
+from tests.engine.test_trainer import config, rows
 from utils.files import ROOT
 
 BOUND = 60  # seconds that two processes may take to start, to fail and to end
@@ -58,6 +60,7 @@ def own_lines(text: str) -> list[str]:
 # ---- mistakes and faults --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_wrong_data_file_is_one_line(place) -> None:
     status, text = run(command(place, "--data=nowhere.yaml"))
     assert status != 0
@@ -134,7 +137,7 @@ def resume(place: Path, name: str) -> list[str]:
 # 10 pictures in steps of 4 are 3 batches an epoch; in this warm-up a step follows on batches 0, 1, 3 and 6.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "at", "batches"), [("term", 1, 2), ("term-one", 1, 2), ("term", -1, 3), ("term-one", -1, 3)]
+    ("kind", "at", "batches"), [("term", 1, 2), ("term-one", 1, 2), ("int", 1, 2), ("term", -1, 3), ("term-one", -1, 3)]
 )
 def test_sigterm_in_the_middle_of_an_epoch(place, kind, at, batches) -> None:
     """At torchrun, which passes it on, or at one process; in training, or in validation (-1)."""
@@ -147,6 +150,20 @@ def test_sigterm_in_the_middle_of_an_epoch(place, kind, at, batches) -> None:
     status, text = run(resume(place, "cut"))
     assert status == 0, text
     same_runs(place / "runs/whole", place / "runs/cut")
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on(place, monkeypatch) -> None:
+    """One process, then two, then one: each does the rest of what the one before left."""
+    last = place / "runs/exp/weights/last.pt"
+    with monkeypatch.context() as patch:
+        signal_at(patch, signal.SIGTERM, (0, 1))
+        with pytest.raises(SystemExit):
+            train(config(place, epochs=3, amp="off"))
+    status, text = run(resume(place, "exp"), "term:1:1:1")
+    assert status != 0 and "Stopped in epoch" in text
+    result = train(TrainConfig.from_keywords(resume=str(last)))
+    assert result.epochs == 3 and [row[0] for row in rows(result.folder)] == [0, 1, 2]
 
 
 @pytest.mark.slow
