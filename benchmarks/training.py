@@ -267,12 +267,12 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--no-compile", action="store_true", help="leave the compiled variants out")
+    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *ON_CUDA], help="only these, 'plain' first")
     parser.add_argument("--name", default="training", help="of the two result files")
     args = parser.parse_args()
     device = select_device(args.device)
     known = VARIANTS | (ON_CUDA if device.type == "cuda" else {})
-    names = [name for name, variant in known.items() if not (variant.compiled and args.no_compile)]
+    names = args.variants or list(known)
     model = fresh_model(args.model, device)
     results: dict[str, Any] = {
         "machine": machine(device),
