@@ -104,6 +104,9 @@ class DetectionLoader:
 
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones."""
+        passing = getattr(self._loader, "_iterator", None)
+        if self.workers and passing is not None:  # a pass that an error broke off may still hold them
+            passing._shutdown_workers()
         self._loader = None
 
     def batches(self) -> list[Keys]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -151,7 +151,7 @@ class Trainer:
                 pictures.labels(s)
         run_state.restore(self)
         done, begin = s.start_epoch, time.time()
-        with self.logs:
+        with self.logs, closing(s.loader), closing(s.val_loader):
             with self.stop:
                 for epoch in range(s.start_epoch, config.epochs):
                     over = self._epoch(epoch)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -224,3 +227,19 @@ def test_quad_joins_or_enlarges():
     rest = collate_quad(group[:2], np.random.default_rng(0))  # nothing of a short group is lost
     assert rest.images.shape == (1, 3, 8, 12) and rest.targets[:, 1].tolist() == [0, 1]
     assert (rest.images[0, :, 4:] == 114).all()
+
+
+def test_close_ends_the_workers_of_a_pass_that_was_broken_off(records, two_processors):
+    """Also when a signal for all processes reached them: they wait for the main process, which has ended its pass."""
+    loader = create_loader(dataset(records), 4, workers=2, shuffle=True)
+    before = set(multiprocessing.active_children())
+    going = iter(loader)
+    next(going)
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    begin = time.monotonic()
+    loader.close()
+    assert time.monotonic() - begin < 4 and not any(worker.is_alive() for worker in workers)
+    going.close()

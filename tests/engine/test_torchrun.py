@@ -137,12 +137,13 @@ def resume(place: Path, name: str) -> list[str]:
 # 10 pictures in steps of 4 are 3 batches an epoch; in this warm-up a step follows on batches 0, 1, 3 and 6.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "at", "batches"), [("term", 1, 2), ("term-one", 1, 2), ("int", 1, 2), ("term", -1, 3), ("term-one", -1, 3)]
+    ("kind", "at", "batches", "workers"),
+    [("term", 1, 2, 1), ("term-one", 1, 2, 0), ("int", 1, 2, 1), ("term", -1, 3, 0), ("term-one", -1, 3, 1)],
 )
-def test_sigterm_in_the_middle_of_an_epoch(place, kind, at, batches) -> None:
+def test_a_signal_in_the_middle_of_an_epoch(place, kind, at, batches, workers) -> None:
     """At torchrun, which passes it on, or at one process; in training, or in validation (-1)."""
     assert run(command(place, "--name=whole"))[0] == 0
-    status, text = run(command(place, "--name=cut"), f"{kind}:1:0:{at}")
+    status, text = run(command(place, "--name=cut", f"--workers={workers}"), f"{kind}:1:0:{at}")
     assert status != 0 and "Stopped in epoch 0" in text
     saved = read_checkpoint(place / "runs/cut/weights/last.pt")
     assert saved.epoch == -1 and saved.train is not None and saved.train["batches"] == batches
