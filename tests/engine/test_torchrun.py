@@ -20,11 +20,13 @@ from engine.train_step import TrainStep
 from engine.trainer import train
 from models.checkpoint import read_checkpoint
 from models.yolo import DetectionModel
+from tests.engine.detectors import ANCHORS
 from tests.engine.processes import run_processes
 from tests.engine.test_distributed import detection_loss, fill
 from tests.engine.test_stopping import same_runs, signal_at
 from tests.engine.test_trainer import config, rows
 from utils.files import ROOT
+from utils.yaml_lines import dump_yaml
 
 BOUND = 60  # seconds that two processes may take to start, to fail and to end
 SCRIPT = str(ROOT / "tests/engine/faulty_train.py")
@@ -33,8 +35,20 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    """A folder with a data set of a few pictures and a small model."""
+    """A folder with a data set of a few pictures and a small model that draws random numbers while it trains."""
     fill(tmp_path)
+    arch = {"layers": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]}
+    backbone = [[-1, 1, "RIFormer", {"arch": arch, "drop_path_rate": 0.5}]]
+    head = [[["P3", "P4", "P5"], 1, "Detect", ["nc", "anchors"]]]
+    spec = {
+        "nc": 3,
+        "depth_multiple": 1.0,
+        "width_multiple": 1.0,
+        "anchors": ANCHORS,
+        "backbone": backbone,
+        "head": head,
+    }
+    dump_yaml(tmp_path / "tiny.yaml", spec)
     return tmp_path
 
 
