@@ -64,8 +64,8 @@ def synchronize(device: torch.device) -> None:
 def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
     """Type of mixed precision that `--amp` means on a device; None = everything in float32.
 
-    `auto` is float16 on CUDA, else float32. (On CPUs that compute in bfloat16 that is faster, but four trainings of each
-    kind did not show the same accuracy: docs/yolov5-compatibility.md.)
+    `auto` is float16 on CUDA, else float32: bfloat16 is faster on some CPUs, but four trainings of each kind did not
+    show the same accuracy (docs/yolov5-compatibility.md).
 
     Raises:
         ConfigError: float16 on a CPU, which has no fast arithmetic for it.
