@@ -93,7 +93,8 @@ def how_measured(found: Findings) -> list[str]:
         f"A training step (batch {found.step_batch}) is forward, loss, backward, clipping and optimiser "
         f"({c.optimizer}, --amp {c.amp}), without the loader, on one batch.",
         memory,
-        "Two figures are a tie (=) when their ranges overlap: quartiles of rounds, or all seeds.",
+        "Two figures are a tie (=) when their ranges overlap: quartiles of rounds, or all seeds. A place is one "
+        "more than there are candidates that are better beyond that.",
     ]
     if any(row.accuracy and row.accuracy.seeds is not None for row in found.rows):
         seeds = ", ".join(map(str, c.seeds))

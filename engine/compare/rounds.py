@@ -95,23 +95,20 @@ def play(
 
 
 def ranks(spreads: Mapping[str, Spread], smaller_is_better: bool = True) -> dict[str, str]:
-    """Places, the best first: `1`, `2=`, `2=`, `4`.
+    """Places: one more than there are candidates that are better beyond doubt, whose ranges lie clear of its own.
 
-    Those whose range overlaps with that of the best one of a group share its place: the measurement does not tell them
-    apart.
+    `=` marks those that the measurement does not tell apart from some other one: of three in a row, each of which
+    overlaps with the next, the first two are `1=` and the third, which the first one clearly beats, is `2=`.
     """
-    sign = 1 if smaller_is_better else -1
-    order = sorted(spreads, key=lambda name: sign * spreads[name].middle)
-    groups: list[list[str]] = []
-    for name in order:
-        if groups and spreads[groups[-1][0]].overlaps(spreads[name]):
-            groups[-1].append(name)
-        else:
-            groups.append([name])
+
+    def is_better(a: Spread, b: Spread) -> bool:
+        return not a.overlaps(b) and (a.middle < b.middle) == smaller_is_better
+
     out: dict[str, str] = {}
-    for group in groups:
-        place = len(out) + 1
-        out |= {name: f"{place}=" if len(group) > 1 else str(place) for name in group}
+    for name, spread in spreads.items():
+        others = [other for key, other in spreads.items() if key != name]
+        place = 1 + sum(is_better(other, spread) for other in others)
+        out[name] = f"{place}=" if any(spread.overlaps(other) for other in others) else str(place)
     return out
 
 

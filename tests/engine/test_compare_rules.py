@@ -86,11 +86,17 @@ def test_quick_candidates_make_more_calls_in_a_turn():
         ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, True, {"a": "1", "b": "2"}),
         ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, False, {"b": "1", "a": "2"}),
         ({"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(9)}, True, {"a": "1=", "b": "1=", "c": "3"}),
-        # c overlaps with b, but not with the best of b's group: it is told apart from the best
+        # c overlaps with b, but not with a, which is better beyond doubt
         (
             {"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(4.5, 4, 5)},
             True,
-            {"a": "1=", "b": "1=", "c": "3"},
+            {"a": "1=", "b": "1=", "c": "2="},
+        ),
+        # the wide one is behind nobody but a, whatever its mean
+        (
+            {"a": spread(0.476), "b": spread(0.45), "c": spread(0.447), "wide": spread(0.442, 0.42, 0.463)},
+            False,
+            {"a": "1", "b": "2=", "c": "3=", "wide": "2="},
         ),
         ({}, True, {}),
     ],
