@@ -329,6 +329,8 @@ def _distributed_step(rank: int, port: int, folder: str) -> None:
     x = image(shape=(4, 3, 64, 64)).double()[2 * rank : 2 * rank + 2]
     sum(y.pow(2).sum() for y in wrapped(x)).backward()
     torch.save(gradients(model), Path(folder) / f"{rank}.pt")
+    dist.barrier()  # who leaves while the other still talks takes its threads down with it
+    del wrapped
     dist.destroy_process_group()
 
 
