@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.cli import run_main
+from engine.cli.parser import run_main
 from engine.compare.config import CompareConfig
 
 
 def work(config: CompareConfig) -> None:
     """Compare as the options say (the engine is imported here so that `--help` is instant)."""
-    from engine.compare.job import compare
+    from engine.compare.runner import compare
 
     compare(config)
 
 
 def run(**options: Any) -> Any:
     """Compare from Python: the command's flags as keywords, with underscores. Returns the `Comparison`."""
-    from engine.compare.job import compare
+    from engine.compare.runner import compare
 
     return compare(CompareConfig.from_keywords(**options))
 

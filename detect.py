@@ -5,20 +5,20 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.cli import run_main
-from engine.config import DetectConfig
+from engine.cli.config import DetectConfig
+from engine.cli.parser import run_main
 
 
 def work(config: DetectConfig) -> int:
     """Detect as the options say; 1 when some input could not be read (imports the engine here: `--help` is instant)."""
-    from engine.predictor import detect
+    from engine.predict.predictor import detect
 
     return 1 if detect(config).failures else 0
 
 
 def run(**options: Any) -> Any:
     """Detect from Python: the command's flags as keywords, with underscores. Returns the `DetectReport`."""
-    from engine.predictor import detect
+    from engine.predict.predictor import detect
 
     return detect(DetectConfig.from_keywords(**options))
 

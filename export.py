@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.cli import run_main
+from engine.cli.parser import run_main
 from engine.export.config import ExportConfig
 from utils.errors import ExportError
 
@@ -35,7 +35,7 @@ def run(**options: Any) -> Any:
 
 def _job(config: ExportConfig) -> Any:
     from engine.export.benchmark import benchmark
-    from engine.export.job import export
+    from engine.export.exporter import export
 
     return benchmark(config) if config.benchmark else export(config)
 

@@ -17,7 +17,7 @@ def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bo
         autoshape: take pictures and give results; without it: the bare network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
     """
-    from engine.hub import load
+    from engine.hub.model import load
 
     return load(path, autoshape, device)
 
@@ -34,7 +34,7 @@ def _entry(name: str, cfg: str) -> _Any:
         device: _Any = None,
         path: _Any = None,
     ) -> _Any:
-        from engine.hub import create
+        from engine.hub.model import create
         from utils.errors import ConfigError
 
         if pretrained:

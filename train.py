@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.cli import run_main
-from engine.config import TrainConfig
+from engine.cli.config import TrainConfig
+from engine.cli.parser import run_main
 
 
 def start(config: TrainConfig) -> Any:
     """Train, or tune, as the options say (the engine is imported here so that `--help` is instant)."""
     if config.evolve is not None or config.resume_evolve is not None:
-        from engine.evolve import evolve
+        from engine.tune.search import evolve
 
         return evolve(config)
-    from engine.trainer import train
+    from engine.train.trainer import train
 
     return train(config)
 

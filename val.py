@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from engine.cli import run_main
-from engine.config import ValConfig
+from engine.cli.config import ValConfig
+from engine.cli.parser import run_main
 
 
 def work(config: ValConfig) -> None:
@@ -25,8 +25,8 @@ def run(**options: Any) -> Any:
 
 def _job(config: ValConfig) -> Any:
     """Do what the task asks for; the engine is imported here so that `--help` is instant."""
-    from engine.evaluator import validate
-    from engine.study import speed, study
+    from engine.evaluate.evaluator import validate
+    from engine.evaluate.size_sweep import speed, study
 
     if config.task == "study":
         return study(config)

@@ -33,14 +33,14 @@ import cv2
 import torch
 
 from benchmarks.report import machine, markdown_table, write_results
-from data.sources import open_source
-from engine.config import DetectConfig
-from engine.detections import DrawStyle
-from engine.predictor import Predictor, input_size, prepare
-from engine.runtimes import open_runtime
-from engine.writers import PictureWriter
+from data.sources.files import open_source
+from engine.cli.config import DetectConfig
+from engine.predict.detections import DrawStyle
+from engine.predict.predictor import Predictor, input_size, prepare
+from engine.predict.writers import PictureWriter
+from engine.runtimes.registry import open_runtime
+from utils.device import Profile
 from utils.files import ROOT
-from utils.timing import Profile
 
 CHECKPOINT = ROOT / "tests/parity/data/official_checkpoint/yolov5n_bccd.pt"
 STAGES = ("read", "fit", "network", "nms", "draw+write")

@@ -6,7 +6,7 @@
 Each checkpoint is exported as every kind, as export.py does it; then, file by file beside the checkpoint:
 
 - the figures of the file's own proof (`<file>.proof.json`): training form against deployed form, that against the file;
-- `val.py` (`engine.evaluator.validate`): mAP50 and mAP50-95;
+- `val.py` (`engine.evaluate.evaluator.validate`): mAP50 and mAP50-95;
 - `detect.py --save-txt --save-conf` on every n-th frame of a video: boxes matched one to one per frame;
 - files with free sizes: rows at sizes of 256 to 640, square and not, in batches of 1 to 8, against the checkpoint.
 
@@ -34,15 +34,15 @@ import torch
 
 from benchmarks.report import RESULTS, machine, markdown_table, write_results
 from data.config import load_data_config
-from data.sources import open_source
-from engine.config import DetectConfig, ValConfig
-from engine.evaluator import EvalOptions, EvalResult, build_loader, evaluate, split_annotations, validate
+from data.sources.files import open_source
+from engine.cli.config import DetectConfig, ValConfig
+from engine.evaluate.evaluator import EvalOptions, EvalResult, build_loader, evaluate, split_annotations, validate
+from engine.export.check_outputs import TOLERANCES, match
 from engine.export.config import ExportConfig
-from engine.export.job import Artefact, export
-from engine.export.verify import TOLERANCES, match
-from engine.predictor import Predictor, detect
-from engine.runtimes import open_runtime
+from engine.export.exporter import Artefact, export
+from engine.predict.predictor import Predictor, detect
 from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.registry import open_runtime
 from utils.boxes import xywh2xyxy
 
 NAME = "export_agreement"

@@ -23,14 +23,14 @@ from typing import Any
 import torch
 
 from benchmarks.report import machine, markdown_table, write_results
-from engine.export.graph import ExportGraph, GraphShape, deployed_form
-from engine.export.onnx import onnx_model, save_onnx
-from engine.export.openvino import save_openvino
-from engine.export.torchscript import save_torchscript
-from engine.runtimes import open_runtime
+from engine.export.formats.onnx import onnx_model, save_onnx
+from engine.export.formats.openvino import save_openvino
+from engine.export.formats.torchscript import save_torchscript
+from engine.export.wrapper import ExportGraph, GraphShape, deployed_form
 from engine.runtimes.base import Runtime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import PyTorchRuntime, grid_of
+from engine.runtimes.registry import open_runtime
 from models.yolo import DetectionModel
 
 MODELS = (

@@ -33,14 +33,14 @@ import numpy as np
 import torch
 
 from benchmarks.report import machine, markdown_table, write_results
-from data import image_store
-from data.augment import AugmentConfig
-from data.dataset import DetectionDataset
-from data.image_store import ImageStore
+from data.augment.config import AugmentConfig
 from data.images import read
-from data.labels import ImageRecord, load_annotations
-from data.loader import DetectionLoader, create_loader
-from data.order import WINDOW
+from data.labels.labels import ImageRecord, load_annotations
+from data.loading import image_cache as image_store
+from data.loading.dataset import DetectionDataset
+from data.loading.image_cache import ImageStore
+from data.loading.loader import DetectionLoader, create_loader
+from data.loading.order import WINDOW
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
 

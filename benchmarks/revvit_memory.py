@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import machine, markdown_table, write_results
-from engine.compare.measure import addresses, kept_for_backward
+from engine.compare.measure.detector import addresses, kept_for_backward
 from models.backbones.revvit import RevViT, RevViTArchitecture
 
 DEPTHS = (6, 12, 24, 48)

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 
 from benchmarks.report import machine, markdown_table, write_results
-from engine.config import Hyperparameters
-from engine.optim import build_optimizer, parameter_groups
-from models.loss import DetectionLoss, LossConfig
+from engine.cli.config import Hyperparameters
+from engine.train.optimizer import build_optimizer, parameter_groups
+from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from utils.device import select_device, synchronize
 from utils.files import ROOT

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from benchmarks.report import RESULTS, machine, markdown_table, write_results
-from engine.optim import build_optimizer, parameter_groups
+from engine.train.optimizer import build_optimizer, parameter_groups
 from models.backbones.base import Backbone
 from models.backbones.timm_measure import create_features
 from models.fuse import reparameterize
-from models.loss import DetectionLoss, LossConfig
+from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml, plain

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
 from benchmarks.report import machine, markdown_table, write_results
-from engine.config import Hyperparameters, TrainConfig
-from engine.ema import ModelEma
-from engine.optim import build_optimizer, parameter_groups
-from engine.setup import build_loss
+from engine.cli.config import Hyperparameters, TrainConfig
+from engine.train.ema import ModelEma
+from engine.train.optimizer import build_optimizer, parameter_groups
+from engine.train.setup import build_loss
 from models.yolo import DetectionModel
 from utils.device import select_device, synchronize
 from utils.files import ROOT

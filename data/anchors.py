@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from tqdm import trange
 
-from data.labels import ImageRecord
+from data.labels.labels import ImageRecord
 
 LOGGER = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
-from data.formats import AnnotatedSource, Source, class_names, recognise
+from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
 from data.shapes import ShapesRecipe, ensure, parse_shapes
 from utils.errors import DataError, did_you_mean
 from utils.files import ROOT, find_file

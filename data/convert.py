@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data import command, voc
+from data import command
 from data.config import load_data_config
-from data.formats import AnnotatedSource, class_names, recognise
-from data.labels import Annotations, ImageRecord, load_annotations
+from data.formats.detect_format import AnnotatedSource, class_names, recognise, voc
+from data.labels.labels import Annotations, ImageRecord, load_annotations
 from utils.errors import DataError
 from utils.files import make_folder
 from utils.yaml_lines import dump_yaml

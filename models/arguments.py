@@ -1,6 +1,6 @@
 """Arguments of a YAML row against the constructor of its layer: names, defaults, types; and activations by name.
 
-Sentences of SpecErrors lack the place; `models.builder` puts file, line and row before them.
+Sentences of SpecErrors lack the place; `models.build.builder` puts file, line and row before them.
 """
 
 from __future__ import annotations

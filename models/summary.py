@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.builder import Route, Rows
+from models.build.builder import Route, Rows
 from models.common import Conv
 
 LOGGER = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.weights import LoadReport
+from models.checkpoint.state_dict import LoadReport
 from utils.errors import CheckpointError, SpecError
 
 if TYPE_CHECKING:
-    from models.builder import Route
+    from models.build.builder import Route
     from models.yolo import DetectionModel
 
 SAME_NETWORK = 0.5

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.builder import Rows, build_layers, with_backbone_weights
+from models.build.builder import Rows, build_layers, with_backbone_weights
+from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
 from models.heads import Detect
-from models.spec import load_model_spec, read_model_spec
 from models.summary import ModelInfo, layer_table, recorded_maps, summarize
 
 LOGGER = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.plugins import load_plugins
+from engine.cli.plugins import load_plugins
 from models.backbones import FeatureLevel
 from models.yolo import DetectionModel
 from utils.yaml_lines import load_yaml, plain

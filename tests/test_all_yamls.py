@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.config import Hyperparameters
-from engine.optim import build_optimizer, parameter_groups
+from engine.cli.config import Hyperparameters
+from engine.train.optimizer import build_optimizer, parameter_groups
 from models.fuse import reparameterize
-from models.loss import DetectionLoss, LossConfig
+from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from utils.files import ROOT
 from utils.nms import non_max_suppression

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from engine.optim import parameter_groups
+from engine.train.optimizer import parameter_groups
 from models.backbones import BACKBONES, Backbone, FeatureLevel, backbone_class, create_backbone
 from utils.errors import SpecError
 

@@ -1,264 +1,301 @@
-"""Pictures from arrays: boxes with captions, grids of pictures, feature maps. OpenCV only; no font is ever fetched.
+"""Charts from arrays: curves, confusion matrix, training history, label statistics, study of sizes.
 
-Text: OpenCV 5 carries an outline font with most scripts of the world; OpenCV 4 knows ASCII only and draws `?` for the
-rest, so there names are transliterated first (`größe` -> `grosse`, what has no ASCII form becomes `?`).
+Each function writes one PNG or JPEG file, whole or not at all. Figures are drawn on their own canvas: no window system,
+no state shared with the caller's matplotlib, no font but the one that matplotlib brings.
 """
 
 from __future__ import annotations
 
-import colorsys
-import math
-import unicodedata
+import csv
+import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-Color = tuple[int, int, int]
-Picture = NDArray[np.uint8]
+from utils.boxes import xywh2xyxy
+from utils.errors import DataError
+from utils.files import atomic_path
+from utils.metrics import Curves, smooth
 
-FONT = cv2.FONT_HERSHEY_SIMPLEX
-UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
-PADDING_GREY = 114
-_GOLDEN_ANGLE = 0.6180339887
-_LONGEST_CAPTION = 60
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+Names = Mapping[int, str]
 
-def class_color(index: int) -> Color:
-    """The colour (B, G, R; 0..255) of a class, the same in every picture; neighbours in number differ widely in hue."""
-    number = abs(int(index))
-    hue = (0.02 + number * _GOLDEN_ANGLE) % 1.0
-    saturation, value = ((0.85, 1.0), (0.6, 0.9), (1.0, 0.75))[number // 8 % 3]
-    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
-    return round(255 * blue), round(255 * green), round(255 * red)
-
-
-def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGEST_CAPTION) -> str:
-    """The text as OpenCV can draw it: one line, no lone surrogates (OpenCV 5 crashes on them), not too long.
-
-    Args:
-        text: anything.
-        unicode_text: whether other characters than ASCII can be drawn; if not, they are transliterated.
-        longest: number of characters after which the text is cut.
-    """
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
-    if not unicode_text and not text.isascii():
-        plain = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
-        text = "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode("ascii")
-    return text if len(text) <= longest else text[: longest - 3] + "..."
+DPI = 200
+LEGEND_CLASSES = 20  # with more classes single lines are grey and nameless
+MATRIX_NUMBERS = 30  # with more classes cells hold no numbers
+MATRIX_NAMES = 99  # with more classes axes hold no names
+DRAWN_BOXES = 1000
+HISTORY_PANELS = (
+    "train/box_loss",
+    "train/obj_loss",
+    "train/cls_loss",
+    "metrics/precision",
+    "metrics/recall",
+    "val/box_loss",
+    "val/obj_loss",
+    "val/cls_loss",
+    "metrics/mAP_0.5",
+    "metrics/mAP_0.5:0.95",
+)
+MEAN_COLOR, GREY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
-def draw_boxes(
-    image: Picture,
-    boxes_xyxy: NDArray[np.floating],
-    classes: Sequence[int] | NDArray[np.integer],
-    captions: Sequence[str] | None = None,
-    line_thickness: int | None = None,
-) -> Picture:
-    """Draw boxes, then captions on all of them; the last one on top.
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure (inches) on the Agg canvas."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Args:
-        image: (H, W, 3) uint8 BGR; not changed.
-        boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the picture are not seen.
-        classes: n class numbers, for the colours.
-        captions: n texts; an empty one draws no plate. None = no texts at all.
-        line_thickness: in pixels; None = by the size of the picture.
-
-    Returns:
-        (H, W, 3) uint8 BGR, a new array.
-    """
-    out = np.ascontiguousarray(image).copy()
-    width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
-    limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
-    boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
-    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int).tolist()
-    colors = [class_color(index) for index in classes]
-    for (left, top, right, bottom), color in zip(corners, colors):
-        cv2.rectangle(out, (left, top), (right, bottom), color, width)
-    for text, (left, top, _, _), color in zip(captions or (), corners, colors):
-        if text:
-            _draw_caption(out, text, (left, top), color, width)
-    return out
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
 
 
-def _draw_caption(out: Picture, text: str, place: tuple[int, int], color: Color, width: int) -> None:
-    """A plate with text at the box's upper edge: above it where there is room, else inside; within the picture."""
-    left, top = place
-    text = drawable(text)
-    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small pictures are not to be all text
-    weight = max(round(2 * scale), 1)
-    (text_width, text_height), base = cv2.getTextSize(text, FONT, scale, weight)
-    plate_height = text_height + base + 2
-    x = max(0, min(left - width // 2, out.shape[1] - text_width - 3))
-    y = top - plate_height if top >= plate_height else max(0, min(top, out.shape[0] - plate_height))
-    cv2.rectangle(out, (x, y), (x + text_width + 3, y + plate_height), color, -1)
-    cv2.putText(out, text, (x + 2, y + text_height + 1), FONT, scale, _readable_on(color), weight, cv2.LINE_AA)
+def _save(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
+    """Write the figure; names in scripts that the font lacks become boxes, without a warning per letter."""
+    with atomic_path(path) as part, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(part, dpi=dpi)
 
 
-def _readable_on(color: Color) -> Color:
-    """Black or white, whichever stands out (perceived brightness by ITU-R BT.601)."""
-    blue, green, red = color
-    return (0, 0, 0) if 0.114 * blue + 0.587 * green + 0.299 * red > 140 else (255, 255, 255)
+def _name(names: Names, number: int) -> str:
+    """A class name that matplotlib shows as it is: `$` is no formula, a leading `_` hides nothing."""
+    text = str(names.get(number, number)).replace("$", r"\$")
+    return " " + text if text.startswith("_") else text
 
 
-def image_grid(
-    images: torch.Tensor | NDArray[np.generic],
-    targets: torch.Tensor | NDArray[np.floating],
-    paths: Sequence[str] = (),
-    names: Mapping[int, str] | Sequence[str] | None = None,
-    conf_thres: float = 0.25,
-    max_images: int = 16,
-    max_side: int = 1920,
-) -> Picture:
-    """Put the pictures of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
+# ---- curves of an evaluation ----------------------------------------------------------------------------------------
+
+
+def plot_precision_recall(
+    path: str | Path, curves: Curves, ap50: np.ndarray, classes: Sequence[int], names: Names
+) -> None:
+    """Precision over recall at IoU 0.5.
 
     Args:
-        images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
-        targets: (M, 6) labels: picture number, class, centre x, centre y, width, height as parts of the sides; or
-            (M, 7) detections with the score as last column.
-        paths: file names to write on the pictures.
-        names: class names; None = numbers.
-        conf_thres: detections below it are not drawn.
-        max_images: pictures after these are left out.
-        max_side: the grid is scaled down to at most this many pixels a side.
-
-    Returns:
-        (rows * h, columns * w, 3) uint8 BGR; places without a picture are white.
+        path: file to write.
+        curves: of nc classes.
+        ap50: (nc,) average precision at IoU 0.5.
+        classes: nc class numbers.
+        names: class names by number.
     """
-    pixels = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
-    if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 or pixels.dtype == np.uint8:
-        pixels = pixels.astype(np.uint8)
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    labels = [f"{_name(names, c)} {value:.3f}" for c, value in zip(classes, ap50)]
+    mean = f"all classes {np.mean(ap50) if len(ap50) else 0:.3f} mAP@0.5"
+    _class_lines(axes, curves.at_recall, curves.precision_at_recall, labels, mean)
+    _unit_axes(axes, "Recall", "Precision", "Precision-recall curve")
+    _save(figure, path)
+
+
+def plot_score_curve(
+    path: str | Path, score: np.ndarray, values: np.ndarray, quantity: str, classes: Sequence[int], names: Names
+) -> None:
+    """Precision, recall or F1 over the score threshold.
+
+    Args:
+        path: file to write.
+        score: (k,) thresholds.
+        values: (nc, k) the quantity of each class.
+        quantity: its name, for the axis.
+        classes: nc class numbers.
+        names: class names by number.
+    """
+    figure = _figure(9, 6)
+    axes = figure.add_subplot()
+    mean = smooth(values.mean(0), 0.05) if len(values) else np.zeros_like(score)
+    best = int(mean.argmax())
+    labels = [_name(names, c) for c in classes]
+    text = f"all classes {mean[best]:.2f} at {score[best]:.3f}"
+    _class_lines(axes, score, values, labels, text)
+    _unit_axes(axes, "Confidence", quantity, f"{quantity}-confidence curve")
+    _save(figure, path)
+
+
+def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[str], mean_label: str) -> None:
+    """A thin line per class (named while there are few), the mean as a thick one, and the legend beside the plot."""
+    few = len(lines) <= LEGEND_CLASSES
+    for k, (line, label) in enumerate(zip(lines, labels)):
+        color = f"C{k % 10}" if few else GREY
+        axes.plot(x, line, "--" if few and k >= 10 else "-", linewidth=1, color=color, label=label if few else None)
+    mean = lines.mean(0) if len(lines) else np.zeros_like(x)
+    axes.plot(x, mean, linewidth=3, color=MEAN_COLOR if not few else "black", label=mean_label)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+
+
+def _unit_axes(axes: Axes, x: str, y: str, title: str) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1.01), xlabel=x, ylabel=y, title=title)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+
+
+def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, normalize: bool = True) -> None:
+    """Confusion matrix as a heat map; empty cells stay blank.
+
+    Args:
+        path: file to write.
+        matrix: (nc + 1, nc + 1) counts; rows predicted, columns true, background last.
+        names: class names by number.
+        normalize: show parts of the column sums instead of counts.
+    """
+    count = len(matrix)
+    shown = matrix / np.maximum(matrix.sum(0), 1e-9) if normalize else matrix
+    size = min(max(5.5, 3 + 0.45 * count), 16)
+    figure = _figure(size * 1.15, size)
+    axes = figure.add_subplot()
+    picture = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
+    figure.colorbar(picture, ax=axes, shrink=0.8)
+    axes.set(xlabel="True", ylabel="Predicted", title="Confusion matrix" + (" (parts of columns)" if normalize else ""))
+    if count <= MATRIX_NAMES:
+        labels = [*(_name(names, k) for k in range(count - 1)), "background"]
+        small = 10 if count <= 20 else 6
+        axes.set_xticks(range(count), labels, rotation=90, fontsize=small)
+        axes.set_yticks(range(count), labels, fontsize=small)
+    if count <= MATRIX_NUMBERS:
+        middle = np.nanmax(shown) / 2 if shown.any() else 1
+        for row, column in zip(*np.nonzero(shown >= 0.005)):
+            value = shown[row, column]
+            text = f"{value:.2f}" if normalize else f"{value:.0f}"
+            color = "white" if value > middle else "black"
+            axes.text(column, row, text, ha="center", va="center", color=color, fontsize=9 if count <= 12 else 6)
+    axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+    axes.grid(which="minor", color="0.92", linewidth=0.5)
+    axes.tick_params(which="minor", length=0)
+    _save(figure, path)
+
+
+# ---- training -------------------------------------------------------------------------------------------------------
+
+
+def read_history(csv_path: str | Path) -> dict[str, np.ndarray]:
+    """Columns of a results.csv by name (without the padding), (epochs,) float64 each.
+
+    Raises:
+        DataError: a file that cannot be read, is empty, or holds something else than numbers.
+    """
+    try:
+        with open(csv_path, newline="", encoding="utf-8") as stream:
+            rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
+        head, values = rows[0], np.array(rows[1:], np.float64).reshape(-1, len(rows[0]))
+    except (OSError, IndexError, ValueError) as error:
+        raise DataError(f"{csv_path}: cannot be read as results.csv (a header and rows of numbers): {error}") from error
+    return dict(zip(head, values.T))
+
+
+def plot_history(path: str | Path, csv_path: str | Path) -> None:
+    """Losses and metrics of a training over its epochs, with a smoothed line.
+
+    Args:
+        path: file to write.
+        csv_path: results.csv of the run.
+    """
+    history = read_history(csv_path)
+    epochs = history.get("epoch", np.arange(len(next(iter(history.values())))))
+    figure = _figure(13, 6)
+    grid = figure.subplots(2, 5)
+    for axes, name in zip(grid.flat, HISTORY_PANELS):
+        axes.set_title(name, fontsize=11)
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        values = history.get(name)
+        if values is None or not len(values):
+            continue
+        axes.plot(epochs, values, marker="." if len(values) < 60 else "", linewidth=1.6, color=MEAN_COLOR)
+        if len(values) >= 10:
+            axes.plot(epochs, _gaussian(values), linestyle=":", linewidth=2, color=SMOOTH_COLOR, label="smoothed")
+        axes.set_ylim(bottom=0 if name.startswith("metrics") else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    for axes in grid[1]:
+        axes.set_xlabel("epoch")
+    if grid[0, 0].get_legend_handles_labels()[0]:
+        grid[0, 0].legend(frameon=False)
+    _save(figure, path)
+
+
+def _gaussian(values: np.ndarray, sigma: float = 3.0) -> np.ndarray:
+    """Values (n,) smoothed over neighbouring epochs, ends continued."""
+    reach = int(3 * sigma)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
+
+
+def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
+    """Labels of a data set: instances per class, boxes on top of each other, their centres and their sizes.
+
+    Args:
+        path: file to write.
+        labels: (n, 5) class, centre x, centre y, width, height as parts of the sides.
+        names: class names by number.
+    """
+    labels = np.asarray(labels, np.float64).reshape(-1, 5)
+    figure = _figure(10, 10)
+    (bars, boxes), (centres, sizes) = figure.subplots(2, 2)
+    _class_bars(bars, labels[:, 0].astype(int), names)
+    _box_outlines(boxes, labels)
+    for axes, columns, words in ((centres, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
+        counts, *_ = np.histogram2d(labels[:, columns[0]], labels[:, columns[1]], bins=50, range=((0, 1), (0, 1)))
+        shown = np.where(counts > 0, counts, np.nan).T
+        axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
+        axes.set(xlabel=words[0], ylabel=words[1])
+    centres.invert_yaxis()  # as in a picture: y grows downwards
+    centres.set_title("centres (parts of the sides)", fontsize=11)
+    sizes.set_title("sizes (parts of the sides)", fontsize=11)
+    _save(figure, path)
+
+
+def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
+    count = max([len(names), *(classes[-1:] + 1), int(classes.max(initial=-1)) + 1, 1])
+    axes.bar(range(count), np.bincount(classes, minlength=count), width=0.8, color=[f"C{k % 10}" for k in range(count)])
+    axes.set(ylabel="instances", title=f"{len(classes)} labels")
+    axes.title.set_fontsize(11)
+    if count <= 30:
+        axes.set_xticks(range(count), [_name(names, k) for k in range(count)], rotation=90, fontsize=10)
     else:
-        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-    rows = targets.detach().cpu().float().numpy() if isinstance(targets, torch.Tensor) else np.asarray(targets, float)
-    count = min(len(pixels), max_images)
-    columns = math.ceil(math.sqrt(max(count, 1)))
-    lines = math.ceil(max(count, 1) / columns)
-    height, width = pixels.shape[2:]
-    scale = min(1.0, max_side / max(lines * height, columns * width))
-    height, width = max(1, int(height * scale)), max(1, int(width * scale))
-    grid = np.full((lines * height, columns * width, 3), 255, np.uint8)
-    for number in range(count):
-        cell = np.ascontiguousarray(pixels[number].transpose(1, 2, 0)[..., ::-1])
-        if scale < 1:
-            cell = cv2.resize(cell, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
-        cell = _labelled_cell(cell, rows[rows[:, 0] == number] if len(rows) else rows.reshape(0, 6), names, conf_thres)
-        if number < len(paths):
-            _write_corner(cell, PurePath(paths[number]).name)
-        cv2.rectangle(cell, (0, 0), (width - 1, height - 1), (255, 255, 255), 1)
-        y, x = number // columns * height, number % columns * width
-        grid[y : y + height, x : x + width] = cell
-    return grid
+        axes.set_xlabel("class")
 
 
-def _labelled_cell(
-    cell: Picture,
-    rows: NDArray[np.floating],
-    names: Mapping[int, str] | Sequence[str] | None,
-    conf_thres: float,
-) -> Picture:
-    scored = rows.shape[1] == 7
-    if scored:
-        rows = rows[rows[:, 6] >= conf_thres]
-        rows = rows[np.argsort(rows[:, 6], kind="stable")]  # the surest box on top
-    height, width = cell.shape[:2]
-    centre, half = rows[:, 2:4], rows[:, 4:6] / 2
-    boxes = np.concatenate((centre - half, centre + half), axis=1) * (width, height, width, height)
-    classes = rows[:, 1].astype(int)
-    captions = [class_name(names, c) + (f" {row[6]:.1f}" if scored else "") for c, row in zip(classes, rows)]
-    return draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2)
+def _box_outlines(axes: Axes, labels: np.ndarray) -> None:
+    """The first boxes, moved to a common centre, so that their shapes can be compared."""
+    from matplotlib.collections import LineCollection
+
+    centred = labels[:DRAWN_BOXES].copy()
+    centred[:, 1:3] = 0.5
+    x1, y1, x2, y2 = xywh2xyxy(centred[:, 1:]).T
+    corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2, x1, y1), 1).reshape(-1, 5, 2)
+    colors = [f"C{k % 10}" for k in centred[:, 0].astype(int)]
+    axes.add_collection(LineCollection(list(corners), colors=colors, linewidths=0.6, alpha=0.6))
+    axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
+    axes.set_title(f"shapes of {len(corners)} boxes", fontsize=11)
 
 
-def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> str:
-    """The name of a class, or its number where it has none."""
-    if names is None or (isinstance(names, Mapping) and index not in names) or (
-        not isinstance(names, Mapping) and not 0 <= index < len(names)
-    ):  # fmt: skip
-        return str(index)
-    return str(names[index])
+# ---- study ----------------------------------------------------------------------------------------------------------
 
 
-def _write_corner(cell: Picture, text: str) -> None:
-    """A file name in the upper left corner, dark-edged so that it can be read on any picture; changes `cell`."""
-    text = drawable(text)
-    scale = min(max(cell.shape[1] / 900, 0.35), 0.7)
-    at = (5, round(28 * scale) + 2)
-    cv2.putText(cell, text, at, FONT, scale, (0, 0, 0), 3, cv2.LINE_AA)
-    cv2.putText(cell, text, at, FONT, scale, (235, 235, 235), 1, cv2.LINE_AA)
-
-
-def feature_map_picture(
-    features: torch.Tensor | NDArray[np.floating],
-    title: str,
-    image: Picture | None = None,
-    channels: int = 30,
-    tile: int = 160,
-) -> Picture:
-    """Show what a slot of the network holds: where it is active, and some of its channels.
-
-    The head line gives the shape, the range, and how many channels are constant over the picture (dead, or not yet
-    trained). First tile: the input; second: the mean absolute activation laid over it; then channels, evenly
-    spaced over the slot, each stretched to its own range.
+def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
+    """Accuracy against time per picture over input sizes.
 
     Args:
-        features: (C, H, W), any floating type.
-        title: name of the slot.
-        image: (h, w, 3) uint8 BGR, the network's input; None = without it.
-        channels: number of channels shown, if there are so many.
-        tile: longer side of a tile in pixels.
-
-    Returns:
-        (h, w, 3) uint8 BGR.
+        path: file to write.
+        studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per picture.
     """
-    maps = features.detach().float().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
-    maps = np.nan_to_num(maps.astype(np.float32))
-    number, rows, columns = maps.shape
-    height = max(1, round(tile * min(1.0, rows / columns)))
-    width = max(1, round(tile * min(1.0, columns / rows)))
-    size = (width, height)
-    heat = cv2.applyColorMap(_stretched(np.abs(maps).mean(0), size), cv2.COLORMAP_VIRIDIS)
-    tiles: list[tuple[str, NDArray[np.generic]]] = []
-    if image is not None:
-        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-        tiles.append(("input", small))
-        heat = cv2.addWeighted(small, 0.35, heat, 0.65, 0)
-    tiles.append(("mean |x|", heat))
-    shown = np.unique(np.linspace(0, number - 1, min(channels, number)).round().astype(int))
-    for channel in shown:
-        tiles.append((str(channel), cv2.cvtColor(_stretched(maps[channel], size), cv2.COLOR_GRAY2BGR)))
-    still = int((maps.reshape(number, -1).std(1) < 1e-6).sum()) if rows * columns > 1 else 0
-    facts = f"{number} x {rows} x {columns}, {maps.min():.3g} .. {maps.max():.3g}, mean {maps.mean():.3g}"
-    return _tile_sheet(tiles, [title, facts + (f", {still} constant channel(s)" if still else "")], size)
-
-
-def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> Picture:
-    """One map as grey values over its whole range; cells stay visible as squares."""
-    low, high = float(values.min()), float(values.max())
-    grey = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return cv2.resize(grey.round().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
-
-
-def _tile_sheet(
-    tiles: Sequence[tuple[str, NDArray[np.generic]]], headings: Sequence[str], size: tuple[int, int]
-) -> Picture:
-    """Tiles with captions above them, eight in a row, below lines of text."""
-    width, height = size
-    gap, caption, line = 4, 14, 20
-    columns = min(8, max(len(tiles), 1))
-    rows = math.ceil(len(tiles) / columns)
-    top = line * len(headings) + gap
-    total_width = max(columns * (width + gap) + gap, 560)
-    sheet = np.full((top + rows * (height + caption + gap), total_width, 3), 32, np.uint8)
-    for number, text in enumerate(headings):
-        text = drawable(text, longest=120)
-        cv2.putText(sheet, text, (gap, line * number + 15), FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
-    for number, (text, pixels) in enumerate(tiles):
-        x = gap + number % columns * (width + gap)
-        y = top + number // columns * (height + caption + gap)
-        cv2.putText(sheet, text, (x, y + caption - 3), FONT, 0.35, (200, 200, 200), 1, cv2.LINE_AA)
-        sheet[y + caption : y + caption + height, x : x + width] = pixels
-    return sheet
+    figure = _figure(8, 5.5)
+    axes = figure.add_subplot()
+    for k, (name, rows) in enumerate(studies.items()):
+        rows = np.asarray(rows, np.float64).reshape(-1, 4)
+        axes.plot(rows[:, 3], rows[:, 2], marker="o", color=f"C{k % 10}", label=_name({0: name}, 0))
+        for side, _, value, time in rows:
+            axes.annotate(f"{side:.0f}", (time, value), (3, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="milliseconds per picture", ylabel="mAP@0.5:0.95", title="Accuracy and time over input sizes")
+    axes.margins(0.08)  # room for the numbers
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    if studies:
+        axes.legend(frameon=False)
+    _save(figure, path)

@@ -10,10 +10,10 @@ from typing import Any
 from data.config import DataConfig
 from engine.compare.config import CompareConfig
 from engine.compare.store import digest, stat_key
-from engine.evaluator import check_classes
+from engine.evaluate.evaluator import check_classes
 from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, row_names
-from models.checkpoint import read_checkpoint
-from models.spec import FOLDERS
+from models.build.spec import FOLDERS
+from models.checkpoint.io import read_checkpoint
 from utils.errors import CheckpointError, ConfigError, DataError, UserError, did_you_mean
 from utils.files import ROOT, find_file
 from utils.yaml_lines import dump_yaml, load_yaml, plain

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from engine.config import IMGSZ_NAMES, MANY, OPTIONAL, Options, flag, option
+from engine.cli.config import IMGSZ_NAMES, MANY, OPTIONAL, Options, flag, option
 from engine.export.config import FORMATS, require_packages
 from utils.errors import ConfigError, did_you_mean
 

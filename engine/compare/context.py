@@ -15,14 +15,14 @@ import torch
 
 from data.config import DataConfig
 from data.images import read
-from data.labels import Annotations, load_annotations
+from data.labels.labels import Annotations, load_annotations
+from engine.cli.config import Hyperparameters
 from engine.compare.config import RECIPE, CompareConfig
-from engine.compare.machine import available_memory, describe_machine
-from engine.compare.measure import SamplePictures
-from engine.compare.pool import Setting, Worker
+from engine.compare.measure.detector import SamplePictures
+from engine.compare.measure.machine import available_memory, describe_machine
 from engine.compare.results import Row
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
-from engine.config import Hyperparameters
+from engine.compare.worker.pool import Setting, Worker
 from utils.device import amp_dtype, select_device
 from utils.errors import ConfigError, DataError
 from utils.files import find_file, make_folder

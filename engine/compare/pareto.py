@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from engine.compare.config import CompareConfig
+from engine.compare.measure.rounds import Spread
 from engine.compare.results import Row, measured
-from engine.compare.rounds import Spread
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.compare.candidates import Candidate
-from engine.compare.measure import STAGES, STEP, TOTAL
-from engine.compare.rounds import Spread, deviation, from_plain, over_seeds, to_plain
+from engine.compare.measure.detector import STAGES, STEP, TOTAL
+from engine.compare.measure.rounds import Spread, deviation, from_plain, over_seeds, to_plain
 
 DEPLOYED, TRAINING = "deployed", "training"  # forms whose latency is measured
 AREAS = ("small", "medium", "large")
@@ -23,7 +23,7 @@ class Latency:
         runtime, form, batch: what was measured.
         side: of the input in pixels.
         times: milliseconds per picture by stage, and `total`.
-        peak_mb: most memory held, see `engine.compare.jobs.memory_of`.
+        peak_mb: most memory held, see `engine.compare.worker.jobs.memory_of`.
         baseline_mb: held before the model was there (CPU).
         disk_mb: size of the file that was run.
         proof: how far the exported file is from the model (pixels, score).
@@ -62,7 +62,7 @@ class Accuracy:
 
     Attributes:
         seeds: of the trainings; None for a checkpoint that was given.
-        results: one per training, see `engine.compare.jobs.run_validation`.
+        results: one per training, see `engine.compare.worker.jobs.run_validation`.
     """
 
     seeds: tuple[int, ...] | None
@@ -102,7 +102,7 @@ class Row:
     Attributes:
         weights: checkpoint whose speed is measured: trained, given, or with random weights.
         weights_key: stands for it in keys of stored results.
-        structure: see `engine.compare.jobs.structure`.
+        structure: see `engine.compare.worker.jobs.structure`.
         training_memory: see there.
         training_fits: False when a training step ran out of memory.
         latencies: by runtime, form and batch.

@@ -12,10 +12,10 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.compare.context import Context, safe
-from engine.compare.pool import Failed, Worker
 from engine.compare.results import Accuracy, Row, measured
 from engine.compare.store import digest
-from engine.compare.worker import CRASH, MEMORY
+from engine.compare.worker.pool import Failed, Worker
+from engine.compare.worker.process import CRASH, MEMORY
 
 LOGGER = logging.getLogger(__name__)
 TRANSIENT = (MEMORY, CRASH)  # failures that another try may not see: never kept

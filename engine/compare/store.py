@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import DataConfig
-from data.labels import load_annotations
+from data.labels.labels import load_annotations
 from utils.files import ROOT, atomic_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
@@ -21,9 +21,9 @@ VERSION = 1  # raise it when the content of stored results changes
 HEX = 16
 # Source files that can change what a training or a measurement gives. What draws and reports is left out: a nicer
 # table is no reason to train again.
-TRAINING_CODE = ("models", "data", "utils", "engine")
+TRAINING_CODE = ("models", "data", "utils", "engine/cli", "engine/devices", "engine/evaluate", "engine/train")
 MEASURING_CODE = (*TRAINING_CODE, "engine/runtimes", "engine/export", "engine/compare")
-REPORTING = ("table.py", "report.py", "pictures.py", "pareto.py", "job.py", "config.py", "store.py")
+REPORTING = ("table.py", "outputs.py", "plots.py", "pareto.py", "runner.py", "config.py", "store.py")
 
 
 def digest(value: Any) -> str:
@@ -55,7 +55,7 @@ def data_key(data: DataConfig, splits: Iterable[str]) -> str:
 
 
 def code_key(folders: Sequence[str], skipped: Sequence[str] = ()) -> str:
-    """Stands for the source files right in some folders (`models` and `data`: with all below them).
+    """Return a key of the source files below some folders.
 
     Args:
         folders: below the project's root.
@@ -63,9 +63,9 @@ def code_key(folders: Sequence[str], skipped: Sequence[str] = ()) -> str:
     """
     files: set[Path] = set()
     for name in folders:
-        pattern = "*.py" if name.startswith("engine") else "**/*.py"
-        files |= set((ROOT / name).glob(pattern))
-    listed = sorted((p.relative_to(ROOT).as_posix(), p) for p in files if p.name not in skipped)
+        files |= set((ROOT / name).rglob("*.py"))
+    left_out = {ROOT / "engine/compare" / name for name in skipped}
+    listed = sorted((p.relative_to(ROOT).as_posix(), p) for p in files - left_out)
     return digest([[name, digest(path.read_bytes())] for name, path in listed])
 
 

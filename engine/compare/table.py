@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from engine.compare.measure.rounds import Spread, deviation, ranks
 from engine.compare.pareto import Pick
 from engine.compare.results import AREAS, STAGES, TRAINING, Latency, Row, measured
-from engine.compare.rounds import Spread, deviation, ranks
 from models.summary import PARTS
 
 NOTHING = "–"

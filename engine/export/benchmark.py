@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 
 from data.config import load_data_config
-from data.dataset import DetectionDataset
-from data.labels import load_annotations
-from data.loader import DetectionLoader, create_loader
-from engine.evaluator import EvalOptions, check_classes, evaluate
+from data.labels.labels import load_annotations
+from data.loading.dataset import DetectionDataset
+from data.loading.loader import DetectionLoader, create_loader
+from engine.evaluate.evaluator import EvalOptions, check_classes, evaluate
 from engine.export.config import FORMATS, ExportConfig
-from engine.export.job import ExportReport, export
-from engine.runtimes import choose_weights, open_runtime
+from engine.export.exporter import ExportReport, export
 from engine.runtimes.base import Runtime
-from models.checkpoint import read_checkpoint
+from engine.runtimes.registry import choose_weights, open_runtime
+from models.checkpoint.io import read_checkpoint
 from utils.device import select_device, synchronize
 from utils.errors import ConfigError
 from utils.files import atomic_path

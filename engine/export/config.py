@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from engine.config import IMGSZ_NAMES, MANY, Options, flag, option
+from engine.cli.config import IMGSZ_NAMES, MANY, Options, flag, option
 from utils.errors import ConfigError, did_you_mean
 
 # ONNX operator sets that can be written; 16 and below lack LayerNormalization, above 22 little reads them.

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data.config import DataConfig, load_data_config
 from data.images import IMAGE_SUFFIXES, read
-from data.labels import list_images
+from data.labels.labels import list_images
 from data.letterbox import letterbox
 from utils.errors import DataError, UserError
 from utils.files import ROOT

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.exported import ArtefactRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError, ConfigError
 

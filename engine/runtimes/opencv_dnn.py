@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.exported import ArtefactRuntime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.onnxruntime import OnnxRuntime
 from utils.errors import CheckpointError, ConfigError

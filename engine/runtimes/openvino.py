@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.exported import ArtefactRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError, ConfigError
 from utils.yaml_lines import load_yaml

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint import load_detector
+from models.checkpoint.io import load_detector
 from models.fuse import reparameterize
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError

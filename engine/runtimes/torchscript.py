@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.runtimes.artefact import ArtefactRuntime
+from engine.runtimes.exported import ArtefactRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError
 

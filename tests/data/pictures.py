@@ -5,7 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data.labels import ImageRecord
+from data.labels.labels import ImageRecord
 
 
 def write_set(folder, count, sizes=((48, 64), (64, 48), (64, 64), (30, 64)), boxes=2, suffix=".png"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.anchors import anchor_fit, box_sizes, check_anchors, kmean_anchors
-from data.labels import ImageRecord
+from data.labels.labels import ImageRecord
 
 YOLO = [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119], [116, 90, 156, 198, 373, 326]]
 

@@ -18,7 +18,7 @@ import pytest
 from data import download
 from data.config import load_data_config
 from data.images import read
-from data.labels import list_images, load_annotations
+from data.labels.labels import list_images, load_annotations
 from utils.errors import DataError
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml

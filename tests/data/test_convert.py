@@ -13,7 +13,7 @@ import pytest
 from data import convert as module
 from data.config import load_data_config
 from data.convert import convert, file_names, label_rows, main
-from data.labels import ImageRecord, load_annotations, read_labels
+from data.labels.labels import ImageRecord, load_annotations, read_labels
 from utils.errors import DataError
 
 POLYGONS = "2 0.1 0.2 0.5 0.2 0.5 0.8 0.2 0.6\n0 0.5 0.5 0.2 0.4\n"

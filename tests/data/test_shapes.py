@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.images import read
-from data.labels import load_annotations, read_labels
+from data.labels.labels import load_annotations, read_labels
 from data.shapes import _OUTLINES, MANIFEST, ShapesRecipe, _mask, draw_scene, ensure, generate, parse_shapes
 from utils.errors import DataError
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.checkpoint import write_checkpoint
+from models.checkpoint.io import write_checkpoint
 from models.yolo import DetectionModel
 
 ANCHORS = [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119], [116, 90, 156, 198, 373, 326]]

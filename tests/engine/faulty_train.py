@@ -10,15 +10,15 @@ import signal
 import sys
 from typing import Any
 
-from engine.cli import run_main
-from engine.config import TrainConfig
-from engine.train_step import TrainStep
+from engine.cli.config import TrainConfig
+from engine.cli.parser import run_main
+from engine.train.step import TrainStep
 
 
 def work(config: TrainConfig) -> None:
     """Train, with the fault built in."""
-    from engine import evaluator
-    from engine.trainer import train
+    from engine.evaluate import evaluator
+    from engine.train.trainer import train
 
     kind, *numbers = os.environ.get("FAULT", "none:0:0:0").split(":")
     rank, epoch, number = map(int, numbers)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from models import common
-from models.builder import Rows
-from models.layer_rules import LAYERS
-from tests.models.test_builder import SIDE, build, one_row
+from models.build.builder import Rows
+from models.build.layer_rules import LAYERS
+from tests.models.build.test_builder import SIDE, build, one_row
 
 LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
     # (module, arguments, (channels, SIDE / height) of what comes out of 16 channels, SIDE x SIDE)

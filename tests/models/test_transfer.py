@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint import Checkpoint, transfer_weights
+from models.checkpoint.io import Checkpoint, transfer_weights
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError
 

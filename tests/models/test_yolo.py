@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from models.build.spec import load_model_spec
 from models.heads import Detect, ordered_anchors
-from models.spec import load_model_spec
 from models.summary import ModelInfo
 from models.yolo import DetectionModel, parse_model, scaled_image, unscaled_boxes
 from utils.errors import ConfigError, SpecError
@@ -186,7 +186,7 @@ def test_backbone_weights_go_into_the_backbone_row(tmp_path: Path, monkeypatch: 
         seen.append((name, args))
         raise SpecError("enough")
 
-    monkeypatch.setattr("models.builder.backbone_from_row", note)
+    monkeypatch.setattr("models.build.builder.backbone_from_row", note)
     cases = [("[s12]", ("s12", {"weights": "w.pt"})), ("[False]", ({"weights": "w.pt"},)),
              ("[pretrained, {a: 1, weights: x}]", ({"a": 1, "weights": "w.pt"},)),
              ("{arch: s12, weights: x}", {"arch": "s12", "weights": "w.pt"})]  # fmt: skip

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint import load_detector, read_checkpoint
+from models.checkpoint.io import load_detector, read_checkpoint
 from models.fuse import max_output_difference
 from tests.parity import rules
 

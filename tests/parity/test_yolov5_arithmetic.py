@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.loss import DetectionLoss, LossConfig, build_targets
+from models.losses.anchor_based import DetectionLoss, LossConfig, build_targets
 from tests.parity import rules
 from utils import boxes
 from utils.metrics import ConfusionMatrix, ap_per_class, compute_ap, fitness, match_detections, smooth

@@ -6,8 +6,8 @@ import argparse
 
 import pytest
 
-from engine.cli import build_parser
-from engine.config import DetectConfig, TrainConfig, ValConfig
+from engine.cli.config import DetectConfig, TrainConfig, ValConfig
+from engine.cli.parser import build_parser
 from engine.export.config import ExportConfig
 from tests.parity import rules
 

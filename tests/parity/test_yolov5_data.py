@@ -8,10 +8,10 @@ import pytest
 
 from data.anchors import RECALL_NEEDED, anchor_fit
 from data.augment import box_candidates, letterbox
-from data.dataset import DetectionDataset
-from data.labels import ImageRecord
+from data.labels.labels import ImageRecord
+from data.loading.dataset import DetectionDataset
+from data.loading.weights import labels_to_class_weights, labels_to_image_weights
 from data.sizes import multi_scale_sizes, rect_batch_shapes, rect_order
-from data.weights import labels_to_class_weights, labels_to_image_weights
 from tests.parity import rules
 
 pytestmark = pytest.mark.parity

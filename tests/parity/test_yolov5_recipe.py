@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from engine.config import Hyperparameters
-from engine.ema import ModelEma
-from engine.optim import Schedule, accumulation, lr_factor, parameter_groups, scaled_decay
+from engine.cli.config import Hyperparameters
+from engine.train.ema import ModelEma
+from engine.train.optimizer import Schedule, accumulation, lr_factor, parameter_groups, scaled_decay
 from tests.parity import rules
 from utils.files import ROOT
 

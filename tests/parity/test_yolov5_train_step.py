@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.ema import ModelEma
-from engine.optim import CLIP_NORM, build_optimizer, parameter_groups
-from models.loss import DetectionLoss, LossConfig
+from engine.train.ema import ModelEma
+from engine.train.optimizer import CLIP_NORM, build_optimizer, parameter_groups
+from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from tests.parity import rules
 

@@ -1,0 +1,37 @@
+"""Training-time augmentation, under the names that YOLOv5's users import from one module."""
+
+from data.augment.color import hsv_gains, mixup
+from data.augment.config import AugmentConfig
+from data.augment.mosaic import Picture, copy_paste, mosaic4, mosaic9
+from data.augment.warp import (
+    Canvas,
+    Tile,
+    Warp,
+    box_candidates,
+    draw_warp,
+    random_perspective,
+    render,
+    transform_labels,
+)
+from data.letterbox import FILL, fit, letterbox
+
+__all__ = [
+    "FILL",
+    "AugmentConfig",
+    "Canvas",
+    "Picture",
+    "Tile",
+    "Warp",
+    "box_candidates",
+    "copy_paste",
+    "draw_warp",
+    "fit",
+    "hsv_gains",
+    "letterbox",
+    "mixup",
+    "mosaic4",
+    "mosaic9",
+    "random_perspective",
+    "render",
+    "transform_labels",
+]

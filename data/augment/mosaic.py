@@ -1,0 +1,194 @@
+"""Mosaics: four or nine pictures on one canvas (laid out, not painted; see `warp.py`), and pasted mirror objects."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data.augment.warp import Canvas, Labels, Segments, Tile, Warp, render, transform_points
+from data.letterbox import Image
+from data.sizes import HW
+from utils.boxes import bbox_ioa
+
+Offsets = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A decoded picture with its labels.
+
+    Attributes:
+        image: (h, w, 3) uint8 BGR.
+        size: (height, width) that it takes in the network's input (`image` may be smaller).
+        labels: (n, 5) float32 class, centre x, centre y, width, height as parts of the sides.
+        segments: outlines, one (k, 2) float32 per label, as parts of the sides; or empty.
+    """
+
+    image: Image
+    size: HW
+    labels: Labels
+    segments: tuple[NDArray[np.float32], ...] = ()
+
+
+def mosaic4(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
+    """Four pictures that meet in one random point of a canvas of twice the side.
+
+    The point lies in the canvas's middle half; pictures are cut at the canvas's border.
+
+    Returns:
+        The canvas (2 imgsz square); (n, 5) labels class, corners in canvas pixels, clipped; their outlines (empty
+        arrays where there are none; no entries when no picture has any).
+    """
+    cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
+    (h0, w0), (h1, _), (_, w2), _ = (p.size for p in pictures)
+    offsets = [(cx - w0, cy - h0), (cx, cy - h1), (cx - w2, cy), (cx, cy)]
+    return _assemble(pictures, offsets, (2 * imgsz, 2 * imgsz))
+
+
+def mosaic9(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
+    """Nine pictures, one in the middle and eight around it, seen through a random window of twice the side.
+
+    Returns:
+        As `mosaic4`.
+    """
+    left, top = (int(v) for v in rng.uniform(0, imgsz, 2))
+    offsets = [(x + imgsz - left, y + imgsz - top) for x, y in _ring([p.size for p in pictures])]
+    return _assemble(pictures, offsets, (2 * imgsz, 2 * imgsz))
+
+
+def _ring(sizes: Sequence[HW]) -> Offsets:
+    """Corners (x, y) of a middle picture at (0, 0) and eight around it, clockwise from the top, each touching the last.
+
+        8 1 2
+        7 0 3
+        6 5 4
+    """
+    (h0, w0), (h1, w1), (h2, _), (h3, _), _, (_, w5), (_, w6), (h7, w7), (h8, w8) = sizes
+    return [
+        (0, 0),
+        (0, -h1),
+        (w1, -h2),
+        (w0, 0),
+        (w0, h3),
+        (w0 - w5, h0),
+        (w0 - w5 - w6, h0),
+        (-w7, h0 - h7),
+        (-w8, h0 - h7 - h8),
+    ]
+
+
+def _assemble(pictures: Sequence[Picture], offsets: Offsets, shape: HW) -> tuple[Canvas, Labels, Segments]:
+    height, width = shape
+    tiles, rows = [], []
+    for p, (x, y) in zip(pictures, offsets):
+        h, w = p.size
+        visible = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
+        if visible[0] < visible[2] and visible[1] < visible[3]:
+            tiles.append(Tile(p.image, p.size, (x, y), visible))
+        rows.append(place_labels(p.labels, p.size, (x, y)))
+    labels = np.concatenate(rows, 0)
+    labels[:, 1:] = labels[:, 1:].clip(0, (width, height, width, height))
+    segments = []
+    if any(p.segments for p in pictures):
+        for p, (x, y) in zip(pictures, offsets):
+            segments += [s.clip(0, (width, height)) for s in place_segments(p, (x, y))]
+    return Canvas(tuple(tiles), shape), labels, segments
+
+
+def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float, float]) -> Labels:
+    """(n, 5) normalised centre and size to corners in pixels, for a picture of `size` at (x, y) `offset`."""
+    h, w = size
+    out = np.empty_like(labels)
+    out[:, 0] = labels[:, 0]
+    side = np.array((w, h), np.float32)
+    centre = labels[:, 1:3] * side + np.array(offset, np.float32)
+    half = labels[:, 3:5] * (side / 2)
+    out[:, 1:3], out[:, 3:5] = centre - half, centre + half
+    return out
+
+
+def place_segments(picture: Picture, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
+    """Outlines of a picture at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
+    if not picture.segments:
+        return [np.zeros((0, 2), np.float32)] * len(picture.labels)
+    h, w = picture.size
+    side, corner = np.array((w, h), np.float32), np.array(offset, np.float32)
+    return [s * side + corner for s in picture.segments]
+
+
+def choose_pastes(
+    labels: Labels, segments: Segments, width: float, share: float, rng: np.random.Generator
+) -> list[int]:
+    """Pick outlined objects whose mirror image covers less than 30 % of every box that is there already.
+
+    Args:
+        labels: (n, 5) class, corners in pixels.
+        segments: n outlines (empty where there is none).
+        width: of the canvas, in pixels.
+        share: part of the outlined objects to try.
+
+    Returns:
+        Numbers of the labels to paste, in the order of pasting.
+    """
+    outlined = [i for i, s in enumerate(segments) if len(s)]
+    tries = rng.choice(outlined, round(share * len(outlined)), replace=False).tolist() if outlined else []
+    present, chosen = labels[:, 1:5], []
+    for i in tries:
+        x1, y1, x2, y2 = labels[i, 1:5]
+        box = np.array((width - x2, y1, width - x1, y2), np.float32)
+        if (bbox_ioa(box, present) < 0.3).all():
+            chosen.append(i)
+            present = np.concatenate((present, box[None]), 0)
+    return chosen
+
+
+def mirror(labels: Labels, segments: Segments, chosen: Sequence[int], width: float) -> tuple[Labels, Segments]:
+    """Labels and outlines with the mirror images of the chosen ones appended."""
+    new = labels[list(chosen)]
+    new[:, [1, 3]] = width - new[:, [3, 1]]
+    turned = [np.stack((width - segments[i][:, 0], segments[i][:, 1]), 1) for i in chosen]
+    return np.concatenate((labels, new), 0), [*segments, *turned]
+
+
+def paste_mirrored(image: Image, canvas: Canvas, segments: Segments, warp: Warp) -> None:
+    """Draw parts of the canvas's left-right mirror image over `image`, in place.
+
+    Args:
+        image: the canvas as rendered through `warp`.
+        segments: outlines, in canvas pixels of the unmirrored canvas, of what is drawn.
+    """
+    flip = np.array(((-1.0, 0, canvas.shape[1]), (0, 1, 0), (0, 0, 1)))
+    through = Warp(warp.matrix @ flip, warp.scale, warp.shape)
+    mask = np.zeros(warp.shape, np.uint8)
+    for segment in segments:
+        points = transform_points(segment, through.matrix) - 0.5
+        cv2.fillPoly(mask, [np.round(points).astype(np.int32)], 255)
+    cv2.copyTo(render(canvas, through), mask, image)
+
+
+def copy_paste(
+    image: Image, labels: Labels, segments: Segments, share: float, rng: np.random.Generator
+) -> tuple[Image, Labels, Segments]:
+    """Paste mirrored objects into the same picture (https://arxiv.org/abs/2012.07177).
+
+    Args:
+        image: (H, W, 3) uint8.
+        labels: (n, 5) class, corners in pixels.
+        segments: n outlines in pixels (empty where there is none).
+        share: part of the outlined objects to try; those that would hide 30 % of a box are left out.
+
+    Returns:
+        New picture, labels and outlines.
+    """
+    h, w = image.shape[:2]
+    chosen = choose_pastes(labels, segments, w, share, rng)
+    if not chosen:
+        return image, labels, segments
+    canvas = Canvas((Tile(image, (h, w), (0, 0), (0, 0, w, h)),), (h, w))
+    out = image.copy()
+    paste_mirrored(out, canvas, [segments[i] for i in chosen], Warp(np.eye(3), 1.0, (h, w)))
+    return out, *mirror(labels, segments, chosen, w)

@@ -1,0 +1,7 @@
+"""Check a dataset: `python -m data.check my.yaml`."""
+
+import sys
+
+from data.check.check import main
+
+sys.exit(main())

@@ -1,0 +1,277 @@
+"""What is in a data set, and what is wrong with it.
+
+    python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER]
+
+Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and pictures
+that are nearly the same in different splits. Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and
+check.png. Exit status 0 whatever is found; 2 when the set cannot be used.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data import command
+from data.anchors import anchor_fit
+from data.check.near_duplicates import Pair, find_pairs, thumbnails
+from data.check.plots import draw
+from data.check.statistics import SplitStatistics, below, doubled, gather, level_shares, outside
+from data.config import DataConfig, load_data_config
+from data.labels.labels import load_annotations
+from utils.errors import ConfigError
+from utils.files import atomic_path, find_file, increment_path, make_folder
+from utils.yaml_lines import load_yaml
+
+SHOWN = 10  # lines of a list on the terminal; check.txt has all
+RARE = 0.01  # part of all boxes below which a class is named
+FINEST_STRIDE = 8
+ANCHOR_T = 4.0  # of the hyper-parameter files
+
+Anchors = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report: a title, lines that are always shown, and a list of findings, shown in short."""
+
+    title: str
+    lines: tuple[str, ...] = ()
+    findings: tuple[str, ...] = ()
+
+    def text(self, most: int | None = None) -> str:
+        """The part as text, with at most `most` findings."""
+        shown = self.findings if most is None else self.findings[:most]
+        rest = len(self.findings) - len(shown)
+        more = [f"  ... and {rest} more"] if rest else []
+        return "\n".join([self.title, *self.lines, *(f"  - {finding}" for finding in shown), *more])
+
+
+def inspect(config: DataConfig, imgsz: int, *, progress: bool = True) -> list[SplitStatistics]:
+    """Load all splits of a data set and count what is in them.
+
+    Raises:
+        DataError: a split cannot be used.
+    """
+    return [
+        gather(
+            name,
+            load_annotations(config.split(name), config.num_classes, progress=progress, require_labels=name == "train"),
+            config.num_classes,
+            imgsz,
+        )
+        for name in config.splits
+    ]
+
+
+def report(
+    splits: Sequence[SplitStatistics],
+    names: Mapping[int, str],
+    pairs: Sequence[Pair],
+    anchors: Anchors | None,
+    imgsz: int,
+) -> list[Section]:
+    """All parts of the report.
+
+    Args:
+        splits: what `inspect` gave.
+        names: class names by number.
+        pairs: pictures that are nearly the same.
+        anchors: (levels, anchors per level, 2) in pixels; None leaves them out.
+        imgsz: longer side of the network's input.
+    """
+    return [
+        _counts(splits),
+        _classes(splits, names),
+        _sizes(splits, names, imgsz),
+        *([_anchors(splits, anchors, imgsz)] if anchors is not None else []),
+        _errors(splits, names),
+        _duplicates(splits, pairs),
+    ]
+
+
+def table(rows: Iterable[Sequence[object]]) -> tuple[str, ...]:
+    """Lines with aligned columns; the first column to the left, the others to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*texts)]
+    return tuple(
+        "  " + "  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths))).rstrip()
+        for row in texts
+    )
+
+
+def read_anchors(cfg: str | Path) -> Anchors | None:
+    """Anchors of a model YAML: (levels, anchors per level, 2) in pixels; None where it has none in numbers.
+
+    Raises:
+        ConfigError: no such file, or no lists of numbers.
+    """
+    path = find_file(cfg, "models", "models/hub")
+    data = load_yaml(path)
+    given = data.get("anchors")
+    if not isinstance(given, list):
+        return None
+    try:
+        return np.array(given, np.float64).reshape(len(given), -1, 2)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{path}:{data.lines['anchors']}: anchors: lists of widths and heights are needed") from error
+
+
+def _percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f}%" if whole else "-"
+
+
+def _counts(splits: Sequence[SplitStatistics]) -> Section:
+    head = (
+        "split",
+        "images",
+        "labelled",
+        "background",
+        "left out",
+        "boxes",
+        "per image",
+        "repeated",
+        "crowd",
+        "difficult",
+    )
+    rows: list[Sequence[object]] = [head]
+    for split in splits:
+        r = split.annotations.report
+        mean = f"{r.boxes / len(split.records):.1f}"
+        background = r.missing + r.empty
+        rows.append(
+            (
+                split.name,
+                r.images,
+                r.labelled,
+                background,
+                r.corrupt,
+                r.boxes,
+                mean,
+                r.duplicate_rows,
+                r.crowd,
+                r.difficult,
+            )
+        )
+    return Section("Pictures and boxes", table(rows))
+
+
+def _classes(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Section:
+    rows: list[Sequence[object]] = [
+        ("class", *(f"{s.name} {word}" for s in splits for word in ("boxes", "", "images")))
+    ]
+    findings = []
+    for number, name in names.items():
+        row: list[object] = [name]
+        for split in splits:
+            total = split.boxes.sum()
+            row += [split.boxes[number], _percent(split.boxes[number], total), split.pictures[number]]
+            if total and not split.boxes[number]:
+                findings.append(f"{split.name}: no object of class {number} '{name}'")
+            elif split.boxes[number] < RARE * total:
+                findings.append(
+                    f"{split.name}: class {number} '{name}' is rare: {split.boxes[number]} of {total} boxes"
+                )
+        rows.append(row)
+    return Section("Classes", table(rows), tuple(findings))
+
+
+def _sizes(splits: Sequence[SplitStatistics], names: Mapping[int, str], imgsz: int) -> Section:
+    head = ("split", "shorter side: 1%", "10%", "median", "90%", "99%", "longest", f"below {FINEST_STRIDE} px")
+    rows: list[Sequence[object]] = [head]
+    findings = []
+    for split in splits:
+        if not len(split.sizes):
+            continue
+        shorter = split.sizes.min(1)
+        tiny = below(split, FINEST_STRIDE)
+        cells = [f"{value:.0f}" for value in np.quantile(shorter, (0.01, 0.1, 0.5, 0.9, 0.99))]
+        share = f"{len(tiny)} ({_percent(len(tiny), len(shorter))})"
+        rows.append((split.name, *cells, f"{split.sizes.max():.0f}", share))
+        for i in tiny.tolist():
+            w, h = split.sizes[i]
+            path = split.records[split.owners[i]].path
+            findings.append(f"{path} ({split.name}): '{names[int(split.classes[i])]}' is {w:.1f} x {h:.1f} pixels")
+    title = f"Sizes of boxes in pixels at --imgsz {imgsz}"
+    if findings:
+        title += f"; {len(findings)} have a side below the finest stride ({FINEST_STRIDE}), the smallest first"
+    return Section(title, table(rows), tuple(findings))
+
+
+def _anchors(splits: Sequence[SplitStatistics], anchors: Anchors, imgsz: int) -> Section:
+    strides = [FINEST_STRIDE * 2**level for level in range(len(anchors))]
+    rows: list[Sequence[object]] = [("split", "best recall", "anchors/box", *(f"stride {s}" for s in strides))]
+    findings = []
+    for split in splits:
+        if not len(split.sizes):
+            continue
+        fit = anchor_fit(np.maximum(split.sizes, 1e-3), anchors, ANCHOR_T)
+        shares = [f"{100 * share:.1f}%" for share in level_shares(split.sizes, anchors, ANCHOR_T)]
+        rows.append((split.name, f"{fit.best_possible_recall:.4f}", f"{fit.anchors_past_thr:.2f}", *shares))
+        if split.name == "train" and fit.is_poor:
+            findings.append("train: a poor fit; training looks for better anchors (unless --noautoanchor)")
+    return Section(f"Anchors: boxes that they match at --imgsz {imgsz}, per level", table(rows), tuple(findings))
+
+
+def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Section:
+    findings = [f"{split.name}: {message}" for split in splits for message in split.annotations.report.messages]
+    for split in splits:
+        repeated = split.annotations.report.duplicate_images
+        if repeated:
+            findings.append(f"{split.name}: {repeated} pictures are listed more than once")
+        for i, row, over in outside(split.records):
+            record = split.records[i]
+            name = names[int(record.labels[row, 0])]
+            findings.append(f"{record.path} ({split.name}): box of '{name}' reaches {over:.0f} pixels over the border")
+        for i, row, _, iou in doubled(split.records):
+            record = split.records[i]
+            name = names[int(record.labels[row, 0])]
+            findings.append(f"{record.path} ({split.name}): two boxes of '{name}' on one place (IoU {iou:.2f})")
+    return Section(f"Label errors and doubtful boxes: {len(findings) or 'none'}", (), tuple(findings))
+
+
+def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Section:
+    findings = []
+    files = {split.name: {record.path for record in split.records} for split in splits}
+    order = list(files)
+    for i, one in enumerate(order):
+        for two in order[i + 1 :]:
+            same = len(files[one] & files[two])
+            if same:
+                findings.append(f"{one} and {two} share {same} files")
+    title = f"Nearly the same picture in different splits: {len(pairs) or 'no'} pairs"
+    return Section(title, (), (*findings, *map(str, pairs)))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser(prog="check", description="statistics of a data set, and what is wrong with it")
+    parser.add_argument("data", help="data set YAML")
+    parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
+    parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")
+    parser.add_argument("--out", help="folder for check.txt and check.png (runs/check/exp, counted up)")
+    return command.run(parser, _check, argv)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    imgsz = arguments.imgsz
+    if imgsz < 32:
+        raise ConfigError(f"--imgsz: {imgsz} is out of range; allowed: 32 to inf")
+    config = load_data_config(arguments.data)
+    anchors = read_anchors(arguments.cfg)
+    splits = inspect(config, imgsz)
+    records = {split.name: split.records for split in splits}
+    pairs = find_pairs(records, {name: thumbnails(part, name=name) for name, part in records.items()})
+    sections = report(splits, config.names, pairs, anchors, imgsz)
+    folder = make_folder(arguments.out or increment_path("runs/check/exp"))
+    with atomic_path(folder / "check.txt") as part:
+        part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
+    draw(folder / "check.png", splits, config.names, anchors, imgsz)
+    print("\n\n".join(section.text(SHOWN) for section in sections))
+    print(f"\nAll of it: {folder / 'check.txt'}; a picture: {folder / 'check.png'}")
+

@@ -1,0 +1,146 @@
+"""Pictures that are nearly the same although they are in different splits: a detector is then tested on what it saw.
+
+A picture becomes a thumbnail of 32 x 32 grey values, and 128 bits that say where brightness rises to the right and
+downwards (difference hash). Pairs with few differing bits are compared by the correlation of their thumbnails, as they
+are and mirrored left-right, since exported sets often hold augmented copies.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data.images import read
+from data.labels.labels import ImageRecord
+from utils.errors import DataError
+
+SIDE = 32  # of a thumbnail
+BITS = 128
+MOST_BITS = 24  # of 128 that may differ
+LEAST_CORRELATION = 0.9  # looked at on aquarium: at 0.90 to 0.92 the same scene moments apart, below 0.9 also others
+_FLAT = 2.0  # a thumbnail with a smaller deviation (grey values) has no pattern to compare
+_TRIED = 5  # nearest pictures by bits whose thumbnails are compared
+_CHUNK = 256  # pictures compared at a time with all of another split
+
+Thumbnails = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two pictures that are nearly the same.
+
+    Attributes:
+        splits: split of the first and of the second one.
+        first, second: the files.
+        bits: hash bits that differ, of 128.
+        correlation: of the thumbnails, at most 1.
+        mirrored: whether the second one has to be mirrored.
+    """
+
+    splits: tuple[str, str]
+    first: Path
+    second: Path
+    bits: int
+    correlation: float
+    mirrored: bool
+
+    def __str__(self) -> str:
+        how = ", mirrored" if self.mirrored else ""
+        return f"{self.first} ({self.splits[0]}) and {self.second} ({self.splits[1]}): {self.correlation:.3f}{how}"
+
+
+def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str = "pictures") -> Thumbnails:
+    """Small grey versions of pictures.
+
+    Returns:
+        (n, 32, 32) uint8.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        made: Iterable[Thumbnails] = pool.map(_thumbnail, records)
+        bar = tqdm(made, total=len(records), desc=f"comparing {name}", unit="image", disable=not progress)
+        return np.array(list(bar), np.uint8).reshape(-1, SIDE, SIDE)
+
+
+def hash_bits(thumbs: Thumbnails) -> NDArray[np.bool_]:
+    """Difference hash of thumbnails: (n, 128), brighter to the right (64), brighter below (64)."""
+    grey = [np.asarray(t, np.float32) for t in thumbs]
+    wide = np.array([cv2.resize(t, (9, 8), interpolation=cv2.INTER_AREA) for t in grey]).reshape(-1, 8, 9)
+    tall = np.array([cv2.resize(t, (8, 9), interpolation=cv2.INTER_AREA) for t in grey]).reshape(-1, 9, 8)
+    right, below = wide[:, :, 1:] > wide[:, :, :-1], tall[:, 1:] > tall[:, :-1]
+    return np.concatenate((right.reshape(-1, 64), below.reshape(-1, 64)), 1)
+
+
+def find_pairs(splits: Mapping[str, Sequence[ImageRecord]], thumbs: Mapping[str, Thumbnails]) -> list[Pair]:
+    """Pictures that have a twin in an earlier split, each with its nearest one, the most similar first.
+
+    One pair per picture and earlier split: with a fixed camera nearly all pictures are alike.
+
+    Args:
+        splits: pictures by split.
+        thumbs: their thumbnails.
+    """
+    hashes = {name: hash_bits(t) for name, t in thumbs.items()}
+    mirrored = {name: hash_bits(t[:, :, ::-1]) for name, t in thumbs.items()}
+    found: dict[tuple[str, str, int], Pair] = {}
+    for one, two in combinations(splits, 2):
+        for turned, bits in ((False, hashes[two]), (True, mirrored[two])):
+            others = thumbs[two][:, :, ::-1] if turned else thumbs[two]
+            for i, j, distance in _near(hashes[one], bits):
+                first, second = splits[one][i].path, splits[two][j].path
+                correlation = _correlation(thumbs[one][i], others[j])
+                known = found.get((one, two, j))
+                better = known is None or correlation > known.correlation
+                if first != second and correlation >= LEAST_CORRELATION and better:
+                    pair = Pair((one, two), first, second, distance, correlation, turned)
+                    found[one, two, j] = pair
+    return sorted(found.values(), key=lambda pair: (-pair.correlation, str(pair.first), str(pair.second)))
+
+
+def _near(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
+    """(i, j, bits that differ): for each of the second ones the few nearest of the first ones, if near at all."""
+    found = []
+    a = np.where(first, np.float32(1), np.float32(-1))
+    tried = min(_TRIED, len(first))
+    for start in range(0, len(second) if tried else 0, _CHUNK):
+        b = np.where(second[start : start + _CHUNK], np.float32(1), np.float32(-1))
+        distance = (BITS - b @ a.T) / 2  # signs agree in BITS - d places and differ in d: their product is BITS - 2 d
+        nearest = np.argpartition(distance, tried - 1, axis=1)[:, :tried]
+        values = np.take_along_axis(distance, nearest, 1)
+        rows, columns = np.nonzero(values <= MOST_BITS)
+        chosen = nearest[rows, columns].tolist(), (rows + start).tolist(), values[rows, columns].astype(int).tolist()
+        found += list(zip(*chosen))
+    return found
+
+
+def _correlation(first: Thumbnails, second: Thumbnails) -> float:
+    a, b = (np.asarray(t, np.float64).reshape(-1) for t in (first, second))
+    if a.std() < _FLAT or b.std() < _FLAT:
+        return 1.0 if np.abs(a - b).max() < 2 * _FLAT else 0.0
+    return float(((a - a.mean()) * (b - b.mean())).mean() / (a.std() * b.std()))
+
+
+def _thumbnail(record: ImageRecord) -> Thumbnails:
+    shortest = min(record.height, record.width)
+    reduced = next((k for k in (8, 4, 2) if shortest >= 2 * SIDE * k), 1)
+    flags = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
+    grey = None
+    if reduced > 1:  # a JPEG is then decoded at that size: several times faster
+        try:
+            grey = cv2.imdecode(np.fromfile(record.path, np.uint8), flags[reduced])
+        except (OSError, cv2.error) as error:
+            raise DataError(f"{record.path}: cannot be read: {error}") from error
+    if grey is None:
+        grey = cv2.cvtColor(read(record.path), cv2.COLOR_BGR2GRAY)
+    return np.asarray(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)

@@ -1,0 +1,293 @@
+"""Which pictures a source holds and where their labels are: YOLO text, COCO JSON, Pascal VOC XML.
+
+A source is a folder of pictures, a .txt list of pictures or a picture (YOLO text beside them), or an annotated one:
+
+- COCO: a .json file. `file_name` is looked for in the file's folder (and in the one above, where it is called
+  `annotations`), in the data set's `path`, in `images` of these, and in folders below that are called as the split or
+  as the end of the file's name (`instances_val2017.json`: `val2017`); or only where the YAML's `images:` says.
+- VOC: a folder with `Annotations` and `JPEGImages` (or `images`), a list in `ImageSets/Main` of such a folder, or a
+  folder with XML files whose pictures have the same name, beside them, in `../JPEGImages` or in `../images`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from data.formats import coco, voc
+from data.formats.yolo import LabelFile, label_path, read_labels
+from data.images import IMAGE_SUFFIXES
+from utils.errors import DataError
+
+Reader = Callable[[tuple[int, int]], LabelFile]
+
+
+@dataclass(frozen=True)
+class AnnotatedSource:
+    """COCO or VOC annotations.
+
+    Attributes:
+        path: the JSON; the VOC folder, the folder of XML files, or the list.
+        kind: which of both.
+        classes: names by class number; None = as the annotations have them.
+        folders: where pictures are looked for, in this order.
+    """
+
+    path: Path
+    kind: Literal["coco", "voc"]
+    classes: tuple[str, ...] | None = None
+    folders: tuple[Path, ...] = ()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def key(self) -> str:
+        """Differs for sources whose labels differ: the classes and folders count too."""
+        return "\0".join([self.kind, str(self.path), *(self.classes or ("",)), *map(str, self.folders)])
+
+
+Source = Path | AnnotatedSource
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A picture of a source.
+
+    Attributes:
+        origin: place that names it, '' for a file found in a folder.
+        label: file that its labels come from; it need not be there.
+        read: reads them, given the (height, width) of the picture.
+    """
+
+    origin: str
+    label: Path
+    read: Reader
+
+
+def recognise(
+    path: Path,
+    classes: Sequence[str] | None = None,
+    folders: Sequence[Path] = (),
+    root: Path | None = None,
+    split: str = "",
+) -> Source:
+    """What a path of a data set YAML is.
+
+    Args:
+        path: file or folder.
+        classes: names by class number; None = as the annotations have them.
+        folders: the folders to look for pictures in, where the YAML names them.
+        root: folder of the data set; None = that of the file.
+        split: name of the split.
+
+    Returns:
+        The path itself when its labels are YOLO text (or none).
+    """
+    names = None if classes is None else tuple(classes)
+    if coco.is_coco(path) and path.is_file():
+        word = path.stem.rpartition("_")[2]
+        return AnnotatedSource(path, "coco", names, tuple(folders) or _coco_folders(path.parent, root, (split, word)))
+    base = _voc_base(path)
+    if base is None:
+        return path
+    if not folders:
+        below = (base / "JPEGImages", base / "images") if base != path or (base / "Annotations").is_dir() else ()
+        beside = (path, path.parent / "JPEGImages", path.parent / "images")
+        folders = below or beside
+    return AnnotatedSource(path, "voc", names, tuple(folders))
+
+
+def plain(path: Path) -> Listed:
+    """A picture with a YOLO label file."""
+    label = label_path(path)
+    return Listed("", label, lambda _: read_labels(label))
+
+
+def pictures(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
+    """Pictures of a source, and what is odd about it as a whole.
+
+    Raises:
+        DataError: annotations that cannot be read, or with classes that the data set does not name.
+    """
+    if source.kind == "coco":
+        content = coco.read_coco(source.path)
+        return _coco_pictures(source, content), content.notes
+    return _voc_pictures(source), ()
+
+
+def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
+    """Names that annotations give to the classes: COCO's categories by rising id, else VOC's names, sorted.
+
+    Raises:
+        DataError: annotations that cannot be read, or without a class.
+    """
+    first = next((source for source in sources if source.kind == "coco"), None)
+    if first is not None:
+        names = tuple(coco.read_coco(first.path).categories.values())
+    else:
+        names = voc.class_names(path for source in sources for path in _xml_files(source) if path.is_file())
+    if not names:
+        raise DataError(f"{first or sources[0]}: names no class")
+    return names
+
+
+# ---- COCO
+
+
+@dataclass(frozen=True)
+class CocoTruth:
+    """A COCO file as the ground truth that detections are scored against, groups included.
+
+    Attributes:
+        content: images, annotations, categories; every annotation with `area` and `iscrowd`.
+        images: image id by path of the picture.
+        categories: category id by class number; a class that the file does not have gets an id of its own.
+    """
+
+    content: Mapping[str, Any]
+    images: Mapping[str, Any]
+    categories: tuple[Any, ...]
+
+
+def coco_truth(source: AnnotatedSource) -> CocoTruth:
+    """What `val --save-json` needs to write results under the ids of a COCO file.
+
+    Raises:
+        DataError: annotations that cannot be read, or with classes that the data set does not name.
+    """
+    content = coco.read_coco(source.path)
+    ids = {number: category for category, number in coco.class_numbers(content, source.classes).items()}
+    free = max(content.categories, default=0) + 1
+    count = len(source.classes) if source.classes is not None else len(content.categories)
+    annotations: list[dict[str, Any]] = []
+    for items in content.annotations.values():
+        for item in items:
+            _, _, width, height = item.get("bbox") or (0, 0, 0, 0)
+            entry = {"area": float(width * height), "iscrowd": 0} | dict(item)
+            annotations.append(entry | {"id": len(annotations) + 1})
+    images = [{"id": image.id, "file_name": image.file_name} for image in content.images]
+    listed = [{"id": number, "name": name} for number, name in content.categories.items()]
+    return CocoTruth(
+        {"images": images, "annotations": annotations, "categories": listed},
+        {str(path): image.id for path, image in reversed(list(located(source, content.images)))},
+        tuple(ids.get(number, free + number) for number in range(count)),
+    )
+
+
+def _coco_folders(folder: Path, root: Path | None, words: Sequence[str]) -> tuple[Path, ...]:
+    above = folder.parent if folder.name.lower() == "annotations" else folder
+    bases = [base for start in (folder, root or above, above) for base in (start, start / "images")]
+    inner = [base / word for base in bases for word in words if word]
+    return tuple(dict.fromkeys([*bases, *inner]))
+
+
+def _coco_pictures(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tuple[Path, Listed]]:
+    numbers = coco.class_numbers(content, source.classes)
+    place: dict[Path, coco.CocoImage] = {}
+    others: dict[Path, list[Any]] = {}
+    for path, image in located(source, content.images):
+        if path in place:
+            others.setdefault(path, []).append(image.id)
+        place.setdefault(path, image)
+    repeated = []
+    for path, image in place.items():
+        read = partial(coco.picture_labels, content, image, others.get(path, ()), numbers)
+        listed = Listed(f"{source.path}: image {image.id}", source.path, read)
+        repeated += [(path, listed)] * len(others.get(path, ()))
+        yield path, listed
+    yield from repeated
+
+
+def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
+    """The path of each picture; one that is nowhere gets the path at which it was looked for first."""
+    folders = [folder for folder in source.folders if folder.is_dir()] or list(source.folders[:1])
+    for image in images:
+        name = image.file_name.replace("\\", "/")
+        found = next((i for i, folder in enumerate(folders) if (folder / name).is_file()), 0)
+        if found:
+            folders.insert(0, folders.pop(found))  # most likely the next one is there too
+        yield Path(os.path.abspath(folders[0] / name)), image
+
+
+# ---- VOC
+
+
+def _voc_base(path: Path) -> Path | None:
+    """The folder that VOC's sub-folders are in; None when the path is not VOC."""
+    if path.suffix.lower() == ".txt":
+        parents = path.parents
+        inside = len(parents) > 2 and parents[1].name == "ImageSets" and (parents[2] / "Annotations").is_dir()
+        return parents[2] if inside and path.is_file() else None
+    if not path.is_dir():
+        return None
+    if (path / "Annotations").is_dir() and any((path / name).is_dir() for name in ("JPEGImages", "images")):
+        return path
+    files = _in_folder(path, {".xml"})
+    labels = label_path(path / "x").parent
+    if not files or any((labels / f"{file.stem}.txt").is_file() for file in files.values()):
+        return None
+    return path
+
+
+def _voc_pictures(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
+    at_hand: dict[str, Path] = {}
+    for folder in source.folders:
+        for stem, path in _in_folder(folder, IMAGE_SUFFIXES).items():
+            at_hand.setdefault(stem, path)
+    names = source.classes or class_names([source])
+    listed: Mapping[Path, str]
+    if source.path.is_file():
+        base = _voc_base(source.path) or source.path.parent
+        lines = voc.identifiers(source.path)
+        listed = {base / "Annotations" / f"{name}.xml": f"{source.path}:{line}" for name, line in lines.items()}
+    else:
+        listed = {path: str(path) for path in _xml_files(source)}
+    seen = set()
+    for xml, origin in listed.items():
+        image = at_hand.get(xml.stem) or _named_picture(xml, source.folders)
+        seen.add(image)
+        yield image, Listed(origin, xml, partial(voc.read_voc, xml, names))
+    folder, inside = _backgrounds(source, at_hand)
+    for image in sorted(inside - seen):
+        xml = folder / f"{image.stem}.xml"
+        yield image, Listed("", xml, partial(voc.read_voc, xml, names))
+
+
+def _backgrounds(source: AnnotatedSource, at_hand: Mapping[str, Path]) -> tuple[Path, set[Path]]:
+    """Where annotations lie, and the pictures that belong to a source even without one; none do in a list."""
+    inner = source.path / "Annotations"
+    if inner.is_dir():
+        return inner, set(at_hand.values())
+    return source.path, {path for path in at_hand.values() if path.parent == source.path}
+
+
+def _named_picture(xml: Path, folders: Sequence[Path]) -> Path:
+    """The picture that the XML itself names; where it should be when there is none."""
+    name = Path((voc.file_name(xml) if xml.is_file() else "").replace("\\", "/")).name or f"{xml.stem}.jpg"
+    return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
+
+
+def _xml_files(source: AnnotatedSource) -> list[Path]:
+    if source.path.is_file():
+        base = _voc_base(source.path) or source.path.parent
+        return [base / "Annotations" / f"{name}.xml" for name in voc.identifiers(source.path)]
+    inner = source.path / "Annotations"
+    return sorted(_in_folder(inner if inner.is_dir() else source.path, {".xml"}).values())
+
+
+def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> dict[str, Path]:
+    """Files of a folder, not of those below it, by their name without suffix."""
+    try:
+        with os.scandir(folder) as entries:
+            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
+    except OSError:
+        return {}
+    return {os.path.splitext(name)[0]: folder / name for name in names if os.path.splitext(name)[1].lower() in suffixes}

@@ -1,0 +1,365 @@
+"""Labels: which pictures a split holds, what is in them, and what is wrong with them.
+
+Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
+`data.formats.detect_format` determines which. All pass the same checks.
+
+What happens to mistakes, as in YOLOv5: a picture that cannot be used, or that has a wrong row, is left out and
+reported; repeated rows count once; a picture without labels is background. A class that the data set has no name for is
+an error for the whole set. COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data.formats.detect_format import AnnotatedSource, Listed, Source, pictures, plain, recognise
+from data.formats.voc import UnknownClass
+from data.formats.yolo import LabelFile, label_path, read_labels
+from data.images import IMAGE_SUFFIXES, probe
+from data.labels import cache as label_cache
+from utils.errors import DataError
+
+__all__ = [
+    "Annotations",
+    "ImageRecord",
+    "LabelFile",
+    "LabelReport",
+    "label_path",
+    "list_images",
+    "load_annotations",
+    "read_labels",
+    "verify",
+]
+
+LOGGER = logging.getLogger(__name__)
+
+MIN_SIDE = 10
+"""Pictures with a shorter side (pixels) are left out."""
+
+_CHUNK = 512  # pictures whose size and time one thread looks up at a time
+_SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """One usable picture and its objects.
+
+    Attributes:
+        path: the picture.
+        height, width: its size in pixels, upright.
+        labels: (n, 5) float32: class, centre x, centre y, width, height; 0..1 of the sides.
+        segments: n polygons, (k, 2) float32 x, y of the sides; empty if the label file has boxes only.
+    """
+
+    path: Path
+    height: int
+    width: int
+    labels: NDArray[np.float32]
+    segments: tuple[NDArray[np.float32], ...] = ()
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """What the verification of a split found.
+
+    Attributes:
+        images: pictures listed.
+        labelled: usable pictures with at least one object.
+        missing: usable pictures without a label file.
+        empty: usable pictures with a label file without rows.
+        corrupt: pictures left out, because they or their labels cannot be used.
+        duplicate_images: pictures listed more than once (used once).
+        duplicate_rows: label rows left out as repetitions.
+        boxes: objects in the usable pictures.
+        messages: one line per problem, with file and, for labels, place.
+        crowd: COCO groups in the usable pictures, left out.
+        difficult: VOC objects marked as difficult in the usable pictures, left out.
+    """
+
+    images: int
+    labelled: int
+    missing: int
+    empty: int
+    corrupt: int
+    duplicate_images: int
+    duplicate_rows: int
+    boxes: int
+    messages: tuple[str, ...] = ()
+    crowd: int = 0
+    difficult: int = 0
+
+    def summary(self) -> str:
+        """The counts in one line, then the first problems, one line each."""
+        background = self.missing + self.empty
+        lines = [
+            f"{self.images} images: {self.labelled} with labels ({self.boxes} boxes), {background} backgrounds"
+            f" ({self.missing} label files missing, {self.empty} empty), {self.corrupt} corrupt and left out"
+        ]
+        if self.duplicate_rows or self.duplicate_images:
+            lines[0] += f", {self.duplicate_rows} duplicate rows and {self.duplicate_images} duplicate images removed"
+        if self.crowd:
+            lines[0] += f", {self.crowd} groups (iscrowd) left out"
+        if self.difficult:
+            lines[0] += f", {self.difficult} difficult objects left out"
+        lines += self.messages[:_SHOWN]
+        if len(self.messages) > _SHOWN:
+            lines.append(f"... and {len(self.messages) - _SHOWN} more")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """The usable pictures of a split, sorted by path, and the report."""
+
+    records: tuple[ImageRecord, ...]
+    report: LabelReport
+
+
+def load_annotations(
+    sources: Sequence[str | Source],
+    num_classes: int,
+    *,
+    single_cls: bool = False,
+    cache_folder: str | Path | None = None,
+    progress: bool = True,
+    require_labels: bool = True,
+) -> Annotations:
+    """List, verify and load the labels of one split.
+
+    Args:
+        sources: folders (searched with all below them), .txt lists of pictures, pictures, or annotations: as
+            `DataConfig.split` gives them, or paths (COCO and VOC classes are then numbered as the files have them).
+        num_classes: class numbers run from 0 to `num_classes - 1`.
+        single_cls: turn every class into 0.
+        cache_folder: where the cache file goes; None = where YOLOv5 has it, beside the labels folder or the list.
+        progress: show a bar on standard error.
+        require_labels: refuse a split without a single object.
+
+    Raises:
+        DataError: a source is missing, no picture found, none usable, no labels at all, or an unknown class.
+    """
+    known = [source if isinstance(source, AnnotatedSource) else recognise(Path(source)) for source in sources]
+    listed, repeated, notes = _list(known)
+    if not listed:
+        kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
+        raise DataError(f"{', '.join(map(str, sources))}: no pictures found; allowed are files that end in {kinds}")
+    paths = sorted(listed, key=str)  # the order of the texts, as in YOLOv5
+    cache = _cache_path(known, paths[0], cache_folder)
+    entries = _verified(paths, listed, cache, progress)
+    report = _report(entries, repeated, notes)
+    where = ", ".join(map(str, sources))
+    if report.corrupt == report.images:
+        raise DataError(f"{where}: none of {report.images} pictures can be used: {report.messages[0]}")
+    if require_labels and report.boxes == 0:
+        annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
+        if annotated:
+            raise DataError(f"{where}: no labels for {report.images} pictures in {', '.join(annotated)}")
+        looked = sorted({str(label_path(path).parent) for path in paths})
+        more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
+        raise DataError(
+            f"{where}: no labels in {report.images} pictures; looked for .txt files in {', '.join(looked[:3])}{more}"
+        )
+    records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
+    _check_classes(records, num_classes, listed)
+    return Annotations(records, report)
+
+
+def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
+    """Pictures of all sources.
+
+    Folders are searched with all below them, hidden files and folders left out. In a list, an entry that begins with
+    `./` is relative to the list's folder, any other to the current folder or else to the list's.
+
+    Returns:
+        ({path: where it is listed, '' for a folder}, number of repetitions left out).
+
+    Raises:
+        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor a picture.
+    """
+    found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognise(Path(s)) for s in sources])
+    return {path: listed.origin for path, listed in found.items()}, repeated
+
+
+def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str, ...]]:
+    """Pictures with their labels, the number of repetitions, and what is odd about whole sources."""
+    found: dict[Path, Listed] = {}
+    repeated = 0
+    notes: tuple[str, ...] = ()
+    for source in sources:
+        if isinstance(source, AnnotatedSource):
+            new, more = pictures(source)
+            notes += more
+        else:
+            new = _plain_pictures(source)
+        for path, listed in new:
+            repeated += path in found
+            found.setdefault(path, listed)
+    return found, repeated, notes
+
+
+def _plain_pictures(source: Path) -> Iterator[tuple[Path, Listed]]:
+    """Pictures whose labels are YOLO text."""
+    if source.is_dir():
+        return ((path, plain(path)) for path in _walk(source))
+    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+        return iter([(source, plain(source))])
+    if source.is_file() and source.suffix.lower() == ".txt":
+        return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source))
+    if source.exists():
+        raise DataError(f"{source}: is neither a folder, a .txt list of pictures, a COCO .json file nor a picture")
+    raise DataError(f"{source}: no such folder, list of pictures or annotation file")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for base, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in files:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+                yield Path(base, name)
+
+
+def _read_list(source: Path) -> Iterator[tuple[Path, str]]:
+    try:
+        lines = source.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{source}: cannot be read as a list of pictures: {error}") from error
+    for number, line in enumerate(lines, 1):
+        text = line.strip()
+        if not text or os.path.splitext(text)[1].lower() not in IMAGE_SUFFIXES:
+            continue
+        path = Path(text)
+        if text.startswith("./") or not (path.is_absolute() or path.exists()):
+            path = source.parent / path
+        yield Path(os.path.abspath(path)), f"{source}:{number}"
+
+
+def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path | None) -> Path:
+    first = sources[0]
+    if isinstance(first, AnnotatedSource):
+        base = first.path
+    else:
+        base = first if len(sources) == 1 and first.suffix == ".txt" else label_path(first_image).parent
+    name = base.stem if base.is_file() else base.name
+    annotated = any(isinstance(source, AnnotatedSource) for source in sources)
+    if len(sources) > 1 or annotated:  # so that sets which share their first folder do not share a cache
+        keys = (source.key if isinstance(source, AnnotatedSource) else str(source) for source in sources)
+        name += f"-{label_cache.short_hash(keys)}"
+    return Path(folder if folder is not None else base.parent) / f"{name}.cache.npz"
+
+
+def _verified(
+    paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool
+) -> list[label_cache.Entry]:
+    """One entry per path: from the cache where size and time of picture and label are unchanged, else verified anew."""
+    known = label_cache.read(cache)
+    name = cache.name.split(".")[0]
+    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    try:
+        parts = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
+        stamps = [stamp for part in pool.map(lambda part: _stamps(part, listed), parts) for stamp in part]
+        entries = [known.get(str(path)) for path in paths]
+        todo = [i for i, entry in enumerate(entries) if entry is None or entry.stamp != stamps[i]]
+        fresh = pool.map(lambda i: verify(paths[i], stamps[i], listed[paths[i]]), todo)
+        bar = tqdm(fresh, total=len(todo), desc=f"verifying {name}", disable=not progress or not todo)
+        for i, entry in zip(todo, bar):
+            entries[i] = entry
+    finally:
+        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest
+    checked = [entry for entry in entries if entry is not None]
+    if todo or len(known) != len(paths):
+        label_cache.write(cache, [str(path) for path in paths], checked)
+    return checked
+
+
+def _stamps(paths: Sequence[Path], listed: Mapping[Path, Listed]) -> list[tuple[int, int, int, int]]:
+    return [label_cache.stamp(path, listed[path].label) for path in paths]
+
+
+def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> label_cache.Entry:
+    """Check one picture and its labels.
+
+    Args:
+        image: the picture.
+        stamp: what `label_cache.stamp` gives for it.
+        listed: where its labels are.
+
+    Returns:
+        The entry; problems of the picture are messages in it, never exceptions.
+
+    Raises:
+        UnknownClass: a class that the data set does not name.
+    """
+    found = LabelFile(np.zeros((0, 5), np.float32))
+    status = "missing"
+    height = width = 0
+    try:
+        if stamp[0] < 0:
+            raise DataError(f"{image}: no such file{f' (listed in {listed.origin})' if listed.origin else ''}")
+        height, width = probe(image)
+        if min(height, width) < MIN_SIDE:
+            raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
+        if stamp[2] >= 0:
+            found = listed.read((height, width))
+            status = "labelled" if len(found.labels) else "empty"
+    except UnknownClass:
+        raise
+    except DataError as error:
+        status = "corrupt"
+        found = LabelFile(found.labels, notes=(f"{error} (left out)",))
+    return label_cache.Entry(
+        stamp, height, width, found.labels, found.segments, status, found.duplicates, found.notes, found.crowd,
+        found.difficult,
+    )  # fmt: skip
+
+
+def _report(entries: Sequence[label_cache.Entry], repeated: int, notes: tuple[str, ...]) -> LabelReport:
+    counts = {name: sum(entry.status == name for entry in entries) for name in label_cache.STATUSES}
+    usable = [entry for entry in entries if entry.usable]
+    return LabelReport(
+        images=len(entries),
+        duplicate_images=repeated,
+        duplicate_rows=sum(entry.duplicates for entry in usable),
+        boxes=sum(len(entry.labels) for entry in usable),
+        messages=(*notes, *(message for entry in entries for message in entry.messages)),
+        crowd=sum(entry.crowd for entry in usable),
+        difficult=sum(entry.difficult for entry in usable),
+        **counts,
+    )
+
+
+def _record(path: Path, entry: label_cache.Entry, single_cls: bool) -> ImageRecord:
+    labels = entry.labels
+    if single_cls:
+        labels = labels.copy()
+        labels[:, 0] = 0
+    return ImageRecord(path, entry.height, entry.width, labels, entry.segments)
+
+
+def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Mapping[Path, Listed]) -> None:
+    if np.concatenate([record.labels[:, 0] for record in records]).max(initial=0) < num_classes:
+        return
+    record = next(record for record in records if record.labels[:, 0].max(initial=0) >= num_classes)
+    number = int(record.labels[record.labels[:, 0] >= num_classes][0, 0])
+    file = listed[record.path].label
+    line = f":{_line_of_class(file, number)}" if file.suffix == ".txt" else ""
+    raise DataError(
+        f"{file}{line}: class {number}, but the data set has {num_classes} classes; allowed are 0-{num_classes - 1}"
+    )
+
+
+def _line_of_class(path: Path, number: int) -> int:
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        first = line.split()[:1]
+        if first and math.isclose(float(first[0]), number):
+            return i
+    return 1

@@ -1,0 +1,228 @@
+"""Decoded pictures, at most as large as the network needs them: read, kept for a while, kept in memory or on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data.images import read
+from data.labels.labels import ImageRecord
+from data.letterbox import Image
+from data.sizes import HW, fit_long_side
+from utils.errors import ConfigError, DataError
+from utils.files import atomic_path
+
+LOGGER = logging.getLogger(__name__)
+
+RECENT_BYTES = 256 * 2**20
+"""Pictures of a mosaic window that a process keeps, in bytes."""
+
+SAFETY = 1.1  # a memory cache must fit with this margin
+GIB = 2**30
+
+
+class ImageStore:
+    """The pictures of a data set by number, with the longer side shrunk to `imgsz` (small ones are not enlarged).
+
+    Args:
+        records: the pictures.
+        imgsz: longest side kept, in pixels.
+        smooth: shrink by area averaging (validation) instead of linear interpolation.
+        mode: None reads a picture each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
+        folder: of the .npy files; None: each lies beside its picture.
+        recent_bytes: how much of what was read last is kept, in bytes.
+
+    Raises:
+        DataError: a picture cannot be read, is not of the size its record says, or a .npy file cannot be written.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[ImageRecord],
+        imgsz: int,
+        *,
+        smooth: bool,
+        mode: str | None = None,
+        folder: Path | None = None,
+        recent_bytes: int = 0,
+    ) -> None:
+        if mode not in (None, "ram", "disk"):
+            raise ConfigError(f"cache: {mode!r}; allowed are 'ram', 'disk' and nothing")
+        self._records = records
+        self._imgsz = imgsz
+        self._shrinking = cv2.INTER_AREA if smooth else cv2.INTER_LINEAR
+        self._folder = folder
+        self._recent = _Recent(recent_bytes if mode != "ram" else 0)
+        self._on_disk = mode == "disk"
+        self._kept: list[Image] | None = None
+        if self._on_disk:
+            _for_all(self._write_file, len(records), "caching pictures on disk")
+        elif mode == "ram" and self._fits_in_memory():
+            self._kept = _for_all(self._read, len(records), "caching pictures in memory")
+
+    def __getitem__(self, index: int) -> Image:
+        """(h, w, 3) uint8 BGR; not to be written to."""
+        if self._kept is not None:
+            return self._kept[index]
+        image = self._recent.get(index)
+        if image is None:
+            image = self._read(index)
+            self._recent.put(index, image)
+        return image
+
+    def _size(self, index: int) -> HW:
+        return self._records[index].height, self._records[index].width
+
+    def _read(self, index: int) -> Image:
+        size = self._size(index)
+        image = self._from_file(index) if self._on_disk else None
+        if image is None:
+            image = self._decode(index)
+        if max(size) <= self._imgsz:
+            return image
+        height, width = fit_long_side(*size, self._imgsz)
+        return cv2.resize(image, (width, height), interpolation=self._shrinking)
+
+    def _decode(self, index: int) -> Image:
+        path, size = self._records[index].path, self._size(index)
+        image = read(path)
+        if image.shape[:2] != size:
+            found, known = (f"{w}x{h}" for h, w in (image.shape[:2], size))
+            raise DataError(f"{path}: {found} pixels, but {known} when the labels were read; start again")
+        return image
+
+    # ---- memory
+
+    def _fits_in_memory(self) -> bool:
+        needed = sum(bytes_kept(self._size(i), self._imgsz) for i in range(len(self._records)))
+        free = available_memory()
+        if free is not None and needed * SAFETY > free:
+            LOGGER.warning(
+                "pictures are not cached in memory: %.1f GiB needed, %.1f GiB free; 'disk' may help",
+                needed * SAFETY / GIB,
+                free / GIB,
+            )
+            return False
+        LOGGER.info("caching %d pictures in memory: %.1f GiB", len(self._records), needed / GIB)
+        return True
+
+    # ---- disk
+
+    def file_of(self, index: int) -> Path:
+        """The .npy file of a picture."""
+        path = self._records[index].path
+        if self._folder is None:
+            return path.with_suffix(".npy")
+        name = hashlib.sha1(os.fspath(path.absolute()).encode(), usedforsecurity=False).hexdigest()[:16]
+        return self._folder / f"{path.stem}-{name}.npy"
+
+    def _is_fresh(self, index: int) -> bool:
+        """A .npy file carries the time stamp of the picture it was made from."""
+        try:
+            return self.file_of(index).stat().st_mtime_ns == self._records[index].path.stat().st_mtime_ns
+        except OSError:
+            return False
+
+    def _from_file(self, index: int) -> Image | None:
+        if not self._is_fresh(index):
+            return None
+        try:
+            image = np.load(self.file_of(index), allow_pickle=False)
+        except (OSError, ValueError, EOFError):
+            return None
+        return image if image.dtype == np.uint8 and image.shape == (*self._size(index), 3) else None
+
+    def _write_file(self, index: int) -> None:
+        if self._from_file(index) is not None:
+            return
+        image, target = self._decode(index), self.file_of(index)
+        try:
+            with atomic_path(target) as part:
+                np.save(part, image)
+                stamp = self._records[index].path.stat().st_mtime_ns
+                os.utime(part, ns=(stamp, stamp))
+        except (OSError, ConfigError) as error:
+            raise DataError(f"{target}: cannot be written: {error}; choose another cache folder or 'ram'") from error
+
+
+def enlarged(image: Image, size: HW) -> Image:
+    """The picture at (height, width) `size`, linear interpolation; itself when it has that size."""
+    if image.shape[:2] == size:
+        return image
+    return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
+
+
+def available_memory() -> int | None:
+    """Bytes that can still be used, within the machine's and the container's limits; None when not known."""
+    known = [v for v in (_meminfo_available(), _cgroup_available()) if v is not None]
+    return min(known, default=None)
+
+
+def _meminfo_available() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_available() -> int | None:
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text(encoding="ascii").strip()
+        used = int((folder / "memory.current").read_text(encoding="ascii"))
+        pages = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+    except (OSError, ValueError):
+        return None
+    return int(limit) - used + int(pages.get("inactive_file", 0)) if limit.isdigit() else None
+
+
+def bytes_kept(size: HW, imgsz: int) -> int:
+    """Memory of a picture of (height, width) once its longer side is no more than `imgsz`."""
+    height, width = fit_long_side(*size, imgsz) if max(size) > imgsz else size
+    return height * width * 3
+
+
+def _for_all(work: Callable[[int], Image | None], count: int, title: str) -> list:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        futures = [pool.submit(work, i) for i in range(count)]
+        try:
+            return [f.result() for f in tqdm(futures, desc=title, unit="image", leave=False, disable=None)]
+        finally:
+            for f in futures:
+                f.cancel()
+
+
+class _Recent:
+    """The pictures used last, up to a number of bytes. Affects speed only."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._images: OrderedDict[int, Image] = OrderedDict()
+        self._bytes = 0
+
+    def get(self, index: int) -> Image | None:
+        image = self._images.get(index)
+        if image is not None:
+            self._images.move_to_end(index)
+        return image
+
+    def put(self, index: int, image: Image) -> None:
+        if image.nbytes > self._limit:
+            return
+        self._images[index] = image
+        self._bytes += image.nbytes
+        while self._bytes > self._limit:
+            self._bytes -= self._images.popitem(last=False)[1].nbytes
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_limit": self._limit, "_images": OrderedDict(), "_bytes": 0}  # a new process starts empty

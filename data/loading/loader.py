@@ -1,0 +1,222 @@
+"""Batches of a data set, made by worker processes that hold no state.
+
+Workers receive keys (epoch, image index) and return whole batches. A worker gets the batches of one mosaic window at
+once (see `data.loading.order`), so that each image is decoded about once per epoch, not once per use.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data.loading.collate import collate, collate_quad
+from data.loading.dataset import DetectionDataset
+from data.loading.order import WINDOW, Index, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
+from utils.errors import UserError
+from utils.seed import sample_rng
+from utils.structures import Batch
+
+TASK_BYTES = 96 * 2**20
+"""Most pixels, in bytes, that a worker hands over at once when it makes several batches in one go."""
+
+GRACE_SECONDS = 30
+"""How long a worker lives on after SIGTERM; torchrun and SLURM give a process as long before they kill it."""
+
+_QUAD_STREAM = 2**33  # added to a picture's number: the random numbers of the four-in-one collate
+
+Keys = Sequence[Key]
+
+
+@dataclass(eq=False)
+class DetectionLoader:
+    """Iterable of batches; each pass gives the batches of the current epoch, the same ones every time.
+
+    Attributes:
+        dataset: where samples come from. With `rect` its order and batch size are fixed: no shuffling.
+        batch_size: pictures per batch; the last batch may be smaller.
+        workers: processes that make batches; cut to the processors and batches at hand. 0 works in this process.
+        shuffle: a new order each epoch, a function of (seed, epoch).
+        seed: of the order.
+        rank, world_size: share of one process in distributed training; rank -1 means all.
+        repeat: give the ranks equally many batches by repeating some; else each comes once, as validation needs it.
+        image_weights: (n,) non-negative: draw pictures by weight, with replacement, instead of each one once.
+        quad: four-in-one batches, see `collate_quad`.
+
+    Raises:
+        UserError: while iterating, as raised in the worker: one line, without the worker's traceback.
+    """
+
+    dataset: DetectionDataset
+    batch_size: int
+    workers: int = field(default=0, kw_only=True)
+    shuffle: bool = field(default=False, kw_only=True)
+    seed: int = field(default=0, kw_only=True)
+    rank: int = field(default=-1, kw_only=True)
+    world_size: int = field(default=1, kw_only=True)
+    repeat: bool = field(default=True, kw_only=True)
+    image_weights: NDArray[np.floating] | Sequence[float] | None = field(default=None, kw_only=True)
+    quad: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch size {self.batch_size}; at least 1 is needed")
+        if self.dataset.rect and self.dataset.batch_size != self.batch_size:
+            raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
+        self.epoch = self.skip = 0
+        share = _processors() // _neighbours(self.world_size)
+        self.workers = min(self.workers, share, len(self)) if len(self) > 1 else 0
+        self._tasks = _TaskList()
+        self._loader: DataLoader | None = None
+
+    def __len__(self) -> int:
+        """Number of batches of this process in one epoch."""
+        n, size = len(self.dataset), self.batch_size
+        if self.dataset.rect:
+            return len(self._shard(-(-n // size)))
+        return -(-len(self._shard(n)) // size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._loader is None:
+            self._loader = self._open()
+        batches = self.batches()[self.skip :]
+        group = self._batches_per_task()
+        self._tasks.tasks = [batches[i : i + group] for i in range(0, len(batches), group)]
+        for made in self._loader:
+            if isinstance(made, UserError):
+                raise made
+            yield from made
+
+    def set_epoch(self, epoch: int, skip: int = 0) -> None:
+        """Choose the epoch of the next pass, and how many of its batches to leave out at the beginning."""
+        self.epoch, self.skip = epoch, skip
+
+    def set_image_weights(self, weights: NDArray[np.floating] | Sequence[float] | None) -> None:
+        """Choose the weights that the next pass draws by; None ends the weighted drawing."""
+        self.image_weights = weights
+
+    def close(self) -> None:
+        """End the worker processes; the next pass starts new ones."""
+        passing = getattr(self._loader, "_iterator", None)
+        if self.workers and passing is not None:  # a pass that an error broke off may still hold them
+            passing._shutdown_workers()
+        self._loader = None
+
+    def batches(self) -> list[Keys]:
+        """Keys of every batch of this process in the current epoch."""
+        size = self.batch_size
+        keys = self._keys()
+        if self.dataset.rect:  # whole batches are shared out: a batch has one shape
+            starts = self._shard(-(-len(keys) // size)) * size
+            return [keys[start : start + size] for start in starts.tolist()]
+        mine = [keys[place] for place in self._shard(len(keys)).tolist()]
+        return [mine[start : start + size] for start in range(0, len(mine), size)]
+
+    def _shard(self, n: int) -> Index:
+        return shard(n, self.rank, self.world_size, self.repeat)
+
+    def _keys(self) -> Keys:
+        n = len(self.dataset)
+        if self.image_weights is not None and not self.dataset.rect:
+            if len(self.image_weights) != n:
+                raise ValueError(f"{len(self.image_weights)} image weights for {n} pictures")
+            order = weighted_order(self.image_weights, self.seed, self.epoch)
+            return weighted_keys(order, self.epoch, self.dataset.window_size)
+        shuffled = self.shuffle and not self.dataset.rect
+        order = epoch_order(n, self.seed, self.epoch) if shuffled else self.dataset.visiting_order
+        return [(self.epoch, index) for index in order.tolist()]
+
+    def _batches_per_task(self) -> int:
+        """Batches that one worker makes in one go: those of a mosaic window, if memory and a fair split allow."""
+        if not self.workers or not self.dataset.uses_mosaic or self.dataset.window_size >= len(self.dataset):
+            return 1
+        batch_bytes = 3 * self.dataset.imgsz**2 * self.batch_size
+        fair = -(-len(self) // (2 * self.workers))
+        window = WINDOW // (self.batch_size * max(self.world_size, 1))
+        return max(1, min(window, TASK_BYTES // batch_bytes, fair))
+
+    def _open(self) -> DataLoader:
+        return DataLoader(
+            _Tasks(self.dataset, self.quad),
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=self.workers,
+            collate_fn=_as_is,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),  # the loader draws a number per pass; not from the network's generator
+            prefetch_factor=(1 if self._batches_per_task() > 1 else 2) if self.workers else None,
+            persistent_workers=self.workers > 0,
+        )
+
+
+create_loader = DetectionLoader
+
+
+class _TaskList(Sampler):
+    """Tasks of the coming pass: lists of batches of keys."""
+
+    tasks: Sequence[Sequence[Keys]] = ()
+
+    def __init__(self) -> None: ...
+
+    def __iter__(self) -> Iterator[Sequence[Keys]]:
+        return iter(self.tasks)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+
+class _Tasks(Dataset):
+    """Turns a task into batches; a user's mistake is a result, so that it arrives without the worker's traceback."""
+
+    def __init__(self, dataset: DetectionDataset, quad: bool) -> None:
+        self._dataset = dataset
+        self._quad = quad
+
+    def __getitem__(self, task: Sequence[Keys]) -> list[Batch] | UserError:
+        try:
+            return [self._batch(keys) for keys in task]
+        except UserError as error:
+            return error
+
+    def _batch(self, keys: Keys) -> Batch:
+        samples = [self._dataset[key] for key in keys]
+        if not self._quad:
+            return collate(samples)
+        first = as_key(keys[0])
+        return collate_quad(samples, sample_rng(self._dataset.seed, first.epoch, first.index + _QUAD_STREAM))
+
+
+def _as_is(made: list[Batch] | UserError) -> list[Batch] | UserError:
+    return made
+
+
+def _start_worker(_: int) -> None:
+    cv2.setNumThreads(0)  # one thread per worker; the workers are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
+    signal.signal(signal.SIGTERM, _last_seconds)
+
+
+def _last_seconds(*_: object) -> None:
+    """A scheduler's SIGTERM goes to all processes: serve the main one until it has saved its state, then end."""
+    signal.alarm(GRACE_SECONDS)
+
+
+def _processors() -> int:
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
+
+
+def _neighbours(world_size: int) -> int:
+    """Processes of a training that share this machine; torchrun tells how many of all they are."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1

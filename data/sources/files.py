@@ -1,0 +1,239 @@
+"""Where `detect.py` gets its pictures: files, folders, globs, lists, videos, cameras, network streams, the screen.
+
+`open_source` looks at the text that the user gave and returns a `Source`, which is iterated once and then closed. What
+cannot be read is logged when it is met, kept in `Source.failures`, and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import glob
+import logging
+import re
+import tempfile
+import urllib.parse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+
+from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read
+from data.sources.frames import DEFAULT_FPS, Frame, Source
+from data.sources.streams import ScreenSource, StreamSource
+from utils.errors import DataError, did_you_mean
+from utils.files import download
+
+LOGGER = logging.getLogger(__name__)
+
+_URL = re.compile(r"^(https?|rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://", re.IGNORECASE)
+_YOUTUBE = re.compile(r"^(https?://)?((www|m)\.)?(youtube\.com|youtu\.be)(/|$)", re.IGNORECASE)
+_INDEXED_VIDEOS = frozenset({".mp4", ".mov", ".m4v", ".avi"})
+"""Formats whose header counts the frames exactly; elsewhere the count is an estimate from the duration."""
+
+
+def open_source(text: str, vid_stride: int = 1) -> Source:
+    """Find out what `--source` names, and open it.
+
+    Args:
+        text: picture or video file, folder (not its subfolders), glob (`**` reaches into subfolders), `.txt` list of
+            files, `.streams` list of addresses, camera number, URL (of a picture or video file, which is fetched first,
+            or of a stream), or `screen [N] [left top width height]`.
+        vid_stride: use every n-th frame of videos and streams.
+
+    Raises:
+        DataError: nothing there, nothing usable in it, or no stream that opens.
+    """
+    text = str(text).strip()
+    if not text:
+        raise DataError("--source: empty; allowed are a file, folder, glob, list, camera number, URL or 'screen'")
+    if _YOUTUBE.match(text):
+        raise DataError(
+            f"{text}: a YouTube page is not a stream; get the stream's address with the tool yt-dlp "
+            "(pip install yt-dlp; yt-dlp -g -f b PAGE) and give that as --source"
+        )
+    if text.isdigit():
+        return StreamSource([text], vid_stride)
+    if text.split()[0].lower() == "screen" and not Path(text).exists():
+        return ScreenSource(text, vid_stride)
+    if _URL.match(text):
+        suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
+        if text.lower().startswith("http") and suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+            return DownloadedSource(text, vid_stride)
+        return StreamSource([text], vid_stride)
+    path = Path(text).expanduser()
+    if path.suffix.lower() == ".streams" and path.is_file():
+        return StreamSource(_list_entries(path), vid_stride)
+    return FileSource(find_files(path), vid_stride)
+
+
+@dataclass
+class FoundFiles:
+    """Result of looking for pictures and videos.
+
+    Attributes:
+        files: in the order in which they are processed; each file once.
+        problems: one line per entry of a list that names nothing usable.
+    """
+
+    files: list[Path] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def find_files(path: Path) -> FoundFiles:
+    """The pictures and videos that a file, folder, glob or `.txt` list names; folders and globs in sorted order.
+
+    Raises:
+        DataError: nothing there, or nothing usable in it.
+    """
+    if path.is_dir():
+        return FoundFiles(_of_folder(path))
+    if path.is_file():
+        if path.suffix.lower() == ".txt":
+            return _of_list(path)
+        if not _usable(path):
+            raise DataError(f"{path}: neither picture nor video by its suffix; {_allowed()}")
+        return FoundFiles([path])
+    if glob.has_magic(str(path)):
+        return FoundFiles(_of_glob(str(path)))
+    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, names)}")
+
+
+def _usable(path: Path) -> bool:
+    return path.suffix.lower() in IMAGE_SUFFIXES | VIDEO_SUFFIXES
+
+
+def _allowed() -> str:
+    return f"allowed are {' '.join(sorted(IMAGE_SUFFIXES))} and {' '.join(sorted(VIDEO_SUFFIXES))}"
+
+
+def _sift(files: Sequence[Path], where: str) -> list[Path]:
+    """The pictures and videos among the files; says what was left out."""
+    good = [f for f in files if _usable(f)]
+    other = [f.name for f in files if not _usable(f)]
+    if other and good:
+        names = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
+        LOGGER.info("%s: %d file(s) skipped that are neither pictures nor videos: %s", where, len(other), names)
+    return good
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    good = _sift([p for p in entries if p.is_file()], str(folder))
+    if not good:
+        deeper = any(p.is_dir() for p in entries)
+        hint = f"; for its subfolders give '{folder}/**/*.jpg' in quotes" if deeper else f"; {_allowed()}"
+        raise DataError(f"{folder}: no pictures or videos in this folder{hint}")
+    return good
+
+
+def _of_glob(pattern: str) -> list[Path]:
+    matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
+    good = _sift([p for p in matches if p.is_file()], pattern)
+    if not good:
+        raise DataError(f"{pattern}: no picture or video matches this pattern" + (f"; {_allowed()}" if matches else ""))
+    return good
+
+
+def _of_list(path: Path) -> FoundFiles:
+    """The files that a list names, one entry per line, relative to the list's folder or else the current folder."""
+    found = FoundFiles()
+    seen: set[Path] = set()
+    for entry in _list_entries(path):
+        near = path.parent / Path(entry).expanduser()
+        try:
+            there = find_files(near if near.exists() or not Path(entry).exists() else Path(entry))
+        except DataError as error:
+            found.problems.append(f"{path}: {error}")
+            continue
+        found.files += [f for f in there.files if f not in seen]
+        seen.update(there.files)
+    if not found.files:
+        raise DataError(f"{path}: no usable file in this list; first problem: {found.problems[0]}")
+    return found
+
+
+def _list_entries(path: Path) -> list[str]:
+    """The lines of a list file; empty ones and those that begin with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not entries:
+        raise DataError(f"{path}: empty list; one file or address per line is needed")
+    return entries
+
+
+class FileSource(Source):
+    """Pictures and videos from files, each frame once and in order.
+
+    Args:
+        found: what to read; its problems are reported as failures.
+        vid_stride: use every n-th frame of a video, beginning with the first.
+    """
+
+    def __init__(self, found: FoundFiles, vid_stride: int = 1) -> None:
+        super().__init__()
+        self.files = tuple(found.files)
+        self._stride = vid_stride
+        for problem in found.problems:
+            self.reject(problem)
+
+    def __iter__(self) -> Iterator[tuple[Frame, ...]]:
+        for number, path in enumerate(self.files, 1):
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                yield from self._video(path, number)
+                continue
+            try:
+                image = read(path)
+            except DataError as error:
+                self.reject(str(error))
+                continue
+            yield (Frame(image, path, str(path), "image", number, len(self.files)),)
+
+    def _video(self, path: Path, number: int) -> Iterator[tuple[Frame, ...]]:
+        if any("\ud800" <= c <= "\udfff" for c in str(path)):  # OpenCV crashes on these
+            self.reject(f"{path!r}: the name is not UTF-8, so OpenCV cannot open this video; rename it")
+            return
+        capture = cv2.VideoCapture(str(path))
+        try:
+            promised = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+            rate = capture.get(cv2.CAP_PROP_FPS)
+            fps = (rate if 0 < rate <= 1000 else DEFAULT_FPS) / self._stride
+            position = 0
+            while capture.grab():
+                position += 1
+                if (position - 1) % self._stride:
+                    continue
+                good, image = capture.retrieve()
+                if good:
+                    yield (Frame(image, path, str(path), "video", number, len(self.files), position, promised, fps),)  # type: ignore[arg-type]
+            if position == 0:
+                self.reject(f"{path}: no frame of this video can be decoded")
+            elif path.suffix.lower() in _INDEXED_VIDEOS and position < 0.98 * promised - 2:
+                self.reject(f"{path}: the video breaks off after {position} of {promised} frames")
+        finally:
+            capture.release()
+
+
+class DownloadedSource(Source):
+    """A picture or video behind an http address, fetched into a temporary folder that goes away with the source."""
+
+    def __init__(self, url: str, vid_stride: int = 1) -> None:
+        super().__init__()
+        self._folder = tempfile.TemporaryDirectory(prefix="detect-")
+        name = urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name)
+        try:
+            file = download(url, Path(self._folder.name) / Path(name).name)
+        except DataError:
+            self._folder.cleanup()
+            raise
+        self._files = FileSource(FoundFiles([file]), vid_stride)
+        self.failures = self._files.failures
+
+    def __iter__(self) -> Iterator[tuple[Frame, ...]]:
+        return iter(self._files)
+
+    def close(self) -> None:
+        self._folder.cleanup()

@@ -1,0 +1,339 @@
+"""Options of the commands and training hyper-parameters, each stated once: name, default, meaning, allowed values.
+
+`engine.cli.parser` generates the command lines from these dataclasses, so a flag, its default and its help cannot
+drift apart. No torch here: `--help` has to be instant.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from engine.cli.keywords import settled
+from utils.errors import ConfigError, did_you_mean
+from utils.yaml_lines import load_yaml, plain
+
+FLAG, OPTIONAL, MANY = "flag", "optional", "many"
+
+
+def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
+    """Declare one option as a dataclass field.
+
+    Args:
+        default: value when the option is not given.
+        text: its help.
+        kind: type of one value.
+        extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when
+            left out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the
+            option is not there yet: giving it is an error).
+    """
+    metadata = {"help": text, "kind": kind, **extra}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def flag(text: str, **extra: Any) -> Any:
+    """Declare an option without a value, off by default."""
+    return option(False, text, bool, form=FLAG, **extra)
+
+
+OPTIMIZERS = ("SGD", "Adam", "AdamW")
+IMGSZ_NAMES = ("--img", "--img-size")
+PRECISIONS = ("auto", "fp16", "bf16", "off")
+
+
+class Options:
+    """Checks that all option dataclasses share."""
+
+    def check(self) -> None:
+        """Raise one ConfigError that names every option out of its range, or not there yet."""
+        problems = []
+        for f in fields(self):  # type: ignore[arg-type]
+            value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
+            m = f.metadata
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            if "missing" in m and value != default:
+                problems.append(f"{name}: not available: {m['missing']}")
+            for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, bool) or not isinstance(item, (int, float)):
+                    continue
+                if item < m.get("low", item) or item > m.get("high", item):
+                    allowed = f"{m.get('low', '-inf')} to {m.get('high', 'inf')}"
+                    problems.append(f"{name}: {item} is out of range; allowed: {allowed}")
+            if "choices" in m and value not in m["choices"]:
+                problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for YAML and checkpoints."""
+        out = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
+
+    @classmethod
+    def from_keywords(cls, **keywords: Any) -> Any:
+        """Build from keywords (the flags with underscores), for use from Python; unknown ones are an error."""
+        names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+        for name in keywords:
+            if name not in names:
+                raise ConfigError(f"{cls.__name__}: unknown option '{name}'{did_you_mean(name, names)}")
+        config = cls(**settled(fields(cls), keywords))  # type: ignore[arg-type]
+        config.check()
+        return config
+
+
+@dataclass(frozen=True)
+class TrainConfig(Options):
+    """Options of train.py."""
+
+    weights: str = option("", "checkpoint to start from; empty = random start (then --cfg is needed)")
+    cfg: str = option("", "model YAML; with --weights too, the weights that fit by meaning are copied")
+    data: str = option("data/shapes.yaml", "data set YAML")
+    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyper-parameter YAML")
+    epochs: int = option(100, "number of epochs", int, low=1)
+    batch_size: int = option(16, "images per step over all devices; -1 = choose by GPU memory (CPU: 16)", int, low=-1)
+    imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    rect: bool = flag("rectangular batches sorted by shape: no mosaic, no shuffling")
+    resume: Any = option(False, "go on with the newest run, or with the given last.pt", str, form=OPTIONAL, const=True)
+    nosave: bool = flag("write checkpoints only after the final epoch")
+    noval: bool = flag("validate only after the final epoch")
+    noautoanchor: bool = flag("skip the anchor check")
+    noplots: bool = flag("write no pictures")
+    evolve: Any = option(None, "tune the hyper-parameters: number of trials", int, form=OPTIONAL, const=300, low=1)
+    evolve_population: str = option("data/hyps", "folder with hyper-parameter files that --evolve is to try first, too")
+    resume_evolve: str | None = option(None, "go on with an evolution (its study.db or folder), or take part in it")
+    bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
+    cache: Any = option(
+        None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,
+        form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),
+    )  # fmt: skip
+    image_weights: bool = flag("sample images by class weight and by the last mAP per class")
+    device: str = option("", "'' = first GPU or CPU; cpu; 0; several GPUs by torchrun")
+    multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
+    single_cls: bool = flag("treat all labels as one class")
+    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS)
+    sync_bn: bool = flag("synchronised batch norm over GPUs (under torchrun)")
+    workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
+    project: str = option("runs/train", "parent folder of runs")
+    name: str = option("exp", "run folder name; 'cfg' = the model YAML's name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    quad: bool = flag("four-in-one collate: a quarter of the pictures at double size")
+    cos_lr: bool = flag("cosine instead of linear decay of the learning rate")
+    label_smoothing: float = option(0.0, "epsilon of class label smoothing", float, low=0.0, high=0.5)
+    patience: int = option(100, "epochs without better fitness before stopping (0 = never)", int, low=0)
+    freeze: list[str] = option(
+        ["0"],
+        "one number n: freeze rows 0..n-1; several: those rows; 'backbone'; 'backbone:K': its stem and first K stages; "
+        "or a regular expression over parameter names",
+        str, form=MANY,
+    )  # fmt: skip
+    freeze_epochs: int = option(0, "let what --freeze holds learn again after this many epochs (0 = never)", int, low=0)
+    backbone_lr: float = option(1.0, "factor on the learning rate of the backbone", float, low=0.0)
+    layer_decay: float = option(
+        1.0, "factor on the learning rate per layer of depth in the backbone, from its end to its stem", float,
+        low=0.01, high=1.0,
+    )  # fmt: skip
+    close_mosaic: int = option(0, "no mosaic, mixup and copy-paste in the last N epochs", int, low=0)
+    compile: bool = flag("compile the network with torch.compile for training")
+    save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
+    seed: int = option(0, "random seed", int, low=0)
+    local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
+    logger: list[str] = option([], "also report to: wandb, mlflow, clearml, comet", str, form=MANY)
+    entity: str | None = option(None, "team or workspace at W&B or Comet")
+    upload_dataset: Any = option(
+        False, "logger: upload the data set", str, form=OPTIONAL, const=True,
+        missing="data sets stay where they are; use the tracker's own artefacts",
+    )  # fmt: skip
+    bbox_interval: int = option(
+        -1, "logger: interval of box pictures", int,
+        missing="val_batch*.jpg and report.html go to the trackers once, at the end",
+    )  # fmt: skip
+    amp: str = option(
+        "auto", "mixed precision; auto = fp16 on CUDA, else off (bf16 saves time on CPUs that have it)",
+        choices=PRECISIONS,
+    )  # fmt: skip
+    backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
+    partial_weights: bool = flag("accept weights that fit only in part")
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class ValConfig(Options):
+    """Options of val.py."""
+
+    data: str = option("data/shapes.yaml", "data set YAML")
+    weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
+    batch_size: int = option(32, "images per step", int, low=1)
+    imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    conf_thres: float = option(0.001, "score threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.6, "NMS threshold", float, low=0.0, high=1.0)
+    max_det: int = option(300, "boxes kept per image", int, low=1)
+    task: str = option("val", "split, or speed / study", choices=("train", "val", "test", "speed", "study"))
+    device: str = option("", "'' = first GPU or CPU; cpu; 0")
+    workers: int = option(8, "loader processes", int, low=0)
+    single_cls: bool = flag("treat all classes as one")
+    augment: bool = flag("test-time augmentation")
+    verbose: bool = flag("print per-class rows")
+    save_txt: bool = flag("one label file per image")
+    save_hybrid: bool = flag("mix labels into NMS as certain boxes; switches --save-txt on")
+    save_conf: bool = flag("scores in the label files")
+    save_json: bool = flag("COCO result file and COCO evaluation")
+    project: str = option("runs/val", "parent folder of runs")
+    name: str = option("exp", "run folder name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    half: bool = flag("half precision (ignored on a CPU)")
+    amp: str = option(
+        "auto",
+        "mixed precision of .pt files; auto and off = float32 (auto: unless --half is given), fp16 on a GPU only",
+        choices=PRECISIONS,
+    )
+    dnn: bool = flag("run ONNX through OpenCV DNN")
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class DetectConfig(Options):
+    """Options of detect.py."""
+
+    weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
+    source: str = option("data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen")
+    data: str = option("", "data set YAML for class names where the model file has none")
+    imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
+    conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
+    max_det: int = option(1000, "boxes per image", int, low=1)
+    device: str = option("", "'' = first GPU or CPU; cpu; 0")
+    view_img: bool = flag("show windows")
+    save_txt: bool = flag("write label files")
+    save_format: int = option(0, "label files hold 0: centre x, y, w, h; 1: corners (normalised)", int, choices=(0, 1))
+    save_csv: bool = flag("one CSV with image, class, score")
+    save_json: bool = flag("one JSON with the boxes of every image")
+    save_conf: bool = flag("scores in the label files")
+    save_crop: bool = flag("cut-outs per class")
+    nosave: bool = flag("write no pictures or videos")
+    classes: list[int] | None = option(None, "keep only these class numbers", int, form=MANY, low=0)
+    agnostic_nms: bool = flag("NMS over all classes together")
+    augment: bool = flag("test-time augmentation")
+    visualize: bool = flag("write the feature maps of every slot as pictures")
+    update: bool = flag("strip the training state from the given weights afterwards (rewrites the file)")
+    project: str = option("runs/detect", "parent folder of runs")
+    name: str = option("exp", "run folder name")
+    exist_ok: bool = flag("reuse the folder instead of counting up")
+    line_thickness: int = option(3, "box line width in pixels", int, low=1)
+    hide_labels: bool = flag("no text at boxes")
+    hide_conf: bool = flag("no score in the text")
+    half: bool = flag("half precision (ignored on a CPU)")
+    amp: str = option(
+        "auto",
+        "mixed precision of .pt files; auto and off = float32 (auto: unless --half is given), fp16 on a GPU only",
+        choices=PRECISIONS,
+    )
+    dnn: bool = flag("run ONNX through OpenCV DNN")
+    vid_stride: int = option(1, "use every n-th frame", int, low=1)
+    plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """Training hyper-parameters as YOLOv5's hyp files name them.
+
+    Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
+    those of the model YAML). Keys of our own: `nominal_batch`, images that one optimiser step is to see; `clip_norm`,
+    largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused);
+    `class_weights`, factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
+    numbers by class name (1 for the others).
+    """
+
+    lr0: float
+    lrf: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    warmup_momentum: float
+    warmup_bias_lr: float
+    box: float
+    cls: float
+    cls_pw: float
+    obj: float
+    obj_pw: float
+    iou_t: float
+    anchor_t: float
+    fl_gamma: float
+    hsv_h: float
+    hsv_s: float
+    hsv_v: float
+    degrees: float
+    translate: float
+    scale: float
+    shear: float
+    perspective: float
+    flipud: float
+    fliplr: float
+    mosaic: float
+    mixup: float
+    copy_paste: float = 0.0
+    anchors: float | None = None
+    nominal_batch: float = 64
+    clip_norm: float = 10.0
+    optimizer: str | None = None
+    class_weights: str | list[float] | dict[str | int, float] | None = None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Hyperparameters:
+        """Read a hyp file.
+
+        Raises:
+            ConfigError: unknown or missing keys and values that are no numbers, all of the file together, with lines.
+        """
+        data = load_yaml(path)
+        return cls.from_mapping(data, where=str(path), lines=data.lines)
+
+    @classmethod
+    def from_mapping(
+        cls, data: Mapping[str, Any], where: str = "hyp", lines: Mapping[str, int] | None = None
+    ) -> Hyperparameters:
+        """Build from a mapping (a hyp file, or what a checkpoint holds)."""
+        names = [f.name for f in fields(cls)]
+        problems = []
+        for key, value in data.items():
+            place = f"{where}:{lines[key]}" if lines and key in lines else where
+            if key not in names:
+                problems.append(f"{place}: unknown hyper-parameter '{key}'{did_you_mean(key, names)}")
+            elif key == "optimizer":
+                if value not in (None, *OPTIMIZERS):
+                    problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
+            elif key == "class_weights":
+                problems += [f"{place}: {problem}" for problem in _problems_of_class_weights(value)]
+            elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
+                problems.append(f"{place}: {key} is '{value}'; a number is needed")
+            elif isinstance(value, (int, float)) and value < 0:
+                problems.append(f"{place}: {key} is {value}; it cannot be negative")
+        optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer", "class_weights")
+        missing = [n for n in names if n not in data and n not in optional]
+        if missing:
+            problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        values = plain(data)
+        if values.get("class_weights") == "none":
+            values["class_weights"] = None
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; `anchors`, `optimizer` and `class_weights` only where they are set."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+def _problems_of_class_weights(value: Any) -> list[str]:
+    """What is wrong with the form of `class_weights`; classes are looked up when the data set is known."""
+    if value is None or value in ("none", "balanced"):
+        return []
+    if not isinstance(value, (list, dict)):
+        return [f"class_weights is '{value}'; allowed: none, balanced, a list of numbers, or numbers by class name"]
+    numbers = value.values() if isinstance(value, dict) else value
+    wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < math.inf]
+    return [f"class_weights holds '{n}'; finite numbers from 0 on are needed" for n in wrong]

@@ -1,0 +1,66 @@
+"""Options given from Python: what a command line would have given for what a program writes. No torch here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field
+from typing import Any
+
+from utils.errors import ConfigError
+
+WORDS = {int: "a whole number", float: "a number", str: "a text or a path", bool: "True or False"}
+
+
+def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Bring keywords into the types that the fields of an option dataclass have.
+
+    A single value stands for a list of one, a tuple for a list, a path for its text; a number or a device where a text
+    is expected for its text (`device=0`, `freeze=[10]`); `True` for the value that an option has when its value is left
+    out (`cache=True`); None for the default.
+
+    Args:
+        options: fields of the dataclass, made by `engine.cli.config.option`.
+        keywords: by field name; all of them known.
+
+    Raises:
+        ConfigError: values of another type, all of them together.
+    """
+    known = {f.name: f for f in options}
+    out, problems = {}, []
+    for name, value in keywords.items():
+        try:
+            out[name] = _settled(known[name], value)
+        except TypeError as error:
+            problems.append(f"{name}={value!r}: {error}")
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return out
+
+
+def _settled(f: Field[Any], value: Any) -> Any:
+    default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator]
+    form, kind = f.metadata.get("form"), f.metadata["kind"]
+    if value is None or (form == "optional" and value is False):
+        return default
+    if form == "optional" and value is True:
+        return f.metadata["const"]
+    if form == "many":
+        return [_one(kind, item) for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return _one(kind, value)
+
+
+def _one(kind: type, value: Any) -> Any:
+    """A single value in its type; TypeError with what is needed."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and isinstance(value, bool):
+        return value
+    if kind is float and is_number:
+        return float(value)
+    if kind is int and is_number and value == int(value):
+        return int(value)
+    if kind is str and (isinstance(value, (str, os.PathLike, int)) and not isinstance(value, bool)):
+        return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
+    if kind is str and type(value).__name__ == "device":  # a torch.device, without importing torch
+        return str(value)
+    raise TypeError(f"{WORDS.get(kind, kind.__name__)} is needed")

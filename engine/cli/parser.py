@@ -1,0 +1,139 @@
+"""Command lines, generated from the option dataclasses; errors of the user become one line and exit status 2.
+
+Nothing here imports torch, so `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
+from utils.errors import ConfigError, TrainingError, UserError, did_you_mean
+from utils.log import configure_logging, end_silently
+
+T = TypeVar("T", bound=Options)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line that names the nearest option."""
+
+    def error(self, message: str) -> Any:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            names = [s for a in self._actions for s in a.option_strings]
+            message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
+        if _rank() > 0:
+            end_silently(2)  # rank zero was given the same
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+# YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
+_UNDERSCORED = ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval")
+
+
+def _spelling(name: str) -> str:
+    return "--" + (name if name in _UNDERSCORED else name.replace("_", "-"))
+
+
+def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
+    """The arguments with each option name in the spelling that the parser knows."""
+    known = {_spelling(f.name).replace("_", "-"): _spelling(f.name) for f in fields(config)}  # type: ignore[arg-type]
+    out = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
+            dashed = name.replace("_", "-")
+            name = known.get(dashed, dashed)
+        out.append(name + equals + value)
+    return out
+
+
+def build_parser(config: type[Options], prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command; options may be shortened to a unique prefix."""
+    parser = Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    for f in fields(config):  # type: ignore[arg-type]
+        m = f.metadata
+        names = [_spelling(f.name), *m.get("aliases", ())]
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        common: dict[str, Any] = {"dest": f.name, "default": default, "help": m["help"].replace("%", "%%")}
+        form = m.get("form")
+        if form == FLAG:
+            parser.add_argument(*names, action="store_true", **common)
+            continue
+        common["type"] = m["kind"]
+        if "choices" in m:
+            common["choices"] = [c for c in m["choices"] if c is not None]
+        if form == OPTIONAL:
+            common.update(nargs="?", const=m["const"])
+        elif form == MANY:
+            common["nargs"] = "+"
+        parser.add_argument(*names, **common)
+    return parser
+
+
+def _rank() -> int:
+    """Number of this process among those that torchrun started; -1 alone."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else -1
+
+
+def _check_together(prog: str, options: Options) -> None:
+    """Under torchrun: refuse what is not done by several processes.
+
+    Raises:
+        ConfigError: a command or a task for a single process.
+    """
+    if _rank() < 0:
+        return
+    if not isinstance(options, TrainConfig):
+        raise ConfigError(f"{prog}: does not run under torchrun; start python {prog} (only train.py shares its work)")
+    if options.evolve is not None or options.resume_evolve is not None:
+        raise ConfigError(
+            "--evolve: does not run under torchrun; start python train.py --evolve once, then the same command with "
+            "--resume_evolve FOLDER and another --device for each further process"
+        )
+
+
+def run_main(
+    config: type[T], prog: str, description: str, work: Callable[[T], int | None], argv: Sequence[str] | None = None
+) -> int:
+    """Parse, check, work.
+
+    Args:
+        config: option dataclass of the command.
+        prog, description: for `--help`.
+        work: does the job; imports the engine itself, so that `--help` stays fast; may return an exit status.
+        argv: arguments; None = those of the process.
+
+    Returns:
+        Exit status: 0 or what `work` returned; 2 after a mistake of the user, 1 when a training broke down (one line on
+        stderr each); 130 after Ctrl-C.
+    """
+    parser = build_parser(config, prog, description)
+    values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
+    configure_logging(rank=_rank())
+    try:
+        options = config(**vars(values))
+        options.check()
+        _check_together(prog, options)
+    except UserError as error:
+        if _rank() > 0:
+            end_silently(2)
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    try:
+        return work(options) or 0
+    except UserError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except TrainingError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        if _rank() <= 0:
+            print(f"{prog}: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,253 @@
+"""What is timed: a detector on real pictures, stage by stage, and a training step; in a candidate's own process."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from data.letterbox import letterbox
+from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
+from engine.runtimes.base import Runtime
+from engine.train.optimizer import CLIP_NORM, build_optimizer, parameter_groups, scaled_decay
+from engine.train.setup import build_loss
+from models.yolo import DetectionModel
+from utils.device import amp_dtype, synchronize
+from utils.nms import non_max_suppression
+from utils.structures import to_unit
+
+STAGES = ("preprocess", "forward", "nms")
+TOTAL, STEP = "total", "step"
+CONF, IOU, MAX_DET = DetectConfig().conf_thres, DetectConfig().iou_thres, DetectConfig().max_det
+SMALL_STEP = 1e-3  # of lr0: the same steps on one batch again and again are not to end in infinities
+
+Picture = NDArray[np.uint8]
+Times = dict[str, float]
+
+
+@dataclass(frozen=True)
+class SamplePictures:
+    """Real pictures that everything is measured on, decoded.
+
+    Attributes:
+        pictures: (H, W, 3) uint8 BGR each.
+        labels: per picture (n, 5) float32 class, centre x, centre y, width, height as parts of its sides.
+    """
+
+    pictures: tuple[Picture, ...]
+    labels: tuple[NDArray[np.float32], ...]
+
+    def write(self, path: Path) -> None:
+        """Write to an .npz file."""
+        arrays: dict[str, Any] = {f"picture{i}": picture for i, picture in enumerate(self.pictures)}
+        arrays |= {f"labels{i}": rows for i, rows in enumerate(self.labels)}
+        np.savez(path, **arrays)
+
+    @classmethod
+    def read(cls, path: str | Path) -> SamplePictures:
+        """Read what `write` wrote."""
+        with np.load(path, allow_pickle=False) as content:
+            count = len(content.files) // 2
+            pictures = tuple(content[f"picture{i}"] for i in range(count))
+            return cls(pictures, tuple(content[f"labels{i}"] for i in range(count)))
+
+
+def preprocess(pictures: Sequence[Picture], side: int) -> Tensor:
+    """Decoded pictures as the network's input: fitted into a square, RGB.
+
+    Args:
+        pictures: (H, W, 3) uint8 BGR each.
+        side: of the square in pixels.
+
+    Returns:
+        (B, 3, side, side) uint8, its memory in rows of pixels, as `detect.py` makes it.
+    """
+    fitted = [letterbox(picture, (side, side), auto=False)[0] for picture in pictures]
+    pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in fitted]))
+    return pixels.permute(0, 3, 1, 2)  # BHWC -> BCHW
+
+
+class Inference:
+    """Detection in three stages, each timed for itself with the device synchronised.
+
+    Args:
+        runtime: the detector.
+        sample: pictures; each call takes the next ones.
+        batch: pictures per call.
+        side: of the input in pixels.
+    """
+
+    def __init__(self, runtime: Runtime, sample: SamplePictures, batch: int, side: int) -> None:
+        self.runtime, self.batch, self.side = runtime, batch, side
+        self._pictures = sample.pictures
+        self._next = 0
+
+    def restart(self) -> None:
+        """Begin with the first picture again, so that all candidates see the same ones."""
+        self._next = 0
+
+    def call(self) -> Times:
+        """One batch; milliseconds per picture by stage, and their sum."""
+        pictures = [self._pictures[(self._next + i) % len(self._pictures)] for i in range(self.batch)]
+        self._next += self.batch
+        device = self.runtime.device
+        marks = [time.perf_counter()]
+        images = preprocess(pictures, self.side).to(device)
+        synchronize(device)
+        marks.append(time.perf_counter())
+        decoded = self.runtime(images)
+        synchronize(device)
+        marks.append(time.perf_counter())
+        non_max_suppression(decoded, CONF, IOU, max_det=MAX_DET)
+        synchronize(device)
+        marks.append(time.perf_counter())
+        share = 1000 / self.batch
+        times = {stage: (b - a) * share for stage, a, b in zip(STAGES, marks, marks[1:])}
+        return {**times, TOTAL: (marks[-1] - marks[0]) * share}
+
+    def rest(self) -> None:
+        """Nothing to give back between visits."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a training step needs besides the model: the options and hyper-parameters of train.py."""
+
+    config: TrainConfig
+    hyp: Hyperparameters
+
+
+class TrainingStep:
+    """Forward, loss, backward and optimiser step on one batch, as the trainer does it (without the loader).
+
+    Args:
+        model: on `device`.
+        sample: pictures and labels.
+        recipe: of the training.
+        batch: pictures per step.
+        device: where.
+    """
+
+    def __init__(
+        self, model: DetectionModel, sample: SamplePictures, recipe: Recipe, batch: int, device: torch.device
+    ) -> None:
+        config, hyp = recipe.config, recipe.hyp
+        self.model = model.to(memory_format=torch.channels_last).train()
+        self.device, self.batch = device, batch
+        self.images, self.targets = training_batch(sample, batch, config.imgsz)
+        groups = parameter_groups(model, scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch)))
+        self.optimizer = build_optimizer(config.optimizer, groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
+        self.criterion = build_loss(model, hyp, config)
+        self.dtype = amp_dtype(config.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+
+    def restart(self) -> None:
+        """The batch is always the same."""
+
+    def loss(self) -> Tensor:
+        """Forward pass and loss of the batch, 0-d."""
+        images = to_unit(self.images.to(self.device)).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            return self.criterion(self.model(images), self.targets).total
+
+    def call(self) -> Times:
+        """One step; milliseconds per picture."""
+        start = time.perf_counter()
+        self.scaler.scale(self.loss()).backward()
+        self.scaler.unscale_(self.optimizer)
+        clip_grad_norm_(self.model.parameters(), max_norm=CLIP_NORM)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        synchronize(self.device)
+        return {STEP: 1000 * (time.perf_counter() - start) / self.batch}
+
+    def rest(self) -> None:
+        """Give the memory of activations back to the GPU, for the other candidates' turns."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+Subject = Inference | TrainingStep
+
+
+def training_batch(sample: SamplePictures, batch: int, side: int) -> tuple[Tensor, Tensor]:
+    """Pictures and labels fitted into squares.
+
+    Returns:
+        (B, 3, side, side) uint8 RGB; (M, 6) float32 picture number, class, centre x, centre y, width, height (parts of
+        the side).
+    """
+    chosen = [i % len(sample.pictures) for i in range(batch)]
+    rows = [np.zeros((0, 6), np.float32)]
+    for number, i in enumerate(chosen):
+        height, width = sample.pictures[i].shape[:2]
+        _, (ratio, _), (left, top) = letterbox(sample.pictures[i], (side, side), auto=False)
+        labels = sample.labels[i]
+        scale = np.array([width, height, width, height], np.float32) * ratio / side
+        boxes = labels[:, 1:] * scale + np.array([left, top, 0, 0], np.float32) / side
+        rows.append(np.concatenate((np.full((len(labels), 1), number, np.float32), labels[:, :1], boxes), 1))
+    images = preprocess([sample.pictures[i] for i in chosen], side).contiguous()
+    return images, torch.from_numpy(np.concatenate(rows).astype(np.float32))
+
+
+def visit(subject: Subject, calls: int) -> Times:
+    """One turn of a candidate: a call that does not count (the others' turns emptied the caches), then those that do.
+
+    Args:
+        subject: what is timed.
+        calls: that count.
+
+    Returns:
+        Medians over the calls, in milliseconds per picture.
+    """
+    subject.restart()
+    subject.call()
+    found = [subject.call() for _ in range(calls)]
+    subject.rest()
+    return {name: statistics.median(times[name] for times in found) for name in found[0]}
+
+
+def warm_up(subject: Subject) -> float:
+    """Two calls; seconds of the second one."""
+    subject.call()
+    start = time.perf_counter()
+    subject.call()
+    return time.perf_counter() - start
+
+
+def kept_for_backward(forward: Callable[[], Tensor | tuple[Tensor, ...]], parameters: Mapping[int, Any]) -> int:
+    """Bytes of all storages that autograd holds after a forward pass, parameters apart.
+
+    Args:
+        forward: gives the loss, or any output.
+        parameters: addresses of the storages that do not count.
+    """
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()  # held, so that no storage is freed and its address used again
+    total = sum(storages.values())
+    del loss
+    return total
+
+
+def addresses(model: torch.nn.Module) -> dict[int, str]:
+    """Storage address of every parameter."""
+    return {parameter.untyped_storage().data_ptr(): name for name, parameter in model.named_parameters()}

@@ -1,0 +1,339 @@
+"""Validation: run a detector over a data set, compare with the labels, and say how good it is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data.config import DataConfig, load_data_config
+from data.labels.labels import Annotations, load_annotations
+from data.loading.dataset import DetectionDataset
+from data.loading.loader import DetectionLoader, create_loader
+from engine.cli.config import ValConfig
+from engine.cli.plugins import load_plugins
+from engine.devices.distributed import World
+from engine.evaluate import plots as eval_pictures
+from engine.evaluate.accumulator import EvalResult, ImageOutcome, Tally, log_table, merge, summarize, table_head
+from engine.evaluate.outputs import CocoSink, TextSink, run_folder
+from engine.runtimes.base import RawRuntime, Runtime
+from engine.runtimes.registry import choose_weights, open_runtime, split_device
+from models.losses.anchor_based import DetectionLoss
+from utils.boxes import scale_boxes, xywh2xyxy
+from utils.device import Profile, describe_device, select_device
+from utils.errors import ConfigError, DataError
+from utils.metrics import ConfusionMatrix
+from utils.nms import non_max_suppression
+from utils.structures import Batch, ImageShapes, to_unit
+
+__all__ = ["EvalOptions", "EvalResult", "ImageOutcome", "conclude", "evaluate", "measure", "validate"]
+
+LOGGER = logging.getLogger(__name__)
+
+PICTURED_BATCHES = 3
+USUAL_CONF = 0.001  # a higher threshold cuts the curves off
+FEW_CLASSES = 50  # with fewer classes each gets its line without --verbose
+SPEED_CONF, SPEED_IOU = 0.25, 0.45  # of --task speed
+SINGLE = World()
+RECT_PAD = 0.5  # in strides: extra padding of rectangular batches
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """How to evaluate.
+
+    Attributes:
+        names: class names by number.
+        single_cls: count every detection as class 0.
+        conf_thres, iou_thres, max_det: of the suppression.
+        hybrid: let the labels take part in the suppression as certain boxes; the figures then say nothing.
+        folder: where pictures go; needed for `plots`.
+        plots: draw curves, the confusion matrix, and the first batches.
+        verbose: log the speed and a line per class.
+        sinks: called with the outcome of every picture at the end, in their order.
+    """
+
+    names: Mapping[int, str]
+    single_cls: bool = False
+    conf_thres: float = USUAL_CONF
+    iou_thres: float = 0.6
+    max_det: int = 300
+    hybrid: bool = False
+    folder: Path | None = None
+    plots: bool = False
+    verbose: bool = False
+    sinks: tuple[Callable[[ImageOutcome], None], ...] = ()
+
+
+def evaluate(
+    runtime: Runtime, loader: DetectionLoader, options: EvalOptions, criterion: DetectionLoss | None = None
+) -> EvalResult:
+    """Evaluate a detector, and log the table of figures.
+
+    Args:
+        runtime: the detector.
+        loader: batches without augmentation.
+        options: how.
+        criterion: also compute the loss, from the raw outputs; its automatic balance is left as it is. Needs a
+            `RawRuntime`.
+    """
+    return conclude([measure(runtime, loader, options, criterion)], options)
+
+
+@torch.no_grad()
+def measure(
+    runtime: Runtime,
+    loader: DetectionLoader,
+    options: EvalOptions,
+    criterion: DetectionLoss | None = None,
+    world: World = SINGLE,
+) -> Tally:
+    """The part of an evaluation that every process does for its own batches: detect and count; see `evaluate`."""
+    tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
+    timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
+    bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not world.is_main)
+    with _without_training(criterion):
+        for turn, batch in enumerate(bar):
+            number = world.number + turn * world.size  # that it would have in a single process
+            with timers[0]:
+                images = to_unit(batch.images.to(runtime.device, non_blocking=True))
+            with timers[1]:
+                decoded, raw = _detect(runtime, images, criterion)
+            if criterion is not None:
+                tally.losses[number] = criterion(raw, batch.targets).parts.cpu()
+            with timers[2]:
+                found = _suppress(decoded, batch, options)
+            _count(tally, number, batch, found, options)
+            if options.plots and options.folder is not None and number < PICTURED_BATCHES:
+                tally.shown[number] = batch, found
+    tally.seconds = timers[0].total, timers[1].total, timers[2].total
+    return tally
+
+
+def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
+    """The part of an evaluation that one process does: figures, table, pictures; see `evaluate`.
+
+    Args:
+        parts: what the processes measured, by rank.
+        options: as they were given to `measure`.
+    """
+    tally = merge(parts)
+    for outcome in tally.outcomes:
+        for sink in options.sinks:
+            sink(outcome)
+    result = summarize(tally)
+    log_table(result, options.names, options.verbose)
+    if options.verbose:
+        LOGGER.info("Speed per picture: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
+    if options.plots and options.folder is not None:
+        for number, (batch, found) in sorted(tally.shown.items()):
+            eval_pictures.draw_batch(options.folder, number, batch, found, options.names)
+        eval_pictures.draw_charts(options.folder, result, options.names)
+    return result
+
+
+@contextmanager
+def _without_training(criterion: DetectionLoss | None) -> Iterator[None]:
+    """Keep what a criterion learns (its balance) untouched by the validation data."""
+    training = criterion is not None and criterion.training
+    if criterion is not None:
+        criterion.eval()
+    try:
+        yield
+    finally:
+        if criterion is not None:
+            criterion.train(training)
+
+
+def _detect(
+    runtime: Runtime, images: torch.Tensor, criterion: DetectionLoss | None
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    if criterion is None:
+        return runtime(images), []
+    if not isinstance(runtime, RawRuntime):
+        raise TypeError(f"{type(runtime).__name__} shows no raw outputs; a loss cannot be computed from it")
+    return runtime.with_raw(images)
+
+
+def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list[torch.Tensor]:
+    """Boxes of every picture (n, 6) in pixels of the input, on the CPU."""
+    labels: list[torch.Tensor] = []
+    if options.hybrid:
+        height, width = batch.images.shape[2:]
+        known = batch.targets.cpu() * torch.tensor([1, 1, width, height, width, height])
+        labels = [known[known[:, 0] == k, 1:] for k in range(len(decoded))]
+    found = non_max_suppression(
+        decoded,
+        options.conf_thres,
+        options.iou_thres,
+        labels=labels,
+        multi_label=True,
+        agnostic=options.single_cls,
+        max_det=options.max_det,
+    )
+    # One copy for the whole batch: the counting that follows is many small steps, which a CPU does faster.
+    together = torch.cat(found).cpu()
+    if options.single_cls:
+        together[:, 5] = 0
+    return list(together.split([len(rows) for rows in found]))
+
+
+def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], options: EvalOptions) -> None:
+    """Scale boxes and labels back to the original pictures, and count them."""
+    height, width = batch.images.shape[2:]
+    targets = batch.targets.cpu()
+    corners = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
+    for k, (path, fit, detections) in enumerate(zip(batch.paths, batch.shapes, found)):
+        fit = fit or ImageShapes((height, width), (1.0, 1.0), (0.0, 0.0))
+        mine = targets[:, 0] == k
+        boxes = scale_boxes((height, width), corners[mine], fit.original, fit.ratio_pad)
+        labels = torch.cat((targets[mine, 1:2], boxes), 1)
+        boxes = scale_boxes((height, width), detections[:, :4], fit.original, fit.ratio_pad)
+        outcome = tally.add(path, fit.original, torch.cat((boxes, detections[:, 4:]), 1), labels, number)
+        if options.sinks:
+            tally.outcomes.append(outcome)
+
+
+# ---- val.py ---------------------------------------------------------------------------------------------------------
+
+
+def validate(config: ValConfig) -> EvalResult:
+    """Validate as the options of val.py say (all tasks but `study`).
+
+    The run folder appears when everything is done; a run that fails or is interrupted leaves nothing behind.
+
+    Raises:
+        UserError: an option, a file or a data set that cannot be used.
+    """
+    config, data, runtime = prepare(config)
+    speed = config.task == "speed"
+    annotations = split_annotations(config, data)
+    loader = build_loader(config, annotations, runtime, rect=not speed)
+    names = {0: "item"} if config.single_cls else data.names
+    text = TextSink(config.save_conf) if config.save_txt or config.save_hybrid else None
+    coco = CocoSink.for_data(data, annotations, names) if config.save_json else None
+    runtime.warmup((loader.batch_size, 3, config.imgsz, config.imgsz))
+    with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
+        options = EvalOptions(
+            names=names,
+            single_cls=config.single_cls,
+            conf_thres=config.conf_thres,
+            iou_thres=config.iou_thres,
+            max_det=config.max_det,
+            hybrid=config.save_hybrid,
+            folder=run.folder,
+            plots=not speed,
+            verbose=config.verbose or len(names) < FEW_CLASSES,
+            sinks=tuple(sink for sink in (text, coco) if sink is not None),
+        )
+        result = evaluate(runtime, loader, options)
+        if text is not None:
+            text.write(run.folder / "labels")
+        if coco is not None:
+            weights = Path(config.weights[0]).stem
+            result = replace(result, coco=coco.write(run.folder / f"{weights}_predictions.json"))
+    LOGGER.info("Results saved to %s", run.final)
+    return result
+
+
+def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
+    """Open the data set's YAML and the weights, and settle what the options leave open.
+
+    Returns:
+        The options as they are used (weights named, size on the grid), the data set, the detector.
+    """
+    load_plugins(config.plugin)
+    data = load_data_config(config.data)
+    if config.task == "speed":
+        config = replace(config, conf_thres=SPEED_CONF, iou_thres=SPEED_IOU, save_json=False)
+    elif data.file.name == "coco.yaml":
+        config = replace(config, save_json=True)
+    if config.save_json:
+        CocoSink.check()
+    if config.conf_thres > USUAL_CONF and config.task != "speed":
+        LOGGER.warning("--conf-thres %g: above %g boxes are missing from the curves", config.conf_thres, USUAL_CONF)
+    if config.save_hybrid:
+        LOGGER.warning("--save-hybrid: labels take part as certain boxes; the figures say nothing about the model")
+    data.split(split_name(config, data))  # before the weights are read
+    device_name, provider = split_device(config.device)
+    device = select_device(device_name, config.batch_size)
+    config = replace(config, weights=choose_weights(config.weights))
+    runtime = open_runtime(
+        config.weights, device, half=config.half, amp=config.amp, augment=config.augment, dnn=config.dnn,
+        provider=provider,
+    )  # fmt: skip
+    if not config.single_cls:
+        check_classes(runtime.names, data, config.weights[0])
+    LOGGER.info("Validating on %s", describe_device(device))
+    return replace(config, imgsz=input_side(config.imgsz, runtime)), data, runtime
+
+
+def split_name(config: ValConfig, data: DataConfig) -> str:
+    """The split that a task looks at; DataError when the YAML has none of that name."""
+    name = config.task if config.task in ("train", "test") else "val"
+    if name not in data.splits:
+        has = ", ".join(data.splits) or "none"
+        raise DataError(f"{data.file}: --task {config.task}: has no split '{name}:'; it has {has}")
+    return name
+
+
+def split_annotations(config: ValConfig, data: DataConfig) -> Annotations:
+    """Pictures and labels of the task's split; labels may be missing altogether where only files are wanted."""
+    labels_needed = not (config.save_json or config.save_txt) or config.save_hybrid
+    sources = data.split(split_name(config, data))
+    classes = len(data.names)
+    annotations = load_annotations(sources, classes, single_cls=config.single_cls, require_labels=labels_needed)
+    LOGGER.info("%s", annotations.report.summary())
+    return annotations
+
+
+def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, rect: bool) -> DetectionLoader:
+    """Batches of the split: rectangular ones, or squares where the size of the input is fixed or `rect` is off."""
+    rect = rect and runtime.imgsz is None
+    batch_size = runtime.fixed_batch or config.batch_size
+    pad = RECT_PAD if rect else 0.0
+    dataset = DetectionDataset(
+        annotations.records, config.imgsz, rect=rect, batch_size=batch_size, stride=runtime.stride, pad=pad
+    )
+    return create_loader(dataset, batch_size, workers=config.workers)
+
+
+def input_side(wanted: int, runtime: Runtime) -> int:
+    """The side of the input that the detector can take: its own where that is fixed, else rounded up to its grid."""
+    if runtime.imgsz is not None:
+        height, width = runtime.imgsz
+        if height != width:
+            raise ConfigError(f"--imgsz: the model's input is fixed to {height} x {width}; validation needs a square")
+        side, reason = height, "the model's input is fixed"
+    else:
+        side = max(-(-wanted // runtime.stride) * runtime.stride, runtime.stride)
+        reason = f"sides must be multiples of {runtime.stride}"
+    if side != wanted:
+        LOGGER.warning("--imgsz %d: %s, %d is used", wanted, reason, side)
+    return side
+
+
+def check_classes(names: Mapping[int, str], data: DataConfig, weights: str) -> None:
+    """Raise DataError unless the model and the data set name the same classes (case and spaces apart)."""
+    if len(names) != len(data.names):
+        raise DataError(
+            f"{data.file}: has {len(data.names)} classes, {weights} was trained for {len(names)}"
+            f" ({', '.join(list(names.values())[:5])}{', ...' if len(names) > 5 else ''}); give the data set it was"
+            " trained for, or --single-cls to look at boxes alone"
+        )
+    for number, name in data.names.items():
+        placeholders = str(number), f"class{number}"
+        if _plain(names[number]) not in (_plain(name), *placeholders) and _plain(name) not in placeholders:
+            raise DataError(
+                f"{data.file}: class {number} is '{name}', in {weights} it is '{names[number]}'; give the data set the"
+                " model was trained for, or --single-cls to look at boxes alone"
+            )
+
+
+def _plain(name: str) -> str:
+    return "".join(name.lower().split())

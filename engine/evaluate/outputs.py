@@ -1,0 +1,174 @@
+"""What a validation leaves behind besides pictures: label files, a COCO result file, and the run folder itself."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.config import DataConfig
+from data.labels.labels import Annotations
+from engine.evaluate import coco as coco_eval
+from engine.evaluate.accumulator import ImageOutcome
+from utils.boxes import xyxy2xywhn
+from utils.files import atomic_path, increment_path, make_folder
+
+LOGGER = logging.getLogger(__name__)
+
+
+# ---- run folder -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run folder in the making.
+
+    Attributes:
+        folder: where to write.
+        final: where it stands when the run has ended well; the wanted name, counted up, then.
+    """
+
+    folder: Path
+    final: Path
+
+
+@contextmanager
+def run_folder(wanted: Path, exist_ok: bool = False) -> Iterator[Run]:
+    """Give a folder to write into; when the block ends well it gets its name, else it goes, with all in it.
+
+    Args:
+        wanted: `runs/val/exp`; the next free number is added when it is there.
+        exist_ok: put the files into `wanted` itself, over those of the same name.
+    """
+    make_folder(wanted.parent)
+    folder = Path(tempfile.mkdtemp(prefix=f".{wanted.name}.", dir=wanted.parent))
+    run = Run(folder, wanted)
+    try:
+        yield run
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes folders private
+        run.final = increment_path(wanted, exist_ok)
+        if run.final.exists():
+            _move_into(folder, run.final)
+        else:
+            os.replace(folder, run.final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _move_into(source: Path, target: Path) -> None:
+    for path in sorted(p for p in source.rglob("*") if p.is_file()):
+        place = target / path.relative_to(source)
+        make_folder(place.parent)
+        os.replace(path, place)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+# ---- label files ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextSink:
+    """Collects detections as YOLO label files: `class x y w h [score]`, parts of the original picture's sides.
+
+    Attributes:
+        scores: add the score as a sixth number.
+    """
+
+    scores: bool = False
+    lines: dict[str, list[str]] = field(default_factory=dict)
+
+    def __call__(self, outcome: ImageOutcome) -> None:
+        """Take the detections of one picture."""
+        height, width = outcome.shape
+        found = outcome.detections
+        boxes = xyxy2xywhn(found[:, :4], w=width, h=height)
+        columns = (found[:, 5:], boxes, found[:, 4:5]) if self.scores else (found[:, 5:], boxes)
+        self.lines[outcome.path] = [" ".join(f"{v:g}" for v in row) for row in torch.cat(columns, 1).tolist()]
+
+    def write(self, folder: Path) -> None:
+        """Write one file per picture, an empty one where nothing was found."""
+        make_folder(folder)
+        for path, name in unique_names(list(self.lines)).items():
+            with atomic_path(folder / f"{name}.txt") as part:
+                part.write_text("".join(line + "\n" for line in self.lines[path]))
+        LOGGER.info("%d label files", len(self.lines))
+
+
+def unique_names(paths: Sequence[str]) -> dict[str, str]:
+    """A file name without suffix per path: its own, or, where two pictures share theirs, with the folders in front."""
+    stems = [Path(path).stem for path in paths]
+    if len(set(stems)) == len(stems):
+        return dict(zip(paths, stems))
+    common = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return {path: os.path.relpath(path, common).replace(os.sep, "_").rpartition(".")[0] for path in paths}
+
+
+# ---- COCO -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class CocoSink:
+    """Collects detections for a COCO result file, and has them scored.
+
+    Attributes:
+        ids: COCO image id by path.
+        categories: category id by class.
+        truth: COCO ground truth, or the file that holds it; None when there are no labels.
+    """
+
+    ids: Mapping[str, int]
+    categories: Sequence[int]
+    truth: Mapping[str, Any] | Path | None
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @staticmethod
+    def check() -> None:
+        """Raise ConfigError when pycocotools is not installed."""
+        coco_eval.require_pycocotools()
+
+    @classmethod
+    def for_data(cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str]) -> CocoSink:
+        """The sink of a data set: COCO's own numbers and annotations for COCO, made from the labels for any other."""
+        records = annotations.records
+        ids = coco_eval.image_numbers([record.path for record in records])
+        is_coco = data.file.name == "coco.yaml" and len(names) == len(coco_eval.COCO_CATEGORIES)
+        categories = coco_eval.COCO_CATEGORIES if is_coco else tuple(range(len(names)))
+        official = data.root / coco_eval.OFFICIAL_ANNOTATIONS
+        truth: Mapping[str, Any] | Path | None = None
+        if is_coco and official.is_file() and all("val2017" in record.path.parts for record in records):
+            truth = official
+        elif annotations.report.boxes:
+            images = [coco_eval.CocoImage(r.path, r.height, r.width, r.labels) for r in records]
+            truth = coco_eval.ground_truth(images, ids, categories, names)
+        return cls(ids, categories, truth)
+
+    def __call__(self, outcome: ImageOutcome) -> None:
+        """Take the detections of one picture."""
+        self.rows += coco_eval.result_rows(outcome.detections, self.ids[outcome.path], self.categories)
+
+    def write(self, path: Path) -> tuple[float, ...] | None:
+        """Write the results (and beside them the ground truth made for them), and score them.
+
+        Returns:
+            COCO's twelve figures, mAP50-95 and mAP50 first; None when there are no labels to compare with.
+        """
+        coco_eval.write_json(path, self.rows)
+        if self.truth is None:
+            LOGGER.warning("%s: written, but not scored: this split has no labels", path.name)
+            return None
+        if not isinstance(self.truth, Path):
+            coco_eval.write_json(path.with_name("ground_truth.json"), self.truth)
+        return tuple(coco_eval.score(self.truth, self.rows, list(self.ids.values())))

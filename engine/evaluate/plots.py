@@ -1,0 +1,69 @@
+"""Pictures of an evaluation: first batches with labels and detections, curves, confusion matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from engine.evaluate.accumulator import EvalResult
+from utils.boxes import xyxy2xywhn
+from utils.draw import image_grid
+from utils.errors import DataError
+from utils.files import atomic_path
+from utils.plots import plot_confusion_matrix, plot_precision_recall, plot_score_curve
+from utils.structures import Batch
+
+
+def draw_batch(
+    folder: Path, number: int, batch: Batch, found: Sequence[torch.Tensor], names: Mapping[int, str]
+) -> None:
+    """Write `val_batch<number>_labels.jpg` and `val_batch<number>_pred.jpg`.
+
+    Args:
+        found: per picture (n, 6) corners in pixels of the input, score, class.
+    """
+    targets = batch.targets.cpu()
+    write_picture(folder / f"val_batch{number}_labels.jpg", image_grid(batch.images, targets, batch.paths, names))
+    rows = detection_targets(found, (batch.images.shape[2], batch.images.shape[3]))
+    write_picture(folder / f"val_batch{number}_pred.jpg", image_grid(batch.images, rows, batch.paths, names))
+
+
+def detection_targets(found: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
+    """Detections of a batch as targets with a score.
+
+    Args:
+        found: per picture (n, 6) corners in pixels, score, class.
+        shape: (height, width) of the pictures.
+
+    Returns:
+        (M, 7) picture, class, centre x, centre y, width, height as parts of the sides, score.
+    """
+    picture = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(rows) for rows in found]))
+    together = torch.cat(list(found)).cpu()
+    boxes = xyxy2xywhn(together[:, :4], w=shape[1], h=shape[0])
+    return torch.cat((picture[:, None].float(), together[:, 5:6], boxes, together[:, 4:5]), 1)
+
+
+def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> None:
+    """Write PR_curve.png, P_curve.png, R_curve.png, F1_curve.png and confusion_matrix.png."""
+    classes, curves = result.classes.tolist(), result.curves
+    plot_precision_recall(folder / "PR_curve.png", curves, result.ap50, classes, names)
+    for letter, word, values in (
+        ("F1", "F1", curves.f1),
+        ("P", "Precision", curves.precision),
+        ("R", "Recall", curves.recall),
+    ):
+        plot_score_curve(folder / f"{letter}_curve.png", curves.score, values, word, classes, names)
+    if result.confusion is not None:
+        plot_confusion_matrix(folder / "confusion_matrix.png", result.confusion, names)
+
+
+def write_picture(path: Path, picture: np.ndarray) -> None:
+    """Write a (H, W, 3) uint8 BGR picture, whole or not at all."""
+    with atomic_path(path) as part:
+        if not cv2.imwrite(str(part), picture):
+            raise DataError(f"{path}: the picture cannot be written")

@@ -1,0 +1,308 @@
+"""Export: read, deploy, prove, write, prove again, and only then give the file its name."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.cli.plugins import load_plugins
+from engine.export.check_outputs import Comparison
+from engine.export.config import FORMATS, ExportConfig
+from engine.export.formats.onnx import onnx_model, save_onnx, simplified
+from engine.export.formats.onnx_nms import NmsOptions, embed_nms
+from engine.export.formats.openvino import save_openvino
+from engine.export.formats.torchscript import save_torchscript
+from engine.export.int8 import CALIBRATION_PICTURES, quantised
+from engine.export.samples import CALIBRATION_SPLITS, PictureSource, as_images, find_pictures
+from engine.export.verification import Proof, precision, proof_inputs
+from engine.export.wrapper import ExportGraph, GraphShape, deployed_form
+from engine.runtimes.base import Runtime
+from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.metadata import Metadata
+from engine.runtimes.pytorch import grid_of
+from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime
+from models.checkpoint.io import load_detector, read_checkpoint
+from models.yolo import DetectionModel
+from utils.device import select_device
+from utils.errors import ConfigError, ExportError
+from utils.files import make_folder
+
+LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """An exported file.
+
+    Attributes:
+        format: key of `FORMATS`.
+        path: the file, or OpenVINO's folder.
+        megabytes: its size.
+        seconds: what making and proving it took.
+        comparison: how far it is from the deployed form.
+        proof: the JSON file.
+    """
+
+    format: str
+    path: Path
+    megabytes: float
+    seconds: float
+    comparison: Comparison
+    proof: Path
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What a run of export did: the files, and one line per format that failed."""
+
+    artefacts: tuple[Artefact, ...]
+    failures: tuple[str, ...]
+
+
+def export(config: ExportConfig) -> ExportReport:
+    """Export as the options say.
+
+    Returns:
+        The artefacts; a format that fails its proof, or cannot be made, is in `failures` and leaves no file.
+
+    Raises:
+        ExportError: the deployed form does not compute what the training form does: nothing is exported.
+        UserError: options, weights or folders that cannot be used.
+    """
+    load_plugins(config.plugin)
+    device = select_device(config.device)
+    if config.half and device.type == "cpu":
+        LOGGER.warning("--half on a CPU: float16 files are written and proved; they are smaller, not faster, on a CPU")
+    artefacts: list[Artefact] = []
+    failures: list[str] = []
+    for weights in choose_weights(config.weights):
+        job = Job.prepare(config, Path(weights), device)
+        for name in dict.fromkeys(config.include):
+            try:
+                artefacts.append(job.make(name))
+            except ExportError as error:
+                failures.append(str(error))
+                LOGGER.error("%s: %s: %s", weights, error, job.what_is_left(name))
+    LOGGER.info("%s", summary(artefacts))
+    return ExportReport(tuple(artefacts), tuple(failures))
+
+
+@dataclass
+class Job:
+    """The export of one checkpoint.
+
+    Attributes:
+        weights: the checkpoint.
+        deployed: its deployed form, float32, on `device`.
+        shape: of the graph's input.
+        metadata: what the artefacts say about themselves.
+        pictures: for calibration of int8 ranges.
+        proof: of the deployed form.
+    """
+
+    config: ExportConfig
+    weights: Path
+    device: torch.device
+    deployed: DetectionModel
+    shape: GraphShape
+    metadata: Metadata
+    pictures: PictureSource
+    proof: Proof
+    _graph: Any = None
+
+    @classmethod
+    def prepare(cls, config: ExportConfig, weights: Path, device: torch.device) -> Job:
+        """Read the checkpoint, deploy a copy of the model, and prove that it computes the same."""
+        if weights.is_file() and weights.suffix.lower() not in CHECKPOINT_SUFFIXES:
+            raise ConfigError(f"--weights {weights}: is exported already; give a checkpoint (.pt)")
+        checkpoint = read_checkpoint(weights)
+        make_folder(weights.parent)
+        model = load_detector(weights, device)
+        shape = input_shape(config, model)
+        pictures = find_pictures(config.data, checkpoint.metadata)
+        calibration = find_pictures(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else pictures
+        inputs = proof_inputs(pictures, shape)
+        deployed = deployed_form(model)
+        proof = Proof(model, deployed, inputs, pictures.origin, device)
+        done = proof.deployment
+        LOGGER.info(
+            "%s: deployed form proved equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
+            weights, done.row_px, done.row_score, done.matched, done.reference,
+        )  # fmt: skip
+        about = {"task": "detect", "precision": precision(config), **describe(model, weights)}
+        if config.nms:
+            about["nms_options"] = _nms_options(config).describe()
+        metadata = Metadata(
+            names=dict(model.names), stride=shape.grid, imgsz=(shape.height, shape.width), batch=shape.batch,
+            dynamic=shape.dynamic, nms=config.nms, about=about,
+        )  # fmt: skip
+        return cls(config, weights, device, deployed, shape, metadata, calibration, proof)
+
+    def final_path(self, name: str) -> Path:
+        """Where an artefact goes: beside the weights, `_int8` in the name where it is that."""
+        mark = "_int8" if self.config.int8 else ""
+        return self.weights.with_name(f"{self.weights.stem}{mark}{FORMATS[name].suffix}")
+
+    def make(self, name: str) -> Artefact:
+        """Write one format, run it, compare, and rename it to its final name.
+
+        Raises:
+            ExportError: it cannot be made, or it does not compute the same; no file is left.
+        """
+        start = time.perf_counter()
+        final = self.final_path(name)
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=final.parent) as scratch:
+            made = Path(scratch) / final.name
+            self._write(name, made)
+            runtime = _opened(made, self.device)
+            assert isinstance(runtime, ArtefactRuntime)
+            comparison = self.proof.of_file(name, runtime, self.config)
+            del runtime
+            _move(made, final)
+        proof_path = final.with_name(f"{final.name}.proof.json")
+        self.proof.write(proof_path, final.name, comparison, self.config, {"versions": self._versions(name)})
+        seconds = time.perf_counter() - start
+        return Artefact(name, final, _megabytes(final), seconds, comparison, proof_path)
+
+    def what_is_left(self, name: str) -> str:
+        """After a failure: whether an older file lies under the final name."""
+        final = self.final_path(name)
+        return f"nothing was written; {final} is that of an earlier export" if final.exists() else "nothing was written"
+
+    def _write(self, name: str, path: Path) -> None:
+        about = {**self.metadata.about, "versions": json.dumps(self._versions(name))}
+        metadata = replace(self.metadata, about=about)
+        if name == "torchscript":
+            save_torchscript(self._traceable(self.config.half), path, metadata, self.shape)
+        elif name == "onnx":
+            save_onnx(self._onnx(self.config.half), path, metadata, self.shape)
+        else:
+            path.mkdir()
+            # OpenVINO narrows the weights itself: it gets the float32 graph.
+            save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
+
+    def _versions(self, name: str) -> dict[str, str]:
+        """Versions of the packages that took part."""
+        packages = ["torch", *FORMATS[name].packages.values()]
+        if self.config.simplify and name != "torchscript":
+            packages.append("onnxslim")
+        return {package: version(package) for package in packages}
+
+    def _traceable(self, half: bool) -> ExportGraph:
+        model = deepcopy(self.deployed).half() if half else self.deployed
+        return ExportGraph(model, torch.float16 if half else torch.float32).eval()
+
+    def _onnx(self, half: bool) -> Any:
+        """The ONNX graph with all that the options ask for; float32 ones are traced once."""
+        if half or self._graph is None:
+            graph = onnx_model(self._traceable(half), self.shape, self.config.opset)
+            if half:
+                return self._finished(graph)
+            self._graph = self._finished(graph)
+        return deepcopy(self._graph)
+
+    def _finished(self, graph: Any) -> Any:
+        c = self.config
+        if c.simplify:
+            graph = simplified(graph)
+        if c.int8:
+            graph = quantised(graph, self._calibration())
+        if c.nms:
+            embed_nms(graph, _nms_options(c))
+        return graph
+
+    def _calibration(self) -> list[Any]:
+        images = as_images(self.pictures.load(CALIBRATION_PICTURES, self.shape.height, self.shape.width))
+        size = 1 if self.shape.dynamic else self.shape.batch
+        LOGGER.info("--int8: calibrated on %d pictures of %s", len(images), self.pictures.origin)
+        if len(images) < size:
+            images = images.repeat(-(-size // len(images)), 1, 1, 1)
+        return [part.numpy() for part in images.split(size) if len(part) == size]
+
+
+def input_shape(config: ExportConfig, model: DetectionModel) -> GraphShape:
+    """Input of the graph: as asked for, sides rounded up to the model's grid with a message."""
+    grid = grid_of(model)
+    asked = config.imgsz[0], config.imgsz[-1]
+    height, width = (-(-side // grid) * grid for side in asked)
+    if (height, width) != asked:
+        LOGGER.warning("--imgsz %d %d: made %d %d, multiples of the stride %d", *asked, height, width, grid)
+    return GraphShape(config.batch_size, height, width, config.dynamic, grid)
+
+
+def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
+    """What an artefact says about its origin; no paths of this machine."""
+    first = model.spec.layers[0]
+    name = first.module
+    if model.model.routes[0].gives_levels:
+        name += f" {dict(first.args) if not isinstance(first.args, tuple) else list(first.args)}"
+    return {
+        "description": f"detector exported from {weights.name}",
+        "backbone": name,
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "spec": json.dumps(model.yaml, default=str),
+    }
+
+
+def _nms_options(c: ExportConfig) -> NmsOptions:
+    return NmsOptions(c.conf_thres, c.iou_thres, c.topk_per_class, c.topk_all, c.agnostic_nms)
+
+
+def _opened(path: Path, device: torch.device) -> Runtime:
+    """Open a file without the line that says so: its name is not yet its own."""
+    logger = logging.getLogger("engine.runtimes.registry")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        return open_runtime([str(path)], device)
+    finally:
+        logger.setLevel(level)
+
+
+def _move(made: Path, final: Path) -> None:
+    """Rename a file, or a folder in the place of an older one."""
+    if final.is_dir():
+        old = made.with_name("old")
+        os.replace(final, old)
+        try:
+            os.replace(made, final)
+        except OSError:
+            os.replace(old, final)
+            raise
+        shutil.rmtree(old)
+    else:
+        os.replace(made, final)
+
+
+def _megabytes(path: Path) -> float:
+    files = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    return sum(p.stat().st_size for p in files) / 1e6
+
+
+def summary(artefacts: Sequence[Artefact]) -> str:
+    """The table at the end, and how to run each file."""
+    if not artefacts:
+        return "nothing was exported"
+    lines = [f"{'format':<12} {'MB':>7} {'seconds':>8} {'px apart':>9} {'score apart':>12} {'boxes matched':>14}  file"]
+    for a in artefacts:
+        c = a.comparison
+        px, score = ("-" if v is None else f"{v:.2g}" for v in (c.row_px, c.row_score))
+        boxes = f"{c.matched}/{c.reference}"
+        lines.append(f"{a.format:<12} {a.megabytes:>7.1f} {a.seconds:>8.1f} {px:>9} {score:>12} {boxes:>14}  {a.path}")
+    for a in artefacts:
+        lines.append(f"python detect.py --weights {a.path} --source data/images")
+        lines.append(f"python val.py --weights {a.path} --data <data.yaml>")
+    return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""What people hand to a model in Python, as pictures: paths, addresses, arrays, PIL pictures, tensors."""
+
+from __future__ import annotations
+
+import tempfile
+import urllib.parse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.images import read
+from data.sources.frames import Frame
+from utils.errors import ConfigError
+from utils.files import download
+
+ALLOWED = (
+    "allowed are a path, an http address, a (H, W, 3) uint8 RGB array, a PIL picture, a (3, H, W) tensor in 0..1, "
+    "a list of these, or a (B, 3, H, W) tensor"
+)
+
+
+def as_list(pictures: Any) -> list[Any]:
+    """The pictures one by one.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    several = isinstance(pictures, (list, tuple))
+    out = list(pictures) if several else [pictures]
+    if not out:
+        raise ConfigError(f"no pictures given; {ALLOWED}")
+    return out
+
+
+def as_frames(pictures: Sequence[Any]) -> tuple[Frame, ...]:
+    """Read or convert each picture.
+
+    Returns:
+        Frames (uint8 BGR, upright) whose path is a file name for results: `<name>.jpg`, `image<number>.jpg` for
+        pictures without a name.
+
+    Raises:
+        ConfigError: something that is no picture.
+        DataError: a file that cannot be read.
+    """
+    out = []
+    for number, item in enumerate(pictures):
+        image, name = _picture(item, f"picture {number}")
+        path = Path(name or f"image{number}").with_suffix(".jpg")
+        out.append(Frame(image, path, str(item) if name else path.name, "image", number + 1, len(pictures)))
+    return tuple(out)
+
+
+def _picture(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+    """(H, W, 3) uint8 BGR, and the name of the file it is from ('' if it is from none)."""
+    if isinstance(item, (str, Path)):
+        return _file(str(item))
+    if isinstance(item, np.ndarray):
+        return _array(item, where), ""
+    if isinstance(item, torch.Tensor):
+        return _tensor(item, where), ""
+    if hasattr(item, "convert") and hasattr(item, "getexif"):
+        return _pil(item, where)
+    raise ConfigError(f"{where}: a {type(item).__name__}; {ALLOWED}")
+
+
+def _file(text: str) -> tuple[NDArray[np.uint8], str]:
+    if not text.lower().startswith(("http://", "https://")):
+        return read(Path(text).expanduser()), Path(text).name
+    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path)).name or "image"
+    with tempfile.TemporaryDirectory(prefix="hub-") as folder:
+        return read(download(text, Path(folder) / name)), name
+
+
+def _array(array: NDArray[Any], where: str) -> NDArray[np.uint8]:
+    """RGB, or grey, or with an alpha channel, which is dropped; channels may come first, as in YOLOv5."""
+    if array.dtype != np.uint8:
+        hint = (
+            "(im * 255).astype('uint8') if it is in 0..1" if np.issubdtype(array.dtype, np.floating) else "convert it"
+        )
+        raise ConfigError(f"{where}: an array of {array.dtype}; uint8 in 0..255 is needed; {hint}")
+    if array.ndim == 3 and array.shape[0] < 5 <= array.shape[2]:
+        array = array.transpose(1, 2, 0)  # CHW -> HWC
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.size == 0 or array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (3, 4)):
+        raise ConfigError(f"{where}: an array of shape {array.shape}; (H, W, 3) or (H, W) is needed")
+    if array.ndim == 2:
+        return np.repeat(array[..., None], 3, axis=2)
+    return np.ascontiguousarray(array[..., 2::-1])  # RGB -> BGR, and of four channels the first three
+
+
+def _tensor(tensor: torch.Tensor, where: str) -> NDArray[np.uint8]:
+    if tensor.ndim != 3 or tensor.shape[0] != 3:
+        raise ConfigError(f"{where}: a tensor of shape {tuple(tensor.shape)}; in a list (3, H, W) is needed")
+    return np.ascontiguousarray(pixels_of(tensor[None], where)[0][..., ::-1])
+
+
+def pixels_of(images: torch.Tensor, where: str = "pictures") -> NDArray[np.uint8]:
+    """(B, 3, H, W) uint8, or floating point in 0..1, as (B, H, W, 3) uint8 RGB.
+
+    Raises:
+        ConfigError: another shape, type or range.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+        raise ConfigError(f"{where}: a tensor of shape {tuple(images.shape)}; (B, 3, H, W) is needed")
+    if images.dtype != torch.uint8:
+        if not images.is_floating_point():
+            raise ConfigError(f"{where}: a tensor of {images.dtype}; uint8, or floating point in 0..1, is needed")
+        low, high = float(images.min()), float(images.max())
+        if not (low >= 0 and high <= 1):
+            raise ConfigError(
+                f"{where}: a tensor with values {low:.4g} to {high:.4g}; 0 to 1 is needed (divide by 255)"
+            )
+        images = (images.float() * 255).round().to(torch.uint8)
+    return images.detach().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def _pil(picture: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+    from PIL import ImageOps
+
+    if picture.mode.startswith(("I", "F")):
+        raise ConfigError(f"{where}: a PIL picture of mode {picture.mode}; give its path, or convert it to 'RGB'")
+    upright = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    return cv2.cvtColor(upright, cv2.COLOR_RGB2BGR).astype(np.uint8), Path(getattr(picture, "filename", "") or "").name

@@ -1,0 +1,256 @@
+"""Detectors for use from Python, as YOLOv5's users know them from `torch.hub`: pictures in, results out.
+
+`hubconf.py` makes these functions known to `torch.hub`; without it: `from engine.hub.model import load`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from data.sources.frames import Frame
+from engine.hub.inputs import as_frames, as_list, pixels_of
+from engine.hub.results import Results
+from engine.predict.detections import Detections
+from engine.predict.predictor import Prepared, check_classes, input_size, prepare
+from engine.runtimes.base import Runtime
+from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, split_device
+from models.checkpoint.io import load_detector, read_checkpoint, transfer_weights
+from models.yolo import DetectionModel
+from utils.boxes import clip_boxes, scale_boxes
+from utils.device import Profile, select_device
+from utils.errors import ConfigError
+from utils.files import find_file
+from utils.nms import non_max_suppression
+from utils.structures import to_unit
+
+LOGGER = logging.getLogger(__name__)
+GREY = 114 / 255  # what a tensor is padded with, as a letterbox is
+
+Device = str | int | torch.device | None
+Weights = str | Path | Sequence[str | Path]
+
+
+class HubModel(nn.Module):
+    """A detector that takes pictures of any kind and gives `Results`.
+
+    Args:
+        runtime: what runs it.
+
+    Attributes:
+        conf, iou: thresholds of score and overlap, 0..1.
+        classes: keep only these class numbers; None = all.
+        agnostic: let boxes of different classes suppress each other.
+        multi_label: a box may carry several classes.
+        max_det: boxes per picture.
+        amp: mixed precision on a GPU.
+        names, stride, device: of the model; names is a dict by class number.
+    """
+
+    def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
+        self.runtime = runtime
+        self.conf, self.iou, self.max_det = 0.25, 0.45, 1000
+        self.classes: Sequence[int] | None = None
+        self.agnostic = self.multi_label = self.amp = False
+        if isinstance(runtime, PyTorchRuntime):
+            self.models = nn.ModuleList(runtime.models)
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Class names by number."""
+        return dict(self.runtime.names)
+
+    @property
+    def stride(self) -> int:
+        """Sides of the network's input are multiples of it."""
+        return int(self.runtime.stride)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.runtime.device
+
+    @property
+    def model(self) -> DetectionModel:
+        """The network itself, of a checkpoint."""
+        if not isinstance(self.runtime, PyTorchRuntime):
+            raise ConfigError("model.model: an exported file holds no PyTorch network; load the .pt file for that")
+        return self.runtime.models[0]
+
+    def train(self, mode: bool = True) -> HubModel:
+        """Only `eval` is possible: batch norms are folded already."""
+        if mode:
+            raise ConfigError("this model is for detection; for training load it with autoshape=False, or use train.py")
+        return super().train(False)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HubModel:
+        """Moving or converting the weights (`to`, `cuda`, `half`, ...) moves the inputs too."""
+        if not isinstance(self.runtime, PyTorchRuntime):
+            raise ConfigError("an exported file stays where it was opened; give device=... when it is loaded")
+        super()._apply(fn, recurse)
+        first = next(self.models.parameters())
+        self.runtime.device, self.runtime.dtype = first.device, first.dtype
+        return self
+
+    @torch.no_grad()
+    def forward(self, ims: Any, size: int | Sequence[int] = 640, augment: bool = False) -> Results:
+        """Detect.
+
+        Every picture is fitted into the smallest rectangle of whole strides, as `detect.py` does: what is found in it
+        does not depend on the other pictures.
+
+        Args:
+            ims: a path, an http address, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL picture, a
+                (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor of any device, floating point in
+                0..1 or uint8, which goes into the network as it is, up to padding.
+            size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch.
+            augment: test-time augmentation (checkpoints only).
+
+        Raises:
+            ConfigError: a value that is not allowed.
+            DataError: a picture that cannot be read.
+        """
+        check_classes(self.classes, self.runtime.names)
+        if augment and not isinstance(self.runtime, PyTorchRuntime):
+            raise ConfigError("augment=True: needs a .pt file; an exported file is made for the plain picture")
+        timers = Profile(), Profile(self.device), Profile(self.device)
+        if isinstance(ims, torch.Tensor) and ims.ndim == 4:
+            groups = [self._batch(ims, timers[0])]
+        else:
+            groups = self._groups(as_list(ims), size, timers[0])
+        found: dict[int, Detections] = {}
+        shape = (0, 3, 0, 0)
+        for prepared, is_tensor in groups:
+            shape = (len(prepared.images), 3, *prepared.images.shape[2:])
+            for detections in self._detect(prepared, is_tensor, augment, timers):
+                found[detections.frame.number] = detections
+        share = 1000 / len(found)
+        times = (timers[0].total * share, timers[1].total * share, timers[2].total * share)
+        return Results([found[k] for k in sorted(found)], self.names, times, shape, self.device)
+
+    def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[tuple[Prepared, bool]]:
+        """Pictures that fit into the same rectangle together, in the order of their first one."""
+        with timer:
+            wanted = input_size([size] if isinstance(size, int) else list(size), self.runtime)
+            auto = self.runtime.imgsz is None
+            together: dict[torch.Size, list[Prepared]] = {}
+            for frame in as_frames(ims):
+                one = prepare((frame,), wanted, self.stride, auto)
+                together.setdefault(one.images.shape, []).append(one)
+            groups = (
+                Prepared(tuple(p.frames[0] for p in some), torch.cat([p.images for p in some]))
+                for some in together.values()
+            )
+            return [(group, False) for group in groups]
+
+    def _batch(self, images: torch.Tensor, timer: Profile) -> tuple[Prepared, bool]:
+        """A tensor as the network's input: grey at right and bottom up to whole strides."""
+        with timer:
+            pixels = pixels_of(images)
+            names = (Path(f"image{i}.jpg") for i in range(len(pixels)))
+            frames = tuple(
+                Frame(p[..., ::-1].copy(), name, name.name, "image", i, len(pixels))
+                for i, (p, name) in enumerate(zip(pixels, names), 1)
+            )
+            if self.runtime.imgsz is None:
+                bottom, right = (-side % self.stride for side in images.shape[2:])
+                if bottom or right:
+                    images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GREY)
+        return Prepared(frames, images), True
+
+    def _detect(
+        self, prepared: Prepared, is_tensor: bool, augment: bool, timers: tuple[Profile, Profile, Profile]
+    ) -> list[Detections]:
+        """Run the network and the suppression on pictures of one shape; boxes in pixels of the pictures."""
+        if isinstance(self.runtime, PyTorchRuntime):
+            self.runtime.augment = augment
+            self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
+        with timers[1]:
+            limit = self.runtime.fixed_batch or len(prepared.images)
+            decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])
+        with timers[2]:
+            kept = non_max_suppression(
+                decoded, self.conf, self.iou, self.classes, self.agnostic, self.multi_label, max_det=self.max_det
+            )
+            kept = [rows.cpu() for rows in kept]
+        height, width = (int(side) for side in prepared.images.shape[2:])
+        out = []
+        for frame, rows in zip(prepared.frames, kept):
+            original = frame.image.shape[:2]
+            corners = clip_boxes(rows[:, :4], original) if is_tensor else scale_boxes((height, width), rows, original)
+            boxes = torch.cat((corners, rows[:, 4:]), 1).float().numpy()
+            out.append(Detections(frame, boxes, (height, width), timers[1].last / len(prepared.frames)))
+        return out
+
+
+def load(path: Weights, autoshape: bool = True, device: Device = None) -> HubModel | DetectionModel:
+    """Open a model file.
+
+    Args:
+        path: checkpoint (ours or an official one), several for an ensemble, or an exported file (.onnx, ...).
+        autoshape: give a `HubModel`; without it the network itself, in evaluation mode, not folded: for training.
+        device: `'cpu'`, `0`, `'cuda:0'`, a `torch.device`; None = the first GPU, else the CPU.
+
+    Raises:
+        CheckpointError: a file that is missing or cannot be used.
+        ConfigError: a device that is not there, or `autoshape=False` for anything but one checkpoint.
+    """
+    weights = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
+    name, provider = split_device(_device_text(device))
+    place = select_device(name)
+    if autoshape:
+        return HubModel(open_runtime(weights, place, provider=provider)).eval()
+    if len(weights) != 1 or Path(weights[0]).suffix.lower() not in CHECKPOINT_SUFFIXES:
+        raise ConfigError(f"autoshape=False: needs one checkpoint (.pt), not {', '.join(weights)}")
+    return load_detector(weights[0], place)
+
+
+def create(
+    cfg: str,
+    *,
+    path: str | Path | None = None,
+    channels: int = 3,
+    classes: int | None = None,
+    autoshape: bool = True,
+    verbose: bool = True,
+    device: Device = None,
+) -> HubModel | DetectionModel:
+    """Build a network from a model YAML.
+
+    Args:
+        cfg: YAML in `models/` or `models/hub/`, or a path.
+        path: checkpoint whose weights are copied where rows agree; None = random weights, which is said.
+        channels: of the pictures; others than 3 need `autoshape=False`.
+        classes: number of classes; None = the checkpoint's, or the YAML's.
+        autoshape, device: as for `load`.
+        verbose: warn of random weights.
+
+    Raises:
+        CheckpointError: weights that have too little in common with the YAML.
+        UserError: anything else that cannot be used.
+    """
+    if channels != 3 and autoshape:
+        raise ConfigError(f"channels={channels}: pictures have 3; for other inputs give autoshape=False")
+    place = select_device(_device_text(device))
+    checkpoint = read_checkpoint(path) if path else None
+    number = classes if classes is not None else checkpoint.nc if checkpoint else None
+    model = DetectionModel(find_file(cfg, "models", "models/hub"), ch=channels, nc=number)
+    if checkpoint is not None:
+        LOGGER.info("%s: %s", path, transfer_weights(model, checkpoint, exclude=()).summary())
+        if checkpoint.nc == model.nc:
+            model.names = dict(checkpoint.names)
+    elif verbose:
+        LOGGER.warning("%s: random weights: what it detects means nothing; give path=... for trained ones", cfg)
+    model.to(place)
+    return HubModel(PyTorchRuntime.from_model(model.eval(), place)).eval() if autoshape else model
+
+
+def _device_text(device: Device) -> str:
+    return "" if device is None else str(device)

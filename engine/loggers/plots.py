@@ -1,0 +1,33 @@
+"""Pictures of a training run: labels, first batches, results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from engine.predict.writers import write_picture
+from utils.draw import image_grid
+from utils.plots import plot_history, plot_labels
+from utils.structures import Batch
+
+if TYPE_CHECKING:
+    from engine.train.setup import Setup
+
+
+def labels(s: Setup) -> None:
+    """labels.jpg: classes, box centres and sizes of the training split."""
+    rows = np.concatenate(s.labels) if s.labels else np.zeros((0, 5), np.float32)
+    plot_labels(s.folder / "labels.jpg", rows, s.data.names)
+
+
+def training_batch(s: Setup, batch: Batch, number: int) -> None:
+    """train_batch<number>.jpg: what the network is shown, augmentation and boxes."""
+    picture = image_grid(batch.images, batch.targets, batch.paths, s.data.names)
+    write_picture(s.folder / f"train_batch{number}.jpg", picture)
+
+
+def results(folder: Path) -> None:
+    """results.png: losses and metrics so far."""
+    plot_history(folder / "results.png", folder / "results.csv")

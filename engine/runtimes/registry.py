@@ -1,0 +1,140 @@
+"""Ways to run a detector, chosen by the kind of file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from engine.runtimes.base import Runtime
+from engine.runtimes.onnxruntime import OnnxRuntime
+from engine.runtimes.opencv_dnn import OpenCvRuntime
+from engine.runtimes.openvino import OpenVinoRuntime
+from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.torchscript import TorchScriptRuntime
+from utils.device import amp_dtype
+from utils.errors import CheckpointError, ConfigError, did_you_mean
+from utils.files import newest_weights
+
+LOGGER = logging.getLogger(__name__)
+CHECKPOINT_SUFFIXES = (".pt", ".pth")
+DNN = "dnn"
+
+Opener = Callable[[Path, torch.device, str], Runtime]
+# Another runtime is one file beside this one, and one row here: suffix -> (path, device, provider) -> runtime.
+OPENERS: Mapping[str, Opener] = {
+    ".onnx": OnnxRuntime,
+    ".torchscript": lambda path, device, _: TorchScriptRuntime(path, device),
+    ".xml": lambda path, device, _: OpenVinoRuntime(path, device),
+    DNN: lambda path, device, _: OpenCvRuntime(path, device),
+}
+
+
+def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
+    """The given weights; where none are given, those of the newest trained run, which is said.
+
+    Raises:
+        CheckpointError: none given, and nothing was trained here.
+    """
+    if weights:
+        return list(weights)
+    found = newest_weights(runs)
+    if found is None:
+        raise CheckpointError(f"--weights: none given, and there is no {runs}/*/weights/best.pt; train, or name a file")
+    LOGGER.info("--weights not given: the newest trained run is used, %s", found)
+    return [str(found)]
+
+
+def split_device(text: str) -> tuple[str, str]:
+    """`--device` as what PyTorch knows, and the ONNX Runtime provider that it names ('' for none).
+
+    `tensorrt` and `tensorrt:1` are a GPU with that provider, `openvino` the CPU with its own.
+    """
+    name, _, number = text.strip().lower().partition(":")
+    if name == "tensorrt":
+        return number or "0", name
+    return ("cpu", name) if name == "openvino" else (text, "")
+
+
+def open_runtime(
+    weights: Sequence[str],
+    device: torch.device,
+    *,
+    half: bool = False,
+    amp: str = "auto",
+    augment: bool = False,
+    dnn: bool = False,
+    provider: str = "",
+) -> Runtime:
+    """Open model files for detection; several checkpoints are an ensemble.
+
+    Args:
+        weights: checkpoints, or one exported file (or OpenVINO folder).
+        device: where to run.
+        half: half precision where the device has it; an exported file has the precision it was exported with.
+        amp: mixed precision of checkpoints: `'fp16'`, `'bf16'`; `'auto'` and `'off'` for none.
+        augment: test-time augmentation; checkpoints only.
+        dnn: run an ONNX file by OpenCV.
+        provider: of ONNX Runtime, see `split_device`.
+
+    Raises:
+        CheckpointError: a file that is missing, or cannot be used.
+        ConfigError: a kind of file that cannot do what is asked of it, or a package that is not installed.
+    """
+    autocast = mixed_precision(amp, half, device)
+    kinds = [_kind(name) for name in weights]
+    artefacts = [name for name, kind in zip(weights, kinds) if kind in OPENERS]
+    if dnn and (len(artefacts) != 1 or kinds != [".onnx"]):
+        raise ConfigError(f"--dnn: OpenCV runs one ONNX file, not {', '.join(weights)}; leave it out, or name one")
+    if provider and kinds != [".onnx"]:
+        raise ConfigError(f"--device {provider}: for one ONNX file only, not for {', '.join(weights)}")
+    if not artefacts:
+        return PyTorchRuntime(weights, device, half=half, autocast=autocast, augment=augment)
+    if len(weights) > 1:
+        raise ConfigError(f"--weights: {artefacts[0]} stands alone; an ensemble is made of several .pt files")
+    if augment:
+        raise ConfigError(f"--augment: needs a .pt file; {artefacts[0]} is exported for the plain picture")
+    if autocast is not None:
+        raise ConfigError(f"--amp {amp}: needs a .pt file; {artefacts[0]} has the precision that it was exported with")
+    if half:
+        LOGGER.warning("--half is ignored for %s: its precision is that of the export", artefacts[0])
+    opener = OPENERS[DNN if dnn else kinds[0]]
+    return opener(Path(artefacts[0]), device, provider)
+
+
+def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:
+    """What `--amp` of val.py and detect.py means: the type to compute in under autocast, None for no autocast.
+
+    Unlike in training `auto` never narrows anything: figures stay comparable, unless `--half` asks for it.
+
+    Raises:
+        ConfigError: a type that the device does not compute in, or one that contradicts `--half`.
+    """
+    if half and amp in ("bf16", "off"):
+        raise ConfigError(f"--half: means float16, and --amp {amp} something else; leave one of them out")
+    return None if amp == "auto" else amp_dtype(amp, device)
+
+
+def _kind(name: str) -> str:
+    """Key of `OPENERS`, or '' for checkpoints.
+
+    Raises:
+        CheckpointError: a file of a kind that nothing here runs.
+    """
+    path = Path(name)
+    if path.is_dir():
+        if not any(path.glob("*.xml")):
+            raise CheckpointError(f"{name}: a folder without an .xml file; of folders, OpenVINO's can be run")
+        return ".xml"
+    suffix = path.suffix.lower()
+    if suffix in OPENERS:
+        if not path.is_file():
+            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise CheckpointError(f"{name}: no such file{did_you_mean(path.name, near)}")
+        return suffix
+    if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:
+        allowed = ", ".join((*CHECKPOINT_SUFFIXES, *(key for key in OPENERS if key != DNN), "an OpenVINO folder"))
+        raise CheckpointError(f"{name}: files of this kind cannot be run; allowed: {allowed}")
+    return ""

@@ -1,0 +1,237 @@
+"""What an evolution writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import math
+import shlex
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import yaml
+
+from engine.cli.config import TrainConfig
+from engine.loggers.run_logger import METRICS
+from engine.tune.space import SearchRow, with_values
+from engine.tune.study import Plan, broken_off, trials_of
+from utils.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from optuna.study import Study
+
+LOGGER = logging.getLogger(__name__)
+CSV, YAML, PICTURE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
+IMPORTANCE_FROM, IMPORTANCE_SURE = 5, 50
+"""Complete trials that importances are worked out from, and from which on they mean something."""
+SHOWN = ("complete", "pruned")
+_COLUMNS = 6
+
+
+@dataclass(frozen=True)
+class Row:
+    """A trial that is over.
+
+    Attributes:
+        number: of the trial.
+        state: complete, pruned, failed, or broken off (its process ended first).
+        fitness: None when nothing was validated.
+        metrics: precision, recall, mAP50, mAP50-95 of its best epoch, or nothing.
+        epochs: validated ones.
+        point: hyper-parameters.
+    """
+
+    number: int
+    state: str
+    fitness: float | None
+    metrics: tuple[float, ...]
+    epochs: int
+    point: Mapping[str, float]
+
+
+def rows_of(study: Study) -> list[Row]:
+    """The trials that are over, by number."""
+    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
+    rows = []
+    for trial in trials_of(study):
+        if trial.state.name in words:
+            seen = trial.intermediate_values
+            fitness = trial.user_attrs.get("fitness", max(seen.values(), default=None))
+            state = "broken off" if broken_off(trial) else words[trial.state.name]
+            metrics = tuple(trial.user_attrs.get("metrics", ()))
+            epochs = trial.user_attrs.get("epochs", len(seen))
+            rows.append(Row(trial.number, state, fitness, metrics, epochs, trial.params))
+    return rows
+
+
+def best_of(rows: Sequence[Row]) -> Row | None:
+    """The complete trial of the highest fitness, the first of equals; None when none is complete."""
+    complete = [r for r in rows if r.state == "complete" and r.fitness is not None]
+    return max(complete, key=lambda r: (r.fitness or 0.0, -r.number), default=None)
+
+
+def command_of(plan: Plan, folder: Path) -> str:
+    """The command line that takes part in the evolution."""
+    words = ["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)]
+    return shlex.join(words)
+
+
+def first_command(plan: Plan) -> str:
+    """The command line that began the evolution, in one line."""
+    defaults = TrainConfig()
+    words = ["python", "train.py", "--evolve", str(plan.target)]
+    for f in fields(TrainConfig):
+        value = plan.options.get(f.name, getattr(defaults, f.name))
+        if f.name in ("evolve", "resume_evolve") or value == getattr(defaults, f.name):
+            continue
+        words.append("--" + f.name.replace("_", "-"))
+        if value is not True:
+            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
+    return " ".join(shlex.join(words).split())
+
+
+def write_files(folder: Path, rows: Sequence[Row], plan: Plan) -> None:
+    """evolve.csv, and hyp_evolve.yaml once a trial is complete."""
+    write_csv(folder / CSV, rows, plan.space)
+    best = best_of(rows)
+    if best is not None:
+        write_hyp(folder / YAML, best, plan, sum(r.state in SHOWN for r in rows))
+
+
+def draw(folder: Path, rows: Sequence[Row], plan: Plan, study: Study) -> None:
+    """evolve.png, and importance.png once there are enough trials."""
+    plot_trials(folder / PICTURE, rows, plan.space)
+    found = importances(study)
+    if found:
+        plot_importances(folder / IMPORTANCE, found, sum(r.state == "complete" for r in rows))
+
+
+def write_csv(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> None:
+    """One row per trial; cells are empty where nothing was measured."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["trial", "state", "fitness", *METRICS, "epochs", *(row.key for row in space)])
+    for row in rows:
+        metrics = row.metrics or [None] * len(METRICS)
+        values = [row.fitness, *metrics, row.epochs, *(row.point.get(r.key) for r in space)]
+        writer.writerow([row.number, row.state, *("" if v is None else f"{v:.6g}" for v in values)])
+    with atomic_path(path) as part:
+        part.write_text(out.getvalue(), encoding="utf-8")
+
+
+def write_hyp(path: Path, best: Row, plan: Plan, count: int) -> None:
+    """The best hyper-parameters as a file for `--hyp`, with where they come from."""
+    names = ("precision", "recall", "mAP50", "mAP50-95")
+    head = [
+        f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",
+        ", ".join(f"{name} {value:.4g}" for name, value in zip(names, best.metrics)),
+        f"Found by: {first_command(plan)}",
+        f"Use: python train.py --hyp {path.name}",
+    ]
+    text = "".join(f"# {line}\n" for line in head if line)
+    text += yaml.safe_dump(with_values(plan.hyp, best.point), sort_keys=False, allow_unicode=True)
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def importances(study: Study) -> dict[str, float]:
+    """Which hyper-parameters tell the best trials from the others (PED-ANOVA, https://arxiv.org/abs/2304.10255).
+
+    Returns:
+        By name, sum 1, largest first; nothing when there are too few complete trials, or all are equally good.
+    """
+    import optuna
+
+    values = [t.value for t in trials_of(study) if t.state.name == "COMPLETE" and t.value is not None]
+    if len(values) < IMPORTANCE_FROM or min(values) == max(values):
+        return {}
+    best_part = min(0.5, max(0.1, 5 / len(values)))  # at least five trials, where there are ten
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best_part)
+        found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    found = {key: value for key, value in found.items() if math.isfinite(value)}
+    return dict(sorted(found.items(), key=lambda item: -item[1])) if any(found.values()) else {}
+
+
+def plot_trials(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> None:
+    """Fitness over each hyper-parameter: one dot per trial, later ones lighter, pruned ones hollow, the best a star."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    shown = [r for r in rows if r.state in SHOWN and r.fitness is not None]
+    lines = math.ceil(len(space) / _COLUMNS)
+    width, height = 2.7 * _COLUMNS, 2.3 * lines + 0.4
+    figure = Figure(figsize=(width, height))
+    FigureCanvasAgg(figure)
+    inch_x, inch_y = 1 / width, 1 / height  # margins by hand: finding them takes half the time of the drawing
+    space_of = {"left": 0.75 * inch_x, "right": 1 - 0.15 * inch_x, "bottom": 0.35 * inch_y, "top": 1 - 0.7 * inch_y}
+    grid = np.asarray(figure.subplots(lines, _COLUMNS, sharey=True, squeeze=False))
+    figure.subplots_adjust(**space_of, wspace=0.08, hspace=0.35)
+    best = best_of(rows)
+    for axes, row in zip(grid.flat, space):
+        _panel(axes, row, shown, best)
+    for axes in grid.flat[len(space) :]:
+        axes.remove()
+    for axes in grid[:, 0]:
+        axes.set_ylabel("fitness")
+    words = [f"{sum(r.state == state for r in rows)} {state}" for state in ("complete", "pruned", "failed")]
+    title = ", ".join(words) + "; a dot per trial, later ones lighter; hollow: pruned"
+    figure.suptitle(title + (f"; star: the best, trial {best.number}, {best.fitness:.4g}" if best else ""), fontsize=12)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=100)
+
+
+def _panel(axes: Axes, row: SearchRow, shown: Sequence[Row], best: Row | None) -> None:
+    last = max((r.number for r in shown), default=0)
+    for pruned in (True, False):
+        dots = [r for r in shown if (r.state != "complete") == pruned]
+        x, y = [r.point[row.key] for r in dots], [r.fitness or 0.0 for r in dots]
+        order: dict[str, Any] = {"c": [r.number for r in dots], "cmap": "viridis", "vmin": 0, "vmax": last * 1.1 or 1}
+        axes.scatter(x, y, s=22, **({"facecolors": "none", "edgecolors": "0.6"} if pruned else order))
+    if best is not None:
+        axes.scatter(best.point[row.key], best.fitness or 0.0, marker="*", s=130, c="tab:red", zorder=3)
+    axes.set_title(row.key + (f" = {best.point[row.key]:.3g}" if best else ""), fontsize=10)
+    margin = (row.high / row.low) ** 0.04 if row.log else 0.04 * (row.high - row.low)
+    if row.log:
+        axes.set_xscale("log")
+        axes.set_xlim(row.low / margin, row.high * margin)
+        ticks = [row.low, math.sqrt(row.low * row.high), row.high]
+        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+        axes.minorticks_off()
+    else:
+        axes.set_xlim(row.low - margin, row.high + margin)
+        axes.locator_params(axis="x", nbins=4)
+    axes.margins(y=0.12)
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+
+
+def plot_importances(path: Path, found: Mapping[str, float], count: int) -> None:
+    """Bars of the importances, largest on top."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 0.27 * len(found) + 1.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names, values = list(found)[::-1], list(found.values())[::-1]
+    axes.barh(names, values, color="tab:blue", height=0.7)
+    for place, value in enumerate(values):
+        axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
+    doubt = "" if count >= IMPORTANCE_SURE else "; so few: mostly chance"
+    axes.set(
+        xlabel="importance, parts of 1", title=f"What tells the best trials from the others ({count} trials{doubt})"
+    )
+    axes.set_xlim(0, max(values) * 1.12)
+    axes.margins(y=0.01)
+    axes.tick_params(labelsize=9)
+    with atomic_path(path) as part:
+        figure.savefig(part, dpi=120)

@@ -1,0 +1,356 @@
+"""Tuning of the hyper-parameters (`--evolve`) by optuna: many trainings, each of which learns from those before it."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import math
+import shutil
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from engine.cli.config import Hyperparameters, TrainConfig
+from engine.devices.distributed import world_from_environment
+from engine.loggers.run_logger import METRICS
+from engine.train.trainer import train
+from engine.tune import study as studies
+from engine.tune.outputs import (
+    IMPORTANCE,
+    IMPORTANCE_FROM,
+    YAML,
+    Row,
+    best_of,
+    command_of,
+    draw,
+    rows_of,
+    write_files,
+)
+from engine.tune.space import inside, point_of, population, space_for, widened, with_values
+from engine.tune.study import Plan, StudyLock
+from utils.errors import ConfigError, TrainingError, UserError
+from utils.files import find_file, increment_path, make_folder
+from utils.metrics import fitness
+from utils.plots import read_history
+from utils.yaml_lines import dump_yaml
+
+if TYPE_CHECKING:
+    from optuna.study import Study
+    from optuna.trial import Trial
+
+LOGGER = logging.getLogger(__name__)
+OWN_CHOICE = ("device", "workers", "cache", "noplots")
+"""Options that each process of a study may choose; they do not change what a trial means."""
+NO_OPTIONS = ("evolve", "resume_evolve", "evolve_population", "project", "name", "exist_ok", "resume", "local_rank")
+POLL = 3.0
+"""Seconds between two looks at the trials of other processes."""
+MOST_FAILED = 5
+"""Trials of this process that may fail in a row."""
+
+
+@dataclass(frozen=True)
+class EvolveResult:
+    """What an evolution left behind.
+
+    Attributes:
+        folder: with study.db, evolve.csv and the rest.
+        hyp: the best hyper-parameters; None when no trial is complete.
+        trials: complete and pruned ones.
+        best_trial, fitness: number of the best trial and its fitness; -1 and 0 without one.
+    """
+
+    folder: Path
+    hyp: Path | None
+    trials: int
+    best_trial: int
+    fitness: float
+
+
+def evolve(config: TrainConfig) -> EvolveResult:
+    """Train with varied hyper-parameters until as many trials as asked for are complete or pruned.
+
+    Args:
+        config: options of the trainings; with `resume_evolve`, those that were given when the study began hold.
+
+    Raises:
+        UserError: options that cannot be used; nothing is left half-written.
+        TrainingError: several trials in a row failed.
+    """
+    try:
+        import optuna  # noqa: F401
+    except ImportError as error:
+        raise ConfigError("--evolve: needs the package optuna: pip install optuna") from error
+    if world_from_environment().size > 1:
+        raise ConfigError(
+            "--evolve: does not run under torchrun; start python train.py --evolve once, then the same command with "
+            "--resume_evolve FOLDER and another --device for each further process"
+        )
+    if config.resume:
+        raise ConfigError("--evolve: cannot be combined with --resume; to go on with an evolution: --resume_evolve")
+    with studies.quiet_optuna():
+        if config.resume_evolve is not None:
+            return _go_on(config, config.resume_evolve)
+        return _begin(config)
+
+
+def _begin(config: TrainConfig) -> EvolveResult:
+    file = find_file(config.hyp, "data/hyps")
+    hyp = Hyperparameters.from_yaml(file)
+    points = {str(config.hyp): point_of(hyp, str(file))}
+    if config.evolve_population != TrainConfig().evolve_population:
+        points |= population(config.evolve_population, config.optimizer)
+    space = widened(list(points.values()), space_for(config.optimizer))
+    options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
+    plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
+    folder, is_new = _new_folder(config)
+    try:
+        study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
+        return Evolution(study, plan, config, folder).run()
+    except UserError:
+        if not any(folder.glob("trial*/results.csv")):  # the very first training could not begin
+            _remove(folder, is_new)
+        raise
+
+
+def _go_on(config: TrainConfig, text: str) -> EvolveResult:
+    path = studies.find(text)
+    study, plan = studies.load(path)
+    defaults, given = TrainConfig(), config.to_dict()
+    problems = []
+    for f in fields(TrainConfig):
+        mine, theirs, default = given[f.name], plan.options.get(f.name), getattr(defaults, f.name)
+        if f.name in (*NO_OPTIONS, *OWN_CHOICE) or mine == default or mine == theirs:
+            continue
+        problems.append(f"--{f.name.replace('_', '-')} is {mine}, the study was begun with {theirs}")
+    if problems:
+        raise ConfigError(f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or begin another evolution")
+    if config.evolve is not None and config.evolve != plan.target:
+        plan = replace(plan, target=int(config.evolve))
+        study.set_user_attr("target", plan.target)
+    own = {name: given[name] for name in OWN_CHOICE if given[name] != getattr(defaults, name)}
+    return Evolution(study, plan, TrainConfig.from_keywords(**{**plan.options, **own}), path.parent).run()
+
+
+def _remove(folder: Path, is_new: bool) -> None:
+    """Remove what `_begin` made, and nothing that was there before."""
+    made = [folder] if is_new else [p for p in folder.iterdir() if p.name.startswith(("study.", "trial"))]
+    for path in made:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
+    """Make the folder of the evolution: runs/evolve/exp, exp2, ...; two processes never get the same one.
+
+    Returns:
+        The folder, and whether it was not there before (`--exist-ok`).
+    """
+    project = studies.RUNS if config.project == TrainConfig().project else config.project
+    wanted = Path(project) / (Path(config.cfg).stem if config.name == "cfg" else config.name)
+    if config.exist_ok:
+        if (wanted / studies.FILE).exists() or any(wanted.glob("trial*")):
+            raise ConfigError(f"--exist-ok: {wanted} holds an evolution; to go on with it: --resume_evolve {wanted}")
+        is_new = not wanted.exists()
+        return make_folder(wanted), is_new
+    make_folder(wanted.parent)
+    while True:
+        folder = increment_path(wanted)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue  # another process was faster
+        return folder, True
+
+
+def _drop_weights(trial: Path) -> None:
+    """Remove the weights of a trial: of hundreds of trainings, nobody needs them."""
+    shutil.rmtree(trial / "weights", ignore_errors=True)
+
+
+class Evolution:
+    """This process's part in a study.
+
+    Args:
+        study: optuna's.
+        plan: what it is about.
+        config: options of the trainings.
+        folder: of the study.
+    """
+
+    def __init__(self, study: Study, plan: Plan, config: TrainConfig, folder: Path) -> None:
+        self.study, self.plan, self.config, self.folder = study, plan, config, folder
+        self.lock = StudyLock(folder / studies.LOCK)
+        self.number = -1
+        self.failed_in_row = 0
+        self.drawn = -1
+
+    def run(self) -> EvolveResult:
+        """Do trials until there are enough of them, counting those of other processes."""
+        LOGGER.info("Evolution of %d trials in %s", self.plan.target, self.folder)
+        LOGGER.info("To take part in it or to go on with it: %s", command_of(self.plan, self.folder))
+        try:
+            while self._take_turn():
+                self._trial()
+        except (KeyboardInterrupt, SystemExit):
+            self._give_up()
+            LOGGER.info("Go on with: %s", command_of(self.plan, self.folder))
+            raise
+        finally:
+            self.lock.release()
+        return self._finish()
+
+    def _take_turn(self) -> bool:
+        """Wait until a trial is to be begun, and hold the lock then; False when there are enough."""
+        told = False
+        while True:
+            self.lock.acquire()
+            studies.revive(self.study, self.folder)
+            done, running = studies.finished(self.study), studies.running(self.study)
+            self.plan = replace(self.plan, target=int(self.study.user_attrs["target"]))
+            if done + running < self.plan.target:
+                return True
+            self.lock.release()
+            if done >= self.plan.target:
+                return False
+            if not told:
+                LOGGER.info("Waiting for %d trial(s) that other processes began", running)
+            told = True
+            time.sleep(POLL)
+
+    def _trial(self) -> None:
+        """One trial, its log line and the files."""
+        self.study.sampler = self._sampler()
+        self.number = -1
+        begin = time.time()
+        try:
+            self.study.optimize(self._objective, n_trials=1, catch=(TrainingError, torch.OutOfMemoryError))
+        except UserError:
+            raise
+        except ValueError as error:  # how optuna refuses the result of a trial that is over already
+            if self.number < 0 or self.study.trials[self.number].state.name != "FAIL":
+                raise
+            LOGGER.warning("trial %d was given up by another process: %s", self.number, error)
+        finally:
+            self.lock.release()
+            if torch.cuda.is_available():
+                gc.collect()
+                torch.cuda.empty_cache()
+        rows = self._write()
+        mine, best = next(r for r in rows if r.number == self.number), best_of(rows)
+        LOGGER.info(
+            "Trial %d %s in %.0f s: fitness %s; best %s; %d of %d trials done",
+            self.number, mine.state, time.time() - begin, "-" if mine.fitness is None else f"{mine.fitness:.4g}",
+            f"{best.fitness:.4g} in trial {best.number}" if best else "-", studies.finished(self.study),
+            self.plan.target,
+        )  # fmt: skip
+        self._count_failures(mine.state)
+
+    def _write(self) -> list[Row]:
+        """Bring the files up to date; pictures only when a trial is over since they were drawn here."""
+        with self.lock:
+            rows = rows_of(self.study)
+            write_files(self.folder, rows, self.plan)
+            if not self.config.noplots and len(rows) != self.drawn:
+                draw(self.folder, rows, self.plan, self.study)
+            self.drawn = len(rows)
+        return rows
+
+    def _count_failures(self, state: str) -> None:
+        self.failed_in_row = self.failed_in_row + 1 if state == "failed" else 0
+        if self.failed_in_row >= MOST_FAILED:
+            reason = self.study.trials[self.number].user_attrs.get("error", "")
+            raise TrainingError(
+                f"--evolve: {MOST_FAILED} trials in a row failed, the last one with: {reason}; mend it (a lower lr0 in "
+                f"the --hyp file, a smaller batch), then go on with: {command_of(self.plan, self.folder)}"
+            )
+
+    def _sampler(self) -> Any:
+        """Seeded anew per trial by --seed and the number of points before it.
+
+        One seed for the process would give two processes, or a study that is gone on with, the same draws twice.
+        """
+        from optuna.samplers import TPESampler
+
+        seed = np.random.SeedSequence((self.config.seed, studies.own_index(self.study))).generate_state(1)
+        return TPESampler(seed=int(seed[0]), constant_liar=True)
+
+    def _objective(self, trial: Trial) -> float:
+        """Train with the trial's hyper-parameters. Returns the best fitness of its epochs."""
+        import optuna
+
+        self.number = trial.number
+        point = {r.key: trial.suggest_float(r.key, r.low, r.high, log=r.log) for r in self.plan.space}
+        folder = make_folder(self.folder / f"trial{trial.number}")
+        trial.set_user_attr("folder", folder.name)
+        self.lock.release()  # from here on the others see what is tried here
+        start = trial.user_attrs.get("start")
+        LOGGER.info("Trial %d%s", trial.number, f": the starting values of {start}" if start else "")
+        dump_yaml(folder / "hyp.yaml", with_values(self.plan.hyp, point))
+        pruned = False
+
+        def on_epoch(epoch: int, value: float) -> bool:
+            nonlocal pruned
+            trial.report(value, epoch)
+            pruned = epoch + 1 < self.config.epochs and trial.should_prune()
+            return pruned
+
+        try:
+            result = train(self._options(folder), on_epoch)
+            if not math.isfinite(result.fitness):
+                raise TrainingError(f"fitness is {result.fitness}")
+        except (TrainingError, torch.OutOfMemoryError) as error:
+            trial.set_user_attr("error", str(error).splitlines()[0] if str(error) else type(error).__name__)
+            LOGGER.warning("trial %d failed: %s", trial.number, error)
+            _drop_weights(folder)
+            raise
+        _drop_weights(folder)
+        self._note(trial, folder, result.fitness)
+        if pruned:
+            raise optuna.TrialPruned(f"behind the median after {result.epochs} epochs")
+        return result.fitness
+
+    def _options(self, folder: Path) -> TrainConfig:
+        return replace(
+            self.config, hyp=str(folder / "hyp.yaml"), project=str(folder.parent), name=folder.name, exist_ok=True,
+            evolve=None, resume_evolve=None, noplots=True, nosave=True,
+        )  # fmt: skip
+
+    def _note(self, trial: Trial, folder: Path, value: float) -> None:
+        """Keep fitness and the metrics of the best epoch with the trial."""
+        history = read_history(folder / "results.csv")
+        metrics = np.stack([history[name] for name in METRICS], axis=1)
+        best = metrics[int(np.argmax(fitness(metrics)))]
+        trial.set_user_attr("fitness", value)
+        trial.set_user_attr("metrics", [float(v) for v in best])
+        trial.set_user_attr("epochs", len(metrics))
+
+    def _give_up(self) -> None:
+        """Mark the trial in work as broken off, so that it is repeated without waiting for its signs of life to end."""
+        from optuna.trial import TrialState
+
+        self.lock.release()
+        if self.number >= 0:
+            with contextlib.suppress(ValueError):  # it is over
+                self.study.tell(self.number, state=TrialState.FAIL)
+
+    def _finish(self) -> EvolveResult:
+        rows = self._write()
+        best, hyp = best_of(rows), self.folder / YAML
+        if best is not None:
+            LOGGER.info("Best fitness %.4g in trial %d: use it with --hyp %s", best.fitness, best.number, hyp)
+        if not self.config.noplots and not (self.folder / IMPORTANCE).is_file():
+            LOGGER.info(
+                "No %s: it needs %d complete trials that are not equally good", IMPORTANCE, IMPORTANCE_FROM
+            )  # fmt: skip
+        LOGGER.info("Results saved to %s", self.folder)
+        return EvolveResult(
+            folder=self.folder, hyp=hyp if best else None, trials=studies.finished(self.study),
+            best_trial=best.number if best else -1, fitness=float(best.fitness or 0.0) if best else 0.0,
+        )  # fmt: skip

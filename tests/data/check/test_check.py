@@ -1,0 +1,215 @@
+"""Statistics of a data set: what is counted, what is named, which pictures are nearly the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.anchors import anchor_fit
+from data.check.check import main, near_duplicates, read_anchors, table
+from data.check.near_duplicates import find_pairs, thumbnails
+from data.check.statistics import below, doubled, gather, level_shares, outside
+from data.labels.labels import Annotations, ImageRecord, LabelReport
+from utils.errors import ConfigError
+
+ANCHORS = np.array([[[10, 13], [16, 30]], [[30, 61], [62, 45]]], np.float64)
+
+
+def record(name: str, rows: list[list[float]], size: tuple[int, int] = (100, 200)) -> ImageRecord:
+    return ImageRecord(Path(name), *size, np.array(rows, np.float32).reshape(-1, 5))
+
+
+def annotations(*records: ImageRecord) -> Annotations:
+    boxes = sum(len(r.labels) for r in records)
+    return Annotations(records, LabelReport(len(records), len(records), 0, 0, 0, 0, 0, boxes))
+
+
+def scene(seed: int, size: tuple[int, int] = (120, 160)) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return cv2.resize(coarse, size[::-1], interpolation=cv2.INTER_CUBIC)
+
+
+# ---- counts
+
+
+def test_counts_and_sizes_at_the_input_size() -> None:
+    first = record("a", [[0, 0.5, 0.5, 0.1, 0.1], [0, 0.2, 0.2, 0.5, 0.5], [2, 0.1, 0.1, 0.02, 0.2]])
+    found = gather("train", annotations(first, record("b", []), record("c", [[0, 0.5, 0.5, 1, 1]])), 4, 400)
+    assert found.boxes.tolist() == [3, 0, 1, 0] and found.pictures.tolist() == [2, 0, 1, 0]
+    assert found.owners.tolist() == [0, 0, 0, 2] and found.classes.tolist() == [0, 0, 2, 0]
+    np.testing.assert_allclose(found.sizes, [[40, 20], [200, 100], [8, 40], [400, 200]], rtol=1e-6)
+    assert below(found, 21).tolist() == [2, 0] and below(found, 7.9).tolist() == []
+
+
+def test_boxes_over_the_border_and_on_top_of_each_other() -> None:
+    over = record("a", [[0, 0.95, 0.5, 0.2, 0.2], [0, 0.5, 0.5, 1, 1.0]])  # 10 of 200 pixels to the right
+    assert outside([record("x", []), over]) == [(1, 0, pytest.approx(10, abs=1e-4))]
+    twice = record("b", [[1, 0.5, 0.5, 0.2, 0.2], [1, 0.5, 0.5, 0.2, 0.21], [0, 0.5, 0.5, 0.2, 0.2]])
+    assert doubled([over, twice]) == [(1, 0, 1, pytest.approx(20 / 21, abs=1e-4))]
+
+
+def test_levels_share_the_boxes() -> None:
+    sizes = np.array([[10, 13], [39, 51], [41, 60], [200, 200], [1, 1]], np.float64)
+    shares = level_shares(sizes, ANCHORS, 4.0)
+    assert shares.tolist() == [3 / 5, 2 / 5]
+    some = np.array([level_shares(size[None], ANCHORS, 4.0).any() for size in sizes]).mean()
+    assert anchor_fit(sizes, ANCHORS, 4.0).best_possible_recall == some
+    assert level_shares(np.zeros((0, 2)), ANCHORS, 4.0).tolist() == [0, 0]
+
+
+# ---- near duplicates
+
+
+def changed(image: np.ndarray, how: str) -> np.ndarray:
+    if how == "jpeg":
+        return cv2.imdecode(cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 30])[1], cv2.IMREAD_COLOR)
+    if how == "smaller":
+        return cv2.resize(image, (97, 73), interpolation=cv2.INTER_AREA)
+    if how == "brighter":
+        return cv2.convertScaleAbs(image, alpha=1.2, beta=10)
+    if how == "mirrored":
+        return image[:, ::-1].copy()
+    if how == "cropped":
+        return image[3:-3, 4:-4].copy()
+    return image
+
+
+@pytest.mark.parametrize("how", ["same", "jpeg", "smaller", "brighter", "mirrored", "cropped"])
+def test_changed_copies_are_found_and_nothing_else(tmp_path: Path, how: str) -> None:
+    splits: dict[str, list[ImageRecord]] = {"train": [], "val": [], "test": []}
+    for i in range(30):
+        image = changed(scene(3), how) if i == 25 else scene(i)
+        path = tmp_path / f"{i}.png"
+        cv2.imwrite(str(path), image)
+        splits["train" if i < 20 else "val" if i < 28 else "test"].append(record(str(path), [], image.shape[:2]))
+    splits["test"].append(splits["train"][0])  # the same file is not a pair
+    (pair,) = find_pairs(splits, {name: thumbnails(part, False) for name, part in splits.items()})
+    assert (pair.first.stem, pair.second.stem, pair.splits) == ("3", "25", ("train", "val"))
+    assert pair.mirrored == (how == "mirrored") and pair.correlation > 0.9
+
+
+def test_large_pictures_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(near_duplicates, "_CHUNK", 2)
+    part: dict[str, list[ImageRecord]] = {"train": [], "val": []}
+    for i, split in enumerate(("val", "val", "val", "train")):
+        image = scene(2 if i == 3 else i, (600, 800))
+        path = tmp_path / f"{i}.jpg"
+        cv2.imwrite(str(path), image)
+        part[split].append(record(str(path), [], (600, 800)))
+    (pair,) = find_pairs(part, {name: thumbnails(records, False) for name, records in part.items()})
+    assert (pair.first.stem, pair.second.stem) == ("3", "2") and pair.correlation > 0.99
+
+
+def test_each_picture_is_named_once_with_its_nearest(tmp_path: Path) -> None:
+    """A fixed camera: all pictures of the training split are near, a copy is nearest."""
+    splits: dict[str, list[ImageRecord]] = {"train": [], "val": []}
+    for i in range(9):
+        image = scene(0)
+        image[10 * (i % 8) : 10 * (i % 8) + 10, 20:60] ^= 0x1F
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
+        splits["train" if i < 8 else "val"].append(record(str(tmp_path / f"{i}.png"), [], image.shape[:2]))
+    (pair,) = find_pairs(splits, {name: thumbnails(part, False) for name, part in splits.items()})
+    assert (pair.first.stem, pair.second.stem) == ("0", "8") and pair.correlation == pytest.approx(1)
+
+
+def test_pictures_without_pattern_are_compared_by_brightness(tmp_path: Path) -> None:
+    part = {}
+    for name, grey in (("train", 50), ("val", 51), ("test", 90)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((40, 40, 3), grey, np.uint8))
+        part[name] = [record(str(tmp_path / f"{name}.png"), [], (40, 40))]
+    (pair,) = find_pairs(part, {name: thumbnails(records, False) for name, records in part.items()})
+    assert pair.splits == ("train", "val")
+
+
+# ---- the command
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    rows = {
+        "train/a": "0 0.5 0.5 0.5 0.5\n0 0.2 0.2 0.01 0.3\n",
+        "train/b": "1 0.5 0.5 0.3 0.3\n",
+        "train/c": "9 9\n",
+        "val/d": "0 0.5 0.5 0.2 0.2\n",
+    }
+    for i, (name, text) in enumerate(rows.items()):
+        path = tmp_path / "images" / f"{name}.png"
+        label = tmp_path / "labels" / f"{name}.txt"
+        for file in (path, label):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(path), scene(0 if name == "val/d" else i))
+        label.write_text(text)
+    (tmp_path / "d.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [fish, shark, whale]\n")
+    return tmp_path / "d.yaml"
+
+
+def test_command_says_what_is_there_and_what_is_wrong(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = data_set.parent / "out"
+    assert main([str(data_set), "--imgsz", "320", "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    whole = (out / "check.txt").read_text()
+    for line in (
+        "train: no object of class 2 'whale'",
+        "val: no object of class 1 'shark'",
+        "images/train/a.png (train): 'fish' is 3.2 x 72.0 pixels",
+        "labels/train/c.txt:1: 2 columns",
+        "images/train/a.png (train) and ",
+        "images/val/d.png (val): 1.000",
+    ):
+        assert line in text and line in whole, line
+    assert [line.split() for line in text.splitlines() if line.startswith("  train")][0][:6] == [
+        "train", "3", "2", "0", "1", "3",
+    ]  # fmt: skip
+    picture = cv2.imread(str(out / "check.png"))
+    assert picture is not None and picture.shape[1] > 1000 and picture.std() > 10
+
+
+def test_long_lists_are_cut_on_the_terminal_only(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data_set.parent / "labels/train/a.txt").write_text("".join(f"0 0.5 0.{i} 0.01 0.01\n" for i in range(100, 125)))
+    out = data_set.parent / "out"
+    assert main([str(data_set), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert text.count("'fish' is 6.4 x 4.8 pixels") == 10 and "... and 15 more" in text
+    assert (out / "check.txt").read_text().count("'fish' is 6.4 x 4.8 pixels") == 25
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["gone.yaml"], "gone.yaml: no such file"),
+        (["{}", "--imgsz", "8"], "--imgsz: 8 is out of range"),
+        (["{}", "--cfg", "yolov5nn"], "did you mean"),
+        (["{}", "--uot", "x"], "did you mean '--out'"),
+    ],
+)
+def test_unusable_is_status_2_and_one_line(
+    data_set: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+) -> None:
+    try:
+        status = main([text.format(data_set) for text in arguments])
+    except SystemExit as end:
+        status = int(str(end.code))
+    text = capsys.readouterr().err
+    assert status == 2 and problem in text and text.count("\n") == 1
+
+
+def test_missing_split_is_status_2(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data_set.write_text(data_set.read_text().replace("images/val", "images/vla"))
+    assert main([str(data_set)]) == 2 and "split 'val': no such folder" in capsys.readouterr().err
+
+
+def test_anchors_of_a_model_file(tmp_path: Path) -> None:
+    anchors = read_anchors("yolov5n")
+    assert anchors is not None and anchors.shape == (3, 3, 2) and anchors[0, 0].tolist() == [10, 13]
+    (tmp_path / "m.yaml").write_text("anchors: 3\n")
+    assert read_anchors(tmp_path / "m.yaml") is None
+    (tmp_path / "m.yaml").write_text("nc: 1\nanchors: [[1, 2], [3, x]]\n")
+    with pytest.raises(ConfigError, match=r"m\.yaml:2: anchors: lists of widths"):
+        read_anchors(tmp_path / "m.yaml")
+
+
+def test_table_is_aligned() -> None:
+    assert table([("a", "bb", 1), ("long", 2, 333)]) == ("  a     bb    1", "  long   2  333")

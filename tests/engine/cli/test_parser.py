@@ -1,0 +1,105 @@
+"""Command lines: spellings, errors in one line, exit statuses."""
+
+from __future__ import annotations
+
+import pytest
+
+from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
+from engine.cli.parser import run_main
+from utils.errors import ConfigError, DataError
+
+
+def _run(argv, config=TrainConfig, work=None):
+    seen = []
+    status = run_main(config, "prog", "text", work or (lambda c: seen.append(c)), argv)
+    return status, seen[0] if seen else None
+
+
+@pytest.mark.parametrize(
+    ("argv", "name", "value"),
+    [
+        (["--batch", "4"], "batch_size", 4),
+        (["--batch_size=4"], "batch_size", 4),
+        (["--img-size", "320"], "imgsz", 320),
+        (["--img", "320"], "imgsz", 320),
+        (["--label-smoothing", "0.1"], "label_smoothing", 0.1),
+        (["--resume"], "resume", True),
+        (["--resume", "a_b/last.pt"], "resume", "a_b/last.pt"),
+        (["--cache"], "cache", "ram"),
+        (["--freeze", "3", "4"], "freeze", ["3", "4"]),
+        (["--cos-lr"], "cos_lr", True),
+    ],
+)
+def test_spellings(argv, name, value):
+    status, config = _run(argv)
+    assert status == 0
+    assert getattr(config, name) == value
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--cfgg", "x"], ["unrecognized", "did you mean '--cfg'"]),
+        (["--optimizer", "LION"], ["invalid choice", "SGD"]),
+        (["--imgsz", "ten"], ["invalid int"]),
+    ],
+)
+def test_parser_errors_are_one_line(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        _run(argv)
+    assert stop.value.code == 2
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and all(w in text for w in words), text
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--evolve", "0"], ["--evolve: 0 is out of range"]),
+        (["--bucket", "x", "--bbox_interval", "3"], ["--bucket: not available", "--bbox-interval: not available"]),
+        (["--epochs", "0"], ["--epochs: 0 is out of range"]),
+        (["--label-smoothing", "0.9"], ["out of range", "0.5"]),
+    ],
+)
+def test_refused_options(argv, words, capsys):
+    status, config = _run(argv)
+    text = capsys.readouterr().err
+    assert (status, config) == (2, None)
+    assert text.count("\n") == 1 and all(w in text for w in words), text
+
+
+def test_user_errors_become_status_2(capsys):
+    def work(_config):
+        raise DataError("my.yaml: no such file")
+
+    assert _run([], DetectConfig, work)[0] == 2
+    assert capsys.readouterr().err == "prog: error: my.yaml: no such file\n"
+
+
+def test_other_errors_are_not_hidden():
+    def work(_config):
+        raise RuntimeError("a fault of ours")
+
+    with pytest.raises(RuntimeError, match="fault"):
+        _run([], DetectConfig, work)
+
+
+def test_status_of_the_work_is_returned():
+    assert _run([], DetectConfig, lambda c: 1)[0] == 1
+
+
+def test_keywords_from_python():
+    assert TrainConfig.from_keywords(epochs=3).epochs == 3
+    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+        TrainConfig.from_keywords(epoch=3)
+
+
+def test_hyperparameters_report_all_mistakes_with_lines(tmp_path):
+    path = tmp_path / "hyp.yaml"
+    path.write_text("lr0: 0.01\nlrff: 0.1\nmomentum: high\n")
+    with pytest.raises(ConfigError) as error:
+        Hyperparameters.from_yaml(path)
+    text = str(error.value)
+    assert "hyp.yaml:2: unknown hyper-parameter 'lrff'; did you mean 'lrf'?" in text
+    assert "hyp.yaml:3: momentum is 'high'" in text
+    assert "missing hyper-parameter(s) lrf," in text

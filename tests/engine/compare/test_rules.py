@@ -1,0 +1,386 @@
+"""The pure parts of a comparison: rounds, ties, front, pick, keys, names of candidates, failures in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data.config import load_data_config
+from engine.compare import store
+from engine.compare.candidates import unique_labels, write_spec
+from engine.compare.config import CompareConfig
+from engine.compare.measure import rounds
+from engine.compare.measure.detector import SamplePictures, kept_for_backward, training_batch
+from engine.compare.measure.rounds import Spread
+from engine.compare.measure.speed import groups_of_phases
+from engine.compare.pareto import Limits, Point, front, misses, pick
+from engine.compare.store import Store
+from engine.compare.worker.jobs import levels_read, objects_by_area
+from engine.compare.worker.process import CRASH, MEMORY, MISTAKE, OTHER, UNSUPPORTED, classify, exit_reason
+from models.yolo import DetectionModel
+from utils.errors import ConfigError, SpecError
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 2000000 bytes. Error code 12"
+
+
+def spread(middle: float, low: float | None = None, high: float | None = None, seeds: int = 2) -> Spread:
+    low, high = middle if low is None else low, middle if high is None else high
+    return Spread(middle, low, high, (low, high)[:seeds])
+
+
+# ---- rounds ---------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_take_turns():
+    assert [name for _, name in rounds.turns("ABC", 3)] == list("ABCABCABC")
+
+
+def test_a_failed_candidate_is_not_asked_again_and_the_others_go_on():
+    asked = []
+
+    def ask(name):
+        asked.append(name)
+        return None if name == "B" and asked.count("B") == 2 else {"total": float(len(asked))}
+
+    ticks = []
+    found = rounds.play("ABC", 4, ask, lambda: ticks.append(1))
+    assert asked == list("ABCABCACAC")
+    assert set(found) == {"A", "C"} and len(ticks) == 12
+    assert found["A"]["total"].values == (1.0, 4.0, 7.0, 9.0)
+    assert found["A"]["total"].middle == 5.5
+
+
+def test_quartiles():
+    found = Spread.of([1, 2, 3, 4, 100])
+    assert (found.low, found.middle, found.high) == (2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("took", "seconds", "most", "expected"),
+    [
+        ({"a": 1.0, "b": 1.0}, 40.0, 15, 10),  # a turn is one call that counts and one that does not
+        ({"a": 1.0, "b": 1.0}, 1.0, 15, 5),  # never fewer than five
+        ({"a": 1.0}, 1.0, 3, 3),  # unless fewer are asked for
+        ({"a": 0.001}, 100.0, 15, 15),
+        ({}, 10.0, 15, 15),
+    ],
+)
+def test_rounds_fit_into_the_time(took, seconds, most, expected):
+    assert rounds.rounds_that_fit(took, seconds, most) == expected
+
+
+def test_quick_candidates_make_more_calls_in_a_turn():
+    assert [rounds.calls_per_visit(s) for s in (10.0, 0.1, 0.001)] == [1, 2, 20]
+
+
+@pytest.mark.parametrize(
+    ("given", "smaller", "expected"),
+    [
+        ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, True, {"a": "1", "b": "2"}),
+        ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, False, {"b": "1", "a": "2"}),
+        ({"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(9)}, True, {"a": "1=", "b": "1=", "c": "3"}),
+        # c overlaps with b, but not with a, which is better beyond doubt
+        (
+            {"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(4.5, 4, 5)},
+            True,
+            {"a": "1=", "b": "1=", "c": "2="},
+        ),
+        # the wide one is behind nobody but a, whatever its mean
+        (
+            {"a": spread(0.476), "b": spread(0.45), "c": spread(0.447), "wide": spread(0.442, 0.42, 0.463)},
+            False,
+            {"a": "1", "b": "2=", "c": "3=", "wide": "2="},
+        ),
+        ({}, True, {}),
+    ],
+)
+def test_ties_share_a_place(given, smaller, expected):
+    assert rounds.ranks(given, smaller) == expected
+
+
+def test_seeds_have_a_mean_and_a_range():
+    found = rounds.over_seeds([0.2, 0.5, 0.2])
+    assert found.middle == pytest.approx(0.3) and (found.low, found.high) == (0.2, 0.5)
+    assert rounds.deviation([0.2]) is None
+    assert rounds.deviation([0.2, 0.4]) == pytest.approx(0.1 * 2**0.5)
+    assert rounds.from_plain(json.loads(json.dumps(rounds.to_plain(found)))) == found
+
+
+def test_deployed_forms_come_first_and_small_batches_before_large_ones():
+    config = CompareConfig(cfg=["x"], runtimes=["onnx", "pytorch"], batch=[8, 1])
+    found = [[(p.runtime, p.form, p.batch) for p in group] for group in groups_of_phases(config, 2)]
+    assert found == [
+        [("onnx", "deployed", 1), ("onnx", "deployed", 8)],
+        [("pytorch", "deployed", 1), ("pytorch", "deployed", 8), ("pytorch", "training", 1), ("pytorch", "training", 8),
+         ("pytorch", "step", 2)],
+    ]  # fmt: skip
+    alone = groups_of_phases(replace(config, runtimes=["onnx"]), 2)
+    assert [str(p) for p in alone[1]] == ["training step, batch 2"]
+
+
+# ---- front and pick -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ({"slow": (9, 0.5), "fast": (1, 0.3), "bad": (5, 0.2)}, ["fast", "slow"]),
+        ({"a": (1, 0.5), "b": (1, 0.4)}, ["a"]),
+        ({"a": (1, 0.5), "b": (2, 0.5)}, ["a"]),
+        ({"a": (1, 0.5), "twin": (1, 0.5)}, ["a", "twin"]),
+        ({}, []),
+    ],
+)
+def test_front(points, expected):
+    assert front(points) == expected
+
+
+def point(ms=None, accuracy=None, parameters=1.0, **more) -> Point:
+    return Point(
+        spread(ms) if isinstance(ms, (int, float)) else ms,
+        spread(accuracy) if isinstance(accuracy, (int, float)) else accuracy,
+        parameters,
+        **more,
+    )
+
+
+TIED = {
+    "best": point(30, spread(0.60, 0.58, 0.62), 5.0),
+    "near": point(20, spread(0.59, 0.57, 0.61), 5.0),
+    "worse": point(5, spread(0.40, 0.39, 0.41), 5.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("points", "limits", "label", "words"),
+    [
+        ({"a": point(9, 0.5), "b": point(5, 0.6)}, Limits(), "b", "best mAP50-95 (0.600) of all"),
+        ({"a": point(9, 0.5), "b": point(50, 0.6)}, Limits(latency_ms=10), "a", "of the 1 that keep the limits"),
+        (TIED, Limits(), "near", "not told apart from best by 2 seeds"),
+        (TIED, Limits(latency_ms=10), "worse", "best mAP50-95 (0.400)"),
+        ({"a": point(9, spread(0.5, seeds=1))}, Limits(), "a", "how much seeds differ is unknown"),
+        ({"a": point(9), "b": point(5)}, Limits(), "b", "fastest (5 ms per picture) of all; no accuracy"),
+        (
+            {"a": point(spread(9, 8, 10), parameters=1), "b": point(spread(8.5, 8, 9), parameters=2)},
+            Limits(), "a", "smallest of the fastest",
+        ),
+        ({"a": point(20), "b": point(30)}, Limits(latency_ms=10), None, "nearest is a: latency 20 ms > 10"),
+        ({"a": point(None)}, Limits(latency_ms=10), None, "latency unknown"),
+        ({"a": point(1, 0.5), "b": point(1, None)}, Limits(), "a", "best"),
+        ({}, Limits(), None, "nothing was measured"),
+    ],
+)  # fmt: skip
+def test_pick(points, limits, label, words):
+    found = pick(points, limits)
+    assert found.label == label
+    assert words in found.reason
+
+
+def test_every_limit_counts():
+    tight = Limits(latency_ms=1, parameters_m=1, gflops=1, memory_mb=1)
+    broken = misses(point(2, 0.5, 3.0, gflops=4.0, memory_mb=5.0), tight)
+    assert broken == ("latency 2 ms > 1", "parameters 3 M > 1", "operations 4 GFLOPs > 1", "memory 5 MB > 1")
+    assert misses(point(1, 0.5, 1.0, gflops=1.0, memory_mb=1.0), tight) == ()
+
+
+# ---- keys and stored results ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    for split in ("train", "val"):
+        for kind in ("images", "labels"):
+            (tmp_path / "set" / kind / split).mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / "set/images" / split / "a.jpg"), np.zeros((20, 30, 3), np.uint8))
+        (tmp_path / "set/labels" / split / "a.txt").write_text("0 .5 .5 .1 .1")
+    path = tmp_path / "data.yaml"
+    path.write_text("path: set\ntrain: images/train\nval: images/val\nnames: [one, two]\n")
+    return path
+
+
+def test_the_key_of_a_data_set_changes_with_what_matters(data_set: Path):
+    def key(*splits):
+        return store.data_key(load_data_config(data_set), splits)
+
+    first, validation = key("train", "val"), key("val")
+    assert key("train", "val") == first
+    label = data_set.parent / "set/labels/train/a.txt"
+    label.write_text("1 .5 .5 .1 .1")
+    os.utime(label, ns=(1, 1))
+    assert key("train", "val") != first
+    assert key("val") == validation  # the other split is as it was
+    os.utime(data_set.parent / "set/images/val/a.jpg", ns=(1, 1))
+    assert key("val") != validation
+    validation = key("val")
+    data_set.write_text(data_set.read_text().replace("two", "three"))
+    assert key("val") != validation
+
+
+def test_the_key_sees_labels_in_annotation_files(data_set: Path):
+    file = data_set.parent / "set/val.json"
+    content = {
+        "images": [{"id": 1, "file_name": "images/val/a.jpg", "width": 30, "height": 20}],
+        "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}],
+    }
+    file.write_text(json.dumps(content))
+    data_set.write_text(data_set.read_text().replace("val: images/val", "val: val.json"))
+    before = store.data_key(load_data_config(data_set), ["val"])
+    content["annotations"][0]["category_id"] = 2
+    file.write_text(json.dumps(content))
+    assert store.data_key(load_data_config(data_set), ["val"]) != before
+
+
+def test_the_key_of_the_code_leaves_out_what_only_reports():
+    names = ["engine/compare", "engine/train"]
+    assert store.code_key(names) == store.code_key(names)
+    assert store.code_key(["engine/compare"]) != store.code_key(["engine/compare"], store.REPORTING)
+    for name in store.REPORTING:
+        assert (Path(store.__file__).parent / name).is_file(), name
+
+
+@pytest.mark.parametrize(("a", "b"), [({"x": 1, "y": 2}, {"y": 2, "x": 1}), ((1, 2), [1, 2]), (b"x", b"x")])
+def test_equal_values_have_equal_keys(a, b):
+    assert store.digest(a) == store.digest(b)
+
+
+@pytest.mark.parametrize(("a", "b"), [({"x": 1}, {"x": 1.5}), ([1, 2], [2, 1]), (b"x", b"y"), (1, "1"), (0, False)])
+def test_other_values_have_other_keys(a, b):
+    assert store.digest(a) != store.digest(b)
+
+
+def test_results_are_found_again_unless_they_are_damaged_or_not_wanted(tmp_path: Path):
+    kept = Store(tmp_path / "results")
+    assert kept.find("speed", "abc") is None
+    kept.keep("speed", "abc", {"a": [1, None]}, "about")
+    assert kept.find("speed", "abc") == {"a": [1, None]}
+    assert kept.find("accuracy", "abc") is None
+    assert Store(tmp_path / "results", fresh=True).find("speed", "abc") is None
+    (tmp_path / "results/speed-abc.json").write_text('{"version": 1, "resu')
+    assert kept.find("speed", "abc") is None
+
+
+# ---- candidates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([["a", "x/a"], ["b", "x/b"]], ["a", "b"]),
+        ([["a", "x/a"], ["a", "y/a"]], ["x/a", "y/a"]),
+        ([["a", "p/a", "x/p/a"], ["a", "p/a", "y/p/a"], ["b"]], ["x/p/a", "y/p/a", "b"]),
+        ([["a"], ["a"], ["a"]], ["a", "a (2)", "a (3)"]),
+        ([["a"], ["a", "x/a"]], ["a", "x/a"]),
+    ],
+)
+def test_labels_are_short_and_different(names, expected):
+    assert unique_labels(names) == expected
+
+
+@pytest.mark.parametrize("name", ["timm/mobilenetv3_small_050", "timm/deit_tiny_patch16_224", "RIFormer"])
+def test_a_backbone_by_name_gets_the_small_neck(name, tmp_path):
+    path = write_spec(name, False, tmp_path)
+    model = DetectionModel(path, nc=2)
+    parts = {part.name: part.parameters for part in model.info(64).parts}
+    assert model.stride.tolist() == [8, 16, 32]
+    assert 600_000 < parts["neck"] < 800_000
+    assert write_spec(name, False, tmp_path) == path
+    assert write_spec(name, True, tmp_path) != path
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [("yolov5n.yaml", [[8, 64], [16, 128], [32, 256]]), ("yolov5-timm.yaml", [[8, 80], [16, 160], [32, 256]])],
+)
+def test_levels_that_the_neck_reads(cfg, expected):
+    assert levels_read(DetectionModel(cfg)) == expected
+
+
+@pytest.mark.parametrize(
+    ("words", "options"),
+    [
+        ("--cfg and --weights are empty", {}),
+        ("did you mean 'onnx'", {"cfg": ["a"], "runtimes": ["onxx"]}),
+        ("names one twice", {"cfg": ["a"], "seeds": [1, 1]}),
+        ("--epochs: -1 is out of range", {"cfg": ["a"], "epochs": -1}),
+    ],
+)
+def test_options_that_cannot_be(words, options):
+    with pytest.raises(ConfigError, match=words):
+        CompareConfig(**options).check()
+
+
+def test_the_command_is_told_without_defaults():
+    config = CompareConfig(cfg=["a b.yaml", "c"], epochs=3, seeds=[0, 1], fresh=True, max_latency_ms=40.0, cache="ram")
+    words = "python compare.py --cfg|a b.yaml|c --epochs|3 --seeds|0|1 --max-latency-ms|40 --cache|ram --fresh"
+    assert config.command_words() == words.replace(" --", "|--").replace(
+        "python compare.py", "python|compare.py"
+    ).split("|")
+
+
+# ---- what a process says --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (SpecError("a.yaml:3: no\nb"), MISTAKE, "a.yaml:3: no; b"),
+        (MemoryError(), MEMORY, "out of memory"),
+        (
+            RuntimeError(f"[enforce fail at alloc_cpu.cpp:1] err == 0. {NO_MEMORY}"),
+            MEMORY, "out of memory (asked for 2 MB more)",
+        ),
+        (
+            SpecError(f"x.yaml:9: row 2: [enforce fail] {NO_MEMORY}"),
+            MEMORY, "out of memory (x.yaml:9: row 2; asked for 2 MB more)",
+        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), MEMORY, "out of memory (CUDA out of memory. Tried)"),
+        (NotImplementedError("no fft\nmore"), UNSUPPORTED, "unsupported operator (no fft)"),
+        (KeyError("x"), OTHER, "KeyError: 'x'"),
+    ],
+)  # fmt: skip
+def test_failures_in_one_line(error, kind, words):
+    assert classify(error) == (kind, words)
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "words"),
+    [(-signal.SIGKILL, MEMORY, "SIGKILL"), (-signal.SIGSEGV, CRASH, "SIGSEGV"), (1, CRASH, "status 1")],
+)
+def test_ends_of_processes(status, kind, words):
+    found = exit_reason(status)
+    assert found[0] == kind and words in found[1]
+
+
+def test_bytes_kept_for_backward():
+    linear = torch.nn.Linear(10, 20, bias=False)
+    x = torch.rand(5, 10)
+    skipped = {linear.weight.untyped_storage().data_ptr(): "weight"}
+    assert kept_for_backward(lambda: linear(x).sum(), skipped) == 5 * 10 * 4  # the input, for the weight's gradient
+    # relu keeps its output, of 5 x 20; once, although two operations use it
+    assert kept_for_backward(lambda: linear(x).relu().square().sum(), skipped) == 5 * 10 * 4 + 5 * 20 * 4
+
+
+def test_labels_follow_the_pictures_into_the_square():
+    wide = np.zeros((50, 100, 3), np.uint8)
+    sample = SamplePictures((wide,), (np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32),))
+    images, targets = training_batch(sample, 2, 64)
+    assert images.shape == (2, 3, 64, 64)
+    expected = [[0, 1, 0.5, 0.5, 0.2, 0.5], [1, 1, 0.5, 0.5, 0.2, 0.5]]  # half as high as the square, in its middle
+    torch.testing.assert_close(targets, torch.tensor(expected), rtol=0, atol=1e-6)
+
+
+def test_objects_by_area():
+    class Record:
+        height, width = 100, 200
+        labels = np.array([[0, 0.5, 0.5, 0.1, 0.2], [0, 0.5, 0.5, 0.2, 0.5], [0, 0.5, 0.5, 0.8, 0.9]])
+
+    assert objects_by_area([Record, Record]) == {"small": 2, "medium": 2, "large": 2}

@@ -1,0 +1,236 @@
+"""Comparisons end to end, at the smallest sizes: what is written, what fails alone, what is used again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import compare as compare_script
+from engine.compare.candidates import Candidate
+from engine.compare.config import CompareConfig
+from engine.compare.context import Context, alone
+from engine.compare.results import Row
+from engine.compare.runner import some_left
+from engine.compare.worker.pool import Failed, Setting, Worker
+from engine.compare.worker.process import MEMORY
+from models.summary import PARTS
+from models.yolo import DetectionModel
+from tests.engine import detectors
+from utils.errors import ConfigError
+from utils.files import ROOT
+
+TINY = """
+nc: 80
+depth_multiple: 0.33
+width_multiple: {width}
+anchors:
+  - [10,13, 16,30, 33,23]
+  - [30,61, 62,45, 59,119]
+backbone:
+  - [-1, 1, Conv, [32, 6, 2, 2]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [64, 3, 2]]
+  - [-1, 1, Conv, [128, 3, 2]]
+head:
+  - [[2, 3], 1, Detect, [nc, anchors]]
+"""
+FILES = {"pareto.png", "latency.png", "memory.png", "results.json", "results.csv", "results.md", "report.html"}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a data set of a few pictures, two small models, and one that cannot be built."""
+    folder = tmp_path_factory.mktemp("compare")
+    (folder / "data.yaml").write_text(
+        "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"
+        "generate: {kind: shapes, train: 8, val: 4, test: 1, imgsz: 96, seed: 3}\n"
+    )
+    (folder / "tiny.yaml").write_text(TINY.format(width=0.125))
+    (folder / "small.yaml").write_text(TINY.format(width=0.25))
+    (folder / "broken.yaml").write_text(TINY.format(width=0.25).replace("Conv, [64", "Konv, [64"))
+    return folder
+
+
+def options(place: Path, *names: str, **more) -> dict:
+    base = {
+        "cfg": [str(place / f"{name}.yaml") for name in names], "data": str(place / "data.yaml"), "imgsz": 64,
+        "device": "cpu", "threads": 1, "rounds": 3, "seconds": 0.0, "workers": 1, "project": str(place / "runs"),
+    }  # fmt: skip
+    return {**base, **more}
+
+
+class Page(HTMLParser):
+    """Counts what a report holds, and what it would fetch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.sources += [value for name, value in attrs if name in ("src", "href") and value]
+
+
+def test_two_models_and_a_broken_one(place, monkeypatch):
+    found = compare_script.run(**options(place, "small", "broken", "tiny", max_params_m=0.008))
+    assert {p.name for p in found.folder.iterdir()} == FILES
+    rows = {row.label: row for row in found.rows}
+    assert rows["broken"].failure is not None
+    assert "broken.yaml:10: row 1 (Konv): unknown module 'Konv'; did you mean 'Conv'?" in rows["broken"].failure
+    assert found.pick.label == "tiny" and "that keep the limits (at most 0.008 M parameters)" in found.pick.reason
+    assert found.pick.misses["small"][0].startswith("parameters 0.0")
+
+    content = json.loads((found.folder / "results.json").read_text())
+    small = next(c for c in content["candidates"] if c["label"] == "small")
+    parts = small["structure"]["parts"]
+    assert sum(parts[name]["parameters"] for name in PARTS) == small["structure"]["parameters"]
+    assert [latency["form"] for latency in small["latencies"]] == ["deployed", "training"]
+    for latency in small["latencies"]:
+        assert set(latency["times"]) == {"preprocess", "forward", "nms", "total"}
+        assert len(latency["times"]["total"]["values"]) == 3
+        assert latency["peak_mb"] > latency["baseline_mb"] > 0
+    assert small["training_memory"]["kept_mb"] > 0 and small["training_step_ms"]["middle"] > 0
+    assert small["structure"]["levels"] == [[8, 16], [16, 32]] and small["structure"]["strides"] == [8, 16]
+    with open(found.folder / "results.csv") as stream:
+        assert [line["status"] for line in csv.DictReader(stream)] == ["measured", "failed", "measured"]
+    page = Page()
+    page.feed((found.folder / "report.html").read_text())
+    assert page.tags.count("img") == 3 and "script" in page.tags
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)  # nothing is fetched
+
+    monkeypatch.setattr(Context, "worker", None)  # nothing is measured again
+    again = compare_script.run(**options(place, "small", "tiny", max_params_m=0.008))
+    figures = [row.latencies[0].total.values for row in found.rows if row.failure is None]
+    assert [row.latencies[0].total.values for row in again.rows if row.failure is None] == figures
+    assert not (place / "runs/cache/initial").exists() and not (place / "runs/cache/exports").exists()
+
+
+def test_nothing_valid_is_one_line():
+    rows = [Row(Candidate(n, n, Path(n), None, n), failure=f"{n}.yaml:3: no") for n in ("a", "b")]
+    with pytest.raises(
+        ConfigError, match="^none of the 2 candidate.* can be measured: a: a.yaml:3: no; b: b.yaml:3: no$"
+    ):
+        some_left(rows)
+    some_left([*rows, Row(Candidate("c", "c", Path("c"), None, "c"))])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"cfg": ["yolov5q"]}, "--cfg yolov5q: unknown; allowed: a model YAML.*did you mean 'yolov5"),
+        ({"cfg": ["timm/convnxt_atto"]}, "did you mean 'timm/convnext_atto'"),
+        ({"cfg": ["no.yaml", "no2.yaml"]}, "no.yaml: no such file.*no2.yaml: no such file"),
+        ({"cfg": [], "weights": ["no.pt"]}, "no.pt: no such file"),
+        ({"data": "no.yaml"}, "no.yaml: no such file"),
+        ({"project": "/proc/no"}, "/proc/no: cannot create this folder"),
+        ({"hyp": "no.yaml"}, "no.yaml: no such file"),
+        ({"device": "7"}, "--device 7: not available"),
+    ],
+)
+def test_mistakes_are_one_line(place, tmp_path, capfd, more, words):
+    given = options(place, "tiny", **{"project": str(tmp_path / "runs"), **more})
+    argv = []
+    for name, value in given.items():
+        values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        argv += [f"--{name.replace('_', '-')}", *values] if values else []
+    status = compare_script.run_main(CompareConfig, "compare.py", "", compare_script.work, argv)
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("compare.py: error: ")]
+    assert status == 2 and len(errors) == 1
+    assert re.search(words, errors[0]), errors[0]
+    assert not list(tmp_path.rglob("exp*"))
+
+
+def test_weights_of_other_classes_are_refused(place, tmp_path):
+    model = detectors.build("yolov5")
+    model.names = {0: "circle", 1: "square", 2: "cat"}
+    path = detectors.save(model, tmp_path / "other.pt")
+    with pytest.raises(ConfigError, match="class 2 is 'cross', in .*other.pt it is 'cat'; give the data"):
+        compare_script.run(**options(place, weights=[str(path)], cfg=[]))
+
+
+def test_two_comparisons_do_not_share_a_folder(tmp_path):
+    with alone(tmp_path / ".lock", "a"), pytest.raises(ConfigError, match="b: another compare.py is at it now"):
+        with alone(tmp_path / ".lock", "b"):
+            pass
+    with alone(tmp_path / ".lock", "c"):
+        pass
+
+
+def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
+    return Worker(Setting(str(path), ("a",), "cpu", 1, memory, ()), folder / "log.txt")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
+def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_path):
+    (tmp_path / "huge.yaml").write_text(TINY.format(width=400))
+    with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
+        for _ in range(2):
+            with pytest.raises(Failed, match="^out of memory .*MB more") as error:
+                process.ask("initial", checkpoint=str(tmp_path / "a.pt"))
+            assert error.value.kind == MEMORY
+        assert process.is_alive
+        assert process._process.stdin is not None
+        process._process.stdin.close()  # as when the parent is killed
+        assert process._process.wait(10) == 0
+
+
+def test_a_killed_process_is_a_reason(place, tmp_path):
+    with worker(place / "tiny.yaml", tmp_path) as process:
+        os.kill(process._process.pid, signal.SIGKILL)
+        with pytest.raises(Failed, match="SIGKILL"):
+            process.ask("close")
+
+
+def test_train_py_shows_the_parts():
+    text = str(DetectionModel(ROOT / "models/yolov5n.yaml", nc=3).info(64))
+    first, second = text.splitlines()
+    assert first.endswith("GFLOPs") and second.startswith("backbone ") and "; neck " in second and "; head " in second
+
+
+@pytest.mark.slow
+def test_training_is_taken_up_after_a_kill(place, tmp_path):
+    """Two models, two seeds, ONNX: killed in the second training, gone on with, and not done again a third time."""
+    words = ["--cfg", str(place / "tiny.yaml"), str(place / "small.yaml"), "--data", str(place / "data.yaml")]
+    words += "--imgsz 64 --epochs 6 --seeds 0 1 --runtimes onnx pytorch --batch 1 2 --rounds 3 --seconds 0".split()
+    words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
+    own = tmp_path / "project"  # a copy: a change of the sources in between is a reason to train again
+    for name in ("models", "data", "engine", "utils"):
+        shutil.copytree(ROOT / name, own / name, ignore=shutil.ignore_patterns("__pycache__", "*.cache.npz"))
+    shutil.copy(ROOT / "compare.py", own)
+    command = [sys.executable, str(own / "compare.py"), *words]
+    log = tmp_path / "first.txt"
+    with open(log, "w") as stream:
+        first = subprocess.Popen(command, stderr=stream)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("cache/trainings/small-seed0-*/weights/last.pt")):
+            assert first.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        first.kill()
+        first.wait()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    assert "1/4 tiny, training, seed 0: found, not done again" in second.stderr
+    assert "2/4 small, training, seed 0: goes on after" in second.stderr
+    content = json.loads((tmp_path / "exp/results.json").read_text())
+    for candidate in content["candidates"]:
+        assert candidate["notes"] == [] and candidate["accuracy"]["seeds"] == [0, 1]
+        assert len(candidate["accuracy"]["results"]) == 2 and candidate["accuracy"]["map"]["deviation"] is not None
+        phases = {(x["runtime"], x["form"], x["batch"]) for x in candidate["latencies"]}
+        assert phases == {(r, f, b) for r, f in (("onnx", "deployed"), ("pytorch", "deployed"), ("pytorch", "training"))
+                          for b in (1, 2)}  # fmt: skip
+    third = subprocess.run(command, capture_output=True, text=True)
+    assert third.stderr.count("found, not done again") == 4
+    again = json.loads((tmp_path / "exp2/results.json").read_text())
+    assert [c["latencies"] for c in again["candidates"]] == [c["latencies"] for c in content["candidates"]]

@@ -1,0 +1,164 @@
+"""Tables and pictures of a comparison."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.compare import plots as pictures
+from engine.compare import table
+from engine.compare.candidates import Candidate
+from engine.compare.measure.rounds import Spread
+from engine.compare.pareto import Pick
+from engine.compare.results import DEPLOYED, Accuracy, Latency, Row
+
+
+def spread(middle: float, low: float | None = None, high: float | None = None) -> Spread:
+    low, high = middle if low is None else low, middle if high is None else high
+    return Spread(middle, low, high, (low, high))
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.012345, "0.0123"), (1.2345, "1.23"), (12.345, "12.3"), (123.45, "123"), (1234.5, "1234"), (0, "0"),
+     (9.999, "10.0"), (1e-9, "0.000000")],
+)  # fmt: skip
+def test_numbers(value, text):
+    assert table.significant(value) == text
+
+
+def result(value: float) -> dict:
+    classes = {"one": {"map50": value, "map": value / 2, "objects": 3}}
+    areas = {"small": value, "medium": None, "large": 0.0}
+    return {"map50": value, "map": value / 2, "precision": 0.5, "recall": 0.5, "areas": areas, "classes": classes}
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    def row(name: str, ms: float, value: float) -> Row:
+        found = Row(Candidate(name, f"{name}.yaml", Path(f"{name}.yaml"), None, name))
+        parts = {part: {"parameters": 500_000, "gflops": 0.5} for part in ("backbone", "neck", "head")}
+        found.structure = {
+            "parts": parts, "parameters": 1_500_000, "gflops": 1.5, "deployed_parameters": 1_400_000,
+            "deployed_gflops": 1.4, "levels": [[8, 64]], "strides": [8, 16], "side": 64, "disk_mb": 6.0,
+        }  # fmt: skip
+        found.training_memory = {"peak_mb": 900.0, "baseline_mb": 700.0, "kept_mb": 12.0, "batch": 2, "amp": "float32"}
+        times = {s: spread(ms / 4) for s in ("preprocess", "forward", "nms")} | {"total": spread(ms, ms - 1, ms + 1)}
+        found.latencies = [Latency("pytorch", DEPLOYED, 1, 64, times, 800.0, 700.0, 6.0)]
+        found.step = spread(4.0, 2.0, 5.0)
+        found.accuracy = Accuracy((0, 1), (result(value), result(value + 0.1)))
+        return found
+
+    failed = Row(Candidate("bro|ken", "bro|ken.yaml", Path("x"), None, "x"), failure="a|b.yaml:3: no")
+    return [row("fast", 2.0, 0.4), failed, row("good", 20.0, 0.8)]
+
+
+def chosen(rows: list[Row]) -> Pick:
+    return Pick("good", "because", {"fast": ("latency 2 ms > 1",), "good": ()})
+
+
+def cells(found: table.Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in found.rows]
+
+
+def test_summary(rows):
+    found = table.summary(rows, chosen(rows), "pytorch", 1)
+    assert found.header[:7] == ("candidate", "", "mAP50-95", "place", "mAP50", "ms per picture", "place")
+    assert cells(found) == [
+        ["good", "PICK", "0.425 ± 0.035", "1", "0.850 ± 0.071", "20.0 [19.0, 21.0]", "2", "1.50", "1.50", "250",
+         "800", "100", "900", "200"],
+        ["fast", "latency 2 ms > 1", "0.225 ± 0.035", "2", "0.450 ± 0.071", "2.00 [1.00, 3.00]", "1", "1.50", "1.50",
+         "250", "800", "100", "900", "200"],
+        ["bro|ken", "failed", *["–"] * 12],
+    ]  # fmt: skip
+    assert found.rows[0][2].value == pytest.approx(0.425)
+
+
+def test_a_column_without_values_is_left_out(rows):
+    for row in rows:
+        row.accuracy = None
+    assert "mAP50" not in table.summary(rows, chosen(rows), "pytorch", 1).header
+    assert "file differs by, px" not in table.latency(rows).header
+
+
+def test_latency_is_ranked_within_runtime_form_and_batch(rows):
+    other = replace(rows[0].latencies[0], runtime="onnx", times=rows[2].latencies[0].times)
+    rows[0].latencies.append(other)
+    place = table.latency(rows).header.index("place")
+    found = [(row[0], row[3], row[place]) for row in cells(table.latency(rows))]
+    assert found == [("onnx", "fast", "1"), ("pytorch", "fast", "1"), ("pytorch", "good", "2")]
+
+
+def test_accuracy_table(rows):
+    found = table.accuracy(rows)
+    assert found.header[-3:] == ("recall", "small objects", "large objects")  # nothing medium in the data set
+    assert cells(found)[0] == [
+        "fast", "0, 1", "0.225 ± 0.035", "2", "0.450 ± 0.071", "0.500 ± 0.000", "0.500 ± 0.000", "0.450 ± 0.071",
+        "0.000 ± 0.000",
+    ]  # fmt: skip
+
+
+def test_failures_have_their_reasons(rows):
+    rows[0].notes.append("onnx: no")
+    found = cells(table.failures(rows))
+    assert found == [["bro|ken", "not measured", "a|b.yaml:3: no"], ["fast", "in part", "onnx: no"]]
+
+
+def test_markdown_is_a_table_whatever_is_in_it(rows):
+    lines = table.as_markdown(table.failures(rows)).splitlines()
+    assert lines[0] == "## What failed"
+    assert lines[-1] == r"| bro\|ken | not measured | a\|b.yaml:3: no |"
+
+
+def test_text_is_aligned(rows):
+    lines = table.as_text(table.training(rows)).splitlines()
+    assert lines[0] == "Training step"
+    assert lines[2].startswith("fast       250 [200, 500]     1=")
+    assert len(lines[2]) == len(lines[3])
+
+
+def test_csv_has_one_line_per_candidate_with_full_numbers(rows):
+    found = list(csv.DictReader(io.StringIO(table.as_csv(rows, chosen(rows)))))
+    assert [line["status"] for line in found] == ["measured", "failed", "measured"]
+    assert found[0]["pytorch_deployed_b1_ms_high"] == "3.0"
+    assert found[1]["reason"] == "a|b.yaml:3: no" and found[1]["map"] == ""
+    assert (found[2]["pick"], found[0]["qualifies"], found[2]["map_class_one"][:5]) == ("1", "0", "0.425")
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_do_not_overlap():
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(100, 600, (14, 2))
+    anchors = [(x - 8, y - 8, x + 8, y + 8) for x, y in corners]
+    anchors[1] = anchors[0]  # two at one place
+    sizes = [(float(w), 14.0) for w in rng.uniform(40, 150, 14)]
+    inside = (0.0, 0.0, 700.0, 700.0)
+    found = pictures.place_labels(anchors, sizes, inside)
+    for k, box in enumerate(found):
+        assert (box[2] - box[0], box[3] - box[1]) == pytest.approx(sizes[k])
+        assert pictures.outside(box, inside) == 0
+        assert all(pictures.overlap(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
+
+
+def test_labels_keep_off_lines():
+    anchor = (100.0, 100.0, 110.0, 110.0)
+    line = (110.0, 105.0, 300.0, 105.0)
+    (free,) = pictures.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0))
+    (off,) = pictures.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0), [line])
+    assert pictures.overlap(free, line) > 0
+    assert pictures.overlap(off, line) == 0
+
+
+def test_disc_areas_are_proportional_to_parameters():
+    assert pictures.disc_area(5, 10) == pytest.approx(pictures.LARGEST / 2)
+    assert pictures.disc_area(0.001, 10) == pictures.SMALLEST

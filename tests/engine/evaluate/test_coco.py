@@ -1,0 +1,122 @@
+"""COCO result files: numbers of pictures and categories, corners, and the score of known answers."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from engine.evaluate import coco as coco_eval
+from engine.evaluate.accumulator import ImageOutcome
+from engine.evaluate.coco import COCO_CATEGORIES, CocoImage, ground_truth, image_numbers, result_rows, score
+from engine.evaluate.outputs import CocoSink
+from utils.errors import ConfigError, DataError
+
+NUMBERS = [
+    # paths, ids, what it is
+    (["a/000000000139.jpg", "a/000000000285.jpg"], [139, 285], "COCO's names are the ids"),
+    (["a/1.jpg", "b/01.jpg"], [1, 2], "the same number twice: counted"),
+    (["cat.jpg", "2.jpg"], [1, 2], "not all are numbers: counted"),
+    (["²3.jpg", "5.jpg"], [1, 2], "what looks like a digit is no number"),
+]
+
+
+@pytest.mark.parametrize("paths, ids, text", NUMBERS)
+def test_image_numbers(paths, ids, text):
+    assert list(image_numbers(paths).values()) == ids
+
+
+def test_categories_of_coco():
+    assert len(COCO_CATEGORIES) == 80
+    # person, stop sign, cat, backpack, dining table, toothbrush
+    assert [COCO_CATEGORIES[k] for k in (0, 11, 15, 24, 60, 79)] == [1, 13, 17, 27, 67, 90]
+
+
+def test_rows_name_the_corner():
+    (row,) = result_rows(torch.tensor([[10.0, 20, 40, 80, 0.123456, 2]]), 7, (5, 6, 8))
+    assert row == {"image_id": 7, "category_id": 8, "bbox": [10, 20, 30, 60], "score": 0.12346}
+
+
+LABELS = np.array([[0, 0.25, 0.25, 0.2, 0.3], [1, 0.7, 0.6, 0.4, 0.5]], np.float32)
+IMAGES = [CocoImage(Path("a.jpg"), 100, 200, LABELS), CocoImage(Path("b.jpg"), 80, 50, LABELS[:1])]
+IDS = {"a.jpg": 1, "b.jpg": 2}
+NAMES = {0: "disc", 1: "bar"}
+
+
+def perfect():
+    rows = []
+    for image in IMAGES:
+        for label, cx, cy, w, h in image.labels.tolist():
+            x, y = (cx - w / 2) * image.width, (cy - h / 2) * image.height
+            corner = [x, y, x + w * image.width, y + h * image.height]
+            rows += result_rows(torch.tensor([[*corner, 0.9, label]]), IDS[str(image.path)], (0, 1))
+    return rows
+
+
+SCORES = [
+    # results, mAP50-95
+    (perfect(), 1.0),
+    ([row for row in perfect() if row["category_id"] == 0], 0.5),
+    ([{**row, "category_id": 1 - row["category_id"]} for row in perfect()], 0.0),
+    ([], 0.0),
+]
+
+
+@pytest.mark.parametrize("results, expected", SCORES)
+def test_score_of_known_answers(results, expected, capsys):
+    figures = score(ground_truth(IMAGES, IDS, (0, 1), NAMES), results, [1, 2])
+    assert len(figures) == 12 and figures[0] == pytest.approx(expected, abs=0.01)
+    assert capsys.readouterr().out == ""
+
+
+def test_score_from_a_file_and_its_errors(tmp_path):
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps(ground_truth(IMAGES, IDS, (0, 1), NAMES)))
+    assert score(path, perfect(), [1, 2])[0] == pytest.approx(1, abs=0.01)
+    with pytest.raises(DataError, match=r"truth\.json: does not know 1 of the pictures, such as id 3"):
+        score(path, perfect(), [1, 3])
+    for text in ("{", "[]", '{"images": []}'):
+        path.write_text(text)
+        with pytest.raises(DataError, match=r"truth\.json"):
+            score(path, perfect(), [1, 2])
+
+
+def test_missing_package_is_said_before_any_work(monkeypatch):
+    monkeypatch.setattr(coco_eval.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="pip install pycocotools"):
+        CocoSink.check()
+
+
+def coco_like(tmp_path, file, boxes=2):
+    records = [SimpleNamespace(path=tmp_path / "images/val2017/000000000139.jpg", height=100, width=200, labels=LABELS)]
+    data = SimpleNamespace(file=Path(file), root=tmp_path)
+    return data, SimpleNamespace(records=records, report=SimpleNamespace(boxes=boxes))
+
+
+def test_coco_itself_uses_its_own_annotations(tmp_path):
+    names = {k: str(k) for k in range(80)}
+    data, annotations = coco_like(tmp_path, "data/coco.yaml")
+    sink = CocoSink.for_data(data, annotations, names)
+    assert sink.categories == COCO_CATEGORIES and isinstance(sink.truth, dict)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / coco_eval.OFFICIAL_ANNOTATIONS).write_text("{}")
+    assert CocoSink.for_data(data, annotations, names).truth == tmp_path / coco_eval.OFFICIAL_ANNOTATIONS
+    found = torch.tensor([[0, 0, 9, 9, 0.5, 79.0]])
+    sink(ImageOutcome(str(annotations.records[0].path), (100, 200), found, None, None))
+    assert sink.rows[0]["image_id"] == 139 and sink.rows[0]["category_id"] == 90
+
+
+def test_other_sets_are_scored_against_their_labels(tmp_path, caplog):
+    data, annotations = coco_like(tmp_path, "my.yaml")
+    sink = CocoSink.for_data(data, annotations, NAMES)
+    found = torch.tensor([[30, 10, 70, 40, 0.9, 0], [100, 35, 180, 85, 0.8, 1.0]])
+    sink(ImageOutcome(str(annotations.records[0].path), (100, 200), found, None, None))
+    assert sink.write(tmp_path / "p.json")[0] == pytest.approx(1, abs=0.01)
+    assert {p.name for p in tmp_path.iterdir()} == {"p.json", "ground_truth.json"}
+    bare = replace(CocoSink.for_data(*coco_like(tmp_path, "my.yaml", boxes=0), NAMES), rows=sink.rows)
+    assert bare.write(tmp_path / "q.json") is None and "no labels" in caplog.text

@@ -1,0 +1,445 @@
+"""export.py from checkpoint to file: what is written, proved and refused, and that nothing else is left."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import helper, numpy_helper
+
+import engine.export.exporter as job
+import export
+from engine.cli.config import DetectConfig
+from engine.cli.parser import run_main
+from engine.export.benchmark import time_in_turns
+from engine.export.check_outputs import Suppression
+from engine.export.config import FORMATS, ExportConfig
+from engine.export.formats.onnx_graph import lower_to_17, opset_of, reorder_gelu
+from engine.export.formats.onnx_nms import NmsOptions, embed_nms
+from engine.export.wrapper import ExportGraph, deployed_form
+from engine.predict.predictor import detect
+from engine.runtimes.registry import open_runtime
+from models.checkpoint.io import load_detector
+from tests.engine.detectors import BACKBONES, build, save
+from utils.errors import ExportError
+from utils.files import ROOT
+
+CPU = torch.device("cpu")
+HAS_OPENVINO = importlib.util.find_spec("openvino") is not None
+needs_openvino = pytest.mark.skipif(not HAS_OPENVINO, reason="openvino is not installed")
+INSTALLED = [name for name in FORMATS if name != "openvino" or HAS_OPENVINO]
+SIZE = [64, 96]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return save(build("yolov5"), tmp_path_factory.mktemp("weights") / "tiny.pt")
+
+
+@pytest.fixture(scope="module")
+def exported(weights):
+    """Every installed format of one checkpoint; the report, and the checkpoint's bytes before."""
+    before = hashlib.sha256(weights.read_bytes()).hexdigest()
+    report = export.run(weights=[str(weights)], imgsz=SIZE, include=INSTALLED)
+    return report, before
+
+
+def cli(argv, capsys):
+    """Exit status and what went to stderr."""
+    status = run_main(ExportConfig, "export.py", "", export.work, [str(a) for a in argv])
+    return status, capsys.readouterr().err
+
+
+def eager(weights, images):
+    with torch.no_grad():
+        return ExportGraph(deployed_form(load_detector(weights))).eval()(images)
+
+
+# ---- what is written ------------------------------------------------------------------------------------------------
+
+
+def test_every_format_computes_what_eager_does(weights, exported):
+    report, _ = exported
+    assert [a.format for a in report.artefacts] == INSTALLED and not report.failures
+    images = torch.rand(1, 3, *SIZE)
+    for artefact in report.artefacts:
+        runtime = open_runtime([str(artefact.path)], CPU)
+        assert (runtime.imgsz, runtime.fixed_batch, runtime.stride) == ((64, 96), 1, 32)
+        assert runtime.names == {0: "disc", 1: "bar", 2: "dot"}
+        torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-4, atol=2e-3)
+
+
+def test_checkpoint_is_untouched_and_nothing_else_lies_about(weights, exported):
+    report, before = exported
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
+    names = {a.path.name for a in report.artefacts}
+    proofs = {f"{name}.proof.json" for name in names}
+    assert {p.name for p in weights.parent.iterdir()} == {"tiny.pt", *names, *proofs}
+
+
+def test_proof_is_written_beside_the_file(exported):
+    for artefact in exported[0].artefacts:
+        proof = json.loads(artefact.proof.read_text())
+        assert [stage["problems"] for stage in proof["stages"]] == [[], []]
+        assert all(stage["matched"] == stage["reference"] > 20 for stage in proof["stages"])
+        assert proof["tolerance"]["file"]["row_px"] == 0.05 and proof["precision"] == "float32"
+        assert proof["inputs"]["shapes"][0][2:] == SIZE and "torch" in proof["versions"]
+
+
+def test_onnx_interface(exported):
+    path = next(a.path for a in exported[0].artefacts if a.format == "onnx")
+    model = onnx.load(str(path))
+    texts = {p.key: p.value for p in model.metadata_props}
+    assert opset_of(model) == 17
+    assert texts["stride"] == "32" and texts["names"] == "{0: 'disc', 1: 'bar', 2: 'dot'}"
+    assert texts["imgsz"] == "[64, 96]" and {"backbone", "date", "spec"} <= set(texts)
+    assert set(json.loads(texts["versions"])) == {"torch", "onnx", "onnxscript", "onnxruntime"}
+    session = onnxruntime.InferenceSession(str(path))
+    (given,), (answer,) = session.get_inputs(), session.get_outputs()
+    assert (given.name, given.type, given.shape) == ("images", "tensor(float)", [1, 3, 64, 96])
+    assert (answer.name, answer.type, answer.shape) == ("output0", "tensor(float)", [1, 378, 8])
+
+
+def test_no_path_of_this_machine_is_in_the_files(exported):
+    for artefact in exported[0].artefacts:
+        files = [artefact.path] if artefact.path.is_file() else list(artefact.path.iterdir())
+        for file in (*files, artefact.proof):
+            if artefact.format != "torchscript":  # its archive keeps source file names for its own error messages
+                assert str(ROOT).encode() not in file.read_bytes(), file
+
+
+def test_torchscript_is_what_yolov5_tools_read(exported):
+    path = next(a.path for a in exported[0].artefacts if a.format == "torchscript")
+    extra = {"config.txt": ""}
+    module = torch.jit.load(str(path), _extra_files=extra)
+    config = json.loads(extra["config.txt"])
+    assert config["shape"] == [1, 3, 64, 96] and config["stride"] == 32 and config["names"]["1"] == "bar"
+    out = module(torch.rand(1, 3, *SIZE))
+    assert isinstance(out, tuple) and out[0].shape == (1, 378, 8)
+
+
+def test_opencv_gives_the_same_boxes(weights, exported):
+    path = next(a.path for a in exported[0].artefacts if a.format == "onnx")
+    images = torch.rand(1, 3, *SIZE)
+    found = open_runtime([str(path)], CPU, dnn=True)(images)
+    torch.testing.assert_close(found, eager(weights, images), rtol=1e-4, atol=2e-3)
+
+
+def test_detect_gives_the_same_boxes_for_every_format(weights, exported, tmp_path):
+    """Files of one fixed size see the same letterboxed pictures."""
+    found = {}
+    for artefact in exported[0].artefacts:
+        folder = tmp_path / artefact.format
+        detect(DetectConfig(weights=[str(artefact.path)], source="data/images", project=str(folder), nosave=True,
+                            save_txt=True, save_conf=True, conf_thres=0.1))  # fmt: skip
+        files = sorted((folder / "exp/labels").glob("*.txt"))
+        found[artefact.format] = [np.loadtxt(file, ndmin=2) for file in files]
+    first, *others = found.values()
+    assert sum(len(f) for f in first) > 10
+    for other in others:
+        for a, b in zip(first, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_free_sizes(tmp_path):
+    """Batches 1 to 8 and sizes square and not, for a model that the proof has not seen at these sizes."""
+    weights = save(build("riformer"), tmp_path / "r.pt")
+    report = export.run(weights=[str(weights)], imgsz=[96, 128], include=["onnx"], dynamic=True)
+    runtime = open_runtime([str(report.artefacts[0].path)], CPU)
+    assert (runtime.imgsz, runtime.fixed_batch) == (None, None)
+    for shape in [(1, 3, 32, 32), (8, 3, 64, 64), (1, 3, 256, 96), (3, 3, 96, 160)]:
+        images = torch.rand(shape)
+        torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-4, atol=5e-3)
+
+
+# Batches 1 to 8, sides 256 to 640, square and not. An odd number of cells (288, 352) makes RepMLPNet pad its
+# partitions; every size but 64 resizes RevViT's positions.
+FREE_SHAPES = [(1, 3, 256, 256), (8, 3, 256, 288), (2, 3, 640, 640), (1, 3, 320, 640), (3, 3, 416, 352)]
+FAMILIES = ["yolov5", *(name for name in BACKBONES if name != "repmlp-published")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, family, dynamic):
+    weights = save(build(family), tmp_path / "m.pt")
+    report = export.run(weights=[str(weights)], imgsz=[128, 160], include=INSTALLED, dynamic=dynamic, batch_size=2)
+    assert not report.failures
+    for artefact in report.artefacts:
+        runtime = open_runtime([str(artefact.path)], CPU)
+        for shape in FREE_SHAPES if dynamic else [(2, 3, 128, 160)]:
+            images = torch.rand(shape)
+            torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-3, atol=2e-2)
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_have_free_sizes_is_told_so(tmp_path, capsys):
+    """RepMLPNet's published tile order is another function at multiples of its nominal size."""
+    weights = save(build("repmlp-published"), tmp_path / "m.pt")
+    status, text = cli(["--weights", weights, "--imgsz", 128, "160", "--include", "onnx", "--dynamic"], capsys)
+    assert status == 1 and "leave --dynamic out" in text and "tile_order published" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["m.pt"]
+    assert cli(["--weights", weights, "--imgsz", 128, "--include", "torchscript"], capsys)[0] == 0
+
+
+# ---- suppression in the graph ---------------------------------------------------------------------------------------
+
+
+def suppressing(count, columns, options):
+    """A session over a graph that has nothing but suppression: `images` are the rows."""
+    rows = helper.make_tensor_value_info("images", 1, ["batch", count, columns])
+    answer = helper.make_tensor_value_info("output0", 1, ["batch", count, columns])
+    graph = helper.make_graph([helper.make_node("Identity", ["images"], ["output0"])], "g", [rows], [answer])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    embed_nms(model, options)
+    onnx.checker.check_model(model)
+    return onnxruntime.InferenceSession(model.SerializeToString())
+
+
+def random_rows(batch, count, columns, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.rand(batch, count, columns, generator=generator)
+    rows[..., :2] *= 100
+    rows[..., 2:4] = rows[..., 2:4] * 40 + 5
+    return rows
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        NmsOptions(0.25, 0.45, 100, 100, agnostic=False),
+        NmsOptions(0.1, 0.7, 100, 100, agnostic=True),
+        NmsOptions(0.1, 0.6, 3, 100, agnostic=False),
+        NmsOptions(0.1, 0.6, 100, 7, agnostic=False),
+        NmsOptions(0.25, 0.45, 400, 400, agnostic=False),  # more than there are rows
+        NmsOptions(0.999, 0.45, 100, 100, agnostic=False),  # nothing is left
+    ],
+)
+def test_suppression_equals_ours(options):
+    rows = random_rows(3, 200, 9)
+    found = suppressing(200, 9, options).run(None, {"images": rows.numpy()})[0]
+    assert found.shape == (3, options.per_picture, 6)
+    same = Suppression(options.conf_thres, options.iou_thres, options.agnostic, options.per_class, options.per_picture)
+    for boxes, wanted in zip(found, same.apply(rows)):
+        torch.testing.assert_close(torch.from_numpy(boxes[boxes[:, 4] > 0]), wanted, rtol=1e-5, atol=1e-3)
+        assert not boxes[len(wanted) :].any()  # zeros after the last box
+
+
+def test_thresholds_can_be_overridden():
+    rows = random_rows(1, 200, 9)
+    session = suppressing(200, 9, NmsOptions(0.25, 0.45, 100, 100, agnostic=False))
+    feed = {"images": rows.numpy(), "conf_thres": np.array([0.6], np.float32), "iou_thres": np.array([0.2], np.float32)}
+    found = session.run(None, feed)[0][0]
+    torch.testing.assert_close(torch.from_numpy(found[found[:, 4] > 0]), Suppression(0.6, 0.2).apply(rows)[0])
+
+
+def test_export_with_suppression(weights, tmp_path, caplog):
+    copy = tmp_path / "n.pt"
+    copy.write_bytes(weights.read_bytes())
+    report = export.run(weights=[str(copy)], imgsz=SIZE, include=["onnx"], nms=True, topk_all=50, conf_thres=0.3)
+    path = report.artefacts[0].path
+    assert report.artefacts[0].comparison.matched > 20
+    session = onnxruntime.InferenceSession(str(path))
+    assert session.get_outputs()[0].shape == [1, 50, 6]
+    runtime = open_runtime([str(path)], CPU)
+    assert "suppresses by itself (score 0.3, IoU 0.45, 50 boxes per picture" in caplog.text
+    images = torch.rand(1, 3, *SIZE)
+    assert runtime(images).shape == (1, 50, 8)
+
+
+# ---- passes over the graph ------------------------------------------------------------------------------------------
+
+
+def test_reductions_and_splits_of_set_18_are_spelled_as_in_17():
+    nodes = [
+        helper.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=1),
+        helper.make_node("Sub", ["x", "m"], ["d"]),
+        helper.make_node("Split", ["d"], ["a", "b"], axis=1, num_outputs=2),
+        helper.make_node("Concat", ["b", "a"], ["y"], axis=1),
+    ]
+    value = [helper.make_tensor_value_info(name, 1, [2, 4, 3]) for name in ("x", "y")]
+    axes = numpy_helper.from_array(np.array([2], np.int64), "axes")
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:], [axes])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    x = np.random.default_rng(0).random((2, 4, 3), np.float32)
+    wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    lower_to_17(model)
+    onnx.checker.check_model(model, full_check=True)
+    assert opset_of(model) == 17
+    np.testing.assert_array_equal(
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0], wanted
+    )
+
+
+def test_what_17_does_not_have_is_named():
+    node = helper.make_node("Mish", ["x"], ["y"])
+    value = [helper.make_tensor_value_info(name, 1, [2]) for name in ("x", "y")]
+    model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]))
+    with pytest.raises(ExportError, match="needs Mish as of set 18; use --opset 18"):
+        lower_to_17(model)
+
+
+def test_gelu_is_written_in_the_order_that_opencv_survives():
+    nodes = [
+        helper.make_node("Div", ["x", "root"], ["a"]),
+        helper.make_node("Erf", ["a"], ["b"]),
+        helper.make_node("Add", ["b", "one"], ["c"]),
+        helper.make_node("Mul", ["half", "c"], ["d"]),
+        helper.make_node("Mul", ["x", "d"], ["y"]),
+    ]
+    constants = {"root": 2**0.5, "one": 1.0, "half": 0.5}
+    initializers = [numpy_helper.from_array(np.array(v, np.float32), name) for name, v in constants.items()]
+    value = [helper.make_tensor_value_info(name, 1, [7]) for name in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", value[:1], value[1:], initializers)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    reorder_gelu(model)
+    assert list(model.graph.node[3].input) == ["x", "c"] and list(model.graph.node[4].input) == ["d", "half"]
+    x = torch.linspace(-4, 4, 7)
+    found = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), torch.nn.functional.gelu(x), rtol=1e-5, atol=1e-6)
+
+
+# ---- failures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_weights(weights, tmp_path):
+    copy = tmp_path / "run" / "best.pt"
+    copy.parent.mkdir()
+    copy.write_bytes(weights.read_bytes())
+    return copy
+
+
+def test_a_file_that_computes_something_else_is_not_left(own_weights, monkeypatch, capsys):
+    right = job.save_torchscript
+
+    def wrong(graph, *rest):
+        broken = ExportGraph(job.deepcopy(graph.model)).eval()
+        broken.model.head.m[0].bias.data += 0.01
+        right(broken, *rest)
+
+    monkeypatch.setattr(job, "save_torchscript", wrong)
+    status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
+    assert status == 1
+    assert "torchscript: proof failed at stage 2, deployed form -> exported file" in text
+    assert os.listdir(own_weights.parent) == ["best.pt"]
+
+
+def test_one_bad_format_does_not_keep_the_others_back(own_weights, monkeypatch, capsys):
+    def fails(*_):
+        raise ExportError("onnx: this went wrong")
+
+    monkeypatch.setattr(job, "onnx_model", fails)
+    status, text = cli(["--weights", own_weights, "--imgsz", *SIZE, "--include", "onnx", "torchscript"], capsys)
+    assert status == 1 and "onnx: this went wrong" in text
+    left = sorted(os.listdir(own_weights.parent))
+    assert left == ["best.pt", "best.torchscript", "best.torchscript.proof.json"]
+
+
+def test_a_broken_fold_stops_everything(own_weights, monkeypatch, capsys):
+    import models.fuse as fuse
+
+    right = fuse._folded
+    monkeypatch.setattr(fuse, "_folded", lambda conv, norm: (right(conv, norm)[0], -right(conv, norm)[1]))
+    status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
+    assert status == 1 and text.count("\n") == 1 and "stage 1, training form -> deployed form" in text
+    assert os.listdir(own_weights.parent) == ["best.pt"]
+
+
+BAD = [
+    (["--include", "onix"], "unknown format; allowed: torchscript, onnx, openvino; did you mean 'onnx'?"),
+    (["--include", "engine"], "--include engine: engine files are not written; export onnx"),
+    (["--include", "tflite"], "TensorFlow formats are not written"),
+    (["--half"], "--half: torchscript in float16 needs a GPU"),
+    (["--half", "--int8", "--include", "onnx"], "--half and --int8 exclude each other"),
+    (["--int8"], "--int8: not for torchscript"),
+    (["--nms"], "--nms: not for torchscript"),
+    (["--imgsz", "64", "64", "64"], "--imgsz: 3 numbers"),
+    (["--imgsz", "0"], "--imgsz: 0 is out of range"),
+    (["--opset", "16", "--include", "onnx"], "--opset: 16 is out of range; allowed: 17 to 22"),
+    (["--keras"], "--keras: not available: belongs to TensorFlow"),
+    (["--workspace", "8"], "--workspace: not available: belongs to TensorRT"),
+    (["--optimize"], "--optimize: not available"),
+    (["--batch-size", "0"], "--batch-size: 0 is out of range"),
+]
+
+
+@pytest.mark.parametrize(("argv", "words"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_refused_in_one_line(own_weights, capsys, argv, words):
+    status, text = cli(["--weights", own_weights, *argv], capsys)
+    assert status == 2 and text.count("\n") == 1 and words in text, text
+    assert os.listdir(own_weights.parent) == ["best.pt"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "missing", "command"),
+    [
+        (["--include", "openvino"], "openvino", "pip install openvino"),
+        (["--include", "onnx"], "onnxscript", "pip install onnxscript"),
+        (["--include", "onnx", "--simplify"], "onnxslim", "pip install onnxslim"),
+    ],
+)
+def test_a_missing_package_is_named_with_the_command(own_weights, monkeypatch, capsys, argv, missing, command):
+    right = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == missing else right(name, *rest)
+    )
+    status, text = cli(["--weights", own_weights, *argv], capsys)
+    assert status == 2 and text.count("\n") == 1 and command in text
+    assert os.listdir(own_weights.parent) == ["best.pt"]
+
+
+def test_bad_weights(own_weights, capsys, tmp_path):
+    cases = {
+        "cut.pt": (own_weights.read_bytes()[:5000], "damaged"),
+        "best.onnx": (b"x", "is exported already; give a checkpoint"),
+        "gone.pt": (None, "no such file"),
+    }
+    for name, (content, words) in cases.items():
+        path = tmp_path / "bad" / name
+        path.parent.mkdir(exist_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        status, text = cli(["--weights", path], capsys)
+        assert status == 2 and text.count("\n") == 1 and words in text, text
+    assert {p.name for p in (tmp_path / "bad").iterdir()} == {"cut.pt", "best.onnx"}
+
+
+def test_a_folder_that_cannot_be_written_to(own_weights, monkeypatch, capsys):
+    folder = own_weights.parent
+    right = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and right(path, mode))
+    status, text = cli(["--weights", own_weights], capsys)
+    assert status == 2 and text.count("\n") == 1 and "this folder is not writable" in text
+
+
+def test_a_size_off_the_grid_is_rounded_with_a_message(own_weights, caplog):
+    report = export.run(weights=[str(own_weights)], imgsz=[60, 70])
+    assert "--imgsz 60 70: made 64 96, multiples of the stride 32" in caplog.text
+    assert open_runtime([str(report.artefacts[0].path)], CPU).imgsz == (64, 96)
+
+
+def test_formats_take_turns_when_they_are_timed():
+    class Clock:
+        device, fixed_batch = CPU, 2
+
+        def __init__(self):
+            self.calls = 0
+
+        def __call__(self, images):
+            assert images.shape == (2, 3, 32, 32)
+            self.calls += 1
+
+    runtimes = {"a": Clock(), "b": Clock()}
+    taken = time_in_turns(runtimes, 32, rounds=3)
+    assert set(taken) == {"a", "b"} and all(0 <= t < 1000 for t in taken.values())
+    assert [r.calls for r in runtimes.values()] == [5, 5]

@@ -1,0 +1,455 @@
+"""Models for Python by way of torch.hub: what goes in, what comes out, and that it is what detect.py finds."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import detect as detect_script
+import hubconf
+from engine.hub.model import HubModel
+from engine.hub.results import Results
+from models.yolo import DetectionModel
+from tests.engine import detectors
+from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
+from utils.files import ROOT
+
+CONF, BEST = 0.05, 20  # few enough boxes that none of them is a matter of rounding
+SIZES = ((60, 80), (97, 64), (80, 60), (33, 133), (60, 80))  # height, width
+
+
+def open_model(path, **options) -> HubModel:
+    return torch.hub.load(str(ROOT), "custom", path=path, source="local", device="cpu", **options)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return detectors.save(detectors.build("yolov5"), tmp_path_factory.mktemp("hub") / "best.pt")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> list[Path]:
+    """Pictures of several shapes, without loss, one name used twice."""
+    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    names = ("a.png", "b.png", "c.d.png", "größe.png", "more/a.png")
+    (folder / "more").mkdir()
+    out = []
+    for name, (height, width) in zip(names, SIZES):
+        coarse = rng.integers(0, 255, (6, 8, 3), np.uint8)
+        cv2.imencode(".png", cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC))[1].tofile(
+            folder / name
+        )
+        out.append(folder / name)
+    return out
+
+
+@pytest.fixture
+def model(weights) -> HubModel:
+    model = open_model(str(weights))
+    model.conf, model.max_det = CONF, BEST
+    return model
+
+
+def rgb(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+def close(results: Results, expected: Results) -> None:
+    assert len(results) == len(expected)
+    for a, b in zip(results.pred, expected.pred):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        assert len(a) == BEST, "nothing to compare"
+
+
+def test_detections_are_those_of_detect_py(model, weights, files, tmp_path):
+    (tmp_path / "list.txt").write_text("\n".join(map(str, files)))
+    options = {"save_json": True, "conf_thres": CONF, "max_det": BEST, "imgsz": [160], "project": str(tmp_path)}
+    report = detect_script.run(weights=[str(weights)], source=str(tmp_path / "list.txt"), device="cpu", **options)
+    entries = json.loads((report.folder / "predictions.json").read_text())
+    results = model(files, size=160)
+    assert [e["image"] for e in entries] == [str(f) for f in files]
+    for entry, rows in zip(entries, results.pred):
+        expected = [[*d["box_xyxy"], d["score"], d["class"]] for d in entry["detections"]]
+        torch.testing.assert_close(rows, torch.tensor(expected), rtol=0, atol=0.0051)  # the file has two digits
+        assert len(rows) > 5
+    drawn = cv2.imdecode(np.fromfile(report.folder / "b.png", np.uint8), cv2.IMREAD_COLOR)
+    assert (results.render()[1][..., ::-1] == drawn).mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        pytest.param(str, id="text"),
+        pytest.param(rgb, id="array"),
+        pytest.param(lambda p: rgb(p).transpose(2, 0, 1), id="channels first"),
+        pytest.param(lambda p: np.dstack((rgb(p), rgb(p)[..., 0])), id="alpha"),
+        pytest.param(Image.open, id="pil"),
+        pytest.param(lambda p: torch.from_numpy(rgb(p).copy()).permute(2, 0, 1) / 255, id="tensor"),
+    ],
+)
+def test_kinds_of_pictures(model, files, convert):
+    expected = model(files, size=160)
+    close(model([convert(f) for f in files], size=160), expected)
+    close(model(convert(files[1]), size=160), Results(expected._found[1:2], model.names, (0, 0, 0), (1,) * 4, "cpu"))
+
+
+def test_grey_is_repeated(model):
+    grey = cv2.resize(np.random.default_rng(1).integers(0, 255, (8, 8), np.uint8), (96, 64))
+    close(model([grey, grey[..., None]], size=96), model([np.dstack([grey] * 3)] * 2, size=96))
+
+
+def test_an_upright_picture_from_pil(model, files, tmp_path):
+    turned = Image.open(files[1]).transpose(Image.Transpose.ROTATE_90)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    turned.save(tmp_path / "turned.png", exif=exif)
+    expected = model(files[1], size=160)
+    close(model(Image.open(tmp_path / "turned.png"), size=160), expected)
+    close(model(tmp_path / "turned.png", size=160), expected)
+
+
+def test_an_address(model, files):
+    expected = model(files[0], size=160)
+    import functools
+    import http.server
+    import threading
+
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(files[0].parent))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        results = model(f"http://127.0.0.1:{server.server_port}/a.png?x=1", size=160)
+        server.shutdown()
+    close(results, expected)
+    assert results.files == ["a.jpg"]
+
+
+def test_a_batch_tensor_goes_in_as_it_is(model):
+    pictures = [cv2.resize(np.random.default_rng(i).integers(0, 255, (6, 8, 3), np.uint8), (96, 64)) for i in (1, 2)]
+    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
+    expected = model(pictures, size=96)
+    assert expected.s == (2, 3, 64, 96)
+    close(model(batch), expected)
+    results = model(batch.float() / 255)
+    close(results, expected)
+    assert results.files == ["image0.jpg", "image1.jpg"]
+    np.testing.assert_array_equal(results.ims[1], pictures[1])
+    cut = model(batch[..., :50, :90].float() / 255)  # padded at right and bottom; boxes stay within the picture
+    assert cut.s == (2, 3, 64, 96) and all(p[:, :4].max() <= 90 and p[:, 3].max() <= 50 for p in cut.pred)
+
+
+def test_pictures_do_not_depend_on_their_neighbours(model, files):
+    together = model(files, size=160)
+    for number, file in enumerate(files):
+        alone = model(file, size=160)
+        torch.testing.assert_close(alone.pred[0], together.pred[number], rtol=1e-4, atol=1e-3)
+
+
+def test_defaults_are_yolov5s(weights):
+    model = open_model(weights)
+    assert (model.conf, model.iou, model.max_det, model.classes) == (0.25, 0.45, 1000, None)
+    assert (model.agnostic, model.multi_label, model.amp) == (False, False, False)
+    assert model.names == {0: "disc", 1: "bar", 2: "dot"} and model.stride == 32
+    assert isinstance(model.model, DetectionModel) and not model.training
+
+
+def test_attributes_have_their_effect(model, files):
+    plain = model(files[0], size=160).pred[0]
+    model.conf = float(plain[3:5, 4].mean())
+    assert len(model(files[0], size=160).pred[0]) == 4
+    model.conf, model.classes = CONF, [1]
+    assert set(model(files[0], size=160).pred[0][:, 5].tolist()) == {1.0}
+    model.classes, model.max_det = None, 2
+    torch.testing.assert_close(model(files[0], size=160).pred[0], plain[:2])
+    model.max_det = 1000
+    plain = model(files[0], size=160).pred[0]
+    model.iou = 0.05
+    fewer = len(model(files[0], size=160).pred[0])
+    assert fewer < len(plain)
+    model.agnostic = True
+    assert len(model(files[0], size=160).pred[0]) < fewer
+    model.agnostic, model.iou, model.multi_label = False, 0.45, True
+    assert len(model(files[0], size=160).pred[0]) > len(plain)
+    model.multi_label = False
+    assert len(model(files[0], size=160, augment=True).pred[0]) != len(plain)
+    torch.testing.assert_close(model(files[0], size=160).pred[0], plain)  # nothing is left of all that
+
+
+def test_size_is_the_longer_side(model, files):
+    assert model(files[0], size=160).s == (1, 3, 128, 160)
+    assert model(files[0], size=(64, 200)).s == (1, 3, 64, 96)
+    assert model(files[0]).s == (1, 3, 480, 640)
+
+
+def test_results_say_the_same_in_all_forms(model, files):
+    results = model(files, size=160)
+    assert results.n == len(results) == 5 and results.names == model.names
+    assert results.files == ["a.jpg", "b.jpg", "c.d.jpg", "größe.jpg", "a.jpg"]
+    assert [im.shape for im in results.ims] == [(h, w, 3) for h, w in SIZES]
+    np.testing.assert_array_equal(results.ims[1], rgb(files[1]))
+    assert len(results.t) == 3 and all(t > 0 for t in results.t)
+    for (height, width), *forms in zip(SIZES, results.xyxy, results.xywh, results.xyxyn, results.xywhn, results.pred):
+        corners, centres, corners_n, centres_n, pred = (f[0].tolist() for f in forms)
+        left, top, right, bottom, *rest = corners
+        assert corners == pred and rest == centres[4:] == corners_n[4:]
+        assert centres[:4] == pytest.approx([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
+        sides = [width, height, width, height]
+        assert corners_n[:4] == pytest.approx([v / s for v, s in zip(corners, sides)])
+        assert centres_n[:4] == pytest.approx([v / s for v, s in zip(centres, sides)])
+    singles = results.tolist()
+    assert [s.files[0] for s in singles] == results.files and all(len(s) == 1 for s in singles)
+    torch.testing.assert_close(singles[3].xywhn[0], results.xywhn[3])
+
+
+def test_text(model, files, capsys):
+    model.conf, model.classes = CONF, [1]
+    results = model(files[:2], size=160)
+    model.conf = 1.0
+    nothing = model(files[0], size=160)
+    results.print()
+    first, second, speed = capsys.readouterr().out.splitlines()
+    assert first == f"image 1/2: 60x80 {len(results.pred[0])} bars"
+    assert second.startswith("image 2/2: 97x64 ")
+    assert speed.startswith("Speed: ") and speed.endswith("NMS per image at shape (1, 3, 160, 128)")
+    assert str(results).splitlines()[0] == first
+    assert str(nothing).splitlines()[0] == "image 1/1: 60x80 no detections"
+    assert nothing.pred[0].shape == (0, 6) and nothing.crop(save=False) == []
+
+
+def test_pandas(model, files):
+    pytest.importorskip("pandas", reason="pandas is not installed")
+    results = model(files[:2], size=160)
+    tables = results.pandas()
+    for key, head in (("xyxy", ["xmin", "ymin", "xmax", "ymax"]), ("xywhn", ["xcenter", "ycenter", "width", "height"])):
+        table = getattr(tables, key)[1]
+        assert list(table.columns) == [*head, "confidence", "class", "name"]
+        rows = getattr(results, key)[1]
+        np.testing.assert_allclose(table.iloc[:, :6].to_numpy(np.float64), rows.numpy(), rtol=1e-6)
+        assert list(table["name"]) == [model.names[int(c)] for c in rows[:, 5]]
+        assert table["class"].dtype == np.int64
+    assert json.loads(tables.xyxy[0].to_json(orient="records"))[0]["name"] in model.names.values()
+    assert isinstance(results.xyxy[0], torch.Tensor), "the tensors stay"
+    model.conf = 1.0
+    assert list(model(files[0], size=160).pandas().xyxy[0].columns)[-1] == "name"
+
+
+def test_pandas_missing(model, files, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigError, match="pip install pandas"):
+        model(files[0], size=160).pandas()
+
+
+def test_supervision(model, files):
+    sv = pytest.importorskip("supervision", reason="supervision is not installed")
+    results = model(files[0], size=160)
+    found = sv.Detections.from_yolov5(results)
+    np.testing.assert_array_equal(found.xyxy, results.pred[0][:, :4].numpy())
+    np.testing.assert_array_equal(found.confidence, results.pred[0][:, 4].numpy())
+    assert found.class_id.tolist() == results.pred[0][:, 5].int().tolist()
+
+
+def test_render_leaves_what_was_handed_over(model, files):
+    array = rgb(files[0]).copy()
+    before = array.copy()
+    results = model(array, size=160)
+    drawn = results.render()
+    np.testing.assert_array_equal(array, before)
+    assert results.ims is drawn and not np.array_equal(drawn[0], before)
+    again = results.render()[0].copy()
+    np.testing.assert_array_equal(again, drawn[0])
+    assert not np.array_equal(results.render(labels=False)[0], again)
+
+
+def test_show(model, files, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Image.Image, "show", lambda self, title=None: shown.append((title, self.size, self.mode)))
+    model(files[:2], size=160).show()
+    assert shown == [("a.jpg", (80, 60), "RGB"), ("b.jpg", (64, 97), "RGB")]
+
+
+def test_save_and_crop(model, files, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    results = model(files, size=160)
+    assert results.save() == Path("runs/detect/exp") and results.save() == Path("runs/detect/exp2")
+    names = sorted(p.name for p in Path("runs/detect/exp").iterdir())
+    assert names == ["a.jpg", "a_2.jpg", "b.jpg", "c.d.jpg", "größe.jpg"], "no picture overwrites another"
+    assert results.save(save_dir="here") == results.save(save_dir="here", exist_ok=True) == Path("here")
+    crops = results.crop(save_dir="cut")
+    assert len(crops) == sum(len(p) for p in results.pred) and not list(Path("runs/detect").glob("*/crops"))
+    assert len(list(Path("cut/crops").rglob("*.jpg"))) == sum(c["im"].size > 0 for c in crops)
+    first = crops[0]
+    assert [float(v) for v in first["box"]] == results.xyxy[0][0, :4].tolist()
+    name, score = model.names[int(first["cls"])], float(first["conf"])
+    assert first["label"] == f"{name} {score:.2f}"
+    assert first["im"].dtype == np.uint8 and first["im"].shape[2] == 3
+    Path("runs").rename("moved")
+    results.crop(save=False)
+    assert not Path("runs").exists()
+
+
+MISTAKES = [
+    ([], ConfigError, "no pictures given"),
+    (3.5, ConfigError, "picture 0: a float; allowed are a path"),
+    ("nowhere.jpg", DataError, "nowhere.jpg: cannot be read"),
+    (np.zeros((8, 8, 3)), ConfigError, "array of float64; uint8 in 0..255 is needed"),
+    (np.zeros((8, 8, 2), np.uint8), ConfigError, r"shape \(8, 8, 2\)"),
+    (np.zeros((0, 8, 3), np.uint8), ConfigError, r"shape \(0, 8, 3\)"),
+    (torch.zeros(1, 1, 64, 64), ConfigError, r"\(B, 3, H, W\) is needed"),
+    (torch.full((1, 3, 64, 64), 255.0), ConfigError, "values 255 to 255; 0 to 1 is needed"),
+    (torch.full((1, 3, 64, 64), float("nan")), ConfigError, "0 to 1 is needed"),
+    (torch.zeros(1, 3, 64, 64, dtype=torch.int32), ConfigError, "torch.int32"),
+    ([torch.zeros(64, 64)], ConfigError, r"in a list \(3, H, W\)"),
+    (Image.new("F", (8, 8)), ConfigError, "mode F"),
+]
+
+
+@pytest.mark.parametrize(("pictures", "error", "message"), MISTAKES, ids=lambda v: str(v)[:20].replace("\n", " "))
+def test_what_is_no_picture(model, pictures, error, message):
+    with pytest.raises(error, match=message) as caught:
+        model(pictures)
+    assert isinstance(caught.value, UserError)
+
+
+def test_other_mistakes(model, weights, files):
+    model.classes = [7]
+    with pytest.raises(ConfigError, match="no such class; the model has 0 to 2"):
+        model(files[0])
+    model.classes, model.conf = None, 3
+    with pytest.raises(ConfigError, match="3 is not a threshold"):
+        model(files[0], size=160)
+    with pytest.raises(ConfigError, match="autoshape=False"):
+        model.train()
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_model("nowhere.pt")
+    with pytest.raises(ConfigError, match="autoshape=False: needs one checkpoint"):
+        open_model([weights, weights], autoshape=False)
+    with pytest.raises(ConfigError, match="not available"):
+        torch.hub.load(str(ROOT), "custom", path=weights, source="local", device=7)
+
+
+def test_an_ensemble_and_a_bare_network(weights, files):
+    both = open_model([weights, weights])
+    both.conf, both.max_det = CONF, 5
+    assert len(both.models) == 2 and len(both(files[0], size=160).pred[0]) == 5
+    bare = open_model(weights, autoshape=False)
+    assert isinstance(bare, DetectionModel) and not isinstance(bare, HubModel)
+    assert any(isinstance(m, torch.nn.BatchNorm2d) for m in bare.modules()), "folded: it could not be trained"
+    assert len(bare.train()(torch.zeros(1, 3, 64, 64))) == 3
+
+
+def test_moving_and_converting(model, files):
+    expected = model(files[0], size=160)
+    assert model.to("cpu") is model
+    close(model.double()(files[0], size=160), expected)
+    assert model.runtime.dtype == torch.float64
+    close(model.float().eval()(files[0], size=160), expected)
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in model.model.parameters()) > 0
+
+
+@pytest.mark.slow
+def test_an_exported_file(weights, files):
+    onnx = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    import export as export_script
+
+    report = export_script.run(weights=[str(weights)], include=["onnx"], imgsz=[160], dynamic=True)
+    assert onnx and not report.failures
+    exported, model = open_model(weights.with_suffix(".onnx")), open_model(weights)
+    exported.conf = model.conf = CONF
+    exported.max_det = model.max_det = BEST
+    close(exported(files, size=160), model(files, size=160))
+    assert exported.names == model.names
+    for call, message in (
+        (lambda: exported.to("cpu"), "stays where it was opened"),
+        (lambda: exported.model, "no PyTorch network"),
+        (lambda: exported(files[0], augment=True), "needs a .pt file"),
+        (lambda: open_model(weights.with_suffix(".onnx"), autoshape=False), "needs one checkpoint"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            call()
+
+
+def entries() -> dict[str, str]:
+    """Function -> YAML of hubconf.py."""
+    calls = (n.value for n in ast.parse((ROOT / "hubconf.py").read_text()).body if isinstance(n, ast.Assign))
+    texts = [[a.value for a in c.args] for c in calls if isinstance(c, ast.Call)]
+    return dict(texts)
+
+
+def test_every_usual_yaml_has_its_function():
+    yamls = {f"{p.name}" for p in (ROOT / "models").glob("*.yaml")}
+    yamls |= {f"hub/yolov5{size}6.yaml" for size in "nsmlx"}
+    assert set(entries().values()) == yamls
+    assert set(entries()) == {Path(y).stem.replace("-", "_") for y in yamls}
+    public = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
+    assert public == {"custom", *entries()}, "torch.hub lists these"
+    assert "random weights unless" in hubconf.yolov5n.__doc__
+
+
+def test_a_network_by_name(caplog):
+    model = torch.hub.load(str(ROOT), "yolov5n", source="local", classes=4, device="cpu")
+    assert "random weights: what it detects means nothing" in caplog.text
+    assert isinstance(model, HubModel) and len(model.names) == 4
+    assert model(np.zeros((64, 64, 3), np.uint8), size=64).n == 1
+    caplog.clear()
+    bare = torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1, autoshape=False, _verbose=False)
+    assert bare.model[0].conv.in_channels == 1 and bare.nc == 80 and not caplog.text
+    with pytest.raises(ConfigError, match="pictures have 3"):
+        torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1)
+    with pytest.raises(ConfigError, match=r"nothing is downloaded.*path='yolov5s6.pt'"):
+        torch.hub.load(str(ROOT), "yolov5s6", True, source="local")
+
+
+def test_a_network_by_name_with_weights(weights):
+    official = ROOT / "tests/parity/data/official_checkpoint/yolov5n_bccd.pt"
+    model = torch.hub.load(str(ROOT), "yolov5n", source="local", path=official, device="cpu")
+    own = open_model(official, autoshape=False)
+    assert model.names == own.names
+    for (key, value), other in zip(model.model.state_dict().items(), own.state_dict().values(), strict=True):
+        torch.testing.assert_close(value, other, rtol=0, atol=0, msg=key)
+    with pytest.raises(CheckpointError):
+        torch.hub.load(str(ROOT), "yolov5n", source="local", path=weights, device="cpu")
+    with pytest.raises((CheckpointError, SpecError)):
+        torch.hub.load(str(ROOT), "yolov5n", source="local", path=weights.with_name("nowhere.pt"))
+
+
+def test_it_works_from_elsewhere_and_the_dependencies_are_all(weights, files, tmp_path):
+    """torch.hub takes the project off the import path after loading: nothing may be imported later."""
+    code = f"""
+import json, sys
+sys.path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
+import torch
+model = torch.hub.load({str(ROOT)!r}, "custom", path={str(weights)!r}, source="local", device="cpu")
+ours = ("utils", "data", "models", "engine", "hubconf")
+mine = {{n: m.__file__ for n, m in sys.modules.items() if n.split(".")[0] in ours and getattr(m, "__file__", None)}}
+model.conf = 0.05
+results = model([{str(files[0])!r}, {str(files[1])!r}], size=96)
+results.save(); results.crop(); results.render(); results.print(); results.tolist(); repr(results)
+late = [n for n in sys.modules if n.split(".")[0] in ours and n not in mine]
+print(json.dumps([mine, late]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    mine, late = json.loads(done.stdout.splitlines()[-1])
+    assert late == []
+    needed = set()
+    for file in mine.values():
+        for node in ast.parse(Path(file).read_text()).body:  # imports that happen when a module is imported
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            needed |= {n.split(".")[0] for n in names}
+    needed -= {*sys.stdlib_module_names, "utils", "data", "models", "engine"}
+    assert needed <= set(hubconf.dependencies), needed - set(hubconf.dependencies)
+
+
+def test_importing_hubconf_imports_nothing_of_the_project():
+    code = "import sys, hubconf; print([m for m in sys.modules if m.split('.')[0] in ('engine', 'models', 'torch')])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr

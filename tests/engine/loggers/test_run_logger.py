@@ -1,0 +1,248 @@
+"""results.csv, TensorBoard, and how trackers are opened, fed, given up and closed."""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+
+import pytest
+
+from engine.loggers import run_logger as hooks
+from engine.loggers import trackers as loggers
+from engine.loggers.run_logger import (
+    COLUMNS,
+    CsvLog,
+    Logs,
+    TensorBoardLog,
+    best_epoch,
+    make_logs,
+    outcome_of,
+    project_name,
+)
+from engine.loggers.trackers import HostedLogger, check_loggers
+from utils.errors import ConfigError, DataError
+
+OPTIONS = {"project": "runs/blood", "entity": None, "epochs": 3}
+
+
+def row(epoch, map50=0.5, map5095=0.25):
+    return [epoch, 0.1, 0.2, 0.3, 0.6, 0.7, map50, map5095, 0.4, 0.5, 0.6, 0.01, 0.01, 0.1]
+
+
+def epochs(folder):
+    return [int(line.split(",")[0]) for line in (folder / "results.csv").read_text().splitlines()[1:]]
+
+
+class Recorder(HostedLogger):
+    """A tracker that keeps what it is told."""
+
+    name = "recorder"
+    package = pip = "recorder"
+    told: list = []
+    broken = ""
+
+    def start(self, run):
+        self._note("start", run)
+        return "id-1"
+
+    def add(self, epoch, metrics):
+        self._note("add", (epoch, metrics))
+
+    def finish(self, outcome):
+        self._note("finish", outcome)
+
+    def close(self, failed):
+        self._note("close", failed)
+
+    def _note(self, what, value):
+        self.told.append((what, value))
+        if what == self.broken:
+            raise RuntimeError("no network\nmore lines")
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    package = types.ModuleType("recorder")
+    package.__spec__ = types.SimpleNamespace(origin="here")
+    monkeypatch.setitem(sys.modules, "recorder", package)
+    monkeypatch.setattr(loggers, "HOSTED", {"recorder": Recorder})
+    monkeypatch.setattr(hooks, "HOSTED", {"recorder": Recorder})
+    Recorder.told, Recorder.broken = [], ""
+    return Recorder
+
+
+def test_csv_has_a_header_and_a_row_per_epoch(tmp_path):
+    log = CsvLog(tmp_path)
+    log.add(row(0))
+    log.add(row(1))
+    lines = (tmp_path / "results.csv").read_text().splitlines()
+    assert [c.strip() for c in lines[0].split(",")] == list(COLUMNS)
+    assert [float(c) for c in lines[2].split(",")] == row(1)
+
+
+@pytest.mark.parametrize("cut", [1, 12, 25, 270])
+def test_a_resumed_run_replaces_rows_and_drops_what_broke_off(tmp_path, cut):
+    whole = CsvLog(tmp_path)
+    for epoch in range(4):
+        whole.add(row(epoch))
+    expected = (tmp_path / "results.csv").read_text()
+    lines = expected.splitlines(keepends=True)
+    (tmp_path / "results.csv").write_text("".join(lines[:4]) + lines[4][:cut])  # a full disk cut the last row
+    whole.drop_from(2)
+    assert epochs(tmp_path) == [0, 1]
+    whole.add(row(2))
+    whole.add(row(3))
+    assert (tmp_path / "results.csv").read_text() == expected
+
+
+def test_a_row_that_broke_off_is_dropped_even_before_the_first_new_epoch(tmp_path):
+    log = CsvLog(tmp_path)
+    log.add(row(0))
+    with open(tmp_path / "results.csv", "a") as stream:
+        stream.write(f"{1:20.5g},{0.5:20.5g},   0.")
+    log.drop_from(9)
+    assert epochs(tmp_path) == [0]
+
+
+def test_results_csv_that_cannot_be_written(tmp_path):
+    (tmp_path / "results.csv").mkdir()
+    with pytest.raises(DataError, match=r"results\.csv: cannot be written"):
+        CsvLog(tmp_path).add(row(0))
+
+
+def test_tensorboard_holds_the_numbers_and_forgets_epochs_done_again(tmp_path):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, values in ((0, (0.1, 0.2, 0.3)), (1, (0.7, 0.8))):
+        log = TensorBoardLog(tmp_path, start)
+        for epoch, value in enumerate(values, start):
+            log.add(row(epoch, value))
+        log.close()
+    found = reader.EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert sorted(found.Tags()["scalars"]) == sorted(COLUMNS[1:])
+    scalars = [(e.step, round(e.value, 4)) for e in found.Scalars("metrics/mAP_0.5")]
+    assert scalars == [(0, 0.1), (1, 0.7), (2, 0.8)]
+
+
+@pytest.mark.parametrize(
+    ("names", "entity", "message"),
+    [
+        (["wandbb"], None, r"--logger wandbb: not known; allowed: wandb, mlflow, clearml, comet; did you mean 'wandb'"),
+        (["tensorboard"], None, "CSV and TensorBoard are always written"),
+        ([], "me", "--entity me: is an account of wandb or comet; add --logger wandb"),
+    ],
+)
+def test_what_cannot_be_meant(names, entity, message):
+    with pytest.raises(ConfigError, match=message):
+        check_loggers(names, entity)
+
+
+@pytest.mark.parametrize(("name", "pip"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("clearml", "clearml"),
+                                           ("comet", "comet_ml")])  # fmt: skip
+def test_a_missing_package_is_told_with_the_pip_command(name, pip, monkeypatch):
+    monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda package: None)
+    with pytest.raises(ConfigError, match=f"--logger {name}: its package is not installed; pip install {pip}$"):
+        check_loggers([name])
+
+
+def test_a_folder_named_as_a_package_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "clearmlx").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(loggers.ClearmlLogger, "package", "clearmlx")
+    with pytest.raises(ConfigError, match="not installed"):
+        check_loggers(["clearml"])
+
+
+def test_trackers_are_not_imported_unless_asked():
+    import subprocess
+
+    from utils.files import ROOT
+
+    code = "import sys, engine.loggers.run_logger\n"
+    code += "print([m for m in ('wandb', 'mlflow', 'clearml', 'comet_ml') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
+    with make_logs(["recorder", "recorder"], tmp_path, OPTIONS, {"lr0": 0.01}) as logs:
+        logs.add(row(0))
+        logs.add(row(1))
+        (tmp_path / "weights").mkdir()
+        (tmp_path / "weights/best.pt").write_bytes(b"x")
+        (tmp_path / "results.png").write_bytes(b"x")
+        logs.finish()
+    assert [what for what, _ in recorder.told] == ["start", "add", "add", "finish", "close"]
+    run, first, outcome, failed = (recorder.told[i][1] for i in (0, 1, 3, 4))
+    assert (run.project, run.options["epochs"], run.hyp, run.resume_id) == ("blood", 3, {"lr0": 0.01}, None)
+    assert first == (0, dict(zip(COLUMNS[1:], row(0)[1:])))
+    assert outcome.best == tmp_path / "weights/best.pt" and not failed
+    assert [p.name for p in (*outcome.pictures, *outcome.files)] == ["results.png", "results.csv"]
+    assert epochs(tmp_path) == [0, 1]
+
+
+def test_a_resumed_run_goes_on_under_its_name(recorder, tmp_path):
+    with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
+        logs.add(row(0))
+    make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1).close()
+    make_logs(["recorder"], tmp_path, OPTIONS, {}).close()  # a new run in the same folder (--exist-ok) has a new name
+    assert [run.resume_id for what, run in recorder.told if what == "start"] == [None, "id-1", None]
+
+
+def test_an_error_in_training_is_told(recorder, tmp_path):
+    with pytest.raises(KeyboardInterrupt), make_logs(["recorder"], tmp_path, OPTIONS, {}):
+        raise KeyboardInterrupt
+    assert recorder.told[-1] == ("close", True)
+
+
+@pytest.mark.parametrize("step", ["add", "finish", "close"])
+def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(recorder, tmp_path, caplog, step):
+    recorder.broken = step
+    with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
+        for epoch in range(3):
+            logs.add(row(epoch))
+        logs.finish()
+    assert [what for what, _ in recorder.told].count(step) == 1
+    assert "--logger recorder: given up: RuntimeError: no network" in caplog.text
+    assert epochs(tmp_path) == [0, 1, 2]
+
+
+def test_a_tracker_that_cannot_start_is_an_error(recorder, tmp_path):
+    recorder.broken = "start"
+    with pytest.raises(ConfigError, match="--logger recorder: cannot be started: no network$"):
+        make_logs(["recorder"], tmp_path, OPTIONS, {})
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    with Logs(tmp_path) as logs:
+        logs.add(row(0))
+        logs.finish()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_best_epoch_is_the_one_of_best_pt(tmp_path):
+    log = CsvLog(tmp_path)
+    for epoch, value in enumerate((0.1, 0.3, 0.3, 0.2)):
+        log.add(row(epoch, 0.5, value))
+    summary, last = best_epoch(tmp_path)
+    assert summary == {
+        "best/epoch": 2, "best/precision": 0.6, "best/recall": 0.7, "best/mAP_0.5": 0.5, "best/mAP_0.5:0.95": 0.3,
+    }  # fmt: skip
+    assert last == 3
+    assert best_epoch(tmp_path / "nowhere") == ({}, 0)
+
+
+@pytest.mark.parametrize(
+    ("project", "name"), [("runs/train", "detector"), ("runs/blood", "blood"), ("", "detector"), ("x/", "x")]
+)
+def test_project_name(project, name):
+    assert project_name({"project": project}) == name
+
+
+def test_hidden_and_foreign_files_are_not_handed_over(tmp_path):
+    for name in (".results.x.png", "results.png", "notes.txt", "opt.yaml"):
+        (tmp_path / name).write_text("")
+    outcome = outcome_of(tmp_path)
+    assert [p.name for p in (*outcome.pictures, *outcome.files)] == ["results.png", "opt.yaml"]
+    assert outcome.best is None and json.dumps(dict(outcome.summary)) == "{}"

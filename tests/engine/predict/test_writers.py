@@ -1,0 +1,84 @@
+"""Files of detection, number by number."""
+
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from data.sources.frames import Frame
+from engine.predict.detections import Detections, counts_text
+from engine.predict.writers import CropWriter, FileNames, LabelWriter, VideoFile
+from utils.errors import DataError
+
+
+def detections(boxes, path="a.jpg", kind="image", frame=0, number=1, size=(100, 200)):
+    image = np.zeros((*size, 3), np.uint8)
+    rows = np.array(boxes, np.float32).reshape(-1, 6)
+    return Detections(Frame(image, Path(path), path, kind, number, frame=frame), rows, (64, 128))
+
+
+BOXES = [[10.4, 19.6, 50.4, 79.6, 0.87654321, 2], [0.4, 0.0, 33.3, 50.0, 0.25, 0]]
+
+
+@pytest.mark.parametrize(
+    ("corners", "scores", "expected"),
+    [
+        # (0, 0, 33, 50) and (10, 20, 50, 80) in a picture of 200 x 100
+        (False, False, "0 0.0825 0.25 0.165 0.5\n2 0.15 0.5 0.2 0.6\n"),
+        (False, True, "0 0.0825 0.25 0.165 0.5 0.25\n2 0.15 0.5 0.2 0.6 0.876543\n"),
+        (True, False, "0 0 0 0.165 0.5\n2 0.05 0.2 0.25 0.8\n"),
+    ],
+)
+def test_label_text(tmp_path, corners, scores, expected):
+    writer = LabelWriter(tmp_path, corners, scores)
+    writer.write(detections(BOXES), None)
+    writer.write(detections([], "empty.jpg", number=2), None)
+    writer.write(detections(BOXES, "v.mp4", "video", frame=12, number=3), None)
+    assert (tmp_path / "a.txt").read_text() == expected == (tmp_path / "v_12.txt").read_text()
+    assert len(list(tmp_path.iterdir())) == writer.files == 2  # none for the picture without boxes
+
+
+def test_file_names_are_given_once():
+    names = FileNames()
+    frames = [detections([], path, number=n).frame for n, path in enumerate(["x/a.jpg", "y/A.jpg", "z/a.png"], 1)]
+    assert [names.name_for(f, f.path.suffix) for f in frames] == ["a.jpg", "A_2.jpg", "a.png"]
+    assert names.name_for(frames[1], ".jpg") == "A_2.jpg"  # the same input again
+
+
+@pytest.mark.parametrize(("name", "folder"), [("a/b", "a_b"), ("..", "_"), ("", "_"), ("größe", "größe"), ("x.", "x")])
+def test_crop_folders_stay_inside(tmp_path, name, folder):
+    CropWriter(tmp_path, {2: name, 0: "other"}).write(detections(BOXES), None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder, "other"])
+
+
+def test_a_video_appears_when_it_is_finished(tmp_path):
+    video = VideoFile(tmp_path / "v.mp4", 10.0, (64, 48))
+    for size in ((48, 64), (96, 128)):  # the second one is scaled
+        video.write(np.zeros((*size, 3), np.uint8))
+    assert not (tmp_path / "v.mp4").exists()
+    video.finish()
+    assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
+    assert cv2.VideoCapture(str(tmp_path / "v.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
+
+
+def test_a_video_that_lost_frames_is_an_error(tmp_path):
+    video = VideoFile(tmp_path / "v.mp4", 10.0, (64, 48))
+    video.write(np.zeros((48, 64, 3), np.uint8))
+    video.frames += 5
+    with pytest.raises(DataError, match="1 of 6 frames"):
+        video.finish()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="cannot be written"):
+        VideoFile(tmp_path / "gone/v.mp4", 10.0, (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("classes", "expected"),
+    [([], "no detections"), ([0], "1 cat"), ([1, 0, 0], "2 cats, 1 bus"), ([1, 1], "2 bus"), ([7, 7], "2 7s")],
+)
+def test_counts(classes, expected):
+    assert counts_text(np.array(classes, int), {0: "cat", 1: "bus"}) == expected

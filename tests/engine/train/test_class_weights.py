@@ -1,0 +1,105 @@
+"""The hyper-parameter `class_weights`: read, refused, printed, and at work in a training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from engine.cli.config import Hyperparameters
+from engine.train.trainer import train
+from models.checkpoint.io import read_checkpoint
+from tests.engine.train.test_trainer import config, place, rows
+from utils.errors import ConfigError
+from utils.files import ROOT
+
+__all__ = ["place"]  # the fixture
+PLAIN = yaml.safe_load((ROOT / "data/hyps/hyp.scratch-low.yaml").read_text(encoding="utf-8"))
+
+
+def hyp_file(folder: Path, weights: object) -> str:
+    path = folder / "hyp.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, "class_weights": weights}), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("given", "read"),
+    [(None, None), ("none", None), ("balanced", "balanced"), ([1, 2, 0.5], [1, 2, 0.5]), ({"cross": 3}, {"cross": 3})],
+)
+def test_forms(given, read, tmp_path: Path) -> None:
+    hyp = Hyperparameters.from_yaml(hyp_file(tmp_path, given))
+    assert hyp.class_weights == read and type(hyp.class_weights) in (type(None), str, list, dict)
+    assert Hyperparameters.from_mapping(hyp.to_dict()) == hyp
+    assert ("class_weights" in hyp.to_dict()) is (read is not None)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("balance", "class_weights is 'balance'; allowed: none, balanced, a list of numbers, or numbers by class name"),
+        (2.0, "class_weights is '2.0'"),
+        ([1, -1], "class_weights holds '-1'; finite numbers from 0 on are needed"),
+        ([1, "x"], "class_weights holds 'x'"),
+        ({"cross": float("inf")}, "class_weights holds 'inf'"),
+        ({"cross": float("nan")}, "class_weights holds 'nan'"),
+        ([True], "class_weights holds 'True'"),
+    ],
+)
+def test_mistakes_name_file_and_key(given, words, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        Hyperparameters.from_yaml(hyp_file(tmp_path, given))
+    assert "hyp.yaml:" in str(error.value) and words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ([1, 2], "2 numbers; the data set has 3 classes"),
+        ({"circles": 2}, "no class 'circles'; .* did you mean 'circle'"),
+    ],
+)
+def test_mistakes_about_the_data_set_leave_no_folder(given, words, place: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"hyp\.yaml: class_weights: {words}"):
+        train(config(place, hyp=hyp_file(place, given)))
+    assert not (place / "runs").exists()
+
+
+def test_a_training_uses_and_prints_them(place: Path, caplog) -> None:
+    plain = train(config(place, epochs=1, name="plain", image_weights=True))
+    assert "class_weights" not in caplog.text
+    with caplog.at_level("INFO"):
+        doubled = train(config(place, epochs=1, name="two", hyp=hyp_file(place, [2, 2, 2]), image_weights=True))
+    assert "Class loss weighted (class_weights): circle 2, square 2, cross 2" in caplog.text
+    first, second = rows(plain.folder)[0], rows(doubled.folder)[0]
+    # Rates of the first steps are next to nothing, so that the networks are still alike.
+    assert second[3] == pytest.approx(2 * first[3], rel=0.01) and second[1:3] == pytest.approx(first[1:3], rel=0.01)
+    kept = yaml.safe_load((doubled.folder / "hyp.yaml").read_text())
+    assert kept["class_weights"] == [2, 2, 2]
+
+
+def test_resumed_with_the_same_weights(place: Path, monkeypatch) -> None:
+    """Plain values in the checkpoint; rows and weights as those of a run that was not interrupted."""
+    from engine.train.trainer import Trainer
+
+    options = {"hyp": hyp_file(place, "balanced"), "epochs": 2}
+    whole = train(config(place, name="whole", **options))
+    original = Trainer._train_epoch
+
+    def interrupted(self: Trainer, epoch: int):
+        if epoch == 1:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(place, name="cut", **options))
+    monkeypatch.setattr(Trainer, "_train_epoch", original)
+    last = place / "runs/cut/weights/last.pt"
+    assert torch.load(last, weights_only=True)["train"]["hyp"]["class_weights"] == "balanced"
+    resumed = train(config(place).from_keywords(resume=str(last)))
+    assert rows(resumed.folder) == rows(whole.folder)
+    state, expected = read_checkpoint(resumed.last).state, read_checkpoint(whole.last).state
+    assert all(torch.equal(state[key], expected[key]) for key in expected)

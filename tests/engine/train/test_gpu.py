@@ -1,0 +1,147 @@
+"""What only a CUDA device can show of training and evaluation: `pytest -m gpu`."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from engine.cli.config import TrainConfig
+from engine.devices.prefetch import on_device
+from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.registry import open_runtime
+from engine.train.autobatch import choose_batch
+from engine.train.optimizer import build_optimizer, parameter_groups
+from engine.train.trainer import Trainer, train
+from models.checkpoint.io import read_checkpoint
+from tests.engine.detectors import build, save
+from tests.engine.train.test_step import poisoned
+from tests.engine.train.test_trainer import config, place, rows
+from utils.structures import Batch
+
+__all__ = ["place"]  # the fixture
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda", 0)
+
+
+def finite_rows(folder: Path) -> torch.Tensor:
+    found = torch.tensor(rows(folder))
+    assert torch.isfinite(found).all()
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize(("amp", "word"), [("auto", "float16"), ("bf16", "bfloat16"), ("off", "float32")])
+def test_an_epoch_in_each_precision(amp, word, optimizer, place: Path, caplog) -> None:
+    """Finite numbers, the losses of the CPU in float32, weights saved in float32."""
+    with caplog.at_level("INFO"):
+        result = train(config(place, device="0", amp=amp, optimizer=optimizer, name="gpu", workers=2))
+    assert f"Precision: {word} (--amp {amp})" in caplog.text
+    found = finite_rows(result.folder)
+    wanted = torch.tensor(rows(train(config(place, amp="off", optimizer=optimizer, name="cpu")).folder))
+    torch.testing.assert_close(found[0, 1:4], wanted[0, 1:4], rtol=0.05, atol=1e-3)  # box, objectness, class
+    state = read_checkpoint(result.last).state
+    assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state.values() if v.is_floating_point())
+
+
+def test_resume(place: Path, monkeypatch) -> None:
+    """Scale, momentum and generators come back; sums on a GPU have no fixed order, so equal up to rounding."""
+    whole = finite_rows(train(config(place, device="0", epochs=3, name="whole")).folder)
+    original = Trainer._train_epoch
+
+    def interrupted(self: Trainer, epoch: int):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(place, device="0", epochs=3, name="cut"))
+    monkeypatch.setattr(Trainer, "_train_epoch", original)
+    resumed = train(TrainConfig.from_keywords(resume=str(place / "runs/cut/weights/last.pt")))
+    torch.testing.assert_close(finite_rows(resumed.folder)[:, 1:4], whole[:, 1:4], rtol=0.02, atol=1e-3)
+
+
+def test_a_bad_batch_costs_its_step(place: Path, monkeypatch, caplog) -> None:
+    poisoned(monkeypatch, {(1, 1)})
+    with caplog.at_level("WARNING"):
+        result = train(config(place, device="0", epochs=3))
+    assert "step skipped" in caplog.text
+    finite_rows(result.folder)
+    assert all(v.float().isfinite().all() for v in read_checkpoint(result.last).state.values())
+
+
+def test_batch_by_memory(place: Path) -> None:
+    model = build("yolov5").to(GPU)
+    before = copy.deepcopy(model.state_dict())
+    chosen = choose_batch(model, 640, GPU, torch.float16, 10**6)
+    assert chosen >= 1 and choose_batch(model, 640, GPU, torch.float16, 3) == min(chosen, 3)
+    assert not model.training and all(p.grad is None for p in model.parameters())
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0)
+    result = train(config(place, device="0", epochs=1, batch_size=-1))
+    finite_rows(result.folder)
+    assert 1 <= yaml.safe_load((result.folder / "opt.yaml").read_text())["batch_size"] <= 10, "pictures"
+
+
+@pytest.mark.slow
+def test_compile(place: Path) -> None:
+    plain = finite_rows(train(config(place, device="0", epochs=1, amp="off", name="plain")).folder)
+    compiled = train(config(place, device="0", epochs=1, amp="off", compile=True, name="compiled"))
+    torch.testing.assert_close(finite_rows(compiled.folder)[:, 1:4], plain[:, 1:4], rtol=0.02, atol=1e-3)
+    assert not any("_orig_mod" in key for key in read_checkpoint(compiled.last).state)
+
+
+@pytest.mark.parametrize("family", ["yolov5", "riformer", "revvit", "repmlp", "nextvit", "nextvit-xca"])
+def test_detection_in_each_precision(family, tmp_path: Path) -> None:
+    weights = str(save(build(family), tmp_path / "x.pt"))
+    images = torch.randint(0, 256, (2, 3, 128, 160), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    wanted, wanted_raw = PyTorchRuntime([weights], torch.device("cpu")).with_raw(images)
+    for options, share in (({}, 0.01), ({"amp": "fp16"}, 0.02), ({"half": True}, 0.02), ({"amp": "bf16"}, 0.06)):
+        runtime = open_runtime([weights], GPU, **options)
+        assert isinstance(runtime, PyTorchRuntime)
+        runtime.warmup((2, 3, 128, 160))
+        found, raw = runtime.with_raw(images)
+        assert found.dtype == torch.float32 and found.device.type == "cuda" and found.shape == wanted.shape
+        for a, b in zip(raw, wanted_raw, strict=True):
+            assert float((a.float().cpu() - b).std()) < share * float(b.std()), options
+        moved = (found[..., :2].cpu() - wanted[..., :2]).abs()
+        assert float(moved.median()) < 0.5, options  # centres, in pixels
+
+
+def test_pictures_arrive_whole() -> None:
+    """Copies on their own stream, from page-locked memory, while the device is busy with the batch before."""
+    made = [torch.full((4, 3, 256, 256), k, dtype=torch.uint8) for k in range(8)]
+    batches = [Batch(images, torch.zeros(0, 6), ("",) * 4, (None,) * 4).pin_memory() for images in made]
+    assert all(batch.images.is_pinned() for batch in batches)
+    busy = torch.rand(2048, 2048, device=GPU)
+    sums = []
+    for _, images in on_device(iter(batches), GPU):
+        busy = busy @ busy / busy.norm()
+        assert images.device == GPU
+        sums.append(images.float().mean())
+    assert [float(s) for s in sums] == [float(k) for k in range(8)]
+
+
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_fused_optimiser_steps_as_the_plain_one(name) -> None:
+    """With frozen parameters, groups that are empty, and channels_last weights."""
+    moved = []
+    for device in (torch.device("cpu"), GPU):
+        model = build("nextvit").to(device, memory_format=torch.channels_last).train()
+        model.model[0].requires_grad_(False)
+        optimizer = build_optimizer(name, parameter_groups(model, 5e-4), 0.01, 0.9)
+        assert bool(optimizer.defaults["fused"]) is (device == GPU)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(3):
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape, generator=generator)
+                if parameter.requires_grad:
+                    parameter.grad = torch.empty_like(parameter).copy_(noise)
+            optimizer.step()
+        moved.append({key: value.cpu() for key, value in model.state_dict().items()})
+    for key, value in moved[0].items():
+        torch.testing.assert_close(moved[1][key], value, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,149 @@
+"""A state dict goes into a module by name, with a report; less than was asked for is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from models.checkpoint.state_dict import LoadReport, load_state
+from utils.errors import CheckpointError
+
+
+class Net(nn.Module):
+    """Six entries of its own and a position embedding."""
+
+    def __init__(self, grid: int = 4) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.bn = nn.BatchNorm2d(4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2, grid, grid))
+
+
+def random_state(grid: int = 4) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    return {k: torch.rand_like(v) if v.is_floating_point() else v + 3 for k, v in Net(grid).state_dict().items()}
+
+
+def assert_loaded(net: nn.Module, state: dict[str, torch.Tensor], keys: list[str]) -> None:
+    for key in keys:
+        torch.testing.assert_close(net.state_dict()[key], state[key], rtol=0, atol=0)
+
+
+def test_copies_every_entry_in_place():
+    net, state = Net(), random_state()
+    weight = net.conv.weight
+    report = load_state(net, state)
+    assert net.conv.weight is weight
+    assert report == LoadReport(matched=tuple(net.state_dict()))
+    assert report.summary() == "Transferred 8/8 items"
+    assert_loaded(net, state, list(state))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "backbone.", "model.", "module.backbone.", "model.module."])
+def test_takes_wrappers_off(wrapper):
+    net, state = Net(), random_state()
+    report = load_state(net, {wrapper + key: value for key, value in state.items()})
+    assert report.transferred == 8
+    assert_loaded(net, state, list(state))
+
+
+def test_a_prefix_of_its_own_stays():
+    """`model.` begins the keys of a detector; only what does not fit as it stands is unwrapped."""
+    net = nn.ModuleDict({"model": nn.Linear(2, 2), "weight": nn.ParameterDict({"x": torch.zeros(1)})})
+    state = {"model.weight": torch.ones(2, 2), "model.bias": torch.ones(2), "weight.x": torch.ones(1)}
+    assert load_state(net, state).transferred == 3
+
+
+def test_key_map_ignore_and_new():
+    net, state = Net(), random_state()
+    file = {f"backbone.net.{key}": value for key, value in state.items() if not key.startswith("bn.")}
+    file |= {"head.fc.weight": torch.zeros(3), "head.fc.bias": torch.zeros(3), "backbone.net.extra": torch.zeros(1)}
+    report = load_state(
+        net,
+        file,
+        key_map=lambda key: None if key == "net.extra" else key.removeprefix("net."),
+        ignore=("head.*",),
+        allow_new=("bn.*",),
+    )
+    assert report.matched == ("pos_embed", "conv.weight", "conv.bias")
+    assert all(key.startswith("bn.") for key in report.missing) and len(report.missing) == 5
+    assert dict(report.unexpected)["head.fc.bias"] == "not needed"
+    assert report.summary().startswith("Transferred 3/8 items; 5 new: bn.weight, bn.bias")
+
+
+def test_key_map_may_be_a_mapping():
+    net, state = Net(), random_state()
+    names = {f"old{i}": key for i, key in enumerate(state)}
+    report = load_state(net, {old: state[new] for old, new in names.items()} | {"x": torch.zeros(1)}, key_map=names)
+    assert report.transferred == 8 and report.unexpected == (("x", "not needed"),)
+
+
+def test_resizes_what_it_is_told_to():
+    def resize(key: str, value: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
+        return F.interpolate(value, target.shape[2:], mode="nearest") if key == "pos_embed" else None
+
+    net, state = Net(8), random_state(4)
+    report = load_state(net, state, resize=resize)
+    assert report.resized == ("pos_embed",) and len(report.matched) == 7
+    torch.testing.assert_close(net.pos_embed[0, 0, ::2, ::2].detach(), state["pos_embed"][0, 0], rtol=0, atol=0)
+    assert "1 resized: pos_embed" in report.summary()
+
+
+def without(*keys: str) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in random_state().items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        ({}, "holds 0 of the 7 entries of Net; missing: pos_embed, conv.weight, conv.bias, bn.weight, ..."),
+        (without("conv.weight"), "holds 7 of the 8 entries of Net; missing: conv.weight; not used: none"),
+        (
+            {**without("conv.weight"), "conv.weigth": torch.zeros(4, 3, 1, 1)},
+            "missing: conv.weight; not used: conv.weigth; did you mean 'conv.weigth'?",
+        ),
+        ({**random_state(), "bn.bias": torch.zeros(5)}, "'bn.bias' has shape [5], Net needs [4]"),
+        (random_state(5), "'pos_embed' has shape [1, 2, 5, 5], Net needs [1, 2, 4, 4]"),
+        ({**random_state(), "module.conv.bias": torch.zeros(4)}, "'conv.bias' and 'module.conv.bias' are both for"),
+    ],
+)
+def test_less_than_asked_is_an_error_and_changes_nothing(state, message):
+    net = Net()
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        load_state(net, state, where="a.pth")
+    assert str(caught.value).startswith("a.pth: ") and message in str(caught.value)
+    assert_loaded(net, before, list(before))
+
+
+def test_batch_counters_may_be_missing():
+    assert load_state(Net(), without("bn.num_batches_tracked")).missing == ("bn.num_batches_tracked",)
+
+
+def test_ninety_percent_is_enough():
+    net = nn.Sequential(*(nn.Linear(1, 1) for _ in range(10)))
+    state = dict(net.state_dict())
+    del state["0.weight"], state["0.bias"]
+    assert len(load_state(net, state).missing) == 2
+    del state["1.weight"]
+    with pytest.raises(CheckpointError, match="holds 17 of the 20"):
+        load_state(net, state)
+
+
+def test_partial_takes_what_fits():
+    net = Net()
+    state = {"conv.weight": torch.ones(4, 3, 1, 1), "bn.bias": torch.zeros(5), "other": torch.zeros(1)}
+    report = load_state(net, state, partial=True)
+    assert report.matched == ("conv.weight",)
+    assert report.mismatched == (("bn.bias", (5,), (4,)),)
+    assert report.total == 8
+    assert "1 of another shape: bn.bias [5] -> [4]; 1 of the file not used: other (no such entry)" in report.summary()
+    torch.testing.assert_close(net.conv.weight.detach(), torch.ones(4, 3, 1, 1))
+
+
+def test_casts_to_the_type_of_the_module():
+    net, state = Net().double(), random_state()
+    load_state(net, {key: value.half() if value.is_floating_point() else value for key, value in state.items()})
+    torch.testing.assert_close(net.conv.weight.detach(), state["conv.weight"].half().double(), rtol=0, atol=0)

@@ -1,0 +1,264 @@
+"""Pictures from arrays: boxes with captions, grids of pictures, feature maps. OpenCV only; no font is ever fetched.
+
+Text: OpenCV 5 carries an outline font with most scripts of the world; OpenCV 4 knows ASCII only and draws `?` for the
+rest, so there names are transliterated first (`größe` -> `grosse`, what has no ASCII form becomes `?`).
+"""
+
+from __future__ import annotations
+
+import colorsys
+import math
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Color = tuple[int, int, int]
+Picture = NDArray[np.uint8]
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
+PADDING_GREY = 114
+_GOLDEN_ANGLE = 0.6180339887
+_LONGEST_CAPTION = 60
+
+
+def class_color(index: int) -> Color:
+    """The colour (B, G, R; 0..255) of a class, the same in every picture; neighbours in number differ widely in hue."""
+    number = abs(int(index))
+    hue = (0.02 + number * _GOLDEN_ANGLE) % 1.0
+    saturation, value = ((0.85, 1.0), (0.6, 0.9), (1.0, 0.75))[number // 8 % 3]
+    red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+    return round(255 * blue), round(255 * green), round(255 * red)
+
+
+def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGEST_CAPTION) -> str:
+    """The text as OpenCV can draw it: one line, no lone surrogates (OpenCV 5 crashes on them), not too long.
+
+    Args:
+        text: anything.
+        unicode_text: whether other characters than ASCII can be drawn; if not, they are transliterated.
+        longest: number of characters after which the text is cut.
+    """
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    if not unicode_text and not text.isascii():
+        plain = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
+        text = "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode("ascii")
+    return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def draw_boxes(
+    image: Picture,
+    boxes_xyxy: NDArray[np.floating],
+    classes: Sequence[int] | NDArray[np.integer],
+    captions: Sequence[str] | None = None,
+    line_thickness: int | None = None,
+) -> Picture:
+    """Draw boxes, then captions on all of them; the last one on top.
+
+    Args:
+        image: (H, W, 3) uint8 BGR; not changed.
+        boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the picture are not seen.
+        classes: n class numbers, for the colours.
+        captions: n texts; an empty one draws no plate. None = no texts at all.
+        line_thickness: in pixels; None = by the size of the picture.
+
+    Returns:
+        (H, W, 3) uint8 BGR, a new array.
+    """
+    out = np.ascontiguousarray(image).copy()
+    width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
+    limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
+    boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
+    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int).tolist()
+    colors = [class_color(index) for index in classes]
+    for (left, top, right, bottom), color in zip(corners, colors):
+        cv2.rectangle(out, (left, top), (right, bottom), color, width)
+    for text, (left, top, _, _), color in zip(captions or (), corners, colors):
+        if text:
+            _draw_caption(out, text, (left, top), color, width)
+    return out
+
+
+def _draw_caption(out: Picture, text: str, place: tuple[int, int], color: Color, width: int) -> None:
+    """A plate with text at the box's upper edge: above it where there is room, else inside; within the picture."""
+    left, top = place
+    text = drawable(text)
+    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small pictures are not to be all text
+    weight = max(round(2 * scale), 1)
+    (text_width, text_height), base = cv2.getTextSize(text, FONT, scale, weight)
+    plate_height = text_height + base + 2
+    x = max(0, min(left - width // 2, out.shape[1] - text_width - 3))
+    y = top - plate_height if top >= plate_height else max(0, min(top, out.shape[0] - plate_height))
+    cv2.rectangle(out, (x, y), (x + text_width + 3, y + plate_height), color, -1)
+    cv2.putText(out, text, (x + 2, y + text_height + 1), FONT, scale, _readable_on(color), weight, cv2.LINE_AA)
+
+
+def _readable_on(color: Color) -> Color:
+    """Black or white, whichever stands out (perceived brightness by ITU-R BT.601)."""
+    blue, green, red = color
+    return (0, 0, 0) if 0.114 * blue + 0.587 * green + 0.299 * red > 140 else (255, 255, 255)
+
+
+def image_grid(
+    images: torch.Tensor | NDArray[np.generic],
+    targets: torch.Tensor | NDArray[np.floating],
+    paths: Sequence[str] = (),
+    names: Mapping[int, str] | Sequence[str] | None = None,
+    conf_thres: float = 0.25,
+    max_images: int = 16,
+    max_side: int = 1920,
+) -> Picture:
+    """Put the pictures of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
+
+    Args:
+        images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
+        targets: (M, 6) labels: picture number, class, centre x, centre y, width, height as parts of the sides; or
+            (M, 7) detections with the score as last column.
+        paths: file names to write on the pictures.
+        names: class names; None = numbers.
+        conf_thres: detections below it are not drawn.
+        max_images: pictures after these are left out.
+        max_side: the grid is scaled down to at most this many pixels a side.
+
+    Returns:
+        (rows * h, columns * w, 3) uint8 BGR; places without a picture are white.
+    """
+    pixels = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
+    if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 or pixels.dtype == np.uint8:
+        pixels = pixels.astype(np.uint8)
+    else:
+        pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+    rows = targets.detach().cpu().float().numpy() if isinstance(targets, torch.Tensor) else np.asarray(targets, float)
+    count = min(len(pixels), max_images)
+    columns = math.ceil(math.sqrt(max(count, 1)))
+    lines = math.ceil(max(count, 1) / columns)
+    height, width = pixels.shape[2:]
+    scale = min(1.0, max_side / max(lines * height, columns * width))
+    height, width = max(1, int(height * scale)), max(1, int(width * scale))
+    grid = np.full((lines * height, columns * width, 3), 255, np.uint8)
+    for number in range(count):
+        cell = np.ascontiguousarray(pixels[number].transpose(1, 2, 0)[..., ::-1])
+        if scale < 1:
+            cell = cv2.resize(cell, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
+        cell = _labelled_cell(cell, rows[rows[:, 0] == number] if len(rows) else rows.reshape(0, 6), names, conf_thres)
+        if number < len(paths):
+            _write_corner(cell, PurePath(paths[number]).name)
+        cv2.rectangle(cell, (0, 0), (width - 1, height - 1), (255, 255, 255), 1)
+        y, x = number // columns * height, number % columns * width
+        grid[y : y + height, x : x + width] = cell
+    return grid
+
+
+def _labelled_cell(
+    cell: Picture,
+    rows: NDArray[np.floating],
+    names: Mapping[int, str] | Sequence[str] | None,
+    conf_thres: float,
+) -> Picture:
+    scored = rows.shape[1] == 7
+    if scored:
+        rows = rows[rows[:, 6] >= conf_thres]
+        rows = rows[np.argsort(rows[:, 6], kind="stable")]  # the surest box on top
+    height, width = cell.shape[:2]
+    centre, half = rows[:, 2:4], rows[:, 4:6] / 2
+    boxes = np.concatenate((centre - half, centre + half), axis=1) * (width, height, width, height)
+    classes = rows[:, 1].astype(int)
+    captions = [class_name(names, c) + (f" {row[6]:.1f}" if scored else "") for c, row in zip(classes, rows)]
+    return draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2)
+
+
+def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> str:
+    """The name of a class, or its number where it has none."""
+    if names is None or (isinstance(names, Mapping) and index not in names) or (
+        not isinstance(names, Mapping) and not 0 <= index < len(names)
+    ):  # fmt: skip
+        return str(index)
+    return str(names[index])
+
+
+def _write_corner(cell: Picture, text: str) -> None:
+    """A file name in the upper left corner, dark-edged so that it can be read on any picture; changes `cell`."""
+    text = drawable(text)
+    scale = min(max(cell.shape[1] / 900, 0.35), 0.7)
+    at = (5, round(28 * scale) + 2)
+    cv2.putText(cell, text, at, FONT, scale, (0, 0, 0), 3, cv2.LINE_AA)
+    cv2.putText(cell, text, at, FONT, scale, (235, 235, 235), 1, cv2.LINE_AA)
+
+
+def feature_map_picture(
+    features: torch.Tensor | NDArray[np.floating],
+    title: str,
+    image: Picture | None = None,
+    channels: int = 30,
+    tile: int = 160,
+) -> Picture:
+    """Show what a slot of the network holds: where it is active, and some of its channels.
+
+    The head line gives the shape, the range, and how many channels are constant over the picture (dead, or not yet
+    trained). First tile: the input; second: the mean absolute activation laid over it; then channels, evenly
+    spaced over the slot, each stretched to its own range.
+
+    Args:
+        features: (C, H, W), any floating type.
+        title: name of the slot.
+        image: (h, w, 3) uint8 BGR, the network's input; None = without it.
+        channels: number of channels shown, if there are so many.
+        tile: longer side of a tile in pixels.
+
+    Returns:
+        (h, w, 3) uint8 BGR.
+    """
+    maps = features.detach().float().cpu().numpy() if isinstance(features, torch.Tensor) else np.asarray(features)
+    maps = np.nan_to_num(maps.astype(np.float32))
+    number, rows, columns = maps.shape
+    height = max(1, round(tile * min(1.0, rows / columns)))
+    width = max(1, round(tile * min(1.0, columns / rows)))
+    size = (width, height)
+    heat = cv2.applyColorMap(_stretched(np.abs(maps).mean(0), size), cv2.COLORMAP_VIRIDIS)
+    tiles: list[tuple[str, NDArray[np.generic]]] = []
+    if image is not None:
+        small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+        tiles.append(("input", small))
+        heat = cv2.addWeighted(small, 0.35, heat, 0.65, 0)
+    tiles.append(("mean |x|", heat))
+    shown = np.unique(np.linspace(0, number - 1, min(channels, number)).round().astype(int))
+    for channel in shown:
+        tiles.append((str(channel), cv2.cvtColor(_stretched(maps[channel], size), cv2.COLOR_GRAY2BGR)))
+    still = int((maps.reshape(number, -1).std(1) < 1e-6).sum()) if rows * columns > 1 else 0
+    facts = f"{number} x {rows} x {columns}, {maps.min():.3g} .. {maps.max():.3g}, mean {maps.mean():.3g}"
+    return _tile_sheet(tiles, [title, facts + (f", {still} constant channel(s)" if still else "")], size)
+
+
+def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> Picture:
+    """One map as grey values over its whole range; cells stay visible as squares."""
+    low, high = float(values.min()), float(values.max())
+    grey = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return cv2.resize(grey.round().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+
+
+def _tile_sheet(
+    tiles: Sequence[tuple[str, NDArray[np.generic]]], headings: Sequence[str], size: tuple[int, int]
+) -> Picture:
+    """Tiles with captions above them, eight in a row, below lines of text."""
+    width, height = size
+    gap, caption, line = 4, 14, 20
+    columns = min(8, max(len(tiles), 1))
+    rows = math.ceil(len(tiles) / columns)
+    top = line * len(headings) + gap
+    total_width = max(columns * (width + gap) + gap, 560)
+    sheet = np.full((top + rows * (height + caption + gap), total_width, 3), 32, np.uint8)
+    for number, text in enumerate(headings):
+        text = drawable(text, longest=120)
+        cv2.putText(sheet, text, (gap, line * number + 15), FONT, 0.5, (255, 255, 255), 1, cv2.LINE_AA)
+    for number, (text, pixels) in enumerate(tiles):
+        x = gap + number % columns * (width + gap)
+        y = top + number // columns * (height + caption + gap)
+        cv2.putText(sheet, text, (x, y + caption - 3), FONT, 0.35, (200, 200, 200), 1, cv2.LINE_AA)
+        sheet[y + caption : y + caption + height, x : x + width] = pixels
+    return sheet
