@@ -14,6 +14,7 @@ import torch
 
 from engine.cli.config import Hyperparameters, TrainConfig, ValConfig
 from engine.cli.plugins import load_plugins
+from engine.compare.measure import machine
 from engine.compare.measure.detector import (
     Inference,
     Recipe,
@@ -22,7 +23,6 @@ from engine.compare.measure.detector import (
     TrainingStep,
     addresses,
     kept_for_backward,
-    machine,
     visit,
     warm_up,
 )
