@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from data.anchors import anchor_fit
-from data.check.check import main, near_duplicates, read_anchors, table
+from data.check import near_duplicates
+from data.check.check import main, read_anchors, table
 from data.check.near_duplicates import find_pairs, thumbnails
 from data.check.statistics import below, doubled, gather, level_shares, outside
 from data.labels.labels import Annotations, ImageRecord, LabelReport

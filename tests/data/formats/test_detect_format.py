@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from data.config import load_data_config
+from data.formats import coco
 from data.formats.coco import join_polygons
-from data.formats.detect_format import AnnotatedSource, coco, coco_truth, recognise
-from data.labels.labels import Annotations, labels, load_annotations
+from data.formats.detect_format import AnnotatedSource, coco_truth, recognise
+from data.labels import labels
+from data.labels.labels import Annotations, load_annotations
 from utils.errors import DataError
 
 SIZE = (40, 60)  # height, width of every picture here

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from data.labels import cache as label_cache
-from data.labels.labels import label_path, labels, list_images, load_annotations, read_labels
+from data.labels import labels
+from data.labels.labels import label_path, list_images, load_annotations, read_labels
 from utils.errors import DataError
 
 

@@ -10,7 +10,8 @@ import cv2
 import numpy as np
 import pytest
 
-from data.sources.files import FileSource, find_files, open_source, streams
+from data.sources import streams
+from data.sources.files import FileSource, find_files, open_source
 from data.sources.streams import StreamSource, parse_screen, stream_name, without_password
 from utils.errors import DataError
 
