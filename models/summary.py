@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.build.builder import Route, Rows
@@ -20,6 +22,11 @@ LOGGER = logging.getLogger(__name__)
 # A norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of PyTorch
 # leaves norms out; YOLOv5's summaries count them, and in small models they are 2 %.
 NORM_FLOPS = 4
+NORMS = frozenset(
+    getattr(namespace, name)
+    for namespace in (torch, functional)
+    for name in ("batch_norm", "group_norm", "instance_norm", "layer_norm")
+)
 PARTS = ("backbone", "neck", "head")
 
 
@@ -129,27 +136,29 @@ def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
 
 def _count(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]) -> tuple[int, list[int]]:
     """Operations of the model, and of each of the modules in it."""
-    aten = torch.ops.aten
-    norms = (aten.native_batch_norm, aten.native_group_norm, aten.native_layer_norm)
-    counter = FlopCounterMode(display=False, custom_mapping={norm: _norm_flops for norm in norms})
+    matmuls, norms = FlopCounterMode(display=False), _NormCounter()
+
+    def total() -> int:
+        return matmuls.get_total_flops() + norms.flops
+
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
-    with evaluating(model), torch.no_grad(), counter, _counting(modules, counter) as counts:
+    with evaluating(model), torch.no_grad(), matmuls, norms, _counting(modules, total) as counts:
         functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
-    return counter.get_total_flops(), counts
+    return total(), counts
 
 
 @contextmanager
-def _counting(modules: Sequence[nn.Module], counter: FlopCounterMode) -> Iterator[list[int]]:
-    """A list that fills, while the model runs, with the operations of each module."""
+def _counting(modules: Sequence[nn.Module], total: Callable[[], int]) -> Iterator[list[int]]:
+    """A list that fills, while the model runs, with the operations of each module; `total` returns those so far."""
     counts = [0] * len(modules)
 
     def before(place: int) -> None:
-        counts[place] -= counter.get_total_flops()
+        counts[place] -= total()
 
     def after(place: int) -> None:
-        counts[place] += counter.get_total_flops()
+        counts[place] += total()
 
     handles = []
     for place, module in enumerate(modules):
@@ -162,8 +171,24 @@ def _counting(modules: Sequence[nn.Module], counter: FlopCounterMode) -> Iterato
             handle.remove()
 
 
-def _norm_flops(input_shape: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    return NORM_FLOPS * torch.Size(input_shape).numel()
+class _NormCounter(TorchFunctionMode):
+    """Count the operations of norms at the functions a model calls.
+
+    Which aten operators a norm becomes, and whether `FlopCounterMode` looks up a formula for them, depends on the
+    PyTorch version: 2.6 to 2.14 decompose `native_batch_norm` before its formula is found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in NORMS:
+            self.flops += NORM_FLOPS * (args[0] if args else kwargs["input"]).numel()
+        return func(*args, **kwargs)  # runs without this mode, so a norm counts once
 
 
 @contextmanager
