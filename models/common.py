@@ -69,9 +69,7 @@ class Conv(nn.Module):
 class DWConv(Conv):
     """Depth-wise Conv: as many groups as c1 and c2 have in common."""
 
-    def __init__(
-        self, c1: int, c2: int, k: Size = 1, s: Size = 1, d: int = 1, act: bool | nn.Module = True
-    ) -> None:
+    def __init__(self, c1: int, c2: int, k: Size = 1, s: Size = 1, d: int = 1, act: bool | nn.Module = True) -> None:
         super().__init__(c1, c2, k, s, g=math.gcd(c1, c2), d=d, act=act)
 
 
@@ -304,9 +302,7 @@ class GhostConv(nn.Module):
     Paper: https://arxiv.org/abs/1911.11907
     """
 
-    def __init__(
-        self, c1: int, c2: int, k: Size = 1, s: Size = 1, g: int = 1, act: bool | nn.Module = True
-    ) -> None:
+    def __init__(self, c1: int, c2: int, k: Size = 1, s: Size = 1, g: int = 1, act: bool | nn.Module = True) -> None:
         super().__init__()
         hidden = c2 // 2
         self.cv1 = Conv(c1, hidden, k, s, None, g, act=act)
@@ -349,9 +345,7 @@ class MixConv2d(nn.Module):
         equal_ch: parts of equally many channels; else parts of about equally many weights.
     """
 
-    def __init__(
-        self, c1: int, c2: int, k: tuple[int, ...] = (1, 3), s: int = 1, equal_ch: bool = True
-    ) -> None:
+    def __init__(self, c1: int, c2: int, k: tuple[int, ...] = (1, 3), s: int = 1, equal_ch: bool = True) -> None:
         super().__init__()
         parts = _mix_channels(c2, k, equal_ch)
         if min(parts) < 1:

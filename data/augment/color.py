@@ -38,9 +38,7 @@ def hsv_gains(image: Image, hue: float, saturation: float, value: float, rng: np
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR, dst=hsv)
 
 
-def mixup(
-    first: tuple[Image, Labels], second: tuple[Image, Labels], rng: np.random.Generator
-) -> tuple[Image, Labels]:
+def mixup(first: tuple[Image, Labels], second: tuple[Image, Labels], rng: np.random.Generator) -> tuple[Image, Labels]:
     """Blend two pictures of one size and keep the labels of both (https://arxiv.org/abs/1710.09412).
 
     Args:

@@ -63,9 +63,9 @@ def mosaic9(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -
 def _ring(sizes: Sequence[HW]) -> Offsets:
     """Corners (x, y) of a middle picture at (0, 0) and eight around it, clockwise from the top, each touching the last.
 
-        8 1 2
-        7 0 3
-        6 5 4
+    8 1 2
+    7 0 3
+    6 5 4
     """
     (h0, w0), (h1, w1), (h2, _), (h3, _), _, (_, w5), (_, w6), (h7, w7), (h8, w8) = sizes
     return [

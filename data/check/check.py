@@ -274,4 +274,3 @@ def _check(arguments: argparse.Namespace) -> None:
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
     print("\n\n".join(section.text(SHOWN) for section in sections))
     print(f"\nAll of it: {folder / 'check.txt'}; a picture: {folder / 'check.png'}")
-

@@ -219,9 +219,7 @@ class Predictor:
         size: (height, width) of the input, multiples of the runtime's stride.
     """
 
-    def __init__(
-        self, runtime: Runtime, config: DetectConfig, names: Mapping[int, str], size: tuple[int, int]
-    ) -> None:
+    def __init__(self, runtime: Runtime, config: DetectConfig, names: Mapping[int, str], size: tuple[int, int]) -> None:
         self.runtime, self.config, self.names, self.size = runtime, config, names, size
         self.style = DrawStyle(names, config.line_thickness, not config.hide_labels, not config.hide_conf)
         self.network = Profile(runtime.device)
@@ -283,9 +281,7 @@ class Predictor:
             limit = self.runtime.fixed_batch or count
             decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])
         with self.suppression:
-            kept = non_max_suppression(
-                decoded, c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det
-            )
+            kept = non_max_suppression(decoded, c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
             kept = [boxes.cpu() for boxes in kept]
         height, width = prepared.images.shape[2:]
         out = []

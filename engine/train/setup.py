@@ -257,9 +257,7 @@ def _batch_size(
     return config
 
 
-def _annotations(
-    config: TrainConfig, data: DataConfig, declared: int, world: World
-) -> tuple[Annotations, Annotations]:
+def _annotations(config: TrainConfig, data: DataConfig, declared: int, world: World) -> tuple[Annotations, Annotations]:
     """Pictures and labels for training and validation; rank zero fetches, scans and writes the caches."""
     with main_first(world):
         train_set, val_set = (

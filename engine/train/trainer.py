@@ -255,9 +255,7 @@ class Trainer:
         parts = gather(tally, self.world)
         return conclude(parts, s.eval_options) if parts else None
 
-    def _note(
-        self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None
-    ) -> bool:
+    def _note(self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None) -> bool:
         """Log an epoch and keep the best. Returns whether to stop: patience is over, or `on_epoch` says so."""
         metrics, val_losses = [0.0] * 4, [0.0] * 3
         if result is not None:

@@ -266,9 +266,7 @@ class _Builder:
         built = rule.build(row, levels)
         self._append(layer, built, sources, rule.takes_list, repeats)
 
-    def _append(
-        self, layer: LayerSpec, built: Built, sources: tuple[int, ...], takes_list: bool, repeats: int
-    ) -> None:
+    def _append(self, layer: LayerSpec, built: Built, sources: tuple[int, ...], takes_list: bool, repeats: int) -> None:
         if self.activation is not None:
             for module in built.module.modules():
                 if isinstance(module, Conv):

@@ -74,21 +74,22 @@ def backbone_sample(numel: int, n: int = 128) -> np.ndarray:
 
 # ---- YOLOv5: numpy rules follow -------------------------------------------------------------------------------------
 
+
 def weight_value(key, shape, current=None):
     """float32 array for one state-dict entry. Entries whose last name part is 'anchors' keep their own value."""
-    if key.rsplit('.', 1)[-1] == 'anchors':
+    if key.rsplit(".", 1)[-1] == "anchors":
         return np.asarray(current, np.float32)
-    if key.endswith('num_batches_tracked'):
+    if key.endswith("num_batches_tracked"):
         return np.zeros(shape, np.int64)
     r = np.random.RandomState(zlib.crc32(key.encode()))
     shape = tuple(shape)
-    if key.endswith('running_var'):
+    if key.endswith("running_var"):
         v = 0.5 + r.rand(*shape)
-    elif key.endswith('running_mean'):
+    elif key.endswith("running_mean"):
         v = 0.1 * r.randn(*shape)
     elif len(shape) >= 2:
         v = r.randn(*shape) / np.sqrt(np.prod(shape[1:]))
-    elif key.endswith('.weight'):
+    elif key.endswith(".weight"):
         v = 1 + 0.1 * r.randn(*shape)
     else:
         v = 0.1 * r.randn(*shape)
@@ -115,18 +116,26 @@ def record(array):
     a = np.ascontiguousarray(array)
     f = a.reshape(-1)
     d = f.astype(np.float64)
-    return {'shape': list(a.shape), 'mean': float(d.mean()), 'std': float(d.std()), 'min': float(d.min()),
-            'max': float(d.max()), 'values': [shorten(x) for x in f[sample_index(f.size)]]}
+    return {
+        "shape": list(a.shape),
+        "mean": float(d.mean()),
+        "std": float(d.std()),
+        "min": float(d.min()),
+        "max": float(d.max()),
+        "values": [shorten(x) for x in f[sample_index(f.size)]],
+    }
 
 
 def compare(rec, array):
     """Largest difference of sampled values and statistics, divided by the record's std (or 1e-12)."""
     a = np.asarray(array)
-    assert list(a.shape) == rec['shape'], (list(a.shape), rec['shape'])
+    assert list(a.shape) == rec["shape"], (list(a.shape), rec["shape"])
     f = a.reshape(-1).astype(np.float64)
-    scale = max(rec['std'], abs(rec['mean']), 1e-12)
-    d = np.abs(f[sample_index(f.size)] - np.array(rec['values'], np.float64)).max()
-    s = max(abs(f.mean() - rec['mean']), abs(f.std() - rec['std']), abs(f.min() - rec['min']), abs(f.max() - rec['max']))
+    scale = max(rec["std"], abs(rec["mean"]), 1e-12)
+    d = np.abs(f[sample_index(f.size)] - np.array(rec["values"], np.float64)).max()
+    s = max(
+        abs(f.mean() - rec["mean"]), abs(f.std() - rec["std"]), abs(f.min() - rec["min"]), abs(f.max() - rec["max"])
+    )
     return max(d, s) / scale
 
 
@@ -194,7 +203,7 @@ def ap_inputs(seed, n, m, nc, missing_pred=(), missing_true=()):
     ok = q > 0.5
     for c in range(nc):  # no more hits than labels
         idx = np.nonzero((pcls == c) & ok)[0]
-        ok[idx[int((tcls == c).sum()):]] = False
+        ok[idx[int((tcls == c).sum()) :]] = False
     tp = ok[:, None] & (q[:, None] > 0.5 + 0.04 * np.arange(10)[None])
     return tp, conf, pcls.astype(np.float32), tcls.astype(np.float32)
 
@@ -213,7 +222,7 @@ def jittered_detections(seed, labels, nc, size=640.0, copies=2, noise=0.12, extr
         x, y = size * r.rand(2)
         rows.append([x, y, x + 20 + 100 * r.rand(), y + 20 + 100 * r.rand(), r.rand(), r.randint(nc)])
     rows = np.array(rows, np.float64).reshape(-1, 6)
-    return rows[np.argsort(-rows[:, 4], kind='stable')].astype(np.float32)
+    return rows[np.argsort(-rows[:, 4], kind="stable")].astype(np.float32)
 
 
 def random_labels(seed, k, nc, size=640.0):

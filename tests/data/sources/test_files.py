@@ -170,9 +170,7 @@ def test_unreadable_files_are_reported_and_the_rest_goes_on(tmp_path, caplog):
     assert "b.jpg" in caplog.text and "d.mp4" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("stride", "positions"), [(1, [1, 2, 3, 4, 5, 6, 7, 8]), (3, [1, 4, 7]), (8, [1]), (100, [1])]
-)
+@pytest.mark.parametrize(("stride", "positions"), [(1, [1, 2, 3, 4, 5, 6, 7, 8]), (3, [1, 4, 7]), (8, [1]), (100, [1])])
 def test_every_nth_frame_of_a_video(tmp_path, stride, positions):
     frames = read_all(open_source(str(write_video(tmp_path / "v.avi")), stride))
     assert [f.frame for f in frames] == positions

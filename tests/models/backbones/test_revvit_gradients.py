@@ -20,8 +20,6 @@ from tests.models.backbones.test_revvit import DROPS, TINY, build, image
 Gradients = dict[str, Tensor | None]
 
 
-
-
 def plain_copy(model: RevViT) -> RevViT:
     twin = copy.deepcopy(model)
     twin.no_custom_backward = True

@@ -42,7 +42,6 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
                 nn.functional.avg_pool2d(mean, level.stride).expand(-1, level.channels, -1, -1) for level in self.levels
             )
 
-
     @register_backbone("NeedyBackbone")
     class _Needy(Backbone):
         """Cannot do without an argument."""

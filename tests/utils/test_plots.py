@@ -103,8 +103,8 @@ def test_a_broken_table_is_named_and_nothing_is_written(tmp_path, text):
 
 def test_the_callers_matplotlib_is_left_alone(tmp_path):
     code = (
-        "import sys, numpy as np; from utils import curves\n"
-        f"curves.plot_labels({str(tmp_path / 'labels.jpg')!r}, np.zeros((0, 5)), {{}})\n"
+        "import sys, numpy as np; from utils import plots\n"
+        f"plots.plot_labels({str(tmp_path / 'labels.jpg')!r}, np.zeros((0, 5)), {{}})\n"
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -1,0 +1,23 @@
+# `make check` is what CI runs. PYTHON is an interpreter with requirements.txt installed.
+PYTHON ?= python
+
+.PHONY: check format lint types test slow
+
+check: lint types test
+
+lint:
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+
+types:
+	$(PYTHON) -m mypy
+
+test:
+	$(PYTHON) -m pytest -q
+
+slow:
+	$(PYTHON) -m pytest -q -m slow
+
+format:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
