@@ -1,19 +1,19 @@
-"""How many training pictures per second the loader makes.
+"""Measure the training loader in images per second.
 
     python -m benchmarks.loader --data FOLDER [--imgsz 640] [--batch-size 16] [--workers 0 2] [--rounds 5]
 
-FOLDER holds pictures in YOLO layout (`.../images/train`, labels in `.../labels/train`); nothing is written there. The
-recipe is that of hyp.scratch-low (mosaic of four, zoom, shift, colour, left-right flip). A round is one epoch of each
-setting in turn, so that a change of load hits all of them; the first epoch, which starts workers and fills caches, does
-not count. Shown: the median round and the range.
+FOLDER holds images in YOLO layout (`.../images/train`, labels in `.../labels/train`); nothing is written there. The
+recipe is that of hyp.scratch-low (mosaic of four, scale, translation, HSV, horizontal flip). A round is one epoch of
+each setting in turn, so that a change of load affects all of them; the first epoch, which starts workers and fills
+caches, is discarded. Reported: the median round and the range.
 
-The set is repeated so that it does not fit into what the loader remembers of recent pictures.
+The dataset is repeated so that it does not fit into the loader's cache of recent images.
 
-"paste, then warp" is the usual way, for comparison in the same run: four random pictures read and resized, pasted into
-a canvas of twice the side, the canvas warped, colours by three tables, a flip, a transposed copy; in this process.
+"paste, then warp" is the usual implementation, measured in the same run: four random images are read, resized and
+pasted into a canvas of twice the side, which is warped; HSV by three look-up tables, a flip, a transposed copy.
 
-Decodes per picture: files opened in an epoch over pictures in the set, in this process, with the store's memory
-of recent pictures emptied before and limited to one mosaic window.
+Decodes per image: files opened in an epoch divided by the number of images, in this process, with the cache of recent
+images empty at first and limited to one mosaic window.
 
 Results: benchmarks/results/loader.json and .md.
 """
@@ -44,36 +44,36 @@ from data.loading.order import WINDOW
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
 
-MANY_CLASSES = 10**6  # class numbers do not matter here
+MANY_CLASSES = 10**6  # class indices do not matter here
 
 
 class Clock:
-    """Pictures per second, and milliseconds of processor time that this process (not its workers) spent on each."""
+    """Images per second, and milliseconds of CPU time per image in this process (workers not included)."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
         self.cpu_ms: list[float] = []
 
     def round(self, work: Callable[[], int]) -> None:
-        """Time `work`, which returns the number of pictures it made."""
+        """Time `work`, which returns the number of images it produced."""
         wall, cpu = time.perf_counter(), time.process_time()
         made = work()
         self.rates.append(made / (time.perf_counter() - wall))
         self.cpu_ms.append(1000 * (time.process_time() - cpu) / made)
 
     def to_dict(self) -> dict[str, list[float]]:
-        """All rounds but the first, which warms up."""
+        """Return all rounds but the first, which is the warm-up."""
         return {"rates": self.rates[1:], "cpu_ms": self.cpu_ms[1:]}
 
 
 def run_epoch(loader: DetectionLoader, epoch: int) -> int:
-    """Take every batch of an epoch; returns the number of pictures."""
+    """Iterate over an epoch and return the number of images."""
     loader.set_epoch(epoch)
     return sum(len(batch.paths) for batch in loader)
 
 
 def usual_sample(record_images: Sequence[np.ndarray | Path], imgsz: int, rng: np.random.Generator) -> np.ndarray:
-    """(3, imgsz, imgsz) uint8: four pictures (arrays, or files to read) pasted into a canvas, the canvas warped."""
+    """Return a (3, imgsz, imgsz) uint8 mosaic of four images (arrays or paths), pasted into a canvas and warped."""
     cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
     canvas = np.full((2 * imgsz, 2 * imgsz, 3), 114, np.uint8)
     for corner, chosen in enumerate(rng.integers(0, len(record_images), 4)):
@@ -99,7 +99,7 @@ def usual_sample(record_images: Sequence[np.ndarray | Path], imgsz: int, rng: np
 
 
 def run_usual(record_images: Sequence[np.ndarray | Path], imgsz: int, batch_size: int, epoch: int) -> int:
-    """One epoch of `usual_sample`, stacked into batches; returns the number of pictures."""
+    """Run one epoch of `usual_sample`, stacked into batches, and return the number of images."""
     rng = np.random.default_rng(epoch)
     count = len(record_images)
     for first in range(0, count, batch_size):
@@ -108,8 +108,8 @@ def run_usual(record_images: Sequence[np.ndarray | Path], imgsz: int, batch_size
     return count
 
 
-def decodes_per_picture(records: Sequence[ImageRecord], imgsz: int, recipe: AugmentConfig) -> float:
-    """Files opened per picture in one shuffled epoch with memory for the pictures of one window only."""
+def decodes_per_image(records: Sequence[ImageRecord], imgsz: int, recipe: AugmentConfig) -> float:
+    """Return files opened per image in a shuffled epoch, with a cache of one mosaic window."""
     dataset = DetectionDataset(records, imgsz, augment=recipe)
     largest = max(min(r.height, imgsz) * min(r.width, imgsz) * 3 for r in records)
     dataset._images = ImageStore(records, imgsz, smooth=False, recent_bytes=WINDOW * largest)
@@ -129,7 +129,7 @@ def decodes_per_picture(records: Sequence[ImageRecord], imgsz: int, recipe: Augm
 
 
 def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """All settings, interleaved."""
+    """Measure all settings in interleaved rounds."""
     records = load_annotations([args.data], MANY_CLASSES, cache_folder=folder, progress=False).records * args.repeat
     recipe = AugmentConfig.from_hyp(load_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"))
     loaders = {}
@@ -153,10 +153,10 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         loader.close()
     return {
         "machine": {**machine(torch.device("cpu")), "opencv": cv2.__version__, "opencv threads": cv2.getNumThreads()},
-        "pictures": len(records),
+        "images": len(records),
         "imgsz": args.imgsz,
         "batch_size": args.batch_size,
-        "decodes_per_picture": decodes_per_picture(records, args.imgsz, recipe),
+        "decodes_per_image": decodes_per_image(records, args.imgsz, recipe),
         "settings": [
             {"cache": cache, "workers": loaders[cache, asked].workers, "asked": asked, **c.to_dict()}
             for (cache, asked), c in clocks.items()
@@ -168,13 +168,13 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
 def main() -> None:
     """Measure and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of pictures")
+    parser.add_argument("--data", required=True, help="folder of images")
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2])
     parser.add_argument("--cache", nargs="+", default=["none", "ram"], choices=["none", "ram", "disk"])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--repeat", type=int, default=3, help="times that the set is repeated")
+    parser.add_argument("--repeat", type=int, default=3, help="how often the dataset is repeated")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         results = measure(args, folder)
@@ -184,8 +184,8 @@ def main() -> None:
         for setting in results[name]
     ]
     text = (
-        f"Training samples of {results['pictures']} pictures at {args.imgsz}, batch {args.batch_size}, mosaic of four; "
-        f"{results['decodes_per_picture']:.2f} files decoded per picture and epoch.\n\n"
+        f"Training samples of {results['images']} images at {args.imgsz}, batch {args.batch_size}, mosaic of four; "
+        f"{results['decodes_per_image']:.2f} files decoded per image and epoch.\n\n"
         + markdown_table(("how", "cache", "workers", "images/s (median)", "range", "CPU ms/image"), rows)
         + "\n"
     )
@@ -194,8 +194,8 @@ def main() -> None:
 
 def _row(setting: dict[str, Any]) -> tuple[Any, ...]:
     rates, workers = setting["rates"], setting["workers"]
-    asked = setting.get("asked", workers)  # a loader starts no more than there are processors
-    cpu = "" if workers else f"{statistics.median(setting['cpu_ms']):.2f}"  # of this process alone, so not with workers
+    asked = setting.get("asked", workers)  # a loader starts at most one worker per processor
+    cpu = "" if workers else f"{statistics.median(setting['cpu_ms']):.2f}"  # of this process only, so not with workers
     spread = f"{min(rates):.0f} .. {max(rates):.0f}"
     shown = workers if workers == asked else f"{workers} ({asked} asked)"
     return setting["cache"], shown, f"{statistics.median(rates):.0f}", spread, cpu

@@ -1,11 +1,11 @@
-"""Forward time of Next-ViT with each of its three token mixers, as the picture grows.
+"""Forward time of Next-ViT with each of its three token mixers, by image size.
 
     python -m benchmarks.nextvit_mixers [--device cpu] [--arch small] [--batch 8] [--sizes 224 384 640] [--rounds 5]
 
-Deployed form, evaluation mode. The mixers take turns within a round, so that a change in the machine's speed meets all
-three; the median over the rounds counts. On a CPU the process's own time is taken, over all threads. The published
-report (TensorRT, V100, AMP16, batch 8) has, for `emhsa` : `emhsa2d` : `xca`, 1 : 1.00 : 0.99 at 224 and 1 : 0.89 : 0.78
-at 384.
+Re-parameterized, evaluation mode. The mixers alternate within a round, so that a change in the machine's speed affects
+all three; reported is the median over the rounds, on a CPU of the process time over all threads. The published report
+(TensorRT, V100, AMP16, batch 8) has, for `emhsa` : `emhsa2d` : `xca`, 1 : 1.00 : 0.99 at 224 and 1 : 0.89 : 0.78 at
+384.
 
 Results: benchmarks/results/nextvit_mixers.json and .md.
 """
@@ -26,7 +26,7 @@ from models.backbones.nextvit import ARCHITECTURES, MIXERS, NextViT
 
 
 def build(arch: str, mixer: str, device: torch.device) -> NextViT:
-    """A deployed model with random weights."""
+    """Return a re-parameterized model with random weights."""
     torch.manual_seed(0)
     model = NextViT(arch, mixer=mixer).eval()
     model.reparameterize()
@@ -34,7 +34,7 @@ def build(arch: str, mixer: str, device: torch.device) -> NextViT:
 
 
 def seconds(model: NextViT, image: Tensor, half: bool) -> float:
-    """Time of one forward pass."""
+    """Return the seconds of one forward pass."""
     cuda = image.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
@@ -48,14 +48,14 @@ def seconds(model: NextViT, image: Tensor, half: bool) -> float:
 
 
 def gflops(model: NextViT, side: int, device: torch.device) -> float:
-    """Multiply-adds count twice, for one picture."""
+    """Return 10^9 operations for one image; a multiply-add counts as two."""
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         model(torch.rand(1, 3, side, side, device=device))
     return counter.get_total_flops() / 1e9
 
 
 def measure(options: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
-    """One row per size: per mixer the median, the fastest and all times, and the ratio to `emhsa`."""
+    """Return one row per size: per mixer the median, fastest and all times, and the ratio to `emhsa`."""
     models = {mixer: build(options.arch, mixer, device) for mixer in MIXERS}
     rows = []
     for side in options.sizes:
@@ -91,7 +91,7 @@ def text(results: dict[str, Any]) -> str:
         for row in results["rows"]
     ]
     about = (
-        f"Next-ViT {results['arch']}, deployed form, batch {results['batch']}, "
+        f"Next-ViT {results['arch']}, re-parameterized, batch {results['batch']}, "
         f"{'autocast' if results['half'] else 'float32'}; median of {results['rounds']} interleaved rounds, the ratio "
         "being the median of the rounds' ratios. Published (TensorRT, V100, AMP16): 1 : 1.00 : 0.99 at 224, "
         "1 : 0.89 : 0.78 at 384."
@@ -106,9 +106,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--sizes", type=int, nargs="+", default=[224, 384, 640])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1, help="rounds that do not count")
+    parser.add_argument("--warmup", type=int, default=1, help="discarded rounds")
     parser.add_argument("--half", action="store_true", help="autocast")
-    parser.add_argument("--name", default="nextvit_mixers", help="of the two result files")
+    parser.add_argument("--name", default="nextvit_mixers", help="name of the two result files")
     options = parser.parse_args()
     device = torch.device(options.device)
     results: dict[str, Any] = {"machine": machine(device), **vars(options), "rows": measure(options, device)}

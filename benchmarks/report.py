@@ -1,4 +1,4 @@
-"""Shared by the benchmark scripts: what a measurement ran on, and the two files it leaves behind."""
+"""Helpers of the benchmark scripts: machine description, Markdown tables, result files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads and versions; no names of hosts or folders."""
+    """Return processor, threads and versions, without host or folder names."""
     found: dict[str, Any] = {
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -39,13 +39,13 @@ def _processor() -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table in Markdown."""
+    """Return a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def write_results(name: str, results: dict[str, Any], text: str) -> None:
-    """Write `results/<name>.json` and `results/<name>.md` (with the machine under the text), and print the latter."""
+    """Write `results/<name>.json` and `results/<name>.md` (the machine below the text), and print the text."""
     about = results["machine"]
     text += "\n" + "Machine: " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".\n"
     RESULTS.mkdir(exist_ok=True)

@@ -1,13 +1,13 @@
-"""What RevViT's reversible sequence saves and what it costs.
+"""Memory saved by RevViT's reversible sequence, and its cost in time.
 
     python -m benchmarks.revvit_memory [--device cpu] [--rounds 2] [--skip-large]
 
 Measured, for the reversible sequence and for plain autograd on the same weights:
 
-- bytes that autograd keeps between the forward and the backward pass, for 6, 12, 24 and 48 blocks (every storage that
+- bytes that autograd saves between the forward and the backward pass, for 6, 12, 24 and 48 blocks (every storage that
   saved-tensor hooks see, once, parameters left out), and on a GPU the peak of allocated memory in a training step;
-- the same for architecture `large` at 640 pixels, with the time of a training step (interleaved rounds, the fastest of
-  each counts).
+- the same for architecture `large` at 640 pixels, with the time of a training step (interleaved rounds, the fastest
+  of each).
 
 Results: benchmarks/results/revvit_memory.json and .md.
 """
@@ -31,14 +31,14 @@ FORMS = {"reversible": False, "plain": True}  # name -> no_custom_backward
 
 
 def kept_bytes(model: RevViT, image: Tensor) -> int:
-    """Bytes of all storages that autograd holds after a forward pass of `model.forward_features`, but parameters."""
+    """Return the bytes that autograd saves in a forward pass of `model.forward_features`, parameters not included."""
     return kept_for_backward(lambda: model.forward_features(image), addresses(model))
 
 
 def training_step(model: RevViT, image: Tensor) -> tuple[float, int | None]:
-    """Seconds of a forward and backward pass, and the peak of memory it allocated on a GPU beyond what was there.
+    """Return the seconds of a forward and backward pass, and on a GPU the peak memory it allocated.
 
-    On a CPU the process's own time counts, over all threads: what else the machine does is not in it.
+    On a CPU this is process time over all threads, so that other load is not included.
     """
     cuda = image.device.type == "cuda"
     model.zero_grad(set_to_none=True)
@@ -57,7 +57,7 @@ def training_step(model: RevViT, image: Tensor) -> tuple[float, int | None]:
 
 
 def depth_rows(device: torch.device, side: int, rounds: int) -> list[dict[str, Any]]:
-    """One row per depth, of blocks as wide as those of the published small model."""
+    """Return one row per depth, with blocks of the published small model's width."""
     rows = []
     image = torch.rand(1, 3, side, side, device=device)
     for depth in DEPTHS:
@@ -75,7 +75,7 @@ def depth_rows(device: torch.device, side: int, rounds: int) -> list[dict[str, A
 
 
 def large_row(device: torch.device, rounds: int) -> dict[str, Any]:
-    """Architecture `large` at 640 pixels, batch 1."""
+    """Measure architecture `large` at 640 pixels, batch 1."""
     torch.manual_seed(0)
     model = RevViT("large").to(device).train()
     image = torch.rand(1, 3, 640, 640, device=device)
@@ -98,7 +98,7 @@ def text(results: dict[str, Any]) -> str:
     mib = 2**20
     flat = results["growth_with_depth"]
     parts = [
-        "# RevViT: memory kept for the backward pass",
+        "# RevViT: memory saved for the backward pass",
         f"Published small width (384 channels per stream), {results['side']} pixels, batch 1, float32; processor time. "
         f"From {DEPTHS[0]} to {DEPTHS[-1]} blocks: reversible x {flat['reversible']:.3f}, plain x {flat['plain']:.3f}.",
         markdown_table(
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=224, help="pixels, for the table over depths")
     parser.add_argument("--rounds", type=int, default=2, help="timed training steps of each form")
     parser.add_argument("--skip-large", action="store_true")
-    parser.add_argument("--name", default="revvit_memory", help="of the two result files")
+    parser.add_argument("--name", default="revvit_memory", help="name of the two result files")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = depth_rows(device, options.side, options.rounds)

@@ -1,7 +1,7 @@
-"""Where the time goes: start of `--help`, suppression, metrics, forward, training step.
+"""Time of single stages: `--help`, NMS, metrics, forward pass, training step.
 
-`python -m benchmarks.stages` writes results/stages.{json,md}. Figures of one machine; compare ratios made in one run,
-and only on a machine that does nothing else.
+`python -m benchmarks.stages` writes results/stages.{json,md}. Compare ratios measured in one run on an idle
+machine only.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from utils.files import ROOT
 from utils.metrics import ap_per_class
 from utils.nms import non_max_suppression
 
-# What the official project took on another 2-core machine (for the shape of things; not this machine).
+# Times of the official project on another 2-core machine, for orientation only.
 OFFICIAL_MS = {
     "--help of train.py": 5100.0,
     "NMS, 8 images, 3.5k boxes each above 0.001": 52.0,
@@ -39,7 +39,7 @@ OFFICIAL_MS = {
 
 
 def median_ms(work: Callable[[], object], device: torch.device, rounds: int) -> float:
-    """Median time of `work` in milliseconds, after one round that is not counted."""
+    """Return the median time of `work` in milliseconds, after one discarded round."""
     times = []
     for _ in range(rounds + 1):
         synchronize(device)
@@ -51,12 +51,12 @@ def median_ms(work: Callable[[], object], device: torch.device, rounds: int) -> 
 
 
 def predictions(candidates: int, device: torch.device) -> torch.Tensor:
-    """8 images x 25200 rows x 85, `candidates` rows each with a score above 0.001, in clusters."""
+    """Return predictions (8, 25200, 85) in clusters; `candidates` rows per image have a confidence above 0.001."""
     g = torch.Generator().manual_seed(candidates)
     out = torch.zeros(8, 25200, 85)
-    centres = torch.rand(8, 60, 2, generator=g) * 640
+    centers = torch.rand(8, 60, 2, generator=g) * 640
     at = torch.randint(60, (8, 25200), generator=g)
-    out[..., :2] = centres.gather(1, at[..., None].expand(-1, -1, 2)) + torch.randn(8, 25200, 2, generator=g) * 6
+    out[..., :2] = centers.gather(1, at[..., None].expand(-1, -1, 2)) + torch.randn(8, 25200, 2, generator=g) * 6
     out[..., 2:4] = 40 + 40 * torch.rand(8, 25200, 2, generator=g)
     out[:, :candidates, 4] = torch.rand(8, candidates, generator=g) ** 4 * 0.9 + 0.05
     out[..., 5:].scatter_(2, (at % 80)[..., None], 0.3 + 0.6 * torch.rand(8, 25200, 1, generator=g))
@@ -64,7 +64,7 @@ def predictions(candidates: int, device: torch.device) -> torch.Tensor:
 
 
 def train_step(device: torch.device) -> Callable[[], object]:
-    """One forward, loss, backward and update of yolov5n at 320, batch 16."""
+    """Return a function that does one training step of yolov5n at 320 pixels, batch 16."""
     model = DetectionModel(ROOT / "models/yolov5n.yaml", nc=80).to(device, memory_format=torch.channels_last)
     hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml").to_dict()
     config = LossConfig.from_hyp(hyp, num_levels=3, num_classes=80, imgsz=320)

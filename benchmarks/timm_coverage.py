@@ -1,14 +1,14 @@
-"""Which families of timm work as a backbone of the detector: one network of each, built, run, trained one step, fused.
+"""Coverage of timm: one network of each family is built as a backbone, run, trained for one step and fused.
 
     python -m benchmarks.timm_coverage [--families resnet vgg ...] [--max-params 200] [--resume]
 
 A family is a module of `timm.list_modules()`; its network is the one with the fewest parameters as a feature extractor.
-A family none of whose networks has feature maps is left out, by timm's own word (none is built with `features_only`).
-Each goes through, with the neck of `models/yolov5-timm.yaml` and `extra_levels: true`, random weights:
+Families without feature maps (none is built with `features_only`) are left out. Each network, with random weights, the
+neck of `models/yolov5-timm.yaml` and `extra_levels: true`, must pass:
 
-1. build; 2. pictures of 256 x 320 and 250 x 333 pixels, all values finite, as many rows as the padded size has cells;
-3. state-dict round trip, equal outputs; 4. one training step on two pictures, a finite gradient for every parameter
-that takes one, finite loss after it; 5. re-parameterise and fuse, outputs equal within 1e-3 of their spread.
+1. build; 2. images of 256 x 320 and 250 x 333 pixels, all outputs finite, one row per cell of the padded size;
+3. state-dict round trip, equal outputs; 4. one training step on two images, a finite gradient for every trainable
+parameter, finite loss afterwards; 5. re-parameterize and fuse, outputs equal within 1e-3 of their standard deviation.
 
 Results: benchmarks/results/timm_coverage.json and .md, written after every family.
 """
@@ -41,9 +41,9 @@ from utils.yaml_lines import load_yaml, plain
 
 NAME = "timm_coverage"
 SIZES = ((256, 320), (250, 333))
-SMALL = (128, 160)  # for what does not depend on the size
+SMALL = (128, 160)  # for checks that do not depend on the size
 STEPS = ("build", "run", "state", "train", "fuse")
-# A family is a stranger's code: whatever it raises is its result.
+# Third-party code may raise anything; the exception is the result of the family.
 FAILURES = (
     RuntimeError,
     ValueError,
@@ -56,12 +56,12 @@ FAILURES = (
 )
 
 
-class Failed(ValueError):
-    """A step gave something, but not what it should."""
+class CheckFailedError(ValueError):
+    """A step ran, but its result is wrong."""
 
 
 def smallest(family: str) -> tuple[str, float] | None:
-    """(name, millions of parameters) of the family's smallest feature extractor; None when it has none."""
+    """Return (name, 10^6 parameters) of the family's smallest feature extractor; None if it has none."""
     import timm
 
     best: tuple[str, float] | None = None
@@ -77,14 +77,14 @@ def smallest(family: str) -> tuple[str, float] | None:
 
 
 def detector_yaml(name: str) -> dict[str, Any]:
-    """`models/yolov5-timm.yaml` with another network in its backbone row."""
+    """Return `models/yolov5-timm.yaml` with another network in its backbone row."""
     spec = plain(load_yaml(ROOT / "models" / "yolov5-timm.yaml"))
     spec["backbone"][0][2:] = [f"timm/{name}", {"extra_levels": True, "strides": [8, 16, 32]}]
     return spec
 
 
 def randomize(model: nn.Module) -> None:
-    """Statistics and layer scales off their initial values, where fusing proves nothing."""
+    """Move statistics and layer scales off their initial values, at which fusing would not be tested."""
     with torch.no_grad():
         for key, value in model.state_dict().items():
             if key.endswith("running_var"):
@@ -113,9 +113,9 @@ def check_run(model: DetectionModel) -> None:
             for h, w in ((height, width), padded, size)
         }
         if out.shape[1] not in allowed:
-            raise Failed(f"{out.shape[1]} rows at {size}, expected one of {sorted(allowed)}")
+            raise CheckFailedError(f"{out.shape[1]} rows at {size}, expected one of {sorted(allowed)}")
         if not torch.isfinite(out).all():
-            raise Failed(f"values that are not finite at {size}")
+            raise CheckFailedError(f"values that are not finite at {size}")
 
 
 def check_state(model: DetectionModel, spec: dict[str, Any]) -> None:
@@ -123,7 +123,7 @@ def check_state(model: DetectionModel, spec: dict[str, Any]) -> None:
     other.load_state_dict(model.state_dict(), strict=True)
     a, b = decoded(model, SMALL), decoded(other, SMALL)
     if not torch.equal(a, b):
-        raise Failed(f"outputs differ by {float((a - b).abs().max()):.2e} after a round trip")
+        raise CheckFailedError(f"outputs differ by {float((a - b).abs().max()):.2e} after a round trip")
 
 
 def check_train(model: DetectionModel) -> None:
@@ -138,17 +138,17 @@ def check_train(model: DetectionModel) -> None:
     loss(model(images), targets).total.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if without:
-        raise Failed(f"{len(without)} parameters without gradient: {', '.join(without[:3])}")
+        raise CheckFailedError(f"{len(without)} parameters without gradient: {', '.join(without[:3])}")
     broken = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken:
-        raise Failed(f"{len(broken)} gradients that are not finite: {', '.join(broken[:3])}")
+        raise CheckFailedError(f"{len(broken)} gradients that are not finite: {', '.join(broken[:3])}")
     nn.utils.clip_grad_norm_(model.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         after = loss(model(images), targets).total
     if not torch.isfinite(after):
-        raise Failed("the loss is not finite after one step")
+        raise CheckFailedError("the loss is not finite after one step")
 
 
 def check_fuse(model: DetectionModel) -> None:
@@ -164,17 +164,17 @@ def check_fuse(model: DetectionModel) -> None:
     for a, b in zip(before, after):
         difference = float((a - b).abs().max() / a.std())
         if not difference < 1e-3:
-            raise Failed(f"fused outputs are {difference:.1e} of their spread away")
+            raise CheckFailedError(f"fused outputs are {difference:.1e} of their spread away")
 
 
 def shortened(text: str, name: str) -> str:
-    """The error without the row it stands in, at most 160 characters, fit for a table."""
+    """Return the error without its row prefix, at most 160 characters, escaped for a table."""
     text = text.split(f"timm/{name}: ")[-1].replace("|", "/")
     return text if len(text) <= 160 else text[:157] + "..."
 
 
 def examine(name: str) -> dict[str, Any]:
-    """Run all steps for one network; the first that fails ends it."""
+    """Run the steps for one network up to the first failure."""
     began = time.perf_counter()
     torch.manual_seed(0)
     result: dict[str, Any] = {"model": name, "passed": [], "failed": None, "reason": ""}
@@ -234,9 +234,9 @@ def main() -> None:
     import timm
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--families", nargs="*", default=[], help="only these modules of timm")
-    parser.add_argument("--max-params", type=float, default=200.0, help="leave larger networks out (millions)")
-    parser.add_argument("--resume", action="store_true", help="keep the results that are there")
+    parser.add_argument("--families", nargs="*", default=[], help="modules of timm (default: all)")
+    parser.add_argument("--max-params", type=float, default=200.0, help="skip networks with more parameters (millions)")
+    parser.add_argument("--resume", action="store_true", help="keep existing results")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")

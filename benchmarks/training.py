@@ -1,11 +1,11 @@
-"""What a training step costs in float32 and bfloat16, with channels_last and torch.compile; what the averaging costs.
+"""Cost of a training step in float32 and bfloat16, with channels_last and torch.compile, and of the EMA update.
 
     python -m benchmarks.training [--device cpu] [--model yolov5n] [--imgsz 320] [--batch-size 16] [--rounds 9]
 
-A step is what the trainer does with a batch that lies on the device: pixels to [0, 1], forward, loss, backward, clip,
-optimiser, average (EMA). Its variants take turns, one step each per round, so that a change of load hits all of them;
-the first rounds, which compile and warm up, do not count. Shown: the median, the quartiles, and the median of the
-ratios to "plain" of the same round. The first loss of each variant is shown, too: all start from the same weights.
+A step is what the trainer does with a batch on the device: pixels to [0, 1], forward, loss, backward, clipping,
+optimizer, EMA. The variants alternate, one step each per round, so that a change of load affects all of them; the first
+rounds, which compile and warm up, are discarded. Reported: the median, the quartiles, and the median of the ratios to
+"plain" of the same round. The first loss of each variant is reported too: all start from the same weights.
 
 The trainer itself always uses channels_last; `--amp` and `--compile` of train.py choose the rest.
 
@@ -38,7 +38,7 @@ from utils.device import select_device, synchronize
 from utils.files import ROOT
 from utils.structures import to_unit
 
-WARM_UP = 2  # rounds that do not count
+WARM_UP = 2  # discarded rounds
 CLASSES, BOXES_PER_IMAGE = 80, 8
 SMALL_RATE = 1e-5  # the weights hardly move: all rounds do the same work
 GPU_MODELS = ("yolov5n", "yolov5s", "yolov5-riformer", "yolov5-revvit", "yolov5-repmlp", "yolov5-nextvit")
@@ -47,10 +47,10 @@ GPU_SIDE = 640
 
 @dataclass(frozen=True)
 class Variant:
-    """How a step computes.
+    """Precision, memory format and compilation of a step.
 
     Attributes:
-        channels_last: memory format of the model and the pictures.
+        channels_last: memory format of the model and the images.
         dtype: of autocast; None = float32.
         compiled: by torch.compile.
     """
@@ -76,13 +76,13 @@ ON_CUDA: dict[str, Variant] = {
 
 
 class Step:
-    """A training step on one batch, again and again.
+    """A repeatable training step on one batch.
 
     Args:
-        model: on its device; a copy of it is trained.
-        variant: how.
-        imgsz: side of the pictures.
-        batch: pictures per step.
+        model: model on its device; a copy of it is trained.
+        variant: precision, memory format and compilation.
+        imgsz: side of the images in pixels.
+        batch: images per step.
     """
 
     def __init__(self, model: DetectionModel, variant: Variant, imgsz: int, batch: int) -> None:
@@ -104,7 +104,7 @@ class Step:
         self.images, self.targets = random_batch(imgsz, batch, self.device)
 
     def __call__(self) -> Tensor:
-        """One step; the loss."""
+        """Do one step and return the loss."""
         images = to_unit(self.images)
         if self.variant.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
@@ -122,7 +122,7 @@ class Step:
 
 
 def random_batch(imgsz: int, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Noise (B, 3, imgsz, imgsz) uint8 on the device, and targets (M, 6) on the CPU; the same for every call."""
+    """Return noise images (B, 3, imgsz, imgsz) uint8 on the device and targets (M, 6) on the CPU, always the same."""
     rng = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (batch, 3, imgsz, imgsz), generator=rng, dtype=torch.uint8)
     count = batch * BOXES_PER_IMAGE
@@ -133,7 +133,7 @@ def random_batch(imgsz: int, batch: int, device: torch.device) -> tuple[Tensor, 
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Time of one call."""
+    """Return the seconds of one call."""
     synchronize(device)
     start = time.perf_counter()
     work()
@@ -142,7 +142,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each work in each round that counts."""
+    """Return the seconds of each function in each counted round; the functions alternate within a round."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for number in range(WARM_UP + rounds):
         for name, work in works.items():
@@ -153,7 +153,7 @@ def in_turns(works: Mapping[str, Callable[[], object]], device: torch.device, ro
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """Median and quartiles."""
+    """Return the median, the first and the third quartile."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -161,7 +161,7 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def step_rows(model: DetectionModel, names: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row per variant of the step."""
+    """Measure each variant of the step; one row per variant."""
     known = VARIANTS | ON_CUDA
     steps = {name: Step(model, known[name], args.imgsz, args.batch_size) for name in names}
     device = next(model.parameters()).device
@@ -181,7 +181,7 @@ def step_rows(model: DetectionModel, names: Sequence[str], args: argparse.Namesp
 
 @torch.no_grad()
 def update_one_by_one(ema: ModelEma[Any], model: nn.Module) -> None:
-    """What `ModelEma.update` computes, one tensor after the other."""
+    """Do what `ModelEma.update` does, one tensor at a time."""
     ema.updates += 1
     decay = ema.rate(ema.updates)
     values = model.state_dict()
@@ -192,17 +192,17 @@ def update_one_by_one(ema: ModelEma[Any], model: nn.Module) -> None:
 
 
 def ema_row(model: DetectionModel, rounds: int) -> dict[str, Any]:
-    """Seconds of an update of all tensors together, and one by one."""
+    """Measure the EMA update of all tensors at once and one by one."""
     ours, loop = ModelEma(model), ModelEma(model)
     works = {"together": lambda: ours.update(model), "one_by_one": lambda: update_one_by_one(loop, model)}
     times = in_turns(works, next(model.parameters()).device, rounds)
     for a, b in zip(ours.module.state_dict().values(), loop.module.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b)  # the two ways are to agree before their times mean anything
+        torch.testing.assert_close(a, b)  # both must compute the same for the times to be comparable
     return {"tensors": len(model.state_dict()), **times}
 
 
 def gpu_rows(device: torch.device, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Detectors at 640 pixels as train.py runs them by default (float16, channels_last), and in float32."""
+    """Measure detectors at 640 pixels as train.py runs them by default (float16, channels_last), and in float32."""
     rows = []
     for name in GPU_MODELS:
         model = fresh_model(name, device)
@@ -218,13 +218,13 @@ def gpu_rows(device: torch.device, args: argparse.Namespace) -> list[dict[str, A
 
 
 def fresh_model(name: str, device: torch.device) -> DetectionModel:
-    """A detector with random weights, the same in each run."""
+    """Return a detector with random weights, the same in each run."""
     torch.manual_seed(0)
     return DetectionModel(ROOT / f"models/{name}.yaml", nc=CLASSES).to(device)
 
 
 def text(results: Mapping[str, Any]) -> str:
-    """The results in words and tables."""
+    """Return the results as Markdown."""
     batch = results["batch_size"]
     steps = []
     for row in results["steps"]:
@@ -240,10 +240,10 @@ def text(results: Mapping[str, Any]) -> str:
         costs.append((shown, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}", f"{100 * (middle / 1000) / fastest:.1f} %"))
     parts = [
         "# Training step",
-        f"{results['model']}, {results['imgsz']} pixels, batch {batch}, {results['rounds']} rounds in turns; ratios: "
+        f"{results['model']}, {results['imgsz']} pixels, batch {batch}, {results['rounds']} interleaved rounds; ratios: "
         "medians (quartiles) over the rounds.",
         markdown_table(head, steps),
-        f"Averaging the weights (EMA), {ema['tensors']} tensors, once per step:",
+        f"EMA update, {ema['tensors']} tensors, once per step:",
         markdown_table(("how", "median, ms", "quartiles, ms", "of the fastest step above"), costs),
     ]
     if results["gpu"]:
@@ -255,7 +255,7 @@ def text(results: Mapping[str, Any]) -> str:
         parts.append(markdown_table(("model", "precision", "images/s", "peak memory, GiB"), rows))
     else:
         models = ", ".join(GPU_MODELS)
-        parts.append(f"On a GPU ({models} at {GPU_SIDE} pixels: images/s, peak memory): not run, there was none.")
+        parts.append(f"On a GPU ({models} at {GPU_SIDE} pixels: images/s, peak memory): not run (no GPU available).")
     return "\n\n".join(parts) + "\n"
 
 
@@ -267,8 +267,10 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--variants", nargs="+", choices=[*VARIANTS, *ON_CUDA], help="only these, 'plain' first")
-    parser.add_argument("--name", default="training", help="of the two result files")
+    parser.add_argument(
+        "--variants", nargs="+", choices=[*VARIANTS, *ON_CUDA], help="variants to measure, 'plain' first"
+    )
+    parser.add_argument("--name", default="training", help="name of the two result files")
     args = parser.parse_args()
     device = select_device(args.device)
     known = VARIANTS | (ON_CUDA if device.type == "cuda" else {})
