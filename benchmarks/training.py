@@ -240,8 +240,8 @@ def text(results: Mapping[str, Any]) -> str:
         costs.append((shown, f"{middle:.2f}", f"{low:.2f} .. {high:.2f}", f"{100 * (middle / 1000) / fastest:.1f} %"))
     parts = [
         "# Training step",
-        f"{results['model']}, {results['imgsz']} pixels, batch {batch}, {results['rounds']} interleaved rounds; ratios: "
-        "medians (quartiles) over the rounds.",
+        f"{results['model']}, {results['imgsz']} pixels, batch {batch}, {results['rounds']} interleaved rounds; "
+        "ratios: medians (quartiles) over the rounds.",
         markdown_table(head, steps),
         f"EMA update, {ema['tensors']} tensors, once per step:",
         markdown_table(("how", "median, ms", "quartiles, ms", "of the fastest step above"), costs),
