@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
+
+from tests.helpers.pretend_cuda import pretend_cuda, unavailable
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -14,3 +19,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the backbone contract over this class alone (my_module:MyBackbone or path/to/file.py:MyBackbone); "
         "may be given several times",
     )
+
+
+@pytest.fixture(autouse=True)
+def _device_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Run tests marked `gpu` on a real CUDA device if there is one, else on the pretended one."""
+    if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        yield
+        return
+    reason = unavailable()
+    if reason or request.node.get_closest_marker("real_gpu"):
+        pytest.skip(reason or "needs a real CUDA device")
+    with pretend_cuda():
+        yield

@@ -88,6 +88,7 @@ def test_batch_by_memory(place: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_gpu
 def test_compile(place: Path) -> None:
     plain = finite_rows(train(config(place, device="0", epochs=1, amp="off", name="plain")).folder)
     compiled = train(config(place, device="0", epochs=1, amp="off", compile=True, name="compiled"))
