@@ -1,29 +1,27 @@
-"""Start a network from the weights of another one: rows are matched by what they are, not by number or by chance.
+"""Transfer of weights between two networks by alignment of their rows.
 
-Copying whatever has an equal name and shape gives nonsense as soon as a YAML differs by a row: `model.7` is another
-layer then, and a few of its tensors may happen to have the shape. Here two rows agree when module, arguments after
+Copying every entry of equal name and shape gives nonsense as soon as a YAML differs by a row: `model.7` is another
+layer then, and a few of its tensors may happen to have the same shape. Here two rows agree if module, arguments after
 scaling, stride and the shapes of *all* their weights agree, and their inputs correspond. The rows of both networks are
-brought into line in order (the alignment with the most weights), and the result is used if it makes sense as a whole:
+aligned in order (the alignment with the most weights), and the result is used if it is plausible as a whole:
 
 - it covers at least half of the network: the same network with some rows changed; or
-- its part that is connected to the picture row by row covers at least a tenth: another network with the same beginning.
+- its part that is connected to the image row by row covers at least a tenth: another network with the same first rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from models.build.builder import Route
 from models.checkpoint.state_dict import LoadReport
+from models.yolo import DetectionModel
 from utils.errors import CheckpointError, SpecError
-
-if TYPE_CHECKING:
-    from models.build.builder import Route
-    from models.yolo import DetectionModel
 
 SAME_NETWORK = 0.5
 SAME_BEGINNING = 0.1
@@ -34,10 +32,10 @@ class Row:
     """A row of a built network.
 
     Attributes:
-        route: where it stands, and what it was built with.
+        route: its position, and what it was built with.
         kind: name of its module in the YAML; of a backbone, which has several names, the class.
-        inputs: the rows it reads, -1 is the picture.
-        shapes: of its weights, by name within the row.
+        inputs: the rows it reads, -1 is the image.
+        shapes: shapes of its weights, by name within the row.
     """
 
     route: Route
@@ -46,15 +44,15 @@ class Row:
     shapes: Mapping[str, tuple[int, ...]]
 
     def agrees(self, other: Row) -> bool:
-        """Whether two rows do the same to their inputs. Of a head the inputs count, not classes and anchors."""
+        """Return whether two rows compute the same; of a head only the inputs count, not classes and anchors."""
         a, b = self.route, other.route
         if (self.kind, a.layer.section, a.levels) != (other.kind, b.layer.section, b.levels):
             return False
         if len(self.inputs) != len(other.inputs) or self.shapes.keys() != other.shapes.keys():
             return False
         if not a.levels:  # the head; its last argument are the channels of its inputs
-            return a.arguments[-1] == b.arguments[-1]
-        # A backbone's arguments may be a request for weights, or the default spelt out; its shapes say what it is.
+            return bool(a.arguments[-1] == b.arguments[-1])
+        # A backbone's arguments may be a request for weights, or the default spelled out; its shapes say what it is.
         return self.shapes == other.shapes and (a.gives_levels or a.arguments == b.arguments)
 
 
@@ -71,17 +69,21 @@ def transfer_rows(
 
     Args:
         model: changed in place.
-        spec, state: the other network as a mapping, and its state dict with keys `model.<row>.<name>`.
-        exclude: entries whose key contains one of these texts keep their values.
+        spec: the other network as a mapping that asks for no published weights.
+        state: its state dict, with keys `model.<row>.<name>`.
+        exclude: entries whose key contains one of these strings keep their values.
         partial: use the alignment however little it covers.
-        where: the file, for messages.
+        where: name of the file, for messages.
+
+    Returns:
+        The outcome of every entry.
 
     Raises:
         CheckpointError: too little agrees (see above), unless `partial`.
     """
     own = model.state_dict()
     old, new = _rows(_skeleton(spec, where)), _rows(model)
-    pairs = _sensible(old, new, _aligned(old, new), partial, where)
+    pairs = _plausible(old, new, _aligned(old, new), partial, where)
     ready: dict[str, Tensor] = {}
     unexpected: list[tuple[str, str]] = []
     for key, value in state.items():
@@ -89,8 +91,8 @@ def transfer_rows(
         target = f"model.{pairs[row]}.{name}" if row in pairs else ""
         if target not in own:
             unexpected.append((key, "its row has no counterpart"))
-        elif any(text in target for text in exclude):
-            unexpected.append((key, "left out"))
+        elif any(part in target for part in exclude):
+            unexpected.append((key, "excluded"))
         elif own[target].shape != value.shape:
             unexpected.append((key, f"{list(value.shape)} -> {list(own[target].shape)}"))
         else:
@@ -106,16 +108,14 @@ def transfer_rows(
 
 
 def _split(key: str) -> tuple[int, str]:
-    """`model.3.conv.weight` -> (3, `conv.weight`); row -1 for a key of another form."""
+    """Return (3, `conv.weight`) for `model.3.conv.weight`; row -1 for a key of another form."""
     head, _, rest = key.partition(".")
     number, _, name = rest.partition(".")
     return (int(number), name) if head == "model" and number.isdecimal() else (-1, key)
 
 
 def _skeleton(spec: Mapping[str, Any], where: str) -> DetectionModel:
-    """The network of a spec without memory for its weights; the random generator is not touched."""
-    from models.yolo import DetectionModel  # which imports the backbones, and they the loader beside this module
-
+    """Return the network of a spec without memory for its weights; the random generator is not used."""
     try:
         with torch.device("meta"):
             return DetectionModel(spec)
@@ -141,8 +141,8 @@ def _rows(model: DetectionModel) -> list[Row]:
 
 
 def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
-    """Pairs of agreeing rows, in order on both sides, with as many weights as possible; old row -> new row."""
-    # best[i][j]: weight of the best alignment of old[i:] with new[j:]; a pair counts its tensors, and 1 for itself.
+    """Return pairs of agreeing rows (old -> new), in order on both sides, with as many weights as possible."""
+    # best[i][j]: weight of the best alignment of old[i:] with new[j:]; a pair counts its tensors plus 1.
     best = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
     gain = [[1 + len(a.shapes) if a.agrees(b) else 0 for b in new] for a in old]
     for i in reversed(range(len(old))):
@@ -164,15 +164,15 @@ def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
 
 
 def _inputs_agree(old: Row, new: Row, pairs: Mapping[int, int]) -> bool:
-    """Whether each input is written the same way, or comes from rows that were paired."""
+    """Return whether each input is written the same way, or comes from rows that were paired."""
     sources = zip(old.route.layer.sources, new.route.layer.sources, old.inputs, new.inputs, strict=True)
     return all(a == b or (row_a in pairs and pairs[row_a] == row_b) for a, b, row_a, row_b in sources)
 
 
-def _sensible(
+def _plausible(
     old: Sequence[Row], new: Sequence[Row], pairs: dict[int, int], partial: bool, where: str
 ) -> dict[int, int]:
-    """The pairs to use; CheckpointError when they are a coincidence."""
+    """Return the pairs to use, or raise a CheckpointError if they are a coincidence."""
     total = sum(len(row.shapes) for row in new)
 
     def share(chosen: Mapping[int, int]) -> float:
@@ -182,12 +182,12 @@ def _sensible(
         return pairs
     connected: dict[int, int] = {}
     for i, j in pairs.items():
-        reads_picture = -1 in old[i].inputs and -1 in new[j].inputs
-        if reads_picture or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
+        reads_image = -1 in old[i].inputs and -1 in new[j].inputs
+        if reads_image or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
             connected[i] = j
     if share(connected) >= SAME_BEGINNING:
         return connected
     raise CheckpointError(
         f"{where}: is for another network: rows with {share(pairs):.0%} of this model's weights look alike, but they "
-        "read other features; use a --cfg of the same architecture, or --partial-weights to take them all the same"
+        "read other features; use a --cfg of the same architecture, or --partial-weights to take them anyway"
     )

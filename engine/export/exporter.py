@@ -34,7 +34,8 @@ from engine.runtimes.exported import ArtefactRuntime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import grid_of
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime
-from models.checkpoint.io import load_detector, read_checkpoint
+from models.checkpoint.io import read_checkpoint
+from models.loading import load_detector
 from models.yolo import DetectionModel
 from utils.device import select_device
 from utils.errors import ConfigError, ExportError

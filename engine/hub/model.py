@@ -21,7 +21,8 @@ from engine.predict.predictor import Prepared, check_classes, input_size, prepar
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, split_device
-from models.checkpoint.io import load_detector, read_checkpoint, transfer_weights
+from models.checkpoint.io import read_checkpoint
+from models.loading import load_detector, transfer_weights
 from models.yolo import DetectionModel
 from utils.boxes import clip_boxes, scale_boxes
 from utils.device import Profile, select_device

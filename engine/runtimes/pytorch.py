@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from models.checkpoint.io import load_detector
 from models.fuse import reparameterize
+from models.loading import load_detector
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError
 from utils.structures import to_unit

@@ -34,7 +34,8 @@ from engine.train.optimizer import (
     rate_scales,
     scaled_decay,
 )
-from models.checkpoint.io import Checkpoint, read_checkpoint, transfer_weights
+from models.checkpoint.io import Checkpoint, read_checkpoint
+from models.loading import spec_without_weights, transfer_weights
 from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from utils.device import amp_dtype, describe_device
@@ -179,11 +180,11 @@ def build_model(
     anchors = hyp.anchors and round(hyp.anchors)
     num_classes = len(data.names)
     if resumed is not None:
-        model = DetectionModel(resumed.spec, nc=num_classes)
+        model = DetectionModel(spec_without_weights(resumed.spec), nc=num_classes)
         model.load_state_dict(resumed.state)
     elif config.weights:
         checkpoint = read_checkpoint(find_file(config.weights, error=CheckpointError))
-        cfg = find_file(config.cfg, "models", "models/hub") if config.cfg else checkpoint.spec
+        cfg = find_file(config.cfg, "models", "models/hub") if config.cfg else spec_without_weights(checkpoint.spec)
         model = DetectionModel(cfg, nc=num_classes, anchors=anchors)
         exclude = ("anchor",) if config.cfg or anchors else ()
         report = transfer_weights(model, checkpoint, exclude=exclude, partial=config.partial_weights)

@@ -10,7 +10,8 @@ import torch
 
 from engine.devices.distributed import gather
 from engine.train.setup import Setup
-from models.checkpoint.io import read_checkpoint, spec_without_weights, write_checkpoint
+from models.checkpoint.io import read_checkpoint, write_checkpoint
+from models.loading import spec_without_weights
 
 if TYPE_CHECKING:
     from engine.train.trainer import Trainer

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from models.backbones.base import Backbone
-from models.checkpoint.io import read_state_dict
-from models.checkpoint.state_dict import LoadReport, load_state, shorten
+from models.checkpoint.state_dict import LoadReport, load_state, read_state_dict, shorten
 from utils.errors import CheckpointError, UserError, did_you_mean
 from utils.files import download
 from utils.yaml_lines import load_yaml

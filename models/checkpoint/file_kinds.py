@@ -1,4 +1,4 @@
-"""What a file is that was given as a checkpoint: there, readable, and not surely something else."""
+"""Recognition of files that are not checkpoints, with an error that says what they are."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from utils.errors import CheckpointError
 
 
 def existing_file(path: Path) -> Path:
-    """`path`, if it can hold a checkpoint; otherwise the one line that says what it is instead."""
+    """Return `path` if it may be a file of `torch.save`.
+
+    Raises:
+        CheckpointError: the file does not exist or cannot be opened, or is of another kind (says which).
+    """
     if path.is_dir():
         inside = sorted(p.name for p in path.rglob("*.pt"))[:3]
-        hint = f"; there are {', '.join(inside)} in it" if inside else ""
+        hint = f"; it contains {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{path}: a folder; a checkpoint file is needed{hint}")
     if not path.is_file():
         near = difflib.get_close_matches(path.name, _names_beside(path), n=3, cutoff=0.4)
-        hint = f"; near in that folder: {', '.join(near)}" if near else ""
+        hint = f"; similar names in that folder: {', '.join(near)}" if near else ""
         raise CheckpointError(f"{path}: no such file{hint}")
     try:
         with open(path, "rb") as stream:
@@ -35,15 +39,15 @@ def _names_beside(path: Path) -> list[str]:
 
 
 def _other_kind(path: Path, head: bytes) -> str:
-    """What a file is that is surely no checkpoint; empty when it may be one."""
+    """Return what the file is if it is certainly not a checkpoint, else an empty string."""
     if not head:
         return "an empty file (0 bytes), left by an interrupted download or save"
     if path.suffix.lower() == ".onnx" or b"\x0apytorch" in head[:16] or b"\x12\x07pytorch" in head[:32]:
         return "an ONNX file: val.py and detect.py can run it, but nothing can train or export it; a .pt file is needed"
     if head.startswith(b"version https://git-lfs"):
-        return "a pointer of git-lfs, not the file itself; fetch it with 'git lfs pull'"
+        return "a git-lfs pointer, not the file itself; fetch it with 'git lfs pull'"
     if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "a web page, not a checkpoint; the download went wrong"
+        return "a web page, not a checkpoint; the download failed"
     if head.startswith(b"PK"):
         return _other_archive(path)
     if head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
@@ -55,9 +59,14 @@ def _other_kind(path: Path, head: bytes) -> str:
 def _other_archive(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = {name.rpartition("/")[2] for name in archive.namelist()}
+            records = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
         return "damaged: a zip archive without its end, left by an interrupted download or save"
+    names = [record.filename.rpartition("/")[2] for record in records]
     if "constants.pkl" in names:
         return "a TorchScript file: val.py and detect.py can run it, but nothing can train or export it"
-    return "" if "data.pkl" in names else "a zip archive without data.pkl in it, not a checkpoint"
+    if names.count("data.pkl") != 1:
+        return f"a zip archive with {names.count('data.pkl') or 'no'} data.pkl in it, not a checkpoint"
+    # A file of a few bytes must not unpack to gigabytes, and records are mapped into memory as they are.
+    compressed = [record.filename for record in records if record.compress_type != zipfile.ZIP_STORED]
+    return f"damaged: record {compressed[0]} is compressed, which torch.save never does" if compressed else ""

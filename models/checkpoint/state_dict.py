@@ -1,18 +1,22 @@
-"""Put a state dict into a module, and say what went where: nothing is left out in silence."""
+"""Reading of published weights files, and loading of a state dict into a module with a report."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from models.checkpoint.inert import LoadedFile, contents
 from utils.errors import CheckpointError, did_you_mean
 
 WRAPPERS = ("module.", "backbone.", "model.")  # what training frameworks put before the keys of the network itself
 MIN_MATCHED = 0.9
+# Keys under which training scripts store the state dict.
+WRAPPED_STATES = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "state")
 
 KeyMap = Callable[[str], str | None] | Mapping[str, str]
 Resize = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -20,14 +24,14 @@ Resize = Callable[[str, Tensor, Tensor], Tensor | None]
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every entry; keys are the module's own, but those of `unexpected` are the file's.
+    """Outcome of every entry; keys are the module's own, except those of `unexpected`, which are the file's.
 
     Attributes:
-        matched: entries copied as they are.
-        resized: entries copied after a change of size (position embeddings).
-        missing: entries of the module that the file does not have; they keep the values they were made with.
+        matched: entries copied unchanged.
+        resized: entries copied after resizing (position embeddings).
+        missing: entries of the module that are not in the file; they keep their initial values.
         unexpected: entries of the file that were not used, each with the reason.
-        mismatched: entries of another shape: key, the file's shape, the module's shape; not copied.
+        mismatched: entries with a different shape, not copied: key, the file's shape, the module's shape.
     """
 
     matched: tuple[str, ...] = ()
@@ -43,13 +47,13 @@ class LoadReport:
 
     @property
     def transferred(self) -> int:
-        """Number of entries that now hold values of the file."""
+        """Number of entries copied from the file."""
         return len(self.matched) + len(self.resized)
 
     def summary(self) -> str:
-        """One line: `Transferred 228/234 items; 6 new: norm0.weight, ...; 2 of the file not used: ...`."""
+        """Return one line: `Transferred 228/234 items; 6 new: norm0.weight, ...; 2 of the file not used: ...`."""
         parts = [f"Transferred {self.transferred}/{self.total} items"]
-        shapes = [f"{key} {list(found)} -> {list(wanted)}" for key, found, wanted in self.mismatched]
+        shapes = [f"{key} {list(shape)} -> {list(target)}" for key, shape, target in self.mismatched]
         reasons = [f"{key} ({reason})" for key, reason in self.unexpected]
         for title, items in (
             ("resized", self.resized),
@@ -63,8 +67,35 @@ class LoadReport:
 
 
 def shorten(items: Sequence[str], count: int = 4) -> str:
-    """The first `count` items, and whether there are more, for a one-line message."""
+    """Return the first `count` items joined by commas, with `...` if there are more."""
     return ", ".join(items[:count]) + (", ..." if len(items) > count else "")
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Read a published weights file: a state dict, bare or under `state_dict`, `model`, `model_state` ...
+
+    Returns:
+        Key -> CPU tensor, as stored. Other entries of the file (options, a pickled module) are ignored, never executed.
+
+    Raises:
+        CheckpointError: missing, damaged, or not a weights file.
+    """
+    file = LoadedFile(Path(path), strict=False)
+    state = tensors_in(file.value)
+    if not state:
+        raise CheckpointError(
+            f"{path}: no weights in it (found: {contents(file.value)}); "
+            "a state dict is needed: torch.save(model.state_dict(), path)"
+        )
+    return {key: file.tensor(value) for key, value in state.items()}
+
+
+def tensors_in(value: object) -> dict[str, Tensor]:
+    """Return the tensors of a state dict, bare or wrapped; empty if there are none."""
+    if not isinstance(value, Mapping):
+        return {}
+    entries = {key: entry for key, entry in value.items() if isinstance(key, str) and isinstance(entry, Tensor)}
+    return entries or next((inner for key in WRAPPED_STATES if (inner := tensors_in(value.get(key)))), {})
 
 
 def load_state(
@@ -78,23 +109,26 @@ def load_state(
     resize: Resize | None = None,
     where: str = "weights",
 ) -> LoadReport:
-    """Copy `state` into `module`, entry by entry, by name; the module is changed only when the whole fits.
+    """Copy `state` into `module` by name; the module is changed only if the check passes.
 
-    A key of the file is looked up as it stands, then without the wrappers `module.`, `backbone.`, `model.`. Values are
-    cast to the type and moved to the device of the entry they fill.
+    A key of the file is looked up unchanged, then without the wrappers `module.`, `backbone.`, `model.`. Values are
+    cast to the dtype and moved to the device of their target.
 
     Args:
         module: any module; its parameters and buffers are written in place.
         state: entries of the file.
-        partial: accept wrong shapes and any number of missing entries.
-        key_map: the file's key -> the module's key; None (or no entry) for one that is known and not needed.
-        ignore: glob patterns of the file's keys that are known and not needed (`head.*`).
-        allow_new: glob patterns of the module's keys that the file need not have (`norm0.*`).
-        resize: called as `resize(key, value, target)` when shapes differ; gives a tensor like `target`, or None.
-        where: the file, for messages.
+        partial: accept different shapes and any number of missing entries.
+        key_map: the file's key -> the module's key; None (or no entry) for one that is known but not needed.
+        ignore: glob patterns of the file's keys that are known but not needed (`head.*`).
+        allow_new: glob patterns of the module's keys that may be missing from the file (`norm0.*`).
+        resize: called as `resize(key, value, target)` if shapes differ; returns a tensor shaped like `target` or None.
+        where: name of the file, for messages.
+
+    Returns:
+        The outcome of every entry.
 
     Raises:
-        CheckpointError: two entries for one key; or, unless `partial`, a wrong shape, or fewer than 90 % of the
+        CheckpointError: two entries for one key; or, unless `partial`, a different shape, or fewer than 90 % of the
             module's entries (without those of `allow_new`) are in the file.
     """
     own = module.state_dict()
@@ -128,7 +162,7 @@ def load_state(
 def _route(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], key_map: KeyMap | None, ignore: Sequence[str], where: str
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """The file's entries under the module's keys, in the module's order; and those without a place, with a reason."""
+    """Return entries by the module's keys, in the module's order, and unused keys of the file with a reason."""
     routed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     unexpected: list[tuple[str, str]] = []
@@ -151,7 +185,7 @@ def _route(
 
 
 def _unwrapped(key: str) -> Iterator[str]:
-    """The key as it stands, then with one wrapper after the other taken off."""
+    """Yield the key, then the key with one wrapper after another removed."""
     yield key
     while (prefix := next((w for w in WRAPPERS if key.startswith(w)), None)) is not None:
         key = key[len(prefix) :]
@@ -159,12 +193,12 @@ def _unwrapped(key: str) -> Iterator[str]:
 
 
 def _check(report: LoadReport, name: str, allow_new: Sequence[str], where: str) -> None:
-    """CheckpointError when less was loaded than was asked for."""
+    """Raise a CheckpointError if less was loaded than required."""
     if report.mismatched:
-        key, found, wanted = report.mismatched[0]
+        key, shape, target = report.mismatched[0]
         others = f" (and {len(report.mismatched) - 1} more)" if len(report.mismatched) > 1 else ""
-        raise CheckpointError(f"{where}: '{key}' has shape {list(found)}, {name} needs {list(wanted)}{others}")
-    # BatchNorm did not count its batches before torch 0.4.1; the count plays no part with a fixed momentum.
+        raise CheckpointError(f"{where}: '{key}' has shape {list(shape)}, {name} needs {list(target)}{others}")
+    # BatchNorm did not count its batches before torch 0.4.1; the count is not used with a fixed momentum.
     patterns = (*allow_new, "*num_batches_tracked")
     lacking = [key for key in report.missing if not any(fnmatchcase(key, pattern) for pattern in patterns)]
     needed = report.transferred + len(lacking)

@@ -185,7 +185,7 @@ ONE = torch.ones(2)
 
 
 @pytest.mark.parametrize(
-    "a, b, expected",
+    ("a", "b", "expected"),
     [
         (ONE, ONE + 0.5, 0.5),
         ((ONE, [ONE]), (ONE, [ONE - 2]), 2.0),

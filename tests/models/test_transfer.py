@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from models.checkpoint.io import Checkpoint, transfer_weights
+from models.checkpoint.io import Checkpoint
+from models.loading import transfer_weights
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError
 
@@ -76,7 +77,7 @@ def test_the_same_network():
 
 
 @pytest.mark.parametrize(
-    "nc, exclude, lacking",
+    ("nc", "exclude", "lacking"),
     [
         (2, ("anchor",), ["anchors"]),
         (5, ("anchor",), ["anchors", "m.0.weight", "m.0.bias", "m.1.weight", "m.1.bias"]),
@@ -125,7 +126,7 @@ CHANGES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spec, rows", [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
+@pytest.mark.parametrize(("spec", "rows"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
 def test_rows_are_found_where_they_moved_to(spec, rows):
     _, origin = transferred(spec, trained(SPEC))
     assert origin == {new: {old} for new, old in rows.items()}
@@ -145,7 +146,7 @@ def test_only_the_same_beginning():
 
 
 @pytest.mark.parametrize(
-    "old, new",
+    ("old", "new"),
     [
         ("yolov5n.yaml", "yolov5s.yaml"),  # every width differs
         ("yolov5n.yaml", "yolov5-riformer.yaml"),
@@ -157,7 +158,7 @@ def test_another_network_is_an_error_and_changes_nothing(old, new):
     checkpoint = trained(old)
     model = DetectionModel(new)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match="old.pt: is for another network"):
+    with pytest.raises(CheckpointError, match=r"old\.pt: is for another network"):
         transfer_weights(model, checkpoint)
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.checkpoint.io import load_detector, read_checkpoint
+from models.checkpoint.io import read_checkpoint
 from models.fuse import max_output_difference
+from models.loading import load_detector
 from tests.parity import rules
 
 pytestmark = pytest.mark.parity

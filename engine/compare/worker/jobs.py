@@ -36,7 +36,8 @@ from engine.runtimes.pytorch import PyTorchRuntime, grid_of
 from engine.runtimes.registry import open_runtime
 from engine.train.trainer import train
 from models.backbones.base import FeatureLevel
-from models.checkpoint.io import load_detector, read_checkpoint, write_checkpoint
+from models.checkpoint.io import read_checkpoint, write_checkpoint
+from models.loading import load_detector, spec_without_weights
 from models.yolo import DetectionModel
 from utils.device import select_device
 from utils.errors import ExportError
@@ -117,7 +118,7 @@ def initial(state: State, *, checkpoint: str) -> float:
         model = build(state)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"names": dict(model.names), "stride": [float(s) for s in model.stride]}
-        write_checkpoint(path, {"spec": model.yaml, "state": model.cpu().state_dict(), **content})
+        write_checkpoint(path, {"spec": spec_without_weights(model.yaml), "state": model.cpu().state_dict(), **content})
     return path.stat().st_size / machine.MB
 
 

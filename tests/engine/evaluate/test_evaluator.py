@@ -22,7 +22,8 @@ from engine.evaluate.size_sweep import study
 from engine.runtimes.base import RawRuntime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import choose_weights
-from models.checkpoint.io import load_detector, write_checkpoint
+from models.checkpoint.io import write_checkpoint
+from models.loading import load_detector
 from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from utils.boxes import xyxy2xywh

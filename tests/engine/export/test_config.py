@@ -21,7 +21,7 @@ from engine.export.formats.onnx_graph import opset_of
 from engine.export.samples import CALIBRATION_SPLITS, find_pictures
 from engine.export.wrapper import ExportGraph, deployed_form
 from engine.runtimes.registry import open_runtime
-from models.checkpoint.io import load_detector
+from models.loading import load_detector
 from tests.engine.detectors import build, save
 from utils.errors import ExportError
 from utils.files import ROOT

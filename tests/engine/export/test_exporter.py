@@ -27,7 +27,7 @@ from engine.export.formats.onnx_nms import NmsOptions, embed_nms
 from engine.export.wrapper import ExportGraph, deployed_form
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
-from models.checkpoint.io import load_detector
+from models.loading import load_detector
 from tests.engine.detectors import BACKBONES, build, save
 from utils.errors import ExportError
 from utils.files import ROOT

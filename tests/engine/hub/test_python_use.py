@@ -17,7 +17,7 @@ import val
 from engine.cli.config import DetectConfig, TrainConfig, ValConfig
 from engine.cli.keywords import settled
 from engine.export.config import ExportConfig
-from models.checkpoint.io import load_detector
+from models.loading import load_detector
 from tests.engine.train.test_trainer import TINY
 from utils.errors import ConfigError, UserError
 

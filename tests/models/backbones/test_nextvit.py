@@ -168,7 +168,7 @@ def test_architectures(name: str) -> None:
 
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize(
-    "size, sizes",
+    ("size", "sizes"),
     [
         ((64, 96), [(16, 24), (8, 12), (4, 6), (2, 3)]),
         ((32, 32), [(8, 8), (4, 4), (2, 2), (1, 1)]),
@@ -250,7 +250,7 @@ def test_attention_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    ("arguments", "sentence"),
     [
         ({"arch": "smal"}, "did you mean 'small'"),
         ({"arch": {"depth": [1, 1, 1, 1]}}, "did you mean 'depths'"),

@@ -45,7 +45,7 @@ def test_every_architecture_builds(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "shape, options, sizes",
+    ("shape", "options", "sizes"),
     [
         ((64, 96), {}, [(16, 24), (8, 12), (4, 6), (2, 3)]),
         ((50, 70), {}, [(16, 20), (8, 10), (4, 5), (2, 3)]),  # rounded up to whole patches, then to whole cells
@@ -179,7 +179,7 @@ def test_slowfast_layout() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments, sentence",
+    ("arguments", "sentence"),
     [
         ({"arch": "deit-smal"}, "did you mean 'deit-small'"),
         ({"arch": {**TINY, "num_heads": 5}}, "multiples of num_heads"),

@@ -53,7 +53,7 @@ def assert_equal_gradients(found: Gradients, wanted: Gradients, relative: float)
 # ---- equal to plain autograd ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["f64", "f32"])
 @pytest.mark.parametrize(
     "options",
     [

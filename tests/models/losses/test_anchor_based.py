@@ -45,7 +45,7 @@ def test_perfect_outputs_cost_nothing():
     assert criterion()(raw_outputs(), TARGETS).parts.min() > 1e-2
 
 
-@pytest.mark.parametrize("part, gain", [(0, "box"), (1, "obj"), (2, "cls")])
+@pytest.mark.parametrize(("part", "gain"), [(0, "box"), (1, "obj"), (2, "cls")])
 def test_each_gain_scales_its_part(part, gain):
     one, two = (criterion(**{gain: value})(raw_outputs(), TARGETS).parts for value in (1.0, 2.0))
     assert two[part] == pytest.approx(2 * one[part].item(), rel=1e-6)
@@ -67,7 +67,7 @@ SCALED = [
 ]
 
 
-@pytest.mark.parametrize("levels, classes, side, box, obj, cls", SCALED)
+@pytest.mark.parametrize(("levels", "classes", "side", "box", "obj", "cls"), SCALED)
 def test_gains_of_a_file_are_scaled(levels, classes, side, box, obj, cls):
     config = LossConfig.from_hyp(HYP, num_levels=levels, num_classes=classes, imgsz=side, label_smoothing=0.1)
     assert (config.box, config.obj, config.cls) == pytest.approx((box, obj, cls))
@@ -132,7 +132,7 @@ def test_flat_and_nested_anchors_are_the_same():
 
 
 @pytest.mark.parametrize(
-    "anchors, strides, changes, words",
+    ("anchors", "strides", "changes", "words"),
     [
         (ANCHORS[:2], STRIDES, {}, "anchors of 2 levels for 3 strides"),
         (ANCHORS, [4, 8, 32], {"autobalance": True}, "stride 16"),
@@ -156,7 +156,7 @@ CLAIMS = [
 ]
 
 
-@pytest.mark.parametrize("centre, cells, text", CLAIMS)
+@pytest.mark.parametrize(("centre", "cells", "text"), CLAIMS)
 def test_claimed_cells(centre, cells, text):
     targets = torch.tensor([[0, 0, centre[0] / 8, centre[1] / 8, 0.25, 0.25]])
     (rows,) = build_targets(targets, torch.tensor([[[2.0, 2.0]]]), [(8, 8)], 4.0)
@@ -165,7 +165,7 @@ def test_claimed_cells(centre, cells, text):
     torch.testing.assert_close(rows.box[:, :2] + corner, torch.tensor([centre] * len(corner)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("side, matches", [(2.0, True), (7.99, True), (8.0, False), (0.51, True), (0.5, False)])
+@pytest.mark.parametrize(("side", "matches"), [(2.0, True), (7.99, True), (8.0, False), (0.51, True), (0.5, False)])
 def test_anchor_ratio_is_strict(side, matches):
     targets = torch.tensor([[0, 0, 0.55, 0.55, side / 8, 2 / 8]])
     (rows,) = build_targets(targets, torch.tensor([[[2.0, 2.0]]]), [(8, 8)], 4.0)

@@ -1,0 +1,113 @@
+"""Building detectors from checkpoints, and transfer of their weights to other models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models.backbones import is_backbone_name
+from models.checkpoint.io import Checkpoint, read_checkpoint
+from models.checkpoint.state_dict import LoadReport, load_state, shorten
+from models.transfer import transfer_rows
+from models.yolo import DetectionModel
+from utils.errors import CheckpointError, SpecError
+
+WEIGHT_ARGUMENTS = ("weights", "pretrained", "partial_weights")
+
+
+def load_detector(path: str | Path, device: str | torch.device = "cpu") -> DetectionModel:
+    """Build the detector of a checkpoint.
+
+    Args:
+        path: our file or an official one.
+        device: device of the model.
+
+    Returns:
+        The model in evaluation mode, float32, with the class names of the file. Published backbone weights that its
+        spec asked for are not fetched.
+
+    Raises:
+        CheckpointError: as `read_checkpoint`; or the weights do not fit the model described in the file.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        model = DetectionModel(spec_without_weights(checkpoint.spec))
+    except SpecError as error:
+        reasons = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{path}: the model described in it cannot be built: {reasons}") from error
+    # A published model whose BatchNorms were folded has none left in its keys.
+    folded = not any(key.endswith("running_mean") for key in checkpoint.state)
+    if folded and any(key.endswith("running_mean") for key in model.state_dict()):
+        model.eval().fuse()
+    _load_exactly(model, checkpoint)
+    model.names = dict(checkpoint.names)
+    return model.float().eval().to(device)
+
+
+def _load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
+    """Load every entry, or raise one CheckpointError that lists everything that does not fit."""
+    report = load_state(model, checkpoint.state, partial=True, where=str(checkpoint.path))
+    problems = [f"missing '{key}'" for key in report.missing]
+    problems += [f"'{key}' has shape {list(shape)}, needs {list(target)}" for key, shape, target in report.mismatched]
+    problems += [f"unknown '{key}'" for key, _ in report.unexpected]
+    if problems:
+        raise CheckpointError(
+            f"{checkpoint.path}: {len(problems)} weights do not fit the model described in it: {shorten(problems, 8)}"
+        )
+
+
+def transfer_weights(
+    model: DetectionModel, checkpoint: Checkpoint, exclude: Sequence[str] = ("anchor",), partial: bool = False
+) -> LoadReport:
+    """Start `model` from the weights of another run (`--weights` with `--cfg`, or another number of classes).
+
+    Matching layers are found by what they are, never by row number or a shape that happens to be equal: see
+    `models.transfer`. Nothing is taken of a head with another number of classes, as in YOLOv5.
+
+    Args:
+        model: changed in place.
+        checkpoint: from `read_checkpoint`.
+        exclude: entries whose key contains one of these strings keep their values.
+        partial: take what agrees row by row, however little it is.
+
+    Returns:
+        The outcome of every entry.
+
+    Raises:
+        CheckpointError: the two networks have too little in common, unless `partial`.
+    """
+    spec = spec_without_weights(checkpoint.spec)
+    return transfer_rows(model, spec, checkpoint.state, exclude=exclude, partial=partial, where=str(checkpoint.path))
+
+
+def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a model mapping whose backbone rows ask for no pretrained weights.
+
+    A model that is rebuilt from a checkpoint gets its weights from there; fetching others first would need a network.
+    `weights: ...`, `pretrained: ...`, `pretrained` and `True` are removed from a backbone's arguments.
+    """
+    plain_spec = deepcopy(dict(spec))
+    for section in ("backbone", "head"):
+        if isinstance(plain_spec.get(section), (list, tuple)):
+            plain_spec[section] = [_row_without_weights(row) for row in plain_spec[section]]
+    return plain_spec
+
+
+def _row_without_weights(row: object) -> object:
+    if not isinstance(row, (list, tuple)) or len(row) != 4 or not is_backbone_name(str(row[2])):
+        return row
+    if isinstance(row[3], Mapping):
+        return [*row[:3], _without_weights(row[3])]
+    if not isinstance(row[3], (list, tuple)):
+        return row
+    return [*row[:3], [_without_weights(value) for value in row[3] if value is not True and value != "pretrained"]]
+
+
+def _without_weights(value: object) -> object:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: entry for key, entry in value.items() if key not in WEIGHT_ARGUMENTS}
