@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from models.backbones import is_backbone_name
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.checkpoint.state_dict import LoadReport, load_state, shorten
-from models.transfer import transfer_rows
+from models.transfer import matching_rows, split_key
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError, SpecError
 
@@ -34,11 +35,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
         CheckpointError: as `read_checkpoint`; or the weights do not fit the model described in the file.
     """
     checkpoint = read_checkpoint(path)
-    try:
-        model = DetectionModel(spec_without_weights(checkpoint.spec))
-    except SpecError as error:
-        reasons = "; ".join(str(error).splitlines())
-        raise CheckpointError(f"{path}: the model described in it cannot be built: {reasons}") from error
+    model = _build(checkpoint)
     # A published model whose BatchNorms were folded has none left in its keys.
     folded = not any(key.endswith("running_mean") for key in checkpoint.state)
     if folded and any(key.endswith("running_mean") for key in model.state_dict()):
@@ -46,6 +43,24 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     _load_exactly(model, checkpoint)
     model.names = dict(checkpoint.names)
     return model.float().eval().to(device)
+
+
+def _build(checkpoint: Checkpoint) -> DetectionModel:
+    try:
+        return DetectionModel(spec_without_weights(checkpoint.spec))
+    except SpecError as error:
+        reasons = "; ".join(str(error).splitlines())
+        raise CheckpointError(f"{checkpoint.path}: the model described in it cannot be built: {reasons}") from error
+
+
+def _skeleton(checkpoint: Checkpoint) -> DetectionModel:
+    """Return the network of a checkpoint without memory for its weights; the random generator is not used."""
+    try:
+        with torch.device("meta"):
+            return _build(checkpoint)
+    except (RuntimeError, TypeError):  # a backbone that reads values while it is built
+        with torch.random.fork_rng():
+            return _build(checkpoint)
 
 
 def _load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
@@ -80,8 +95,29 @@ def transfer_weights(
     Raises:
         CheckpointError: the two networks have too little in common, unless `partial`.
     """
-    spec = spec_without_weights(checkpoint.spec)
-    return transfer_rows(model, spec, checkpoint.state, exclude=exclude, partial=partial, where=str(checkpoint.path))
+    own = model.state_dict()
+    pairs = matching_rows(_skeleton(checkpoint), model, str(checkpoint.path), partial)
+    ready: dict[str, Tensor] = {}
+    unexpected: list[tuple[str, str]] = []
+    for key, value in checkpoint.state.items():
+        row, name = split_key(key)
+        target = f"model.{pairs[row]}.{name}" if row in pairs else ""
+        if target not in own:
+            unexpected.append((key, "its row has no counterpart"))
+        elif any(part in target for part in exclude):
+            unexpected.append((key, "excluded"))
+        elif own[target].shape != value.shape:
+            unexpected.append((key, f"{list(value.shape)} -> {list(own[target].shape)}"))
+        else:
+            ready[target] = value
+    with torch.no_grad():
+        for key, value in ready.items():
+            own[key].copy_(value)
+    return LoadReport(
+        matched=tuple(key for key in own if key in ready),
+        missing=tuple(key for key in own if key not in ready),
+        unexpected=tuple(unexpected),
+    )
 
 
 def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:

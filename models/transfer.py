@@ -1,4 +1,4 @@
-"""Transfer of weights between two networks by alignment of their rows.
+"""Alignment of the rows of two networks, for the transfer of weights.
 
 Copying every entry of equal name and shape gives nonsense as soon as a YAML differs by a row: `model.7` is another
 layer then, and a few of its tensors may happen to have the same shape. Here two rows agree if module, arguments after
@@ -13,22 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
 
 from models.build.builder import Route
-from models.checkpoint.state_dict import LoadReport
 from models.yolo import DetectionModel
-from utils.errors import CheckpointError, SpecError
+from utils.errors import CheckpointError
 
 SAME_NETWORK = 0.5
 SAME_BEGINNING = 0.1
 
 
 @dataclass(frozen=True)
-class Row:
+class _Row:
     """A row of a built network.
 
     Attributes:
@@ -43,7 +38,7 @@ class Row:
     inputs: tuple[int, ...]
     shapes: Mapping[str, tuple[int, ...]]
 
-    def agrees(self, other: Row) -> bool:
+    def agrees(self, other: _Row) -> bool:
         """Return whether two rows compute the same; of a head only the inputs count, not classes and anchors."""
         a, b = self.route, other.route
         if (self.kind, a.layer.section, a.levels) != (other.kind, b.layer.section, b.levels):
@@ -56,91 +51,64 @@ class Row:
         return self.shapes == other.shapes and (a.gives_levels or a.arguments == b.arguments)
 
 
-def transfer_rows(
-    model: DetectionModel,
-    spec: Mapping[str, Any],
-    state: Mapping[str, Tensor],
-    *,
-    exclude: Sequence[str] = (),
-    partial: bool = False,
-    where: str = "weights",
-) -> LoadReport:
-    """Copy the weights of the rows of (`spec`, `state`) that agree with rows of `model` into it.
+def matching_rows(old_model: DetectionModel, new_model: DetectionModel, where: str, partial: bool) -> dict[int, int]:
+    """Return which rows of `new_model` can start from which rows of `old_model`.
 
     Args:
-        model: changed in place.
-        spec: the other network as a mapping that asks for no published weights.
-        state: its state dict, with keys `model.<row>.<name>`.
-        exclude: entries whose key contains one of these strings keep their values.
-        partial: use the alignment however little it covers.
+        old_model: network that was trained; only its structure is used, so it may be on the meta device.
+        new_model: network to start.
         where: name of the file, for messages.
+        partial: use the alignment however little it covers.
 
     Returns:
-        The outcome of every entry.
+        Old row -> new row.
 
     Raises:
         CheckpointError: too little agrees (see above), unless `partial`.
     """
-    own = model.state_dict()
-    old, new = _rows(_skeleton(spec, where)), _rows(model)
-    pairs = _plausible(old, new, _aligned(old, new), partial, where)
-    ready: dict[str, Tensor] = {}
-    unexpected: list[tuple[str, str]] = []
-    for key, value in state.items():
-        row, name = _split(key)
-        target = f"model.{pairs[row]}.{name}" if row in pairs else ""
-        if target not in own:
-            unexpected.append((key, "its row has no counterpart"))
-        elif any(part in target for part in exclude):
-            unexpected.append((key, "excluded"))
-        elif own[target].shape != value.shape:
-            unexpected.append((key, f"{list(value.shape)} -> {list(own[target].shape)}"))
-        else:
-            ready[target] = value
-    with torch.no_grad():
-        for key, value in ready.items():
-            own[key].copy_(value)
-    return LoadReport(
-        matched=tuple(key for key in own if key in ready),
-        missing=tuple(key for key in own if key not in ready),
-        unexpected=tuple(unexpected),
+    old, new = _rows(old_model), _rows(new_model)
+    pairs = _aligned(old, new)
+    total = sum(len(row.shapes) for row in new)
+
+    def share(chosen: Mapping[int, int]) -> float:
+        return sum(len(new[j].shapes) for j in chosen.values()) / max(total, 1)
+
+    if partial or share(pairs) >= SAME_NETWORK:
+        return pairs
+    connected: dict[int, int] = {}
+    for i, j in pairs.items():
+        reads_image = -1 in old[i].inputs and -1 in new[j].inputs
+        if reads_image or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
+            connected[i] = j
+    if share(connected) >= SAME_BEGINNING:
+        return connected
+    raise CheckpointError(
+        f"{where}: is for another network: rows with {share(pairs):.0%} of this model's weights look alike, but they "
+        "read other features; use a --cfg of the same architecture, or --partial-weights to take them anyway"
     )
 
 
-def _split(key: str) -> tuple[int, str]:
+def split_key(key: str) -> tuple[int, str]:
     """Return (3, `conv.weight`) for `model.3.conv.weight`; row -1 for a key of another form."""
     head, _, rest = key.partition(".")
     number, _, name = rest.partition(".")
     return (int(number), name) if head == "model" and number.isdecimal() else (-1, key)
 
 
-def _skeleton(spec: Mapping[str, Any], where: str) -> DetectionModel:
-    """Return the network of a spec without memory for its weights; the random generator is not used."""
-    try:
-        with torch.device("meta"):
-            return DetectionModel(spec)
-    except SpecError as error:
-        reasons = "; ".join(str(error).splitlines())
-        raise CheckpointError(f"{where}: the model described in it cannot be built: {reasons}") from error
-    except (RuntimeError, NotImplementedError, TypeError):  # a backbone that reads values while it is built
-        with torch.random.fork_rng():
-            return DetectionModel(spec)
-
-
-def _rows(model: DetectionModel) -> list[Row]:
+def _rows(model: DetectionModel) -> list[_Row]:
     shapes: list[dict[str, tuple[int, ...]]] = [{} for _ in model.model.routes]
     for key, value in model.state_dict().items():
-        row, name = _split(key)
+        row, name = split_key(key)
         shapes[row][name] = tuple(value.shape)
     owner = {slot: route.layer.row for route in model.model.routes for slot in route.outputs}
     rows = []
     for module, route, own in zip(model.model, model.model.routes, shapes, strict=True):
         kind = type(module).__qualname__ if route.gives_levels else route.layer.module
-        rows.append(Row(route, kind, tuple(owner.get(slot, -1) for slot in route.sources), own))
+        rows.append(_Row(route, kind, tuple(owner.get(slot, -1) for slot in route.sources), own))
     return rows
 
 
-def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
+def _aligned(old: Sequence[_Row], new: Sequence[_Row]) -> dict[int, int]:
     """Return pairs of agreeing rows (old -> new), in order on both sides, with as many weights as possible."""
     # best[i][j]: weight of the best alignment of old[i:] with new[j:]; a pair counts its tensors plus 1.
     best = [[0] * (len(new) + 1) for _ in range(len(old) + 1)]
@@ -163,31 +131,7 @@ def _aligned(old: Sequence[Row], new: Sequence[Row]) -> dict[int, int]:
     return pairs
 
 
-def _inputs_agree(old: Row, new: Row, pairs: Mapping[int, int]) -> bool:
+def _inputs_agree(old: _Row, new: _Row, pairs: Mapping[int, int]) -> bool:
     """Return whether each input is written the same way, or comes from rows that were paired."""
     sources = zip(old.route.layer.sources, new.route.layer.sources, old.inputs, new.inputs, strict=True)
     return all(a == b or (row_a in pairs and pairs[row_a] == row_b) for a, b, row_a, row_b in sources)
-
-
-def _plausible(
-    old: Sequence[Row], new: Sequence[Row], pairs: dict[int, int], partial: bool, where: str
-) -> dict[int, int]:
-    """Return the pairs to use, or raise a CheckpointError if they are a coincidence."""
-    total = sum(len(row.shapes) for row in new)
-
-    def share(chosen: Mapping[int, int]) -> float:
-        return sum(len(new[j].shapes) for j in chosen.values()) / max(total, 1)
-
-    if partial or share(pairs) >= SAME_NETWORK:
-        return pairs
-    connected: dict[int, int] = {}
-    for i, j in pairs.items():
-        reads_image = -1 in old[i].inputs and -1 in new[j].inputs
-        if reads_image or any(a in connected and connected[a] in new[j].inputs for a in old[i].inputs):
-            connected[i] = j
-    if share(connected) >= SAME_BEGINNING:
-        return connected
-    raise CheckpointError(
-        f"{where}: is for another network: rows with {share(pairs):.0%} of this model's weights look alike, but they "
-        "read other features; use a --cfg of the same architecture, or --partial-weights to take them anyway"
-    )

@@ -40,6 +40,7 @@ READ_ERRORS = (
 )
 LEGACY_PICKLES = 4  # magic number, protocol version, system, and then the object
 PLAIN_TYPES = (type(None), bool, int, float, str, bytes)
+MAX_SHARING = 4  # entries per storage on average: raw weights and averaged weights may share theirs
 MAX_MODULES = 100_000  # the largest YOLOv5 has under 1,000
 MAX_VALUES = 5_000_000  # plain values of the rest of a checkpoint
 MAX_DEPTH = 64
@@ -88,7 +89,7 @@ class LoadedFile:
 
     def __init__(self, path: Path, strict: bool = True) -> None:
         self.path = existing_file(path)
-        self.room = path.stat().st_size  # bytes of tensors that can honestly be in the file
+        self.room = MAX_SHARING * path.stat().st_size  # bytes of tensors to copy
         self.values = MAX_VALUES
         self.records: set[int] | None = None
         with errors_of(path):
@@ -123,14 +124,14 @@ class LoadedFile:
         """Return a copy that shares no memory with the file or another tensor.
 
         Raises:
-            CheckpointError: not an ordinary CPU tensor, or more numbers than the file is long.
+            CheckpointError: not an ordinary CPU tensor, or more numbers than there are in the file.
         """
         ordinary = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.is_cpu
         if not ordinary or value.is_quantized:
             self.refuse("a tensor of a special kind")
         self.room -= value.numel() * value.element_size()
         if self.room < 0:
-            self.refuse("more numbers in its tensors than the file is long")
+            self.refuse("more numbers in its tensors than in the file")
         if value.numel() and self.records is not None and value.untyped_storage().nbytes() not in self.records:
             raise CheckpointError(f"{self.path}: damaged: a record of the file is not as long as its tensor")
         return value.detach().clone()

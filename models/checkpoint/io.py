@@ -119,9 +119,9 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
             kept = "; the earlier file is unchanged" if Path(path).is_file() else ""
             raise CheckpointError(f"{path}: cannot be written ({free:.0f} MiB are free on its disk){kept}") from error
         written = torch.load(temporary, map_location="cpu", weights_only=True)
-        difference = _difference(values, written, "")
-        if difference:
-            raise CheckpointError(f"{path}: '{difference}' was not stored as it was given; nothing was written")
+        lost = [key for key, value in values.items() if _outline(written.get(key)) != _outline(value)]
+        if lost:
+            raise CheckpointError(f"{path}: '{lost[0]}' was not stored as it was given; nothing was written")
     return Path(path)
 
 
@@ -180,32 +180,22 @@ def _storable(value: object, key: str, where: str) -> Any:  # noqa: ANN401 (of t
     if isinstance(value, Mapping):
         wrong = [name for name in value if type(name) not in (str, int, float, bool)]
         if wrong:
-            raise CheckpointError(
-                f"{where}: '{key}' has a key of type {type(wrong[0]).__name__}; use strings or numbers"
-            )
+            raise CheckpointError(f"{where}: '{key}' has a key of type {type(wrong[0]).__name__}, not str or int")
         return {name: _storable(entry, f"{key}.{name}", where) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
         items = [_storable(entry, f"{key}[{index}]", where) for index, entry in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     if type(value) in PLAIN_TYPES:
         return value
-    raise CheckpointError(
-        f"{where}: '{key}' is a {type(value).__name__}; a checkpoint contains plain values and tensors"
-    )
+    raise CheckpointError(f"{where}: '{key}' is a {type(value).__name__}, not a plain value or a tensor")
 
 
-def _difference(given: object, found: object, key: str) -> str:
-    """Return the key of the first value that was stored differently, else ''; of tensors compare type and shape."""
-    if isinstance(given, Tensor):
-        same = isinstance(found, Tensor) and found.shape == given.shape and found.dtype == given.dtype
-        return "" if same else key
-    if isinstance(given, dict):
-        if not isinstance(found, dict) or list(given) != list(found):
-            return key
-        return next((d for name in given if (d := _difference(given[name], found[name], f"{key}.{name}"))), "")
-    if isinstance(given, (list, tuple)):
-        if type(found) is not type(given) or len(found) != len(given):
-            return key
-        return next((d for i, v in enumerate(given) if (d := _difference(v, found[i], f"{key}[{i}]"))), "")
-    same_value = type(found) is type(given) and (found == given or given != given)
-    return "" if same_value else key
+def _outline(value: object) -> object:
+    """Return `value` with shape and dtype for tensors and text for plain values (NaN equals itself), to compare by."""
+    if isinstance(value, Tensor):
+        return value.shape, value.dtype
+    if isinstance(value, dict):
+        return [(key, _outline(entry)) for key, entry in value.items()]
+    if isinstance(value, (list, tuple)):
+        return type(value), [_outline(entry) for entry in value]
+    return type(value), repr(value)

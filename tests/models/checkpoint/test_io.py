@@ -69,6 +69,18 @@ def test_write_checkpoint_stores_float32_without_the_storage_of_views(tmp_path):
     assert {v.dtype for v in read_checkpoint(path).state.values()} == {torch.float32, torch.int64}
 
 
+def test_entries_may_share_storage(tmp_path):
+    """Raw and averaged weights of a fresh run are stored once."""
+    model = detector()
+    state = dict(model.state_dict(), large=torch.zeros(100_000))
+    path = write_checkpoint(tmp_path / "a.pt", {**content(model, train={"model": state}), "state": state})
+    assert path.stat().st_size < 500_000
+    found = read_checkpoint(path)
+    assert found.train is not None
+    found.train["model"]["large"].fill_(1)
+    torch.testing.assert_close(found.state["large"], state["large"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("value", "key"),
     [

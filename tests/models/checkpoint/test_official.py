@@ -243,7 +243,7 @@ def model_pickle(*tensors: bytes) -> bytes:
         ([(-1, (4,), (1,), 4)], 16, "cannot be read, damaged"),
         ([(0, (2,), (-1,), 4)], 16, "cannot be read, damaged"),
         ([(0, (4,), (1, 1), 4)], 16, "cannot be read, damaged"),
-        ([(0, (1 << 40,), (0,), 4)], 16, "more numbers in its tensors than the file is long"),  # 4 TiB out of 16 bytes
+        ([(0, (1 << 40,), (0,), 4)], 16, "more numbers in its tensors than in the file"),  # 4 TiB out of 16 bytes
         ([(0, (4,), (1,), 4)], 12, "damaged"),
         ([(0, (1 << 30,), (1,), 1 << 30)], 16, "cannot be read, damaged"),
         ([(0, (4,), (1,), 4)], None, "damaged"),
