@@ -100,6 +100,8 @@ class LoadedFile:
             try:
                 self.value = self._load(zipped, strict)
             except pickle.UnpicklingError as error:
+                if not zipped and "persistent_load" in str(error):
+                    self.refuse("a pickled module in the format of before torch 1.6; save it again with a later torch")
                 reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
                 self.refuse(reason[1][:160] if reason else _one_line(error))
 

@@ -1,4 +1,4 @@
-"""Files as the official project writes them, without its code: pickled objects whose classes exist only by name."""
+"""Writers of files like the official project's, without its code: pickled objects whose classes exist only by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Named:
 
 
 def stand_in(name: str, **state: Any) -> Named:
-    """An object that is pickled as one of class `name` (`models.yolo.Model`) with these attributes."""
+    """Return an object that is pickled as one of class `name` (`models.yolo.Model`) with these attributes."""
     module, _, cls = name.rpartition(".")
     obj = type(cls, (Named,), {"__module__": module, "__qualname__": cls})()
     obj.__dict__.update(state)
@@ -41,13 +41,13 @@ PICKLE = SimpleNamespace(Pickler=_NamingPickler, dump=_dump, __name__="pickle")
 
 
 def save(value: Any, path: Path, legacy: bool = False) -> Path:
-    """torch.save with stand-ins; `legacy` = the format before torch 1.6."""
+    """Save `value` with stand-ins by torch.save; `legacy` selects the format of before torch 1.6."""
     torch.save(value, path, pickle_module=PICKLE, _use_new_zipfile_serialization=not legacy)
     return path
 
 
 def official_module(module: nn.Module, name: str | None = None, **attributes: Any) -> Named:
-    """`module` as a tree of stand-ins with the dictionaries that nn.Module pickles."""
+    """Return `module` as a tree of stand-ins with the dictionaries that nn.Module pickles."""
     cls = type(module)
     home = cls.__module__ if cls.__module__.startswith("torch.nn.modules.") else "models.common"
     return stand_in(
@@ -68,7 +68,7 @@ def zipped(
     byteorder: bytes = b"little",
     compression: int = zipfile.ZIP_STORED,
 ) -> Path:
-    """A zip like torch.save's with `data` as its pickle and `records` as its storages."""
+    """Write a zip file like torch.save's with `data` as its pickle and `records` as its storages."""
     with zipfile.ZipFile(path, "w", compression) as archive:
         archive.writestr("archive/data.pkl", data)
         archive.writestr("archive/byteorder", byteorder)

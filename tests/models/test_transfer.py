@@ -1,4 +1,4 @@
-"""Weights of one network start another one row by row, by meaning; a coincidence is an error."""
+"""Transfer of weights between networks by matching rows; a coincidence is an error."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SPEC: dict[str, Any] = {
 
 
 def changed(*edits: tuple[str, int, Any], **keys: Any) -> dict[str, Any]:
-    """SPEC with rows replaced (section, index, row) and other keys."""
+    """Return SPEC with rows replaced (section, index, row) and other keys."""
     spec = {**deepcopy(SPEC), **keys}
     for section, index, row in edits:
         spec[section][index] = row
@@ -46,7 +46,7 @@ def changed(*edits: tuple[str, int, Any], **keys: Any) -> dict[str, Any]:
 
 
 def trained(cfg: Any) -> Checkpoint:
-    """A checkpoint of `cfg` in which every value is its own."""
+    """Return a checkpoint of `cfg` in which every value is unique."""
     model = DetectionModel(deepcopy(cfg))
     state = {
         key: torch.rand_like(value) if value.is_floating_point() else value + 7
@@ -56,7 +56,7 @@ def trained(cfg: Any) -> Checkpoint:
 
 
 def transferred(cfg: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, dict[int, set[int]]]:
-    """The report, and for each row of the new model the rows of the old one that its values come from."""
+    """Return the report, and for each row of the new model the rows of the old one that its values come from."""
     model = DetectionModel(deepcopy(cfg))
     report = transfer_weights(model, checkpoint, **options)
     origin: dict[int, set[int]] = {}
@@ -70,7 +70,7 @@ def transferred(cfg: Any, checkpoint: Checkpoint, **options: Any) -> tuple[Any, 
     return report, origin
 
 
-def test_the_same_network():
+def test_transfer_to_the_same_network_is_complete():
     report, origin = transferred(SPEC, trained(SPEC), exclude=())
     assert report.transferred == report.total and report.missing == () == report.unexpected
     assert origin == {row: {row} for row in (0, 1, 2, 3, 4, 5, 8, 9)}
@@ -85,7 +85,7 @@ def test_the_same_network():
         (2, ("anchor", "model.0."), ["anchors"]),
     ],
 )
-def test_another_number_of_classes_and_what_is_left_out(nc, exclude, lacking):
+def test_transfer_with_other_classes_and_excluded_keys(nc, exclude, lacking):
     checkpoint = trained(SPEC)
     model = DetectionModel(deepcopy(SPEC), nc=nc)
     head = {key: value.clone() for key, value in model.state_dict().items() if key.startswith("model.9.")}
@@ -99,12 +99,12 @@ def test_another_number_of_classes_and_what_is_left_out(nc, exclude, lacking):
 
 
 CHANGES = [
-    # (what is changed, the new spec, rows of the new model and where their weights come from)
+    # (change, new spec, row of the new model -> row that its weights come from)
     ("first row", changed(("backbone", 0, [-1, 1, "Conv", [8, 5, 2]])), {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 8: 8, 9: 9}),
     ("a row's class", changed(("backbone", 4, [-1, 1, "C3x", [32]])), {0: 0, 1: 1, 2: 2, 3: 3, 5: 5, 8: 8, 9: 9}),
     ("a row's depth", changed(("backbone", 2, [-1, 2, "C3", [16]])), {0: 0, 1: 1, 3: 3, 4: 4, 5: 5, 8: 8, 9: 9}),
     (
-        "a row more",
+        "an additional row",
         changed(
             backbone=[*SPEC["backbone"][:3], [-1, 1, "Conv", [16, 3, 1]], *SPEC["backbone"][3:]],
             head=[*SPEC["head"][:4], [[9, 6], 1, "Detect", ["nc", "anchors"]]],
@@ -127,18 +127,16 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("spec", "rows"), [c[1:] for c in CHANGES], ids=[c[0] for c in CHANGES])
-def test_rows_are_found_where_they_moved_to(spec, rows):
+def test_transfer_follows_moved_rows(spec, rows):
     _, origin = transferred(spec, trained(SPEC))
     assert origin == {new: {old} for new, old in rows.items()}
 
 
-def test_only_the_same_beginning():
-    """Another network behind the first rows: those are taken, and look-alikes that read other features are not."""
+def test_transfer_of_the_same_first_rows_only():
+    """Another network after the first rows: those are taken, but not similar rows that read other features."""
     deep = [[-1, 4, "C3", [64]], [-1, 4, "C3", [64]]]
-    look_alike = [[-1, 1, "Conv", [32, 3, 2]], *SPEC["head"][:1]]  # row 6 = Conv 32 -> 16 at stride 8, as row 5 of SPEC
-    spec = changed(
-        backbone=[*SPEC["backbone"][:3], *deep], head=[*look_alike, [[6, 6], 1, "Detect", ["nc", "anchors"]]]
-    )
+    similar = [[-1, 1, "Conv", [32, 3, 2]], *SPEC["head"][:1]]  # row 6 = Conv 32 -> 16 at stride 8, as row 5 of SPEC
+    spec = changed(backbone=[*SPEC["backbone"][:3], *deep], head=[*similar, [[6, 6], 1, "Detect", ["nc", "anchors"]]])
     _, origin = transferred(spec, trained(SPEC))
     assert origin == {0: {0}, 1: {1}, 2: {2}}
     _, origin = transferred(spec, trained(SPEC), partial=True)
@@ -154,7 +152,7 @@ def test_only_the_same_beginning():
         ("yolov5-riformer.yaml", "yolov5n.yaml"),
     ],
 )
-def test_another_network_is_an_error_and_changes_nothing(old, new):
+def test_transfer_from_another_network_is_an_error_and_changes_nothing(old, new):
     checkpoint = trained(old)
     model = DetectionModel(new)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -164,7 +162,7 @@ def test_another_network_is_an_error_and_changes_nothing(old, new):
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
 
 
-def test_partial_takes_the_rows_that_agree():
+def test_partial_transfer_takes_the_rows_that_agree():
     """Neck rows of equal module, arguments and weights, in order; nothing of the backbone."""
     report, origin = transferred("yolov5-riformer.yaml", trained("yolov5n.yaml"), partial=True)
     assert report.matched and all(len(rows) == 1 for rows in origin.values())
@@ -172,7 +170,7 @@ def test_partial_takes_the_rows_that_agree():
     assert transferred("yolov5s.yaml", trained("yolov5n.yaml"), partial=True)[0].matched == ()
 
 
-def test_a_backbone_goes_to_another_neck():
+def test_transfer_of_a_backbone_to_another_neck():
     spec = {
         "nc": 3,
         "depth_multiple": 1.0,
@@ -186,7 +184,7 @@ def test_a_backbone_goes_to_another_neck():
     assert all(not key.startswith("model.0.") for key in report.missing)
 
 
-def test_p6_starts_from_the_common_rows_of_p5():
+def test_transfer_from_p5_to_p6_takes_the_common_rows():
     """yolov5n6 differs from yolov5n after row 6."""
     report, origin = transferred("yolov5n6.yaml", trained("yolov5n.yaml"))
     assert {row: {row} for row in range(7)}.items() <= origin.items()

@@ -1,4 +1,4 @@
-"""Files in every published layout, made by the weight rule: each key finds its place."""
+"""Files in every published layout, made by the weight rule: each key is mapped to the right entry."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def official(fixture: str) -> dict[str, Tensor]:
 
 
 def mmpretrain(fixture: str) -> dict[str, Any]:
-    """The wrapper, the prefix and a classifier around it."""
+    """Return the state dict with wrapper, prefix and classifier."""
     state = {f"backbone.{key}": value for key, value in official(fixture).items()}
     width = next(reversed(state.values())).shape
     state |= {"head.fc.weight": torch.zeros(1000, *width[:1]), "head.fc.bias": torch.zeros(1000)}
@@ -33,7 +33,7 @@ def mmpretrain(fixture: str) -> dict[str, Any]:
 
 
 def slowfast(fixture: str) -> dict[str, Any]:
-    """SlowFast's spelling of mmpretrain's RevViT: q, k and v on their own, other names."""
+    """Return mmpretrain's RevViT in SlowFast's naming: separate q, k and v, other names."""
     state: dict[str, Tensor] = {}
     for key, value in official(fixture).items():
         if ".attn.qkv." in key:
@@ -70,7 +70,7 @@ def timm_layout(fixture: str) -> dict[str, Tensor]:
 
 
 def own_values(fixture: str) -> dict[str, Tensor]:
-    """Every value under the key of our module: the published one, but for mmpretrain's RepMLPNet."""
+    """Return every value by the key of our module: the published one, except for mmpretrain's RepMLPNet."""
     if fixture != "repmlp_base224_mmpretrain":
         return official(fixture)
     ours = {theirs: original for original, theirs, _ in rules.backbone("repmlp_key_map")["keys_base224"]}
@@ -95,7 +95,7 @@ CLASSIFIER = ("head.", "head_norm.", "final_norm.", "proj_head.", "norm.")
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_every_key_finds_its_place(case: str, tmp_path: Path) -> None:
+def test_load_published_maps_every_key(case: str, tmp_path: Path) -> None:
     name, make, fixture = FILES[case]
     torch.save(make(), tmp_path / "weights.pth")
     backbone = create_backbone(name)
@@ -105,9 +105,9 @@ def test_every_key_finds_its_place(case: str, tmp_path: Path) -> None:
     left = [key.removeprefix("backbone.") for key, _ in report.unexpected]
     assert [key for key in left if not key.startswith(CLASSIFIER)] == []
     assert {reason for _, reason in report.unexpected} <= {"not needed"}
-    expected, found = own_values(fixture), backbone.state_dict()
+    expected, state = own_values(fixture), backbone.state_dict()
     for key in report.matched:
-        torch.testing.assert_close(found[key], expected[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
+        torch.testing.assert_close(state[key], expected[key], rtol=0, atol=0, msg=lambda m, key=key: f"{key}: {m}")
 
 
 def _is_new(backbone: Backbone, key: str) -> bool:
@@ -124,7 +124,7 @@ def _is_new(backbone: Backbone, key: str) -> bool:
         ("revvit_base", "revvit_small", "has shape"),
     ],
 )
-def test_a_file_of_another_architecture_is_one_clear_line(
+def test_file_of_another_architecture_is_an_error_in_one_line(
     name: str, fixture: str, sentence: str, tmp_path: Path
 ) -> None:
     torch.save(official(fixture), tmp_path / "weights.pth")
@@ -133,7 +133,7 @@ def test_a_file_of_another_architecture_is_one_clear_line(
     assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_position_embedding_of_another_size_is_resized(tmp_path: Path) -> None:
+def test_position_embedding_of_another_size_is_resized(tmp_path: Path) -> None:
     torch.save(mmpretrain("revvit_small"), tmp_path / "weights.pth")
     backbone = create_backbone("revvit_small", img_size=320)
     report = load_published(backbone, tmp_path / "weights.pth", "revvit_small")

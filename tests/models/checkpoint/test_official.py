@@ -444,6 +444,13 @@ def test_legacy_pickle_of_another_program_is_refused(tmp_path):
         read_checkpoint(path)
 
 
+def test_legacy_file_of_a_real_module_is_refused_with_a_hint(tmp_path):
+    """torch wrote the source code of module classes into such files; weights_only does not read them."""
+    torch.save({"model": nn.Conv2d(1, 1, 1)}, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before torch 1\.6; save it again with a later torch"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
 ALLOWED = ["models.common.Conv", "torch.nn.modules.conv.Conv2d", "numpy.core.multiarray.scalar", "numpy.dtype",
            "numpy._core.multiarray._reconstruct", "numpy.ndarray", "pathlib.PosixPath",
            "pathlib._local.WindowsPath"]  # fmt: skip
