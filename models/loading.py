@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from models.backbones import is_backbone_name
 from models.checkpoint.io import Checkpoint, read_checkpoint
@@ -95,29 +94,15 @@ def transfer_weights(
     Raises:
         CheckpointError: the two networks have too little in common, unless `partial`.
     """
-    own = model.state_dict()
-    pairs = matching_rows(_skeleton(checkpoint), model, str(checkpoint.path), partial)
-    ready: dict[str, Tensor] = {}
-    unexpected: list[tuple[str, str]] = []
-    for key, value in checkpoint.state.items():
+    where = str(checkpoint.path)
+    pairs = matching_rows(_skeleton(checkpoint), model, where, partial)
+
+    def target(key: str) -> str | None:
         row, name = split_key(key)
-        target = f"model.{pairs[row]}.{name}" if row in pairs else ""
-        if target not in own:
-            unexpected.append((key, "its row has no counterpart"))
-        elif any(part in target for part in exclude):
-            unexpected.append((key, "excluded"))
-        elif own[target].shape != value.shape:
-            unexpected.append((key, f"{list(value.shape)} -> {list(own[target].shape)}"))
-        else:
-            ready[target] = value
-    with torch.no_grad():
-        for key, value in ready.items():
-            own[key].copy_(value)
-    return LoadReport(
-        matched=tuple(key for key in own if key in ready),
-        missing=tuple(key for key in own if key not in ready),
-        unexpected=tuple(unexpected),
-    )
+        own_key = f"model.{pairs[row]}.{name}" if row in pairs else ""
+        return None if any(part in own_key for part in exclude) else own_key
+
+    return load_state(model, checkpoint.state, partial=True, key_map=target, where=where)
 
 
 def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:

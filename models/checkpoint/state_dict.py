@@ -18,7 +18,7 @@ MIN_MATCHED = 0.9
 # Keys under which training scripts store the state dict.
 WRAPPED_STATES = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "state")
 
-KeyMap = Callable[[str], str | None] | Mapping[str, str]
+KeyMap = Callable[[str], str | None]
 Resize = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
@@ -118,7 +118,7 @@ def load_state(
         module: any module; its parameters and buffers are written in place.
         state: entries of the file.
         partial: accept different shapes and any number of missing entries.
-        key_map: the file's key -> the module's key; None (or no entry) for one that is known but not needed.
+        key_map: the file's key -> the module's key; None for one that is known but not needed.
         ignore: glob patterns of the file's keys that are known but not needed (`head.*`).
         allow_new: glob patterns of the module's keys that may be missing from the file (`norm0.*`).
         resize: called as `resize(key, value, target)` if shapes differ; returns a tensor shaped like `target` or None.
@@ -166,17 +166,15 @@ def _route(
     routed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     unexpected: list[tuple[str, str]] = []
-    mapped = key_map.get if isinstance(key_map, Mapping) else key_map
     for key, value in state.items():
         names = list(_unwrapped(key))
         if any(fnmatchcase(name, pattern) for name in names for pattern in ignore):
             unexpected.append((key, "not needed"))
             continue
-        targets = [mapped(name) if mapped else name for name in names]
+        targets = [key_map(name) if key_map else name for name in names]
         target = next((t for t in targets if t is not None and t in own), None)
         if target is None:
-            known = mapped is not None and all(t is None for t in targets)
-            unexpected.append((key, "not needed" if known else "no such entry"))
+            unexpected.append((key, "no such entry" if any(t is not None for t in targets) else "not needed"))
         elif target in origin:
             raise CheckpointError(f"{where}: '{origin[target]}' and '{key}' are both for '{target}'")
         else:

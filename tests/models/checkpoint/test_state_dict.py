@@ -78,13 +78,6 @@ def test_load_state_key_map_ignore_and_allow_new():
     assert report.summary().startswith("Transferred 3/8 items; 5 new: bn.weight, bn.bias")
 
 
-def test_load_state_key_map_may_be_a_mapping():
-    net, state = Net(), random_state()
-    names = {f"old{i}": key for i, key in enumerate(state)}
-    report = load_state(net, {old: state[new] for old, new in names.items()} | {"x": torch.zeros(1)}, key_map=names)
-    assert report.transferred == 8 and report.unexpected == (("x", "not needed"),)
-
-
 def test_load_state_resizes():
     def resize(key: str, value: torch.Tensor, target: torch.Tensor) -> torch.Tensor | None:
         return F.interpolate(value, target.shape[2:], mode="nearest") if key == "pos_embed" else None
