@@ -69,7 +69,7 @@ def test_fused_model_is_equal(model):
 
 
 @pytest.mark.skipif("BCCD_DIR" not in os.environ, reason="set BCCD_DIR to the BCCD dataset (images/val/...)")
-@pytest.mark.parametrize("item", EXPECTED["pictures"]["items"], ids=lambda item: Path(item["image"]).stem)
+@pytest.mark.parametrize("item", EXPECTED["images"]["items"], ids=lambda item: Path(item["image"]).stem)
 def test_detections_on_images(model, item):
     """Read, letterbox to the smallest rectangle of 320, predict, NMS: boxes to 1e-2 pixels, confidences to 1e-4."""
     pixels = images.read(Path(os.environ["BCCD_DIR"]) / item["image"])
