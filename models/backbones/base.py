@@ -1,7 +1,7 @@
-"""The contract of a backbone: several feature maps, each declared with its channels and stride.
+"""Base class of backbones: several feature maps, each declared with its channels and stride.
 
-Whatever fulfils this can stand in a row of a model YAML; the neck and the head are wired from `levels` alone, without a
-forward pass at construction (which would shift BatchNorm statistics and fail for fixed-size networks).
+The neck and head are built from the declared `levels`, without a forward pass at construction (which would update
+BatchNorm statistics and fail for fixed-size networks).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from utils.errors import SpecError, did_you_mean
 
-# A backbone file imports this module and `layers` alone; what it needs to refuse a wrong argument comes along.
+# A backbone file imports only this module and `layers`, so the error type for wrong arguments is exported here.
 __all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Backbone", "FeatureLevel", "SpecError", "did_you_mean", "wholly_inside"]
 
 B = TypeVar("B", bound="Backbone")
@@ -40,17 +40,21 @@ class FeatureLevel:
 class Backbone(nn.Module):
     """Base class of all backbones.
 
-    A subclass sets `levels` (high resolution first) and `size_divisor`, and defines `forward_features`; `forward` may
-    be overridden where more than that is returned. One that sets `stage_sizes` (how many depths of `param_depth` each
-    stage has after the stem) and calls `hold(frozen_stages, norm_eval)` when it is built can be frozen by stage.
+    A subclass sets `levels` (high resolution first) and `size_divisor`, and defines `forward_features`; it overrides
+    `forward` only to return more than that. A subclass that sets `stage_sizes` (number of `param_depth` values of each
+    stage after the stem) and calls `hold(frozen_stages, norm_eval)` in its constructor can be frozen by stage.
 
     Attributes:
-        frozen_stages: -1 for none; 0 froze the stem, n also the first n stages, which stay in evaluation mode.
-        norm_eval: every BatchNorm stays in evaluation mode (its weights still learn).
+        levels: declaration of each returned map, high resolution first.
+        size_divisor: the height and width of the input are multiples of it.
+        stage_sizes: number of depths of each stage after the stem.
+        frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages. They stay in eval mode.
+        norm_eval: every BatchNorm stays in eval mode (its weights are still trained).
 
     Args:
-        normalize: subtract `mean` and divide by `std` first, so that published weights see what they were trained on.
-        mean, std: per channel (R, G, B), for pixels in [0, 1].
+        normalize: subtract `mean` and divide by `std` first, as in the training of the published weights.
+        mean: mean of each channel (R, G, B), for pixels in [0, 1].
+        std: standard deviation of each channel, for pixels in [0, 1].
     """
 
     levels: tuple[FeatureLevel, ...]
@@ -69,18 +73,18 @@ class Backbone(nn.Module):
     ) -> None:
         super().__init__()
         self.normalize = normalize
-        # Not persistent: the published key sets stay as they are.
+        # Not persistent, so that the state-dict keys equal the published ones.
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalized(self, image: Tensor) -> Tensor:
-        """Normalise an image (B, 3, H, W) in [0, 1]; returned as it is when `normalize` is off."""
+        """Normalize an image (B, 3, H, W) in [0, 1]; return it unchanged if `normalize` is False."""
         if not self.normalize:
             return image
         return (image - self.pixel_mean.to(image.dtype)) / self.pixel_std.to(image.dtype)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Feature maps of an image.
+        """Return the feature maps of an image.
 
         Args:
             image: (B, 3, H, W), RGB in [0, 1]; H and W multiples of `size_divisor`.
@@ -90,15 +94,22 @@ class Backbone(nn.Module):
         """
         return tuple(self.forward_features(self.normalized(image)))
 
-    def forward_features(self, image: Tensor) -> Sequence[Tensor]:
-        """What the published network computes for an already normalised image, before anything added for detection."""
+    def forward_features(self, image: Tensor) -> Sequence[Tensor]:  # noqa: ARG002 (subclasses use it)
+        """Return the feature maps of the published network for a normalized image (B, 3, H, W).
+
+        Returns:
+            (B, C, H / stride, W / stride) each; layers added for detection are not applied.
+
+        Raises:
+            TypeError: if the subclass defines neither this method nor `forward`.
+        """
         raise TypeError(f"{type(self).__name__} must define forward_features(image) or forward(image)")
 
     def reparameterize(self) -> None:
-        """Swap training-form modules for their deployed form, in place; calling it again changes nothing."""
+        """Replace training-time modules by their re-parameterized equivalents, in place; idempotent."""
 
-    def param_depth(self, name: str) -> int:
-        """Depth of a parameter, 0 = stem, for layer-wise learning rates.
+    def param_depth(self, name: str) -> int:  # noqa: ARG002 (subclasses use it)
+        """Return the depth of a parameter, 0 = stem, for layer-wise learning-rate decay.
 
         Args:
             name: as in `named_parameters()`.
@@ -107,20 +118,24 @@ class Backbone(nn.Module):
 
     @property
     def num_stages(self) -> int:
-        """Stages after the stem, as `frozen_stages` counts them; without `stage_sizes` each depth is one."""
+        """Number of stages after the stem, as in `frozen_stages`; without `stage_sizes` each depth is a stage."""
         return len(self.stage_sizes) or max((self.param_depth(name) for name, _ in self.named_parameters()), default=0)
 
     def stage_of(self, name: str) -> int:
-        """Stage of a parameter: 0 = stem, 1 = first stage ...; `num_stages` + 1 for what was added after the last."""
+        """Return the stage of a parameter: 0 = stem, 1 = first stage, ..., `num_stages` + 1 = layers after the last."""
         depth = self.param_depth(name)
         ends = accumulate(self.stage_sizes or [1] * self.num_stages)
         return next((stage for stage, end in enumerate((0, *ends)) if depth <= end), self.num_stages + 1)
 
     def hold(self, frozen_stages: int = -1, norm_eval: bool = False) -> None:
-        """Switch gradients off up to a stage, and keep it, or all BatchNorms, in evaluation mode from now on.
+        """Freeze the stem and the first stages, and optionally keep all BatchNorms in eval mode.
+
+        Args:
+            frozen_stages: -1 for none, 0 for the stem, n for the stem and the first n stages.
+            norm_eval: keep every BatchNorm in eval mode.
 
         Raises:
-            SpecError: there is no such stage.
+            SpecError: if there are fewer stages.
         """
         if not -1 <= frozen_stages <= self.num_stages:
             kind = type(self).__name__
@@ -131,7 +146,7 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def train(self: B, mode: bool = True) -> B:
-        """As `nn.Module.train`; what `hold` was told to keep still stays in evaluation mode."""
+        """Set the mode as `nn.Module.train` does; parts frozen by `hold` stay in eval mode."""
         super().train(mode)
         if self.frozen_stages >= 0:
             for part in wholly_inside(self, self._frozen_names()):
@@ -149,12 +164,18 @@ class Backbone(nn.Module):
 
 
 def wholly_inside(module: nn.Module, names: Container[str], prefix: str = "") -> list[nn.Module]:
-    """The largest submodules that have parameters, and none whose name (after `prefix`) is not among `names`."""
-    found = []
+    """Return the largest submodules whose parameters (at least one) are all in `names`.
+
+    Args:
+        module: module to search.
+        names: full parameter names.
+        prefix: prepended to the names of `module`'s parameters.
+    """
+    inside = []
     for name, child in module.named_children():
-        own = [f"{prefix}{name}.{key}" for key, _ in child.named_parameters()]
-        if own and all(key in names for key in own):
-            found.append(child)
-        elif own:
-            found += wholly_inside(child, names, f"{prefix}{name}.")
-    return found
+        keys = [f"{prefix}{name}.{key}" for key, _ in child.named_parameters()]
+        if keys and all(key in names for key in keys):
+            inside.append(child)
+        elif keys:
+            inside += wholly_inside(child, names, f"{prefix}{name}.")
+    return inside

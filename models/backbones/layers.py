@@ -1,4 +1,4 @@
-"""Layers that several backbones share, and that are no part of the detector.
+"""Layers that several backbones share, and checks of their constructor arguments.
 
 Shape legend: B batch, C channels, H and W height and width of a feature map in cells.
 """
@@ -18,23 +18,39 @@ from utils.errors import SpecError, did_you_mean
 Architecture = TypeVar("Architecture")
 
 
-def require(condition: bool, sentence: str) -> None:
-    """Raise SpecError(sentence) unless `condition` holds: a wrong argument in a model YAML."""
+def require(condition: bool, message: str) -> None:
+    """Raise `SpecError(message)` if `condition` is false."""
     if not condition:
-        raise SpecError(sentence)
+        raise SpecError(message)
+
+
+def require_rates(family: str, **rates: float) -> None:
+    """Raise SpecError if a dropout or drop-path rate is outside [0, 1)."""
+    for name, rate in rates.items():
+        require(0 <= rate < 1, f"{family}: {name} is {rate}; allowed: 0 <= {name} < 1")
+
+
+def require_integers(family: str, arch: object, names: Sequence[str], count: int = 4, minimum: int = 1) -> None:
+    """Raise SpecError unless each named field of an architecture is a tuple of `count` integers >= `minimum`."""
+    for name in names:
+        values = getattr(arch, name)
+        valid = isinstance(values, tuple) and len(values) == count
+        valid = valid and all(isinstance(value, int) and value >= minimum for value in values)
+        shown = list(values) if isinstance(values, tuple) else values
+        require(valid, f"{family}: {name} of arch is {shown!r}; allowed: {count} integers >= {minimum}")
 
 
 def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mapping[str, Architecture]) -> Architecture:
-    """Look an architecture up by name, or build one from a mapping of its fields.
+    """Return the architecture of a name, or build one from a mapping of its fields.
 
     Args:
-        family: name of the backbone class, for error sentences.
-        arch: a key of `table`, or the fields of its dataclass (lists become tuples; fields with a default may be left
-            out).
+        family: name of the backbone class, for error messages.
+        arch: a key of `table`, or the fields of its dataclass (lists become tuples; fields with a default are
+            optional).
         table: the known architectures, frozen dataclasses of one type.
 
     Raises:
-        SpecError: unknown name or field, or a field that is missing.
+        SpecError: if the name or a field is unknown, or a required field is missing.
     """
     if isinstance(arch, str):
         if arch not in table:
@@ -42,26 +58,42 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
         return table[arch]
     if not isinstance(arch, Mapping):
         raise SpecError(f"{family}: arch is {arch!r}; allowed: a name ({', '.join(table)}) or a mapping of its fields")
-    kind: Any = type(next(iter(table.values())))
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    cls: Any = type(next(iter(table.values())))
+    fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in arch:
         if key not in fields:
             raise SpecError(
                 f"{family}: unknown field '{key}' of arch; allowed: {', '.join(fields)}{did_you_mean(key, fields)}"
             )
-    needed = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in arch]
-    if needed:
-        raise SpecError(f"{family}: arch lacks {', '.join(needed)}; it needs {', '.join(fields)}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in arch.items()})
+    missing = [name for name, field in fields.items() if field.default is dataclasses.MISSING and name not in arch]
+    if missing:
+        raise SpecError(f"{family}: arch lacks {', '.join(missing)}; required: {', '.join(fields)}")
+    built: Architecture = cls(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in arch.items()}
+    )
+    return built
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Return the drop-path rate of each of `depth` blocks, increasing linearly from 0 to `rate`."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
+def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return (C,) float64 tensors `scale`, `shift` with norm(x) = scale * x + shift for a BatchNorm in eval mode."""
+    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
+    return scale, norm.bias.detach().double() - scale * norm.running_mean.double()
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382): drops a residual branch for whole samples.
+    """Stochastic depth per sample (https://arxiv.org/abs/1603.09382): zero a residual branch for whole samples.
 
     Args:
-        drop_prob: probability in [0, 1) that the branch of one sample is zeroed in training mode. The branches that
-            stay are divided by ``1 - drop_prob``, so the expected value does not change. In evaluation mode, and with
-            probability zero, the input is returned as it is.
+        drop_prob: probability in [0, 1) that the branch of a sample is zeroed in training mode. Remaining branches are
+            divided by ``1 - drop_prob``, which keeps the expected value. In eval mode, and with probability zero, the
+            input is returned unchanged.
     """
 
     def __init__(self, drop_prob: float = 0.0) -> None:
@@ -72,18 +104,19 @@ class DropPath(nn.Module):
         """(B, ...) -> the same shape and dtype."""
         if self.drop_prob == 0.0 or not self.training:
             return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep)
-        return x * mask.div_(keep)
+        keep_prob = 1.0 - self.drop_prob
+        mask = x.new_empty((x.shape[0],) + (1,) * (x.ndim - 1)).bernoulli_(keep_prob)
+        return x * mask.div_(keep_prob)
 
     def extra_repr(self) -> str:
+        """Return the arguments shown by `repr`."""
         return f"drop_prob={self.drop_prob:g}"
 
 
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of each cell of a (B, C, H, W) map.
 
-    The statistics are taken in float32 when the input is float16 or bfloat16; the result has the input's dtype.
+    Statistics are computed in float32 if the input is float16 or bfloat16; the output has the dtype of the input.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
@@ -94,52 +127,65 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x_BHWC = x.permute(0, 2, 3, 1)
+        x_BHWC, weight, bias = x.permute(0, 2, 3, 1), self.weight, self.bias
         if x.dtype in (torch.float16, torch.bfloat16):
-            y_BHWC = F.layer_norm(
-                x_BHWC.float(), self.weight.shape, self.weight.float(), self.bias.float(), self.eps
-            ).to(x.dtype)
-        else:
-            y_BHWC = F.layer_norm(x_BHWC, self.weight.shape, self.weight, self.bias, self.eps)
-        return y_BHWC.permute(0, 3, 1, 2)
+            x_BHWC, weight, bias = x_BHWC.float(), weight.float(), bias.float()
+        y_BHWC = F.layer_norm(x_BHWC, weight.shape, weight, bias, self.eps)
+        return y_BHWC.to(x.dtype).permute(0, 3, 1, 2)
 
     def extra_repr(self) -> str:
+        """Return the arguments shown by `repr`."""
         return f"{self.weight.numel()}, eps={self.eps:g}"
 
 
 class Mlp(nn.Module):
-    """Two 1x1 convolutions with an exact GELU between them, on (B, C, H, W) maps.
+    """Two 1x1 convolutions with an activation between them, on (B, C, H, W) maps.
 
     Args:
         in_channels: channels of the input and of the output.
         hidden_channels: channels between the two convolutions.
         drop_rate: dropout after the activation and after the second convolution.
+        act_layer: activation module; the default is the exact GELU.
+        names: submodule names of the two convolutions, as in the published state dict.
     """
 
-    def __init__(self, in_channels: int, hidden_channels: int, drop_rate: float = 0.0) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        hidden_channels: int,
+        drop_rate: float = 0.0,
+        act_layer: type[nn.Module] = nn.GELU,
+        names: tuple[str, str] = ("fc1", "fc2"),
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(in_channels, hidden_channels, 1)
-        self.act = nn.GELU()
-        self.fc2 = nn.Conv2d(hidden_channels, in_channels, 1)
+        self.names = names
+        self.add_module(names[0], nn.Conv2d(in_channels, hidden_channels, 1))
+        self.act = act_layer()
+        self.add_module(names[1], nn.Conv2d(hidden_channels, in_channels, 1))
         self.drop = nn.Dropout(drop_rate)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        first, second = (self.get_submodule(name) for name in self.names)
+        y: Tensor = self.drop(second(self.drop(self.act(first(x)))))
+        return y
 
 
 class SimpleFeaturePyramid(nn.Module):
     """Several resolutions from the single map of a plain network (ViTDet, https://arxiv.org/abs/2203.16527, section 3).
 
-    Finer levels come from transposed convolutions of stride 2 that halve the channels (channel-wise LayerNorm and GELU
-    between two of them), coarser ones from max-pooling; every level starts from the same map. A 1x1 and a 3x3
-    convolution, each followed by a channel-wise LayerNorm, then bring each level to its width.
+    All levels are computed from the same map. Finer levels use transposed convolutions of stride 2 that halve the
+    channels, with a channel-wise LayerNorm and GELU between them; coarser levels use max-pooling. A 1x1 and a 3x3
+    convolution, each followed by a channel-wise LayerNorm, map every level to its width.
 
     Args:
-        in_channels: channels of the map.
-        in_stride: its stride, input pixels per cell.
-        strides: strides of the levels, high resolution first; each `in_stride` times a power of two.
-        widths: channels of each level, or one number for all.
+        in_channels: channels of the input map.
+        in_stride: stride of the input map in input pixels per cell.
+        strides: strides of the levels, high resolution first; each is `in_stride` times a power of two.
+        widths: channels of each level, or one number for all levels.
+
+    Raises:
+        SpecError: if strides are not increasing, a stride is unreachable, or the number of widths differs.
     """
 
     def __init__(
@@ -152,13 +198,13 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.strides = tuple(strides)
         self.widths = (widths,) * len(self.strides) if isinstance(widths, int) else tuple(widths)
-        if list(self.strides) != sorted(set(self.strides)) or not self.strides:
-            raise SpecError(f"feature pyramid: strides {list(strides)}; they must rise, as in [4, 8, 16, 32]")
-        if len(self.widths) != len(self.strides):
-            raise SpecError(
-                f"feature pyramid: {len(self.widths)} widths for {len(self.strides)} strides; give one for each, "
-                "or one number for all"
-            )
+        increasing = bool(self.strides) and list(self.strides) == sorted(set(self.strides))
+        require(increasing, f"feature pyramid: strides {list(strides)}; they must increase, as in [4, 8, 16, 32]")
+        require(
+            len(self.widths) == len(self.strides),
+            f"feature pyramid: {len(self.widths)} widths for {len(self.strides)} strides; give one width per stride, "
+            "or one number for all",
+        )
         self.levels = nn.ModuleList(
             _pyramid_level(in_channels, in_stride, stride, width) for stride, width in zip(self.strides, self.widths)
         )
@@ -169,7 +215,7 @@ class SimpleFeaturePyramid(nn.Module):
 
 
 def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int) -> nn.Sequential:
-    """Resampling from `in_stride` to `stride`, then the 1x1 and the 3x3 convolution."""
+    """Resample from `in_stride` to `stride`, then apply the 1x1 and the 3x3 convolution."""
     layers: list[nn.Module] = []
     channels, at = in_channels, in_stride
     while at > stride and at % 2 == 0:
@@ -180,8 +226,7 @@ def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int) ->
     while at < stride:
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
         at *= 2
-    if at != stride:
-        raise SpecError(f"feature pyramid: stride {stride} cannot be reached from stride {in_stride} by factors of two")
+    require(at == stride, f"feature pyramid: stride {stride} is unreachable from stride {in_stride} by factors of two")
     layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width)]
     layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
     return nn.Sequential(*layers)

@@ -1,13 +1,20 @@
-"""Next-ViT: convolution blocks, with a transformer block at the end of a stage or of every fifth block.
+"""Next-ViT: stages of convolution blocks (NCB) and transformer blocks (NTB).
 
 Paper: "Next-ViT: Next Generation Vision Transformer for Efficient Deployment in Realistic Industrial Scenarios",
-Li et al., https://arxiv.org/abs/2207.05501. Key names are those of the published checkpoints (bytedance/Next-ViT); the
-names timm gives the same weights are read too. Verified: stage outputs of small and base in training and deployed form,
-float32 and float64, against numbers of the published implementation (tests/parity/test_nextvit.py).
+Li et al., 2022, https://arxiv.org/abs/2207.05501.
+Reference: https://github.com/bytedance/Next-ViT, Apache-2.0. State-dict keys are those of its checkpoints; timm's keys
+for the same weights are converted on loading.
+Verified: stage outputs of small and base before and after re-parameterization, float32 and float64, against values of
+the reference implementation (tests/parity/test_nextvit.py).
 
-A convolution block computes x = x + MHCA(x), then x = x + MLP(norm(x)). A transformer block runs attention on most of
-its channels, x = x + mixer(norm1(x)), derives the others from them, z = P(x), z = z + MHCA(z), and joins both,
-y = [x, z], y = y + MLP(norm2(y)).
+Blocks, with the paper's names:
+
+- NCB (Next Convolution Block): z~ = MHCA(z) + z, then z = MLP(z~) + z~.
+- NTB (Next Transformer Block): z. = Proj(z), z^ = E-MHSA(z.) + z. on most channels; z~ = Proj(z^), z- = MHCA(z~) + z~
+  on the others; z = Concat(z^, z-), then z = MLP(z) + z.
+- MHCA (Multi-Head Convolutional Attention): group convolution (a head is a group), BatchNorm, ReLU, 1x1 convolution.
+- E-MHSA (Efficient Multi-Head Self-Attention): keys and values are computed from average-pooled tokens.
+- NHS (Next Hybrid Strategy): a stage repeats (NCB x N + NTB x 1).
 
 Shape legend: B batch, C channels, H and W height and width in cells, L = H * W tokens in row-major order, M tokens
 after pooling, N heads, D channels of a head.
@@ -25,25 +32,33 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
-from models.backbones.layers import DropPath, choose_architecture, require
+from models.backbones.layers import (
+    DropPath,
+    Mlp,
+    batch_norm_affine,
+    choose_architecture,
+    drop_path_rates,
+    require,
+    require_integers,
+    require_rates,
+)
 
 NORM_EPS = 1e-5
 HEAD_DIM = 32
-CONV_MLP_RATIO = 3
-TRANSFORMER_MLP_RATIO = 2
+NCB_MLP_RATIO = 3
+NTB_MLP_RATIO = 2
 
 
 @dataclass(frozen=True)
 class NextViTArchitecture:
-    """Four stages.
+    """Configuration of the four stages.
 
     Attributes:
-        depths: blocks of each stage.
-        conv_channels: channels of the convolution blocks of each stage.
-        out_channels: channels of each stage's output; those of its transformer blocks where it has any, else those of
-            its convolution blocks. Three quarters of a transformer block's channels go through attention.
-        transformer_every: a stage's last block, and from there back every so many-th, is a transformer block; 0: none.
-        reductions: stride of the pooling of keys and values in each stage.
+        depths: number of blocks of each stage.
+        conv_channels: channels of the NCBs of each stage.
+        out_channels: output channels of each stage: those of its NTBs, or of its NCBs if it has no NTB.
+        transformer_every: the last block of a stage, and every n-th block counted back from it, is an NTB; 0 = none.
+        reductions: spatial reduction ratio of the keys and values of E-MHSA in each stage.
         stem_channels: channels of the first, second and last two convolutions of the stem.
     """
 
@@ -55,25 +70,17 @@ class NextViTArchitecture:
     stem_channels: tuple[int, int, int] = (64, 32, 64)
 
     def __post_init__(self) -> None:
-        for name, count in (("depths", 4), ("conv_channels", 4), ("out_channels", 4), ("reductions", 4)):
-            self._check(name, count, 1)
-        self._check("transformer_every", 4, 0)
-        self._check("stem_channels", 3, 1)
+        require_integers("NextViT", self, ("depths", "conv_channels", "out_channels", "reductions"))
+        require_integers("NextViT", self, ("transformer_every",), minimum=0)
+        require_integers("NextViT", self, ("stem_channels",), count=3)
         for i, (conv, out, every) in enumerate(zip(self.conv_channels, self.out_channels, self.transformer_every)):
             channels = f"NextViT: stage {i + 1} of arch has {conv} conv_channels and {out} out_channels"
             require(conv % HEAD_DIM == 0 and out % HEAD_DIM == 0, f"{channels}; allowed: multiples of {HEAD_DIM}")
-            require(every > 0 or out == conv, f"{channels}; without a transformer block they must be equal")
-            require(every == 0 or out >= 2 * HEAD_DIM, f"{channels}; a transformer block needs at least {2 * HEAD_DIM}")
-
-    def _check(self, name: str, count: int, least: int) -> None:
-        values = getattr(self, name)
-        right = isinstance(values, tuple) and len(values) == count
-        right = right and all(isinstance(value, int) and value >= least for value in values)
-        shown = list(values) if isinstance(values, tuple) else values
-        require(right, f"NextViT: {name} of arch is {shown!r}; allowed: {count} whole numbers from {least} on")
+            require(every > 0 or out == conv, f"{channels}; without an NTB they must be equal")
+            require(every == 0 or out >= 2 * HEAD_DIM, f"{channels}; an NTB needs at least {2 * HEAD_DIM}")
 
     def is_transformer(self, stage: int, block: int) -> bool:
-        """Whether block number `block` of a stage is a transformer block."""
+        """Return whether block number `block` of a stage is an NTB."""
         every = self.transformer_every[stage]
         return every > 0 and (self.depths[stage] - 1 - block) % every == 0
 
@@ -88,26 +95,18 @@ ARCHITECTURES: dict[str, NextViTArchitecture] = {
 # ---- folding --------------------------------------------------------------------------------------------------------
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """A BatchNorm in evaluation mode as `a * x + b`, both float64."""
-    assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) and norm.running_mean is not None
-    assert norm.running_var is not None
-    a = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return a, norm.bias.detach().double() - a * norm.running_mean.double()
-
-
 def _set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    # Rounded once, here: all that comes before is float64, whatever the layer's own type.
-    dtype, learns = layer.weight.dtype, layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=learns)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=learns)
+    # The only rounding: everything before is float64, whatever the dtype of the layer.
+    dtype, requires_grad = layer.weight.dtype, layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=requires_grad)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=requires_grad)
 
 
 def fold_norm_before(norm: nn.Module, *layers: nn.Conv2d | nn.Linear) -> nn.Module:
-    """Give each layer (1x1 convolution or linear) the effect of `norm` on its input; returns what replaces the norm."""
+    """Fold `norm` into the 1x1 convolutions or linear layers after it; return the module that replaces `norm`."""
     if isinstance(norm, nn.Identity):
         return norm
-    a, b = _affine(norm)
+    a, b = batch_norm_affine(norm)
     for layer in layers:
         weight = layer.weight.detach().double().flatten(1)  # (outputs, inputs)
         bias = 0 if layer.bias is None else layer.bias.detach().double()
@@ -116,10 +115,10 @@ def fold_norm_before(norm: nn.Module, *layers: nn.Conv2d | nn.Linear) -> nn.Modu
 
 
 def fold_norm_after(layer: nn.Conv2d, norm: nn.Module) -> nn.Module:
-    """Give the convolution the effect of `norm` on its output; returns what replaces the norm."""
+    """Fold `norm` into the convolution before it; return the module that replaces `norm`."""
     if isinstance(norm, nn.Identity):
         return norm
-    a, b = _affine(norm)
+    a, b = batch_norm_affine(norm)
     bias = 0 if layer.bias is None else layer.bias.detach().double()
     _set_weights(layer, layer.weight.detach().double() * a.view(-1, 1, 1, 1), a * bias + b)
     return nn.Identity()
@@ -141,11 +140,12 @@ class StemConv(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
     def fold(self) -> None:
+        """Fold the BatchNorm into the convolution."""
         self.norm = fold_norm_after(self.conv, self.norm)
 
 
 class Projection(nn.Module):
-    """To other channels and half the resolution: 2x2 average (rounding up), 1x1 convolution, BatchNorm."""
+    """Patch embedding: 2x2 average pooling (rounding up) if the stride is 2, 1x1 convolution, BatchNorm."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -156,21 +156,23 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        return self.norm(self.conv(self.pool(x)))
+        y: Tensor = self.norm(self.conv(self.pool(x)))
+        return y
 
     def fold(self) -> None:
+        """Fold the BatchNorm into the convolution."""
         self.norm = fold_norm_after(self.conv, self.norm)
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
-    """A `Projection` where anything changes."""
+    """Return a `Projection`, or the identity if neither channels nor resolution change."""
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
     return Projection(in_channels, out_channels, stride)
 
 
 class MHCA(nn.Module):
-    """Multi-head convolutional attention: a grouped 3x3 convolution (a head is a group) and a 1x1 projection."""
+    """Multi-Head Convolutional Attention: a 3x3 group convolution (a head is a group) and a 1x1 projection."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -180,34 +182,33 @@ class MHCA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return self.projection(F.relu(self.norm(self.group_conv3x3(x))))
+        y: Tensor = self.projection(F.relu(self.norm(self.group_conv3x3(x))))
+        return y
 
     def fold(self) -> None:
+        """Fold the BatchNorm into the group convolution."""
         self.norm = fold_norm_after(self.group_conv3x3, self.norm)
 
 
-class Mlp(nn.Module):
-    """1x1 convolution, ReLU, 1x1 convolution."""
-
-    def __init__(self, channels: int, ratio: int, drop_rate: float) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, channels * ratio, 1)
-        self.conv2 = nn.Conv2d(channels * ratio, channels, 1)
-        self.drop = nn.Dropout(drop_rate)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        return self.drop(self.conv2(self.drop(F.relu(self.conv1(x)))))
+def _mlp(channels: int, ratio: int, drop_rate: float) -> Mlp:
+    return Mlp(channels, channels * ratio, drop_rate, nn.ReLU, ("conv1", "conv2"))
 
 
 # ---- token mixers ---------------------------------------------------------------------------------------------------
 
 
 class EMHSA(nn.Module):
-    """Efficient multi-head self-attention as published: keys and values of pooled tokens.
+    """Efficient Multi-Head Self-Attention as published: keys and values are computed from pooled tokens.
 
-    The pooling is one-dimensional, over reduction^2 tokens in row-major order: it averages along rows (and across their
-    ends), and drops the tail. Published weights were trained with it.
+    SA(X) = Attention(X W_Q, P_s(X) W_K, P_s(X) W_V). The average pooling P_s is one-dimensional, over s^2 tokens in
+    row-major order: it averages along rows and across their ends, and drops the remainder. The published weights were
+    trained with it.
+
+    Args:
+        channels: channels of input and output.
+        reduction: s, the spatial reduction ratio.
+        attn_drop_rate: dropout of attention weights.
+        drop_rate: dropout of the output.
     """
 
     def __init__(self, channels: int, reduction: int, attn_drop_rate: float, drop_rate: float) -> None:
@@ -222,7 +223,7 @@ class EMHSA(nn.Module):
         self.norm: nn.Module = nn.BatchNorm1d(channels, eps=NORM_EPS) if reduction > 1 else nn.Identity()
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, M) with M = floor(H * W / reduction^2)."""
+        """Pool (B, C, H, W) to (B, C, M) with M = floor(H * W / reduction^2)."""
         tokens = x.flatten(2)
         return F.avg_pool1d(tokens, self.reduction**2) if self.reduction > 1 else tokens
 
@@ -234,16 +235,17 @@ class EMHSA(nn.Module):
         drop = self.attn_drop_rate if self.training else 0.0
         y_BNLD = F.scaled_dot_product_attention(q_BNLD, k_BNMD, v_BNMD, dropout_p=drop)
         y_BLC = self.proj_drop(self.proj(y_BNLD.transpose(1, 2).flatten(2)))
-        return y_BLC.transpose(1, 2).unflatten(2, x.shape[2:])
+        return y_BLC.transpose(1, 2).reshape(x.shape)
 
     def fold_norm_before(self, norm: nn.Module) -> nn.Module:
-        """Fold the norm before the mixer, and the mixer's own, into the linear layers. Pooling commutes with both."""
+        """Fold the norm before E-MHSA, and its own, into the linear layers (pooling commutes with both)."""
         self.norm = fold_norm_before(self.norm, self.k, self.v)
         return fold_norm_before(norm, self.q, self.k, self.v)
 
 
 def _heads(x_BLC: Tensor) -> Tensor:
-    return x_BLC.unflatten(2, (-1, HEAD_DIM)).transpose(1, 2)  # (B, N, L, D)
+    batch, tokens, channels = x_BLC.shape
+    return x_BLC.reshape(batch, tokens, channels // HEAD_DIM, HEAD_DIM).transpose(1, 2)  # (B, N, L, D)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -251,19 +253,20 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _conv(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer over the channels of (B, C, H, W): as a 1x1 convolution, no map has to be transposed."""
+    """Apply a linear layer to the channels of (B, C, H, W) as a 1x1 convolution, which needs no transposition."""
     return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
 
 
 def _conv_heads(layer: nn.Linear, x: Tensor) -> Tensor:
-    return _conv(layer, x).flatten(2).unflatten(1, (-1, HEAD_DIM))  # (B, N, D, L)
+    y = _conv(layer, x).flatten(2)
+    return y.reshape(y.shape[0], -1, HEAD_DIM, y.shape[2])  # (B, N, D, L)
 
 
 class EMHSA2d(EMHSA):
-    """E-MHSA with a pooling over reduction x reduction cells of the map; no cell is dropped. Same parameters."""
+    """E-MHSA with two-dimensional pooling over reduction x reduction cells; drops no cell. Same parameters."""
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, M) with M = ceil(H / reduction) * ceil(W / reduction)."""
+        """Pool (B, C, H, W) to (B, C, M) with M = ceil(H / reduction) * ceil(W / reduction)."""
         return _pool2d(x, self.reduction).flatten(2)
 
 
@@ -276,9 +279,9 @@ def _pool2d(x: Tensor, reduction: int) -> Tensor:
 class XCA(EMHSA):
     """Cross-covariance attention (XCiT, https://arxiv.org/abs/2106.09681) with queries and keys of pooled cells.
 
-    A head attends from channel to channel: softmax(q k^T * temperature) v, where the rows of q and k (one per channel,
-    over M pooled cells) have unit length and v keeps the full resolution. The cost is linear in the number of cells.
-    Same parameters as `EMHSA`, and a temperature per head.
+    A head attends over channels: softmax(q k^T * temperature) v, where the rows of q and k (one per channel, over M
+    pooled cells) have unit length and v keeps the full resolution. The cost is linear in the number of cells. The
+    parameters are those of `EMHSA` plus a temperature per head.
     """
 
     def __init__(self, channels: int, reduction: int, attn_drop_rate: float, drop_rate: float) -> None:
@@ -295,7 +298,7 @@ class XCA(EMHSA):
         return self.proj_drop(_conv(self.proj, (weights_BNDD @ v_BNDL).reshape(x.shape)))
 
     def fold_norm_before(self, norm: nn.Module) -> nn.Module:
-        """As `EMHSA.fold_norm_before`; here queries and keys are of pooled cells."""
+        """Fold as `EMHSA.fold_norm_before`; here queries and keys are computed from pooled cells."""
         self.norm = fold_norm_before(self.norm, self.q, self.k)
         return fold_norm_before(norm, self.q, self.k, self.v)
 
@@ -314,57 +317,63 @@ class _BlockOptions:
     drop_path: float
 
 
-class ConvBlock(nn.Module):
-    """Next convolution block."""
+class NCB(nn.Module):
+    """Next Convolution Block: z~ = MHCA(z) + z, then z = MLP(z~) + z~."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, options: _BlockOptions) -> None:
         super().__init__()
         self.patch_embed = _projection(in_channels, out_channels, stride)
         self.mhca = MHCA(out_channels)
         self.norm: nn.Module = nn.BatchNorm2d(out_channels, eps=NORM_EPS)
-        self.mlp = Mlp(out_channels, CONV_MLP_RATIO, options.drop_rate)
+        self.mlp = _mlp(out_channels, NCB_MLP_RATIO, options.drop_rate)
         self.drop_path = DropPath(options.drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        x = x + self.drop_path(self.mhca(x))
-        return x + self.drop_path(self.mlp(self.norm(x)))
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        z = self.patch_embed(z)
+        z = z + self.drop_path(self.mhca(z))
+        z = z + self.drop_path(self.mlp(self.norm(z)))
+        return z
 
     def fold(self) -> None:
-        self.norm = fold_norm_before(self.norm, self.mlp.conv1)
+        """Fold the BatchNorm into the first convolution of the MLP."""
+        self.norm = fold_norm_before(self.norm, self.mlp.get_submodule("conv1"))
 
 
-class TransformerBlock(nn.Module):
-    """Next transformer block: attention on three quarters of the channels, convolution for the others."""
+class NTB(nn.Module):
+    """Next Transformer Block: E-MHSA on three quarters of the channels (shrink ratio r = 0.75), MHCA on the others."""
 
     def __init__(
         self, in_channels: int, out_channels: int, stride: int, reduction: int, options: _BlockOptions
     ) -> None:
         super().__init__()
-        # Three quarters, in whole heads.
-        attention_channels = out_channels * 3 // 4 // HEAD_DIM * HEAD_DIM
-        conv_channels = out_channels - attention_channels
-        self.patch_embed = _projection(in_channels, attention_channels, stride)
-        self.norm1: nn.Module = nn.BatchNorm2d(attention_channels, eps=NORM_EPS)
+        # Rounded down to a multiple of the head width.
+        mhsa_channels = out_channels * 3 // 4 // HEAD_DIM * HEAD_DIM
+        mhca_channels = out_channels - mhsa_channels
+        self.patch_embed = _projection(in_channels, mhsa_channels, stride)
+        self.norm1: nn.Module = nn.BatchNorm2d(mhsa_channels, eps=NORM_EPS)
         mixer = MIXERS[options.mixer]
-        self.e_mhsa = mixer(attention_channels, reduction, options.attn_drop_rate, options.drop_rate)
-        self.projection = _projection(attention_channels, conv_channels, 1)
-        self.mhca = MHCA(conv_channels)
+        self.e_mhsa = mixer(mhsa_channels, reduction, options.attn_drop_rate, options.drop_rate)
+        self.projection = _projection(mhsa_channels, mhca_channels, 1)
+        self.mhca = MHCA(mhca_channels)
         self.norm2: nn.Module = nn.BatchNorm2d(out_channels, eps=NORM_EPS)
-        self.mlp = Mlp(out_channels, TRANSFORMER_MLP_RATIO, options.drop_rate)
+        self.mlp = _mlp(out_channels, NTB_MLP_RATIO, options.drop_rate)
         self.drop_path = DropPath(options.drop_path)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.patch_embed(x)
-        x = x + self.drop_path(self.e_mhsa(self.norm1(x)))
-        z = self.projection(x)
-        z = z + self.drop_path(self.mhca(z))
-        y = torch.cat((x, z), dim=1)
-        return y + self.drop_path(self.mlp(self.norm2(y)))
+    def forward(self, z: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
+        z = self.patch_embed(z)
+        z_mhsa = z + self.drop_path(self.e_mhsa(self.norm1(z)))
+        z_mhca = self.projection(z_mhsa)
+        z_mhca = z_mhca + self.drop_path(self.mhca(z_mhca))
+        z = torch.cat((z_mhsa, z_mhca), dim=1)
+        z = z + self.drop_path(self.mlp(self.norm2(z)))
+        return z
 
     def fold(self) -> None:
+        """Fold the BatchNorms into E-MHSA and into the first convolution of the MLP."""
         self.norm1 = self.e_mhsa.fold_norm_before(self.norm1)
-        self.norm2 = fold_norm_before(self.norm2, self.mlp.conv1)
+        self.norm2 = fold_norm_before(self.norm2, self.mlp.get_submodule("conv1"))
 
 
 # ---- the backbone ---------------------------------------------------------------------------------------------------
@@ -373,17 +382,20 @@ class TransformerBlock(nn.Module):
 class NextViT(Backbone):
     """Next-ViT with the outputs of its four stages (strides 4, 8, 16, 32), without a norm on them.
 
-    The classifier (`norm.*`, `proj_head.*`) is known and unused. A file written after the published `merge_bn` has the
-    same keys as one written before, so it cannot be told apart: load the published files as they are.
+    The classifier (`norm.*`, `proj_head.*`) is ignored. A file written after the published `merge_bn` has the same keys
+    as one written before, so the two are indistinguishable: load the published files unmodified.
 
     Args:
         arch: a name of `ARCHITECTURES`, or a mapping with the fields of `NextViTArchitecture`.
         mixer: "emhsa" (published weights), "emhsa2d" or "xca": see the classes in `MIXERS`.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from zero in the first.
+        drop_path_rate: stochastic depth of the last block; it increases linearly from 0 in the first block.
         drop_rate: dropout after attention and in the MLPs.
         attn_drop_rate: dropout of attention weights.
         frozen_stages, norm_eval: see `Backbone`; the published detection recipe is 1 and true.
         normalize, mean, std: see `Backbone`.
+
+    Raises:
+        SpecError: if the architecture, the mixer or a rate is not allowed.
     """
 
     OFFICIAL_PREFIXES = ("backbone.", "module.")
@@ -407,9 +419,7 @@ class NextViT(Backbone):
         super().__init__(normalize, mean, std)
         self.arch = choose_architecture("NextViT", arch, ARCHITECTURES)
         require(mixer in MIXERS, f"NextViT: mixer is {mixer!r}; allowed: {', '.join(MIXERS)}")
-        rates = {"drop_path_rate": drop_path_rate, "drop_rate": drop_rate, "attn_drop_rate": attn_drop_rate}
-        for name, rate in rates.items():
-            require(0 <= rate < 1, f"NextViT: {name} is {rate}; allowed: 0 <= {name} < 1")
+        require_rates("NextViT", drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         self.stage_sizes = self.arch.depths
         self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(self.arch.out_channels))
         self.size_divisor = 32
@@ -417,10 +427,10 @@ class NextViT(Backbone):
         widths, strides = (3, first, second, channels, channels), (2, 1, 1, 2)
         self.stem = nn.Sequential(*(StemConv(widths[i], widths[i + 1], stride) for i, stride in enumerate(strides)))
         blocks: list[nn.Module] = []
-        last = max(sum(self.arch.depths) - 1, 1)
+        rates = iter(drop_path_rates(drop_path_rate, sum(self.arch.depths)))
         for stage, depth in enumerate(self.arch.depths):
             for index in range(depth):
-                options = _BlockOptions(mixer, drop_rate, attn_drop_rate, drop_path_rate * len(blocks) / last)
+                options = _BlockOptions(mixer, drop_rate, attn_drop_rate, next(rates))
                 blocks.append(self._block(stage, index, channels, options))
                 transformer = self.arch.is_transformer(stage, index)
                 channels = (self.arch.out_channels if transformer else self.arch.conv_channels)[stage]
@@ -428,15 +438,15 @@ class NextViT(Backbone):
         self.apply(_init_weights)
         self.hold(frozen_stages, norm_eval)
 
-    def _block(self, stage: int, index: int, in_channels: int, options: _BlockOptions) -> ConvBlock | TransformerBlock:
+    def _block(self, stage: int, index: int, in_channels: int, options: _BlockOptions) -> NCB | NTB:
         stride = 2 if stage and not index else 1
         if not self.arch.is_transformer(stage, index):
-            return ConvBlock(in_channels, self.arch.conv_channels[stage], stride, options)
+            return NCB(in_channels, self.arch.conv_channels[stage], stride, options)
         reduction = self.arch.reductions[stage]
-        return TransformerBlock(in_channels, self.arch.out_channels[stage], stride, reduction, options)
+        return NTB(in_channels, self.arch.out_channels[stage], stride, reduction, options)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The four stage outputs of a normalised image (B, 3, H, W); sides that are no multiple of 32 round up."""
+        """Return the stage outputs (B, C, H / stride, W / stride), rounded up, of a normalized image (B, 3, H, W)."""
         x = self.stem(image)
         outputs, ends = [], list(accumulate(self.arch.depths))
         for number, block in enumerate(self.features, start=1):
@@ -446,17 +456,17 @@ class NextViT(Backbone):
         return tuple(outputs)
 
     def reparameterize(self) -> None:
-        """Fold every BatchNorm into the layer after or before it, in place; none is left, nor are its keys.
+        """Fold every BatchNorm into the layer after or before it, in place.
 
-        So the state dict of a deployed model fits no model in training form, and the other way round. Works in float16,
-        bfloat16, float32 and float64; a second call changes nothing.
+        BatchNorms and their keys are removed, so state dicts before and after are not interchangeable. Works in
+        float16, bfloat16, float32 and float64; idempotent.
         """
         for module in list(self.modules()):
-            if isinstance(module, (StemConv, Projection, MHCA, ConvBlock, TransformerBlock)):
+            if isinstance(module, (StemConv, Projection, MHCA, NCB, NTB)):
                 module.fold()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict in timm's layout under the published names; any other is returned as it is."""
+        """Return a state dict in timm's layout with the published keys; any other state dict is returned unchanged."""
         if not any(key.startswith("stages.0.blocks.") for key in state):
             return dict(state)
         starts = [0, *accumulate(self.arch.depths)]
@@ -470,7 +480,7 @@ class NextViT(Backbone):
         return published
 
     def param_depth(self, name: str) -> int:
-        """0 for the stem, n + 1 for block n."""
+        """Return 0 for the stem, n + 1 for block n."""
         return 1 + int(name.split(".")[1]) if name.startswith("features.") else 0
 
 

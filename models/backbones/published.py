@@ -11,7 +11,6 @@ its own keys that no published file holds), `DEPLOYED_KEYS` (patterns of keys th
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from models.backbones.base import Backbone
 from models.checkpoint.state_dict import LoadReport, load_state, read_state_dict, shorten
+from utils.device import is_main_process
 from utils.errors import CheckpointError, UserError, did_you_mean
 from utils.files import download
 from utils.yaml_lines import load_yaml
@@ -82,13 +82,6 @@ def published_for(backbone: str) -> tuple[PublishedWeights, ...]:
 def weights_cache() -> Path:
     """Folder of fetched files: torch hub's, so that TORCH_HOME moves it."""
     return Path(torch.hub.get_dir()) / "checkpoints"
-
-
-def process_rank() -> int:
-    """Rank of this process among those that train together; 0 alone."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return max(int(os.environ.get("RANK", "0") or 0), 0)
 
 
 def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
@@ -173,7 +166,7 @@ def load_published(
     Raises:
         CheckpointError: the file cannot be had or read, or is that of another architecture.
     """
-    if process_rank() > 0:
+    if not is_main_process():
         return None
     path = find_weights(weights, name)
     state = read_weights(path)

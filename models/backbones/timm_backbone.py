@@ -16,7 +16,6 @@ A network whose maps all have one stride (a plain vision transformer) gives its 
 
 from __future__ import annotations
 
-import os
 import re
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from torch.nn import functional as F
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import SimpleFeaturePyramid, require
 from models.backbones.timm_measure import create_features, measure, timm_package, unused_parameters
+from utils.device import is_main_process
 from utils.errors import CheckpointError
 
 LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
@@ -38,12 +38,6 @@ DETECTION_STRIDES = (8, 16, 32)
 
 def _between_levels(layer: nn.Module, channels: int) -> nn.Sequential:
     return nn.Sequential(layer, nn.BatchNorm2d(channels), nn.SiLU())
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return max(int(os.environ.get("RANK", "0") or 0), 0)
 
 
 def _check_reachable(hub_id: str | None) -> None:
@@ -137,7 +131,7 @@ class TimmBackbone(Backbone):
         self.hold(frozen_stages, norm_eval)
 
     def _build(self, arguments: dict[str, Any], pretrained: bool) -> nn.Module:
-        if not pretrained or _rank() > 0:
+        if not pretrained or not is_main_process():
             return create_features(self.name, arguments)
         config = timm_package().models.get_pretrained_cfg(self.name)
         if config is None or not config.has_weights:

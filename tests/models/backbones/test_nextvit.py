@@ -255,7 +255,7 @@ def test_attention_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"arch": "smal"}, "did you mean 'small'"),
         ({"arch": {"depth": [1, 1, 1, 1]}}, "did you mean 'depths'"),
         ({"arch": {}}, "arch lacks depths"),
-        ({"arch": {"depths": [1, 1, 1]}}, r"depths of arch is \[1, 1, 1\]; allowed: 4 whole numbers"),
+        ({"arch": {"depths": [1, 1, 1]}}, r"depths of arch is \[1, 1, 1\]; allowed: 4 integers"),
         ({"arch": {**TINY, "out_channels": [32, 64, 96, 100]}}, "multiples of 32"),
         ({"arch": {**TINY, "out_channels": [64, 64, 96, 128]}}, "they must be equal"),
         ({"arch": {**TINY, "out_channels": [32, 32, 96, 128]}}, "at least 64"),

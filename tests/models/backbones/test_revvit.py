@@ -189,7 +189,7 @@ def test_slowfast_layout() -> None:
         ({"arch": TINY, "buffered_layers": [4]}, "buffered_layers holds 4; allowed: 0 to 3"),
         ({"drop_path_rate": 1.0}, "drop_path_rate"),
         ({"patch_size": 14}, "patch_size is 14"),
-        ({"strides": (8, 4)}, "must rise"),
+        ({"strides": (8, 4)}, "must increase"),
         ({"strides": (8, 24), "widths": 8}, "stride 24"),
         ({"widths": (8, 8)}, "2 widths for 4 strides"),
     ],
