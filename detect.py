@@ -24,4 +24,4 @@ def run(**options: Any) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(DetectConfig, "detect.py", "Detect objects in pictures, videos and streams.", work))
+    sys.exit(run_main(DetectConfig, "detect.py", "Detect objects in images, videos and streams.", work))

@@ -14,7 +14,7 @@ def work(config: ExportConfig) -> int:
     """Export, or measure, as the options say (imports the engine here: `--help` is instant).
 
     Returns:
-        0, or 1 when an artefact failed its proof or could not be made.
+        0, or 1 when an exported file failed its verification or could not be made.
     """
     try:
         report = _job(config)
@@ -41,4 +41,6 @@ def _job(config: ExportConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(ExportConfig, "export.py", "Export a detector, with a proof that it computes the same.", work))
+    sys.exit(
+        run_main(ExportConfig, "export.py", "Export a detector, with a verification that it computes the same.", work)
+    )

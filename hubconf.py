@@ -14,7 +14,7 @@ def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bo
 
     Arguments:
         path: the file.
-        autoshape: take pictures and give results; without it: the bare network, for training.
+        autoshape: take images and give results; without it: the bare network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
     """
     from engine.hub.model import load
@@ -57,9 +57,9 @@ def _entry(name: str, cfg: str) -> _Any:
 
     Arguments:
         pretrained: not possible, since nothing is downloaded; give `path`.
-        channels: of the pictures; others than 3 need autoshape=False.
+        channels: of the images; others than 3 need autoshape=False.
         classes: number of classes; None = the checkpoint's, or the YAML's.
-        autoshape: take pictures and give results; without it: the bare network, for training.
+        autoshape: take images and give results; without it: the bare network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
         path: checkpoint whose weights are copied where rows agree.
     """

@@ -34,4 +34,4 @@ def _job(config: ValConfig) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(run_main(ValConfig, "val.py", "Validate a detector on a data set.", work))
+    sys.exit(run_main(ValConfig, "val.py", "Validate a detector on a dataset.", work))

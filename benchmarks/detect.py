@@ -1,10 +1,10 @@
-"""How many pictures per second detection makes, and what the overlap of its three stages brings.
+"""How many images per second detection makes, and what the overlap of its three stages brings.
 
     python -m benchmarks.detect --source VIDEO_OR_FOLDER ... [--weights FILE.pt] [--imgsz 640] [--rounds 3]
 
-Measured per source, writing annotated pictures or an mp4 as the command does:
+Measured per source, writing annotated images or an mp4 as the command does:
 
-- each stage alone, one after the other: reading and decoding, fitting into the network's input, network, suppression,
+- each stage alone, one after the other: reading and decoding, fitting into the network's input, network, NMS,
   drawing and writing (milliseconds per frame; their sum is what a program without overlap would take);
 - all of them together as `detect.py` runs them (frames per second), and the processor time of a frame over all threads;
 - the whole command in a process of its own, start-up included (seconds).
@@ -37,7 +37,7 @@ from data.sources.files import open_source
 from engine.cli.config import DetectConfig
 from engine.predict.detections import DrawStyle
 from engine.predict.predictor import Predictor, input_size, prepare
-from engine.predict.writers import PictureWriter
+from engine.predict.writers import ImageWriter
 from engine.runtimes.registry import open_runtime
 from utils.device import Profile
 from utils.files import ROOT
@@ -49,8 +49,8 @@ STAGES = ("read", "fit", "network", "nms", "draw+write")
 def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, float]:
     """Milliseconds per frame of each stage when nothing else runs beside it."""
     read, fit, write = Profile(), Profile(), Profile()
-    network, suppression = predictor.network.total, predictor.suppression.total
-    writer = PictureWriter(folder, DrawStyle(predictor.names))
+    network, nms_time = predictor.network.total, predictor.nms_time.total
+    writer = ImageWriter(folder, DrawStyle(predictor.names))
     count = 0
     with open_source(source) as opened:
         batches = iter(opened)
@@ -67,8 +67,8 @@ def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, fl
             count += 1
         with write:
             writer.close()
-    network, suppression = predictor.network.total - network, predictor.suppression.total - suppression
-    seconds = (read.total, fit.total, network, suppression, write.total)
+    network, nms_time = predictor.network.total - network, predictor.nms_time.total - nms_time
+    seconds = (read.total, fit.total, network, nms_time, write.total)
     return {name: 1000 * s / count for name, s in zip(STAGES, seconds)}
 
 

@@ -1,16 +1,17 @@
-"""Do exported files detect what the trained detector does: proof, mAP, and boxes in a video, for real weights.
+"""Do exported files detect what the trained detector does: verification, mAP, and boxes in a video, for real weights.
 
     python -m benchmarks.export_agreement --weights NAME=FILE.pt ... --data DATA.yaml --source VIDEO [--imgsz 320]
         [--kinds onnx onnx-free ...] [--vid-stride 10] [--conf-thres 0.1] [--keep]
 
 Each checkpoint is exported as every kind, as export.py does it; then, file by file beside the checkpoint:
 
-- the figures of the file's own proof (`<file>.proof.json`): training form against deployed form, that against the file;
+- the figures of the file's own verification (`<file>.proof.json`): training form against re-parameterized model, that
+against the file;
 - `val.py` (`engine.evaluate.evaluator.validate`): mAP50 and mAP50-95;
 - `detect.py --save-txt --save-conf` on every n-th frame of a video: boxes matched one to one per frame;
 - files with free sizes: rows at sizes of 256 to 640, square and not, in batches of 1 to 8, against the checkpoint.
 
-A file of one size is given square pictures, where val.py and detect.py give a checkpoint the smallest rectangle: such a
+A file of one size is given square images, where val.py and detect.py give a checkpoint the smallest rectangle: such a
 file is compared with the checkpoint on squares too. --keep keeps the rows of detectors that an earlier run measured.
 
 Results: benchmarks/results/export_agreement.json and .md.
@@ -39,7 +40,7 @@ from engine.cli.config import DetectConfig, ValConfig
 from engine.evaluate.evaluator import EvalOptions, EvalResult, build_loader, evaluate, split_annotations, validate
 from engine.export.check_outputs import TOLERANCES, match
 from engine.export.config import ExportConfig
-from engine.export.exporter import Artefact, export
+from engine.export.exporter import ExportedFile, export
 from engine.predict.predictor import Predictor, detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import open_runtime
@@ -49,7 +50,7 @@ NAME = "export_agreement"
 CPU = torch.device("cpu")
 FREE_SHAPES = ((1, 256, 256), (8, 256, 352), (3, 640, 416), (1, 640, 640))
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "opencv-python", "timm")
-# Boxes in label files are rounded to whole pixels, which takes a small one far below the overlap of a proof.
+# Boxes in label files are rounded to whole pixels, which takes a small one far below the overlap of a verification.
 ROUNDED_IOU = 0.7
 FLAT, FREE = "squares", "rectangles"
 
@@ -63,7 +64,7 @@ class Kind:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def pictures(self) -> str:
+    def images(self) -> str:
         """What val.py and detect.py give it."""
         return FREE if self.options.get("dynamic") else FLAT
 
@@ -132,17 +133,17 @@ class Bench:
     def run(self) -> dict[str, Any]:
         """All figures, as plain values."""
         own = {FREE: self.of_file(self.weights)}
-        if any(kind.pictures == FLAT for kind in self.kinds):
+        if any(kind.images == FLAT for kind in self.kinds):
             own[FLAT] = self.on_squares()
         figures = {
             about: {"mAP50": m.map50, "mAP50-95": m.map, "boxes": sum(map(len, m.boxes.values()))}
             for about, m in own.items()
         }
-        return {"checkpoint": figures, "files": [self.of_kind(kind, own[kind.pictures]) for kind in self.kinds]}
+        return {"checkpoint": figures, "files": [self.of_kind(kind, own[kind.images]) for kind in self.kinds]}
 
     def of_kind(self, kind: Kind, own: Measured) -> dict[str, Any]:
         """Export, validate, detect, compare."""
-        about: dict[str, Any] = {"kind": kind.name, "precision": kind.precision, "pictures": kind.pictures}
+        about: dict[str, Any] = {"kind": kind.name, "precision": kind.precision, "images": kind.images}
         folder = self.folder / kind.name.replace(",", "").replace(" ", "-")
         folder.mkdir()
         weights = Path(shutil.copy(self.weights, folder / "best.pt"))
@@ -154,14 +155,14 @@ class Bench:
         )
         if report.failures:
             return {**about, "failure": report.failures[0]}
-        artefact = report.artefacts[0]
-        found = self.of_file(artefact.path)
-        about |= proof_figures(artefact)
+        exported_file = report.exported_files[0]
+        found = self.of_file(exported_file.path)
+        about |= verification_values(exported_file)
         about |= {"mAP50": found.map50, "mAP50-95": found.map}
         about["mAP50-95 gap"] = found.map - own.map
         about["video"] = compare_frames(own.boxes, found.boxes, kind.precision, self.detect.conf_thres)
         if kind.options.get("dynamic"):
-            about["sizes"] = self.at_free_sizes(artefact)
+            about["sizes"] = self.at_free_sizes(exported_file)
         return about
 
     def of_file(self, path: Path) -> Measured:
@@ -172,7 +173,7 @@ class Bench:
         return self._measured(result, report.folder)
 
     def on_squares(self) -> Measured:
-        """The same for the checkpoint, with the pictures that a file of one size gets."""
+        """The same for the checkpoint, with the images that a file of one size gets."""
         runtime, data = FixedSize(self.weights, self.val.imgsz), load_data_config(self.val.data)
         loader = build_loader(self.val, split_annotations(self.val, data), runtime, rect=True)
         result = evaluate(runtime, loader, EvalOptions(names=data.names))
@@ -185,9 +186,9 @@ class Bench:
     def _measured(self, result: EvalResult, folder: Path) -> Measured:
         return Measured(result.map50, result.map, read_labels(folder / "labels", self.frame))
 
-    def at_free_sizes(self, artefact: Artefact) -> list[dict[str, Any]]:
-        """Largest differences of rows at sizes that the proof did not see."""
-        file, own = open_runtime([str(artefact.path)], CPU), PyTorchRuntime([self.weights], CPU)
+    def at_free_sizes(self, exported_file: ExportedFile) -> list[dict[str, Any]]:
+        """Largest differences of rows at sizes that the verification did not see."""
+        file, own = open_runtime([str(exported_file.path)], CPU), PyTorchRuntime([self.weights], CPU)
         rows = []
         for shape in FREE_SHAPES:
             batch, height, width = shape
@@ -197,13 +198,13 @@ class Bench:
         return rows
 
 
-def proof_figures(artefact: Artefact) -> dict[str, Any]:
-    """The figures of a file's proof."""
-    proof = json.loads(artefact.proof.read_text(encoding="utf-8"))
+def verification_values(exported_file: ExportedFile) -> dict[str, Any]:
+    """The figures of a file's verification."""
+    verification = json.loads(exported_file.verification.read_text(encoding="utf-8"))
     keys = ("row_px", "row_score", "mean_px", "reference", "found", "matched", "edge")
-    stages = [{key: stage[key] for key in keys} for stage in proof["stages"]]
-    megabytes, inputs = round(artefact.megabytes, 2), proof["inputs"]
-    return {"MB": megabytes, "proof": {"pictures": inputs["pictures"], "deployed": stages[0], "file": stages[1]}}
+    stages = [{key: stage[key] for key in keys} for stage in verification["stages"]]
+    megabytes, inputs = round(exported_file.megabytes, 2), verification["inputs"]
+    return {"MB": megabytes, "verification": {"images": inputs["images"], "deployed": stages[0], "file": stages[1]}}
 
 
 def read_labels(folder: Path, frame: tuple[float, float]) -> Boxes:
@@ -246,24 +247,24 @@ def text(results: dict[str, Any]) -> str:
     made = [(name, file) for name, file in files if "failure" not in file]
     imgsz, data, source = (results[key] for key in ("imgsz", "data", "source"))
     about = (
-        f"{imgsz} x {imgsz} pixels, data set {data}, every {results['vid_stride']}th frame of {source} at a score of "
+        f"{imgsz} x {imgsz} pixels, dataset {data}, every {results['vid_stride']}th frame of {source} at a score of "
         f"{results['conf_thres']:g}. Everything is compared with the checkpoint in PyTorch."
     )
-    parts = [f"# Exported files beside their checkpoints\n\n{about}", "## Proof\n\n" + proof_table(made)]
+    parts = [f"# Exported files beside their checkpoints\n\n{about}", "## Verification\n\n" + verification_table(made)]
     parts.append("## val.py\n\n" + val_table(results["detectors"]))
     parts.append("## detect.py on a video, boxes in whole pixels\n\n" + video_table(made))
-    parts.append("## Free sizes: rows at sizes that the proof did not see\n\n" + sizes_table(made))
+    parts.append("## Free sizes: rows at sizes that the verification did not see\n\n" + sizes_table(made))
     failed = [f"- {name}, {file['kind']}: {file['failure']}" for name, file in files if "failure" in file]
     if failed:
         parts.append("## Not made\n\n" + "\n".join(failed))
     return "\n\n".join(parts) + "\n"
 
 
-def proof_table(made: list[tuple[str, dict[str, Any]]]) -> str:
-    """Training form against deployed form, that against the file."""
+def verification_table(made: list[tuple[str, dict[str, Any]]]) -> str:
+    """Training form against re-parameterized model, that against the file."""
     lines = []
     for name, file in made:
-        deployed, last = file["proof"]["deployed"], file["proof"]["file"]
+        deployed, last = file["verification"]["deployed"], file["verification"]["file"]
         gaps = [f"{stage[key]:.2g}" for stage in (deployed, last) for key in ("row_px", "row_score")]
         lines.append([name, file["kind"], file["MB"], *gaps, f"{last['matched']}/{last['reference']}", last["edge"]])
     header = ["detector", "file", "MB", "deployed: px", "score", "file: px", "score", "boxes matched", "on an edge"]
@@ -274,13 +275,13 @@ def val_table(detectors: Mapping[str, Any]) -> str:
     """mAP of checkpoint and files."""
     lines = []
     for name, row in detectors.items():
-        for pictures, own in row["checkpoint"].items():
-            lines.append([name, ".pt", pictures, f"{own['mAP50']:.4f}", f"{own['mAP50-95']:.4f}", ""])
+        for images, own in row["checkpoint"].items():
+            lines.append([name, ".pt", images, f"{own['mAP50']:.4f}", f"{own['mAP50-95']:.4f}", ""])
         for file in row["files"]:
             if "failure" not in file:
                 figures = f"{file['mAP50']:.4f}", f"{file['mAP50-95']:.4f}", f"{file['mAP50-95 gap']:+.4f}"
-                lines.append([name, file["kind"], file["pictures"], *figures])
-    return markdown_table(["detector", "file", "pictures", "mAP50", "mAP50-95", "to .pt"], lines)
+                lines.append([name, file["kind"], file["images"], *figures])
+    return markdown_table(["detector", "file", "images", "mAP50", "mAP50-95", "to .pt"], lines)
 
 
 def video_table(made: list[tuple[str, dict[str, Any]]]) -> str:
@@ -311,7 +312,7 @@ def named(value: str) -> tuple[str, Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Exported files beside their checkpoints.")
     parser.add_argument("--weights", nargs="+", type=named, required=True, metavar="NAME=FILE")
-    parser.add_argument("--data", required=True, help="data set YAML")
+    parser.add_argument("--data", required=True, help="dataset YAML")
     parser.add_argument("--source", required=True, help="a video")
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))

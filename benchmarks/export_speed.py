@@ -1,10 +1,11 @@
-"""What re-parameterisation and exported files gain, per family, as ratios within one run.
+"""What re-parameterization and exported files gain, per family, as ratios within one run.
 
     python -m benchmarks.export_speed [--models yolov5n.yaml yolov5-riformer.yaml ...] [--imgsz 640] [--rounds 7]
 
 Every detector has random weights (they do not matter for time). Its forms take turns within a round: training form in
-evaluation mode, deployed form, and the exported files in their runtimes; one picture each. A ratio is the median of the
-rounds' ratios: above 1, the form is faster than the one it is compared with. Nothing is proved here: export.py does.
+evaluation mode, re-parameterized model, and the exported files in their runtimes; one image each. A ratio is the
+median of the
+rounds' ratios: above 1, the form is faster than the one it is compared with. Nothing is verified here: export.py does.
 
 Results: benchmarks/results/export_speed.json and .md.
 """
@@ -26,7 +27,7 @@ from benchmarks.report import machine, markdown_table, write_results
 from engine.export.formats.onnx import onnx_model, save_onnx
 from engine.export.formats.openvino import save_openvino
 from engine.export.formats.torchscript import save_torchscript
-from engine.export.wrapper import ExportGraph, GraphShape, deployed_form
+from engine.export.wrapper import ExportGraph, GraphShape, reparameterized_copy
 from engine.runtimes.base import Runtime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import PyTorchRuntime, grid_of
@@ -41,7 +42,7 @@ MODELS = (
     "yolov5-nextvit.yaml",
     "yolov5-timm.yaml",
 )
-TRAINING, DEPLOYED = "training form", "deployed form"
+TRAINING, DEPLOYED = "training form", "re-parameterized model"
 FILES = ("torchscript", "onnx", "openvino")
 CPU = torch.device("cpu")
 
@@ -50,7 +51,7 @@ def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[st
     """The forms of one detector, ready to run."""
     torch.manual_seed(0)
     model = DetectionModel(cfg, nc=3).eval().requires_grad_(False)
-    deployed = deployed_form(model)
+    deployed = reparameterized_copy(model)
     grid = grid_of(model)
     side = -(-imgsz // grid) * grid
     shape = GraphShape(1, side, side, False, grid)
@@ -109,11 +110,11 @@ def text(results: dict[str, Any]) -> str:
         f"{results['imgsz']} x {results['imgsz']} pixels, batch 1, float32, {results['clock']} time; medians of "
         f"{results['rounds']} rounds in turns. Above 1 = faster. PyTorch forms run in channels_last."
     )
-    return f"# Deployed forms and exported files\n\n{about}\n\n{markdown_table(header, lines)}\n"
+    return f"# Re-parameterized models and exported files\n\n{about}\n\n{markdown_table(header, lines)}\n"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Speed of deployed forms and exported files, as ratios.")
+    parser = argparse.ArgumentParser(description="Speed of re-parameterized models and exported files, as ratios.")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="model YAMLs")
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=7)

@@ -1,4 +1,4 @@
-"""Anchors: how well they fit a data set's boxes, and better ones when they do not.
+"""Anchors: how well they fit a dataset's boxes, and better ones when they do not.
 
 A box and an anchor fit by the smaller one of their side ratios, each taken below 1:
 r = min(w / aw, aw / w, h / ah, ah / h). The target assignment of the loss matches them when r > 1 / anchor_t.
@@ -82,10 +82,10 @@ class AnchorReport:
 
 
 def box_sizes(records: Sequence[ImageRecord], imgsz: int, rng: np.random.Generator | None = None) -> Sizes:
-    """Widths and heights of all boxes, in pixels of pictures whose longer side is `imgsz`.
+    """Widths and heights of all boxes, in pixels of images whose longer side is `imgsz`.
 
     Args:
-        rng: when given, each picture is zoomed by a random factor in 0.9 .. 1.1, as augmentation would.
+        rng: when given, each image is zoomed by a random factor in 0.9 .. 1.1, as augmentation would.
 
     Returns:
         (n, 2) float64.
@@ -119,16 +119,16 @@ def anchor_fit(wh: ArrayLike, anchors: ArrayLike, thr: float = 4.0) -> AnchorFit
 def check_anchors(
     records: Sequence[ImageRecord], anchors: ArrayLike, imgsz: int, *, thr: float = 4.0, seed: int = 0
 ) -> AnchorReport:
-    """Check a model's anchors against a data set, and look for better ones if they fit poorly.
+    """Check a model's anchors against a dataset, and look for better ones if they fit poorly.
 
     Args:
         anchors: (levels, anchors per level, 2), or flat per level, widths and heights in pixels.
-        imgsz: longer side of the training pictures.
+        imgsz: longer side of the training images.
         thr: `anchor_t` of the loss.
         seed: of the random zoom and of the search.
 
     Returns:
-        The anchors to train with and both fits. Data sets without boxes keep their anchors.
+        The anchors to train with and both fits. Datasets without boxes keep their anchors.
     """
     given = np.asarray(anchors, np.float64)
     given = given.reshape(len(given), -1, 2)
@@ -202,19 +202,19 @@ def _mutation(shape: tuple[int, ...], rng: np.random.Generator) -> Sizes:
 
 
 def _k_means(points: Sizes, k: int, rng: np.random.Generator, rounds: int = 30) -> Sizes:
-    """(k, 2) centres: Lloyd's algorithm from k-means++ starts (https://doi.org/10.1145/1283383.1283494)."""
-    centres = points[rng.integers(len(points))][None]
-    while len(centres) < k:
-        distance2 = ((points[:, None] - centres[None]) ** 2).sum(2).min(1)
+    """(k, 2) centers: Lloyd's algorithm from k-means++ starts (https://doi.org/10.1145/1283383.1283494)."""
+    centers = points[rng.integers(len(points))][None]
+    while len(centers) < k:
+        distance2 = ((points[:, None] - centers[None]) ** 2).sum(2).min(1)
         total = distance2.sum()
         chosen = rng.choice(len(points), p=distance2 / total if total > 0 else None)
-        centres = np.concatenate((centres, points[chosen][None]), 0)
+        centers = np.concatenate((centers, points[chosen][None]), 0)
     for _ in range(rounds):
-        nearest = ((points[:, None] - centres[None]) ** 2).sum(2).argmin(1)
+        nearest = ((points[:, None] - centers[None]) ** 2).sum(2).argmin(1)
         members = np.bincount(nearest, minlength=k)
         sums = np.stack([np.bincount(nearest, points[:, c], k) for c in range(2)], 1)
-        moved = np.where(members[:, None] > 0, sums / np.maximum(members, 1)[:, None], centres)
-        if np.array_equal(moved, centres):
+        moved = np.where(members[:, None] > 0, sums / np.maximum(members, 1)[:, None], centers)
+        if np.array_equal(moved, centers):
             break
-        centres = moved
-    return centres
+        centers = moved
+    return centers

@@ -1,7 +1,7 @@
-"""Data set YAMLs: where the pictures are, what the classes are called, and how the set can be had.
+"""Dataset YAMLs: where the images are, what the classes are called, and how the set is available.
 
 The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the set that is drawn
-on first use, and `images` for the pictures of COCO and VOC annotations (docs/datasets.md). YOLOv5's format:
+on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). YOLOv5's format:
 https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
 """
 
@@ -30,7 +30,7 @@ _EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A data set as its YAML describes it. Reading the YAML touches no picture; `split` sees to it that they are there.
+    """A dataset as its YAML describes it. Reading the YAML touches no image; `split` sees to it that they are there.
 
     Attributes:
         file: the YAML.
@@ -44,7 +44,7 @@ class DataConfig:
         roots: all folders that `path` can mean, in the order in which they were tried.
         lines: line of every key in the YAML.
         classes: names that annotations are read by; those of the YAML, whatever `names` is replaced by later.
-        images: split name -> folder of the pictures of its annotations, where the YAML names one.
+        images: split name -> folder of the images of its annotations, where the YAML names one.
     """
 
     file: Path
@@ -71,7 +71,7 @@ class DataConfig:
             name: 'train', 'val' or 'test'.
 
         Raises:
-            DataError: the YAML has no such split, or a part of it is missing and cannot be had.
+            DataError: the YAML has no such split, or a part of it is missing and is not available.
         """
         if name not in self.splits:
             raise DataError(f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
@@ -104,7 +104,7 @@ class DataConfig:
 
 
 def load_data_config(path: str | Path) -> DataConfig:
-    """Read a data set YAML.
+    """Read a dataset YAML.
 
     A relative `path:` means, in this order: below the YAML's folder, below the project's root, below the current
     folder; the first place where a split is found counts (the first of all when none is there yet). Without `path:` the
@@ -125,7 +125,7 @@ def load_data_config(path: str | Path) -> DataConfig:
     entries = {name: _entries(data, name, file, problems) for name in SPLITS}
     entries = {name: found for name, found in entries.items() if found}
     if not entries and "names" in data:
-        problems.append(f"{file}: names no split; 'train:' and 'val:' with folders of pictures are needed")
+        problems.append(f"{file}: names no split; 'train:' and 'val:' with folders of images are needed")
     script, recipe = _download(data, names, file, problems)
     shapes = _generate(data, names, file, problems)
     roots = _roots(data, file, problems)
@@ -157,7 +157,7 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     """Class names by number; with `nc` alone they are class0, class1, ..., as YOLOv5 calls them."""
     count = data.get("nc")
     if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        problems.append(f"{file}:{data.lines['nc']}: nc is {count!r}; a whole number from 1 is needed")
+        problems.append(f"{file}:{data.lines['nc']}: nc is {count!r}; an integer from 1 is needed")
         count = None
     given = data.get("names")
     if given is None:
@@ -206,7 +206,7 @@ def _found_names(
 
 
 def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict[str, Path]:
-    """Folder of the pictures per split: one for all, or a mapping."""
+    """Folder of the images per split: one for all, or a mapping."""
     value = data.get("images")
     if value is None:
         return {}

@@ -1,10 +1,10 @@
-"""Data sets from one format into another: YOLO text, COCO JSON, Pascal VOC XML.
+"""Datasets from one format into another: YOLO text, COCO JSON, Pascal VOC XML.
 
     python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--link]
 
-SOURCE is a data set YAML, a COCO .json file or a VOC folder; TARGET a new folder, which gets the pictures, the labels
-and a `data.yaml`. It appears when all is done, or not at all. Pictures and objects that training leaves out (broken
-pictures, repetitions, groups, difficult objects) are left out here too, and counted.
+SOURCE is a dataset YAML, a COCO .json file or a VOC folder; TARGET a new folder, which gets the images, the labels
+and a `data.yaml`. It appears when all is done, or not at all. Images and objects that training leaves out (broken
+images, repetitions, groups, difficult objects) are left out here too, and counted.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedSet:
-    """A data set in memory: class names by number, and annotations by split."""
+    """A dataset in memory: class names by number, and annotations by split."""
 
     names: tuple[str, ...]
     splits: Mapping[str, Annotations]
 
 
 def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
-    """Load all splits of a data set YAML, or annotations as one split `train`.
+    """Load all splits of a dataset YAML, or annotations as one split `train`.
 
     Raises:
         DataError: neither of both, or a part of it cannot be used.
@@ -57,7 +57,7 @@ def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
         return LoadedSet(names, {"train": load_annotations([found], len(names), progress=progress)})
     if path.is_dir() or path.suffix.lower() in (".txt", ".json"):
         raise DataError(
-            f"{path}: is neither a data set YAML, a COCO .json nor a VOC folder; for YOLO text give the YAML"
+            f"{path}: is neither a dataset YAML, a COCO .json nor a VOC folder; for YOLO text give the YAML"
         )
     config = load_data_config(path)
     splits = {
@@ -68,13 +68,13 @@ def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
 
 
 def convert(source: str | Path, target: str | Path, to: str, *, link: bool = False, progress: bool = True) -> LoadedSet:
-    """Write a data set in another format.
+    """Write a dataset in another format.
 
     Args:
-        source: data set YAML, COCO .json or VOC folder.
+        source: dataset YAML, COCO .json or VOC folder.
         target: new folder.
         to: "yolo", "coco" or "voc".
-        link: make symbolic links to the pictures instead of copies.
+        link: make symbolic links to the images instead of copies.
         progress: show bars on standard error.
 
     Returns:
@@ -90,7 +90,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
     make_folder(final.parent)
     build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        _WRITERS[to](loaded, _Pictures(build, link, progress))
+        _WRITERS[to](loaded, _ImageReader(build, link, progress))
         build.chmod(0o755)  # mkdtemp makes folders private
         if final.is_dir():
             final.rmdir()
@@ -103,15 +103,15 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
 
 
 @dataclass(frozen=True)
-class _Pictures:
-    """Puts pictures into the new folder `root`."""
+class _ImageReader:
+    """Puts images into the new folder `root`."""
 
     root: Path
     link: bool
     progress: bool
 
     def put(self, record: ImageRecord, place: str) -> None:
-        """Copy (or link) a picture to `place` below the root."""
+        """Copy (or link) a image to `place` below the root."""
         target = self.root / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.link:
@@ -134,51 +134,51 @@ class _Pictures:
         dump_yaml(self.root / "data.yaml", {"path": ".", **splits, "names": dict(enumerate(names))})
 
 
-def _write_yolo(loaded: LoadedSet, pictures: _Pictures) -> None:
+def _write_yolo(loaded: LoadedSet, images: _ImageReader) -> None:
     for split, part in loaded.splits.items():
         names = file_names([record.path for record in part.records])
-        for record in pictures.bar(part.records, split):
+        for record in images.bar(part.records, split):
             name = names[record.path]
-            pictures.put(record, f"images/{split}/{name}")
-            pictures.write(f"labels/{split}/{Path(name).with_suffix('.txt')}", label_rows(record))
-    pictures.describe(loaded.names, {split: f"images/{split}" for split in loaded.splits})
+            images.put(record, f"images/{split}/{name}")
+            images.write(f"labels/{split}/{Path(name).with_suffix('.txt')}", label_rows(record))
+    images.describe(loaded.names, {split: f"images/{split}" for split in loaded.splits})
 
 
-def _write_coco(loaded: LoadedSet, pictures: _Pictures) -> None:
+def _write_coco(loaded: LoadedSet, sources: _ImageReader) -> None:
     categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(loaded.names, 1)]
     for split, part in loaded.splits.items():
         names = file_names([record.path for record in part.records])
         images: list[dict[str, Any]] = []
         annotations: list[dict[str, Any]] = []
-        for number, record in enumerate(pictures.bar(part.records, split), 1):
+        for number, record in enumerate(sources.bar(part.records, split), 1):
             name = names[record.path]
-            pictures.put(record, f"images/{split}/{name}")
+            sources.put(record, f"images/{split}/{name}")
             images.append({"id": number, "file_name": name, "width": record.width, "height": record.height})
             annotations += coco_annotations(record, number, len(annotations) + 1)
         content = {"images": images, "annotations": annotations, "categories": categories}
-        pictures.write(f"annotations/{split}.json", json.dumps(content))
-    pictures.describe(loaded.names, {split: f"annotations/{split}.json" for split in loaded.splits})
+        sources.write(f"annotations/{split}.json", json.dumps(content))
+    sources.describe(loaded.names, {split: f"annotations/{split}.json" for split in loaded.splits})
 
 
-def _write_voc(loaded: LoadedSet, pictures: _Pictures) -> None:
+def _write_voc(loaded: LoadedSet, images: _ImageReader) -> None:
     names = file_names([record.path for part in loaded.splits.values() for record in part.records], spaces=False)
     written: set[Path] = set()
     for split, part in loaded.splits.items():
-        for record in pictures.bar(part.records, split):
+        for record in images.bar(part.records, split):
             if record.path in written:
                 continue
             written.add(record.path)
             name = names[record.path]
-            pictures.put(record, f"JPEGImages/{name}")
-            objects = [(loaded.names[int(c)], box, outline) for c, box, outline in pixel_objects(record)]
+            images.put(record, f"JPEGImages/{name}")
+            objects = [(loaded.names[int(c)], box, polygon) for c, box, polygon in pixel_objects(record)]
             text = voc.annotation(name, (record.height, record.width), objects)
-            pictures.write(f"Annotations/{Path(name).with_suffix('.xml')}", text)
+            images.write(f"Annotations/{Path(name).with_suffix('.xml')}", text)
         stems = [Path(names[record.path]).stem for record in part.records]
-        pictures.write(f"ImageSets/Main/{split}.txt", "".join(f"{stem}\n" for stem in stems))
-    pictures.describe(loaded.names, {split: f"ImageSets/Main/{split}.txt" for split in loaded.splits})
+        images.write(f"ImageSets/Main/{split}.txt", "".join(f"{stem}\n" for stem in stems))
+    images.describe(loaded.names, {split: f"ImageSets/Main/{split}.txt" for split in loaded.splits})
 
 
-_WRITERS: Mapping[str, Callable[[LoadedSet, _Pictures], None]] = {
+_WRITERS: Mapping[str, Callable[[LoadedSet, _ImageReader], None]] = {
     "yolo": _write_yolo,
     "coco": _write_coco,
     "voc": _write_voc,
@@ -199,19 +199,19 @@ def pixel_objects(record: ImageRecord) -> list[tuple[int, list[float], NDArray[n
     sides = np.array((record.width, record.height), np.float64)
     found = []
     for i, row in enumerate(record.labels.astype(np.float64)):
-        centre, half = row[1:3] * sides, row[3:5] * sides / 2
-        outline = record.segments[i].astype(np.float64) * sides if record.segments else None
-        found.append((int(row[0]), [*(centre - half), *(centre + half)], outline))
+        center, half = row[1:3] * sides, row[3:5] * sides / 2
+        polygon = record.segments[i].astype(np.float64) * sides if record.segments else None
+        found.append((int(row[0]), [*(center - half), *(center + half)], polygon))
     return found
 
 
 def coco_annotations(record: ImageRecord, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of a picture; category ids are class numbers + 1."""
+    """COCO annotations of a image; category ids are class numbers + 1."""
     found = []
-    for i, (number, (left, top, right, bottom), outline) in enumerate(pixel_objects(record)):
-        points = [] if outline is None else [[round(float(v), 4) for v in outline.reshape(-1)]]
+    for i, (number, (left, top, right, bottom), polygon) in enumerate(pixel_objects(record)):
+        points = [] if polygon is None else [[round(float(v), 4) for v in polygon.reshape(-1)]]
         box = [round(v, 4) for v in (left, top, right - left, bottom - top)]
-        area = round((right - left) * (bottom - top) if outline is None else _area(outline), 4)
+        area = round((right - left) * (bottom - top) if polygon is None else _area(polygon), 4)
         found.append(
             {"id": first_id + i, "image_id": image_id, "category_id": number + 1, "bbox": box, "area": area}
             | {"iscrowd": 0, "segmentation": points}
@@ -219,17 +219,17 @@ def coco_annotations(record: ImageRecord, image_id: int, first_id: int) -> list[
     return found
 
 
-def _area(outline: NDArray[np.float64]) -> float:
+def _area(polygon: NDArray[np.float64]) -> float:
     """Area inside an outline, by the shoelace formula."""
-    x, y = outline.T
+    x, y = polygon.T
     return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
 
 
 def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
-    """A file name for each picture, different without suffix too: its own, or with its folders in front.
+    """A file name for each image, different without suffix too: its own, or with its folders in front.
 
     Args:
-        paths: the pictures.
+        paths: the images.
         spaces: whether names may hold spaces; VOC's lists may not.
     """
     unique = list(dict.fromkeys(paths))
@@ -252,11 +252,11 @@ def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser(prog="convert", description="convert a data set between YOLO, COCO and Pascal VOC")
-    parser.add_argument("source", help="data set YAML, COCO .json file or VOC folder")
+    parser = command.Parser(prog="convert", description="convert a dataset between YOLO, COCO and Pascal VOC")
+    parser.add_argument("source", help="dataset YAML, COCO .json file or VOC folder")
     parser.add_argument("target", help="new folder")
     parser.add_argument("--to", required=True, choices=sorted(_WRITERS), help="format to write")
-    parser.add_argument("--link", action="store_true", help="symbolic links to the pictures instead of copies")
+    parser.add_argument("--link", action="store_true", help="symbolic links to the images instead of copies")
     return command.run(parser, _convert, argv)
 
 

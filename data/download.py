@@ -1,4 +1,4 @@
-"""Fetching a data set: archives named in our own YAMLs are downloaded, checked, unpacked and, where needed, converted.
+"""Fetching a dataset: archives named in our own YAMLs are downloaded, checked, unpacked and, where needed, converted.
 
 The table under `download:` is data, not a program:
 
@@ -46,7 +46,7 @@ class RemoteFile:
     Attributes:
         url: where it is.
         md5, sha256: hex digests that it must have; '' = not known.
-        unpack: folder below the data set's root.
+        unpack: folder below the dataset's root.
         strip: leading folders to drop from the names inside; -1 = one if the archive holds a single folder.
     """
 
@@ -139,14 +139,14 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
 
     Args:
         recipe: archives and conversion.
-        root: the data set's folder; it must not be there, or be empty.
+        root: the dataset's folder; it must not be there, or be empty.
 
     Raises:
         DataError: the folder holds something already, no network, a wrong digest, a broken archive.
     """
     if root.is_dir() and any(root.iterdir()):
         raise DataError(
-            f"{root}: holds something, but not all that the YAML names; complete it, or move it away to get it anew"
+            f"{root}: holds something, but not all that the YAML names; complete it, or move it away to get it again"
         )
     work = make_folder(root.with_name(root.name + ".download"))
     LOGGER.info("downloading %s to %s", ", ".join(f.name for f in recipe.files), root)
@@ -253,16 +253,16 @@ def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> 
     """Turn VOC folders below `root` into `images/<split>` and `labels/<split>`; the VOC folders are removed.
 
     Raises:
-        DataError: a list, picture or annotation is missing or broken.
+        DataError: a list, image or annotation is missing or broken.
     """
     numbers = {name: number for number, name in enumerate(names)}
     for part in conversion.sets:
         folder = root / part.folder
-        pictures = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}
+        images = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}
         for identifier in tqdm(_identifiers(folder, part.list), desc=f"converting {part.split}", mininterval=1):
-            image = pictures.get(identifier)
+            image = images.get(identifier)
             if image is None:
-                raise DataError(f"{folder}: has no picture JPEGImages/{identifier}.*, which the list {part.list} names")
+                raise DataError(f"{folder}: has no image JPEGImages/{identifier}.*, which the list {part.list} names")
             rows = voc_rows(folder / "Annotations" / f"{identifier}.xml", numbers, conversion)
             label = root / "labels" / part.split / f"{identifier}.txt"
             label.parent.mkdir(parents=True, exist_ok=True)
@@ -286,8 +286,8 @@ def _identifiers(folder: Path, name: str) -> Iterator[str]:
 def voc_rows(path: Path, numbers: Mapping[str, int], conversion: VocConversion) -> list[str]:
     """Label rows of one VOC annotation, in the order of the XML.
 
-    Corners are moved by `corner_base`, clipped to the picture; boxes without area and classes without a number are
-    left out. Centre and size are divided by the picture's width and height and written with six decimals.
+    Corners are moved by `corner_base`, clipped to the image; boxes without area and classes without a number are
+    left out. Center and size are divided by the image's width and height and written with six decimals.
 
     Returns:
         Rows 'class x y w h'.

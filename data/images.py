@@ -1,12 +1,12 @@
-"""Reading pictures: any common file becomes an (H, W, 3) uint8 BGR array, or a DataError that says why not.
+"""Reading images: any common file becomes an (H, W, 3) uint8 BGR array, or a DataError that says why not.
 
 OpenCV decodes, as in YOLOv5, so that pixels agree; Pillow steps in for what OpenCV does not know. Decisions:
 - EXIF orientation is applied: the array is upright.
-- An alpha channel is dropped, not blended; a palette is resolved; grey is repeated over three channels.
+- An alpha channel is dropped, not blended; a palette is resolved; gray is repeated over three channels.
 - 16 bits become 8 by dropping the low byte (decoders differ by at most 1), so the whole range 0..65535 maps to 0..255.
   Floating-point pixels have no agreed range and are refused.
 - Of an animation the first frame counts.
-- A JPEG that breaks off is refused: some OpenCV versions fill the rest with grey, which would be trained on unseen.
+- A JPEG that breaks off is refused: some OpenCV versions fill the rest with gray, which would be trained on unseen.
   Bytes *after* the end of a JPEG (phones append previews) do no harm and are accepted.
 """
 
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from utils.errors import DataError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpe", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
-"""Lower-case endings of the files that a data set folder is searched for."""
+"""Lower-case endings of the files that a dataset folder is searched for."""
 
 VIDEO_SUFFIXES = frozenset(
     {".asf", ".avi", ".gif", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"}
@@ -37,13 +37,13 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF tag
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
-_CUT = "the JPEG data breaks off before the end of the picture"
+_CUT = "the JPEG data breaks off before the end of the image"
 _START_OF_SCAN = 0xDA
 _MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def read(path: str | Path) -> NDArray[np.uint8]:
-    """Read one picture.
+    """Read one image.
 
     Args:
         path: file of any format that OpenCV or Pillow decodes; the name may hold any character.
@@ -52,7 +52,7 @@ def read(path: str | Path) -> NDArray[np.uint8]:
         (H, W, 3) uint8 BGR, C-contiguous, upright (EXIF orientation applied).
 
     Raises:
-        DataError: no such file, not readable, empty, not a picture, broken off, or with floating-point pixels.
+        DataError: no such file, not readable, empty, not a image, interrupted, or with floating-point pixels.
     """
     try:
         data = np.fromfile(path, np.uint8)
@@ -62,7 +62,7 @@ def read(path: str | Path) -> NDArray[np.uint8]:
 
 
 def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    """Decode the bytes of one picture file.
+    """Decode the bytes of one image file.
 
     Args:
         data: (n,) uint8, the whole file.
@@ -75,7 +75,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
         DataError: see `read`.
     """
     if data.size == 0:
-        raise DataError(f"{name}: empty file (0 bytes); a picture is needed")
+        raise DataError(f"{name}: empty file (0 bytes); a image is needed")
     head = data[:16].tobytes()
     if head.startswith(_JPEG_START) and not _jpeg_is_whole(data.data):
         raise DataError(f"{name}: {_CUT}")
@@ -91,7 +91,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 
 def probe(path: str | Path) -> tuple[int, int]:
-    """Size of a picture as `read` gives it, without decoding JPEG and PNG files.
+    """Size of a image as `read` gives it, without decoding JPEG and PNG files.
 
     Checks what can be checked cheaply: JPEG header and end, PNG checksums. Other formats are decoded in full.
 
@@ -120,22 +120,22 @@ def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as picture:
-            upright = ImageOps.exif_transpose(picture)
+        with Image.open(io.BytesIO(data.tobytes())) as image:
+            upright = ImageOps.exif_transpose(image)
             if upright.mode == "F":
                 raise DataError(f"{name}: {_FLOATS}")
             if upright.mode.startswith("I"):  # I;16 and its kin, or 16-bit values held in 32
-                grey = np.asarray(upright).astype(np.int64)
-                if grey.min() < 0 or grey.max() > 0xFFFF:
+                gray = np.asarray(upright).astype(np.int64)
+                if gray.min() < 0 or gray.max() > 0xFFFF:
                     raise DataError(f"{name}: pixels of more than 16 bits; save it with 8 or 16 bits per channel")
-                return np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2)
+                return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
             return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
     except DataError:
         raise
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on broken files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot identify" in reason:
-            reason = "no known picture format"
+            reason = "no known image format"
         raise DataError(f"{name}: cannot be decoded: {reason}") from error
 
 
@@ -164,9 +164,9 @@ def _jpeg_size(stream: io.BufferedReader) -> tuple[int, int] | None:
 
     stream.seek(0)
     try:
-        with Image.open(stream, formats=("JPEG", "MPO")) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        with Image.open(stream, formats=("JPEG", "MPO")) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
             stream.seek(0)
             return (width, height) if turned else (height, width)
     except Exception:  # noqa: BLE001 -- Pillow raises anything on broken headers; a full decode has the last word
@@ -182,7 +182,7 @@ def _jpeg_file_is_whole(stream: io.BufferedReader) -> bool:
 
 
 def _jpeg_is_whole(data: memoryview | mmap.mmap) -> bool:
-    """Whether an end marker follows the start of the picture's scan (one in an embedded preview does not count)."""
+    """Whether an end marker follows the start of the image's scan (one in an embedded preview does not count)."""
     size = len(data)
     if bytes(data[size - 2 : size]) == _JPEG_END:
         return True

@@ -1,4 +1,4 @@
-"""Fitting a picture into a rectangle without distortion: resize, then grey on both sides, in YOLOv5's rounding."""
+"""Fitting a image into a rectangle without distortion: resize, then gray on both sides, in YOLOv5's rounding."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Image = np.ndarray
 """(H, W, 3) uint8."""
 
 FILL = 114
-"""Grey value where there is no picture."""
+"""Gray value where there is no image."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a picture lies in the rectangle it is fitted into, in pixels.
+    """Where a image lies in the rectangle it is fitted into, in pixels.
 
     Attributes:
-        size: (height, width) of the resized picture.
+        size: (height, width) of the resized image.
         ratio: (width, height) scale factors.
         pad: (width, height) padding on each side before it is rounded; may end in .5.
-        offset: (left, top) of the resized picture.
+        offset: (left, top) of the resized image.
         shape: (height, width) of the whole.
     """
 
@@ -38,7 +38,7 @@ class Fit:
 def fit(
     size: HW, new_shape: HW, auto: bool = False, scaleFill: bool = False, scaleup: bool = True, stride: int = 32
 ) -> Fit:
-    """The arithmetic of `letterbox`, for a picture of (height, width) `size`."""
+    """The arithmetic of `letterbox`, for a image of (height, width) `size`."""
     (h, w), (new_h, new_w) = size, new_shape
     scale = min(new_h / h, new_w / w)
     if not scaleup:
@@ -66,7 +66,7 @@ def letterbox(
     scaleup: bool = True,
     stride: int = 32,
 ) -> tuple[Image, tuple[float, float], tuple[float, float]]:
-    """Resize a picture to fit a rectangle, keep its shape, and fill the rest with one colour.
+    """Resize a image to fit a rectangle, keep its shape, and fill the rest with one color.
 
     Args:
         im: (H, W, 3) uint8.
@@ -74,11 +74,11 @@ def letterbox(
         color: fill, in the channel order of `im`.
         auto: cut the fill to what whole strides need (the smallest rectangle).
         scaleFill: stretch to the rectangle instead.
-        scaleup: enlarge small pictures too.
+        scaleup: enlarge small images too.
         stride: of `auto`.
 
     Returns:
-        The picture, (width, height) scale factors, and (width, height) padding of one side in pixels (may end in .5;
+        The image, (width, height) scale factors, and (width, height) padding of one side in pixels (may end in .5;
         then the second side has the odd pixel).
     """
     wanted = (new_shape, new_shape) if isinstance(new_shape, int) else (new_shape[0], new_shape[1])
@@ -87,9 +87,9 @@ def letterbox(
 
 
 def place(im: Image, f: Fit, color: tuple[int, int, int] = (FILL, FILL, FILL)) -> Image:
-    """Draw a picture into a new rectangle as `f` says; linear interpolation."""
-    grey = color[0] == color[1] == color[2]
-    out = np.full((*f.shape, 3), color[0] if grey else color, np.uint8)  # one value fills a hundred times faster
+    """Draw a image into a new rectangle as `f` says; linear interpolation."""
+    gray = color[0] == color[1] == color[2]
+    out = np.full((*f.shape, 3), color[0] if gray else color, np.uint8)  # one value fills a hundred times faster
     (left, top), (h, w) = f.offset, f.size
     inner = out[top : top + h, left : left + w]
     if im.shape[:2] == f.size:

@@ -1,13 +1,13 @@
-"""The default data set: drawn shapes, made on first use within seconds, without a network.
+"""The default dataset: drawn shapes, made on first use within seconds, without a network.
 
-Every picture has one to six shapes of known kind on a background of gradients, stripes, checks or clouds, with noise.
-Colour, size, rotation and place say nothing about the kind; shapes may overlap, but at least 65 % of each stays visible
-and at least 80 % of its box lies inside the picture. Boxes enclose the part of the shape that lies in the picture,
-covered or not. Picture i of a split is a function of (seed, split, i) alone.
+Every image has one to six shapes of known kind on a background of gradients, stripes, checks or clouds, with noise.
+Color, size, rotation and place say nothing about the kind; shapes may overlap, but at least 65 % of each stays visible
+and at least 80 % of its box lies inside the image. Boxes enclose the part of the shape that lies in the image,
+covered or not. Image i of a split is a function of (seed, split, i) alone.
 
 The set is for a first look in minutes on a CPU, so it is made to be learnt within a few hundred steps: saturated shapes
 on paler backgrounds, most of them a fifth to half of the side, turned by 20 degrees at most, and default kinds that
-differ in how they fill their box. With any rotation, any colour, and circles beside squares, a yolov5n had not begun to
+differ in how they fill their box. With any rotation, any color, and circles beside squares, a yolov5n had not begun to
 tell the classes apart after 800 steps at 160 pixels (mAP50 0.1).
 """
 
@@ -34,12 +34,12 @@ from utils.files import make_folder
 LOGGER = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raise it whenever a picture would come out differently: sets drawn by an older version are then drawn anew."""
+"""Raise it whenever a image would come out differently: sets drawn by an older version are then drawn again."""
 
 MANIFEST = "shapes.json"
 
 _MIN_VISIBLE = 0.65  # part of a shape that later shapes must leave uncovered
-_MIN_INSIDE = 0.8  # part of a box that must lie inside the picture
+_MIN_INSIDE = 0.8  # part of a box that must lie inside the image
 _TRIES = 30  # places tried for a shape before it is left out
 _TURN = np.radians(20)  # largest rotation
 _FINE = 4  # outlines are drawn at this multiple of the resolution
@@ -48,7 +48,7 @@ _SHIFT = 4  # fractional bits of polygon corners for OpenCV
 
 @dataclass(frozen=True)
 class ShapesRecipe:
-    """What to draw: kinds of shapes by class number, pictures per split, side in pixels, seed."""
+    """What to draw: kinds of shapes by class number, images per split, side in pixels, seed."""
 
     kinds: tuple[str, ...]
     train: int = 400
@@ -59,7 +59,7 @@ class ShapesRecipe:
 
 
 def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: list[str]) -> ShapesRecipe | None:
-    """Read `generate:` of a data set YAML: `shapes`, or a mapping with `kind: shapes` and the numbers of ShapesRecipe.
+    """Read `generate:` of a dataset YAML: `shapes`, or a mapping with `kind: shapes` and the numbers of ShapesRecipe.
 
     Args:
         value: what the YAML holds.
@@ -79,10 +79,10 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
         if key not in allowed:
             problems.append(f"{where}: generate: unknown key '{key}'{did_you_mean(key, allowed)}")
         elif not isinstance(item, int) or isinstance(item, bool) or item < low:
-            problems.append(f"{where}: generate: {key} is {item!r}; a whole number from {low} is needed")
+            problems.append(f"{where}: generate: {key} is {item!r}; an integer from {low} is needed")
     for name in names.values():
-        if name not in _OUTLINES:
-            problems.append(f"{where}: generate: no shape is called '{name}'; there are {', '.join(_OUTLINES)}")
+        if name not in _POLYGONS:
+            problems.append(f"{where}: generate: no shape is called '{name}'; there are {', '.join(_POLYGONS)}")
     if len(problems) > before:
         return None
     return ShapesRecipe(tuple(names[number] for number in sorted(names)), **numbers)
@@ -91,7 +91,7 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
 def ensure(root: Path, recipe: ShapesRecipe) -> None:
     """Draw the set unless `root` holds it already, drawn by this version with these numbers.
 
-    Several processes may ask at once: each draws the same pictures beside `root`, and the first one's are kept.
+    Several processes may ask at once: each draws the same images beside `root`, and the first one's are kept.
 
     Raises:
         DataError: `root` holds something else, or cannot be written.
@@ -103,7 +103,7 @@ def ensure(root: Path, recipe: ShapesRecipe) -> None:
     parent = make_folder(root.parent)
     build = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=parent))
     try:
-        LOGGER.info("drawing the shapes data set into %s (once)", root)
+        LOGGER.info("drawing the shapes dataset into %s (once)", root)
         generate(build / "new", recipe)
         if not _holds(root, recipe):
             if root.exists():
@@ -142,7 +142,7 @@ def generate(folder: Path, recipe: ShapesRecipe) -> None:
 def draw_scene(
     rng: np.random.Generator, height: int, width: int, kinds: Sequence[str]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Draw one picture.
+    """Draw one image.
 
     Args:
         rng: source of all choices.
@@ -150,7 +150,7 @@ def draw_scene(
         kinds: names of shapes; their positions are the class numbers.
 
     Returns:
-        (height, width, 3) uint8 BGR, and (n, 5) float32 labels: class, centre x, centre y, width, height, as parts of
+        (height, width, 3) uint8 BGR, and (n, 5) float32 labels: class, center x, center y, width, height, as parts of
         the sides; n is 1..6, later rows lie in front.
     """
     image = _background(rng, height, width)
@@ -160,10 +160,10 @@ def draw_scene(
     for _ in range(int(rng.choice(6, p=(0.1, 0.15, 0.2, 0.25, 0.2, 0.1))) + 1):
         kind = int(rng.integers(len(kinds)))
         for _ in range(_TRIES):
-            outline = _place(rng, kinds[kind], height, width)
-            if not _inside(outline, height, width):
+            polygon = _place(rng, kinds[kind], height, width)
+            if not _inside(polygon, height, width):
                 continue
-            mask, (top, left), box = _mask(outline, height, width)
+            mask, (top, left), box = _mask(polygon, height, width)
             window = owner[top : top + mask.shape[0], left : left + mask.shape[1]]
             covered = mask > 127
             after = np.bincount(np.where(covered, 0, window).ravel(), minlength=len(areas) + 1)[1:]
@@ -203,34 +203,34 @@ def _place(rng: np.random.Generator, kind: str, height: int, width: int) -> NDAr
     angle = rng.uniform(-_TURN, _TURN)
     stretch = np.array([1.0, rng.uniform(0.85, 1.15)])
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    points = _OUTLINES[kind]() * stretch @ turn.T
+    points = _POLYGONS[kind]() * stretch @ turn.T
     low, high = points.min(0), points.max(0)
     points = (points - (low + high) / 2) * (size / (high - low).max())
     return points + rng.uniform(0.02, 0.98, 2) * (width, height)
 
 
-def _inside(outline: NDArray[np.float64], height: int, width: int) -> bool:
-    """Whether enough of the outline's box lies in the picture."""
-    low, high = outline.min(0), outline.max(0)
+def _inside(polygon: NDArray[np.float64], height: int, width: int) -> bool:
+    """Whether enough of the outline's box lies in the image."""
+    low, high = polygon.min(0), polygon.max(0)
     inner = (high.clip(0, (width, height)) - low.clip(0, (width, height))).prod()
     return bool(inner >= _MIN_INSIDE * (high - low).prod())
 
 
 def _mask(
-    outline: NDArray[np.float64], height: int, width: int
+    polygon: NDArray[np.float64], height: int, width: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int], tuple[float, float, float, float]]:
     """Fill an outline.
 
     Returns:
-        Coverage 0..255 (h, w) uint8 with smooth edges; (top, left) pixel of this window in the picture; left, top,
-        right, bottom of what lies in the picture, in pixels.
+        Coverage 0..255 (h, w) uint8 with smooth edges; (top, left) pixel of this window in the image; left, top,
+        right, bottom of what lies in the image, in pixels.
     """
-    left, top = (int(v) for v in np.floor(outline.min(0)).clip(0))
-    right, bottom = (int(v) for v in np.ceil(outline.max(0) + 1).clip(None, (width, height)))
+    left, top = (int(v) for v in np.floor(polygon.min(0)).clip(0))
+    right, bottom = (int(v) for v in np.ceil(polygon.max(0) + 1).clip(None, (width, height)))
     # drawn larger and averaged: OpenCV's own smooth edges are up to a pixel too wide
     fine = np.zeros(((bottom - top) * _FINE, (right - left) * _FINE), np.uint8)
-    # pixel i covers [i, i + 1) here; OpenCV puts its centre at i
-    corners = np.round(((outline - (left, top)) * _FINE - 0.5) * (1 << _SHIFT)).astype(np.int32)
+    # pixel i covers [i, i + 1) here; OpenCV puts its center at i
+    corners = np.round(((polygon - (left, top)) * _FINE - 0.5) * (1 << _SHIFT)).astype(np.int32)
     cv2.fillPoly(fine, [corners], 255, cv2.LINE_8, _SHIFT)
     columns, rows = np.flatnonzero(fine.any(0)) / _FINE, np.flatnonzero(fine.any(1)) / _FINE
     box = (left + columns[0], top + rows[0], left + columns[-1] + 1 / _FINE, top + rows[-1] + 1 / _FINE)
@@ -239,14 +239,14 @@ def _mask(
 
 
 def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
-    """Blend a filling into `window` where `mask` covers it; its colour stands out from what is there."""
+    """Blend a filling into `window` where `mask` covers it; its color stands out from what is there."""
     alpha = (mask.astype(np.float32) / 255)[..., None]
     behind = (window * alpha).sum((0, 1)) / alpha.sum()
-    colour = _saturated(rng)
-    while np.abs(colour - behind).max() < 110:
-        colour = _saturated(rng)
+    color = _saturated(rng)
+    while np.abs(color - behind).max() < 110:
+        color = _saturated(rng)
     height, width = mask.shape
-    filling = np.broadcast_to(colour.astype(np.float32), (height, width, 3))
+    filling = np.broadcast_to(color.astype(np.float32), (height, width, 3))
     style = rng.random()
     if style < 0.4:  # shaded
         filling = filling * _ramp(rng, height, width, 0.7, 1.25)
@@ -259,7 +259,7 @@ def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[
 
 
 def _saturated(rng: np.random.Generator) -> NDArray[np.float64]:
-    """A colour of any hue, BGR 0..255."""
+    """A color of any hue, BGR 0..255."""
     return rng.permutation(np.array([rng.uniform(0, 60), rng.uniform(0, 255), rng.uniform(190, 255)]))
 
 
@@ -329,7 +329,7 @@ def _ring() -> NDArray[np.float64]:
     return np.concatenate([closed, 0.6 * closed[::-1]])
 
 
-_OUTLINES: dict[str, Callable[[], NDArray[np.float64]]] = {
+_POLYGONS: dict[str, Callable[[], NDArray[np.float64]]] = {
     "circle": lambda: _polygon(72),
     "square": lambda: _polygon(4) @ np.array([[1.0, -1.0], [1.0, 1.0]]),
     "ring": _ring,

@@ -1,4 +1,4 @@
-"""Sizes that pictures and batches get: long-side fit, rectangular batches, multi-scale training. Numbers only."""
+"""Sizes that images and batches get: long-side fit, rectangular batches, multi-scale training. Numbers only."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def rect_order(sizes: Sequence[HW] | NDArray[np.integer]) -> NDArray[np.int64]:
 def rect_batch_shapes(
     sizes: Sequence[HW] | NDArray[np.integer], batch_size: int, imgsz: int, stride: int, pad: float
 ) -> list[HW]:
-    """Height and width of each batch when pictures are taken in the order of `rect_order`.
+    """Height and width of each batch when images are taken in the order of `rect_order`.
 
-    The longer side is `imgsz`, the other just holds the batch's most extreme picture; `pad` strides are added and both
+    The longer side is `imgsz`, the other just holds the batch's most extreme image; `pad` strides are added and both
     are rounded up to whole strides.
 
     Args:

@@ -164,7 +164,7 @@ def _word(choice: Any) -> str:
         return "a mapping"
     if typing.get_origin(choice) is typing.Literal:
         return ", ".join(map(str, members))
-    words = {int: "a whole number", float: "a number", bool: "True or False", str: "a text", nn.Module: "an activation"}
+    words = {int: "an integer", float: "a number", bool: "True or False", str: "a text", nn.Module: "an activation"}
     return "None" if choice is type(None) else words.get(choice, getattr(choice, "__name__", str(choice)))
 
 

@@ -1,4 +1,4 @@
-"""Deployed forms: batch norm folded into the convolution before it, and one walk that asks every part for its own.
+"""Re-parameterization: batch norm folded into the preceding convolution, and `reparameterize` for whole models.
 
 For a convolution with weight W and no bias, followed by batch norm with scale g, shift b, mean m, variance v:
 `g * (W x - m) / sqrt(v + eps) + b = (f W) x + (b - f m)` with `f = g / sqrt(v + eps)`, one factor per output channel.
@@ -34,7 +34,7 @@ def fuse_conv_bn(model: M) -> M:
         if not isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) or not isinstance(norm, nn.BatchNorm2d):
             continue
         if norm.running_mean is None or norm.running_var is None:
-            continue  # it normalises by the batch in evaluation mode too: no constant factor to fold
+            continue  # it normalizes by the batch in evaluation mode too: no constant factor to fold
         weight, bias = _folded(conv, norm)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
@@ -73,7 +73,7 @@ def _per_output(factor: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
 
 
 def reparameterize(model: M) -> M:
-    """Bring every part that has a deployed form into it, in place: one walk, and each part is asked once.
+    """Bring every part that has a re-parameterized model into it, in place: one walk, and each part is asked once.
 
     A part is a module with a `reparameterize()` method (every `Backbone`); what is inside it is its own business. A
     second call changes nothing. Convolutions with batch norm in the neck are not touched: `fuse_conv_bn` does those.

@@ -49,7 +49,7 @@ class Detect(nn.Module):
         return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
 
     def reset_biases(self) -> None:
-        """Add to the biases what makes the first predictions rare: 8 objects in a picture of 640 x 640 pixels, and
+        """Add to the biases what makes the first predictions rare: 8 objects in a image of 640 x 640 pixels, and
         class scores of 0.6 / classes (RetinaNet's prior, https://arxiv.org/abs/1708.02002, section 3.3)."""
         for conv, stride in zip(self.m, self.strides, strict=True):
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
@@ -72,13 +72,13 @@ class Detect(nn.Module):
         return raw if self.training else (self.decode(raw), raw)
 
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
-        """Boxes and scores in the picture's own frame.
+        """Boxes and scores in the image's own frame.
 
         Args:
             raw: (B, A, H_i, W_i, O) per level.
 
         Returns:
-            (B, N, O), rows in the order level, anchor, y, x: box centre x, y, width, height in input pixels, then
+            (B, N, O), rows in the order level, anchor, y, x: box center x, y, width, height in input pixels, then
             objectness and class scores in [0, 1]. float32 (float64 for float64 input): float16 holds pixel positions
             above 1024 only to a whole pixel.
         """

@@ -36,7 +36,7 @@ class PartSize(NamedTuple):
     Attributes:
         name: one of `PARTS`.
         parameters: their number.
-        gflops: operations in 1e9 for one picture; NaN where they cannot be counted.
+        gflops: operations in 1e9 for one image; NaN where they cannot be counted.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelInfo(NamedTuple):
         layers: modules without submodules, as YOLOv5 counts them.
         parameters: number of parameters.
         gradients: number of those that are trained.
-        gflops: operations (a multiply-add is two) in 1e9 for one picture; NaN where they cannot be counted.
+        gflops: operations (a multiply-add is two) in 1e9 for one image; NaN where they cannot be counted.
         parts: the same for backbone, neck and head of a detector; empty for other modules.
     """
 
@@ -73,11 +73,11 @@ class ModelInfo(NamedTuple):
 
 
 def summarize(model: nn.Module, channels: int, height: int, width: int, rows: Rows | None = None) -> ModelInfo:
-    """Count modules, parameters and the operations for a picture of height x width pixels.
+    """Count modules, parameters and the operations for a image of height x width pixels.
 
     Args:
         model: takes one image batch.
-        channels: of the picture.
+        channels: of the image.
         height, width: in pixels.
         rows: those of a detector, to count its parts too.
     """

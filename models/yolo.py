@@ -21,7 +21,7 @@ from models.summary import ModelInfo, layer_table, recorded_maps, summarize
 LOGGER = logging.getLogger(__name__)
 # Test-time augmentation: (scale, flipped left-right).
 AUGMENTATIONS = ((1.0, False), (0.83, True), (0.67, False))
-AUGMENT_PAD = 0.447  # the letterbox's grey, 114 / 255, as YOLOv5 rounds it
+AUGMENT_PAD = 0.447  # the letterbox's gray, 114 / 255, as YOLOv5 rounds it
 
 Predictions = list[Tensor] | tuple[Tensor, list[Tensor]]
 
@@ -31,7 +31,7 @@ class DetectionModel(nn.Module):
 
     Args:
         cfg: path of a model YAML, its name in `models/` or `models/hub/`, or a mapping of the same form.
-        ch: channels of the input picture; the YAML's `ch` wins.
+        ch: channels of the input image; the YAML's `ch` wins.
         nc: number of classes, instead of the YAML's.
         anchors: widths and heights in pixels per level, or a number of anchors per level, instead of the YAML's.
         backbone_weights: weights for the YAML's backbone row: a path, a URL or a published name.
@@ -86,13 +86,13 @@ class DetectionModel(nn.Module):
 
         Args:
             x: (B, ch, H, W) in [0, 1], RGB. H and W are multiples of the largest stride, unless a backbone reads the
-                picture: that pads it for itself.
+                image: that pads it for itself.
             augment: test-time augmentation (evaluation mode only): the rows of three scales one after the other.
 
         Returns:
             Training mode: per level the raw predictions (B, A, ny, nx, 5 + nc).
-            Evaluation mode: (decoded, raw); decoded is (B, N, 5 + nc), box centre, width and height in pixels of x,
-            objectness and class scores. With `augment`, raw is that of the unscaled picture.
+            Evaluation mode: (decoded, raw); decoded is (B, N, 5 + nc), box center, width and height in pixels of x,
+            objectness and class scores. With `augment`, raw is that of the unscaled image.
 
         Raises:
             ConfigError: a size that is no multiple of the stride.
@@ -111,7 +111,7 @@ class DetectionModel(nn.Module):
             assert isinstance(raw, list)  # as in evaluation mode
             first_raw = first_raw or raw
             decoded = unscaled_boxes(decoded, scale, x.shape[3] if flipped else None)
-            # The coarsest level of the largest picture and the finest of the smallest one see sizes that the others
+            # The coarsest level of the largest image and the finest of the smallest one see sizes that the others
             # see as well or better: their rows are left out.
             rows = [level[0, ..., 0].numel() for level in raw]
             if i == 0:
@@ -130,7 +130,7 @@ class DetectionModel(nn.Module):
         """Number of layers, parameters, gradients and GFLOPs; as text it is the usual summary line, and the parts.
 
         Args:
-            imgsz: side of a square picture in pixels, or (height, width); rounded up to the stride.
+            imgsz: side of a square image in pixels, or (height, width); rounded up to the stride.
         """
         sides = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
         multiple = self.model.size_multiple
@@ -156,7 +156,7 @@ def parse_model(d: str | Path | Mapping[str, Any], ch: int | Sequence[int] = 3) 
 
     Args:
         d: path or mapping.
-        ch: channels of the input picture (YOLOv5 passes a list whose last entry they are).
+        ch: channels of the input image (YOLOv5 passes a list whose last entry they are).
 
     Returns:
         The rows, an nn.Sequential that knows where each row reads, and the slots that are read by number or level name.
@@ -169,7 +169,7 @@ def parse_model(d: str | Path | Mapping[str, Any], ch: int | Sequence[int] = 3) 
 
 
 def scaled_image(image: Tensor, scale: float, multiple: int) -> Tensor:
-    """Resize (B, C, H, W) by `scale`, then pad with grey at right and bottom up to multiples of `multiple`."""
+    """Resize (B, C, H, W) by `scale`, then pad with gray at right and bottom up to multiples of `multiple`."""
     if scale == 1.0:
         return image
     height, width = image.shape[-2:]
@@ -182,11 +182,11 @@ def scaled_image(image: Tensor, scale: float, multiple: int) -> Tensor:
 
 
 def unscaled_boxes(decoded: Tensor, scale: float, flipped_width: int | None) -> Tensor:
-    """Decoded rows (B, N, 5 + nc) of a scaled picture in the frame of the unscaled one.
+    """Decoded rows (B, N, 5 + nc) of a scaled image in the frame of the unscaled one.
 
     Args:
         scale: factor between them.
-        flipped_width: width of the unscaled picture in pixels if the scaled one was flipped left-right.
+        flipped_width: width of the unscaled image in pixels if the scaled one was flipped left-right.
     """
     x, y, size, scores = decoded.split((1, 1, 2, decoded.shape[2] - 4), dim=2)
     x = x / scale if flipped_width is None else flipped_width - x / scale

@@ -1,4 +1,4 @@
-"""Every model YAML with a backbone row builds, learns for a step, validates a rectangular picture, and detects."""
+"""Every model YAML with a backbone row builds, learns for a step, validates a rectangular image, and detects."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def test_step_validation_and_detection(name):
     optimizer.step()
 
     model.eval()
-    picture = torch.rand(1, 3, 64, 128)
+    image = torch.rand(1, 3, 64, 128)
     with torch.no_grad():
-        decoded, _ = model(picture)
-        deployed, _ = reparameterize(model.fuse())(picture)
+        decoded, _ = model(image)
+        deployed, _ = reparameterize(model.fuse())(image)
     cells = sum((64 // s) * (128 // s) for s in model.stride.int().tolist())
     assert decoded.shape == (1, 3 * cells, 8)
     torch.testing.assert_close(deployed, decoded, rtol=1e-3, atol=5e-3)

@@ -159,7 +159,7 @@ def test_every_parameter_gets_a_gradient(factory: Factory) -> None:
     assert broken == []
 
 
-def test_every_parameter_is_in_one_optimiser_group(factory: Factory) -> None:
+def test_every_parameter_is_in_one_optimizer_group(factory: Factory) -> None:
     backbone = factory()
     grouped = [id(p) for group in parameter_groups(nn.Sequential(backbone), 5e-4) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in backbone.parameters())
@@ -211,7 +211,7 @@ def test_evaluation_leaves_random_numbers_and_state_alone(factory: Factory) -> N
         torch.testing.assert_close(value, state[key], rtol=0, atol=0)
 
 
-def test_input_normalisation_can_be_switched_off(factory: Factory) -> None:
+def test_input_normalization_can_be_switched_off(factory: Factory) -> None:
     backbone = randomized(factory()).eval()
     image = image_for(backbone)
     mean, std = backbone.pixel_mean, backbone.pixel_std

@@ -1,7 +1,7 @@
 """Boxes: conversions between forms, clipping, scaling back, overlaps.
 
-Suffixes name the form: `xyxy` left, top, right, bottom; `xywh` centre x, centre y, width, height; a trailing `n` means
-parts of the picture's sides instead of pixels. Every function takes NumPy arrays and tensors alike (unless it says
+Suffixes name the form: `xyxy` left, top, right, bottom; `xywh` center x, center y, width, height; a trailing `n` means
+parts of the image's sides instead of pixels. Every function takes NumPy arrays and tensors alike (unless it says
 otherwise), keeps dtype and device, and returns a new array.
 """
 
@@ -37,23 +37,23 @@ def _clamp(values: Array, low: float, high: float) -> Array:
 
 
 def xyxy2xywh(x: Array) -> Array:
-    """Corners to centre and size; (..., 4) in, (..., 4) out, any unit."""
+    """Corners to center and size; (..., 4) in, (..., 4) out, any unit."""
     x1, y1, x2, y2 = _columns(x)
     return _stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), x)
 
 
 def xywh2xyxy(x: Array) -> Array:
-    """Centre and size to corners; (..., 4) in, (..., 4) out, any unit."""
+    """Center and size to corners; (..., 4) in, (..., 4) out, any unit."""
     cx, cy, w, h = _columns(x)
     half_w, half_h = w / 2, h / 2
     return _stack((cx - half_w, cy - half_h, cx + half_w, cy + half_h), x)
 
 
 def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Normalised centre and size to pixel corners.
+    """Normalized center and size to pixel corners.
 
     Args:
-        x: (..., 4) centre x, centre y, width, height as parts of the sides.
+        x: (..., 4) center x, center y, width, height as parts of the sides.
         w, h: sides in pixels.
         padw, padh: pixels added at the left and at the top.
     """
@@ -65,12 +65,12 @@ def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: 
 
 
 def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps: float = 0.0) -> Array:
-    """Pixel corners to normalised centre and size.
+    """Pixel corners to normalized center and size.
 
     Args:
         x: (..., 4) corners in pixels.
         w, h: sides in pixels.
-        clip: first clip the boxes to the picture, less `eps` pixels at the right and the bottom.
+        clip: first clip the boxes to the image, less `eps` pixels at the right and the bottom.
     """
     boxes = clip_boxes(x, (h - eps, w - eps)) if clip else x
     x1, y1, x2, y2 = _columns(boxes)
@@ -78,12 +78,12 @@ def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps
 
 
 def xyn2xy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Normalised points (..., 2) to pixels: sides `w`, `h`, padding `padw` at the left and `padh` at the top."""
+    """Normalized points (..., 2) to pixels: sides `w`, `h`, padding `padw` at the left and `padh` at the top."""
     return _stack((w * x[..., 0] + padw, h * x[..., 1] + padh), x)
 
 
 def segment2box(segment: np.ndarray, width: float = 640, height: float = 640) -> np.ndarray:
-    """Bounding box of those points of a polygon that lie in the picture.
+    """Bounding box of those points of a polygon that lie in the image.
 
     Args:
         segment: (n, 2) x, y in pixels.
@@ -99,7 +99,7 @@ def segment2box(segment: np.ndarray, width: float = 640, height: float = 640) ->
 
 
 def segments2boxes(segments: Sequence[np.ndarray]) -> np.ndarray:
-    """Bounding boxes of k polygons of (n, 2) points: (k, 4) centre and size, in the unit of the points."""
+    """Bounding boxes of k polygons of (n, 2) points: (k, 4) center and size, in the unit of the points."""
     corners = [np.concatenate((s.min(0), s.max(0))) for s in segments]
     return xyxy2xywh(np.array(corners).reshape(-1, 4))
 
@@ -116,7 +116,7 @@ def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.
 
 
 def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
-    """Corners (..., 4) limited to a picture of `shape` (height, width, ...)."""
+    """Corners (..., 4) limited to a image of `shape` (height, width, ...)."""
     height, width = float(shape[0]), float(shape[1])
     x1, y1, x2, y2 = _columns(boxes)
     limited = (_clamp(x1, 0, width), _clamp(y1, 0, height), _clamp(x2, 0, width), _clamp(y2, 0, height))
@@ -126,14 +126,14 @@ def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
 def scale_boxes(
     img1_shape: Sequence[float], boxes: Array, img0_shape: Sequence[float], ratio_pad: RatioPad | None = None
 ) -> Array:
-    """Corners in a network input to corners in the original picture, clipped to it.
+    """Corners in a network input to corners in the original image, clipped to it.
 
     Args:
         img1_shape: (height, width) of the network input.
         boxes: (..., 4) corners in its pixels; of wider rows only the first four columns are used and returned.
-        img0_shape: (height, width, ...) of the original picture.
+        img0_shape: (height, width, ...) of the original image.
         ratio_pad: ((ratio, ratio), (left, top)) as kept by the loader; None = computed from the two shapes, for a
-            picture resized to fit and centred.
+            image resized to fit and centerd.
 
     Returns:
         (..., 4) corners in original pixels.
@@ -192,11 +192,11 @@ def bbox_iou(
     """Overlap of paired boxes: IoU, or one of its relatives; differentiable.
 
     IoU; GIoU (https://arxiv.org/abs/1902.09630) = IoU - (hull - union) / hull; DIoU and CIoU
-    (https://arxiv.org/abs/1911.08287) = IoU - centre distance^2 / hull diagonal^2 (- alpha * v), with
+    (https://arxiv.org/abs/1911.08287) = IoU - center distance^2 / hull diagonal^2 (- alpha * v), with
     v = (4 / pi^2) (atan(w2 / h2) - atan(w1 / h1))^2 and alpha = v / (1 - IoU + v) held constant in the gradient.
 
     Args:
-        box1, box2: tensors (..., 4) that broadcast; centre and size when `xywh`, else corners.
+        box1, box2: tensors (..., 4) that broadcast; center and size when `xywh`, else corners.
 
     Returns:
         (...) without the last axis; 1 for equal boxes, GIoU/DIoU/CIoU go below 0.
@@ -250,7 +250,7 @@ def bbox_ioa(box1: Array, box2: Array, eps: float = 1e-7) -> Array:
 
 
 def wh_iou(wh1: Array, wh2: Array, eps: float = 1e-7) -> Array:
-    """Intersection over union of boxes that share their centre.
+    """Intersection over union of boxes that share their center.
 
     Args:
         wh1: (n, 2) widths and heights.

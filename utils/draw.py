@@ -1,4 +1,4 @@
-"""Pictures from arrays: boxes with captions, grids of pictures, feature maps. OpenCV only; no font is ever fetched.
+"""Images from arrays: boxes with captions, grids of images, feature maps. OpenCV only; no font is ever fetched.
 
 Text: OpenCV 5 carries an outline font with most scripts of the world; OpenCV 4 knows ASCII only and draws `?` for the
 rest, so there names are transliterated first (`größe` -> `grosse`, what has no ASCII form becomes `?`).
@@ -18,17 +18,17 @@ import torch
 from numpy.typing import NDArray
 
 Color = tuple[int, int, int]
-Picture = NDArray[np.uint8]
+LabeledImage = NDArray[np.uint8]
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
-PADDING_GREY = 114
+PADDING_GRAY = 114
 _GOLDEN_ANGLE = 0.6180339887
 _LONGEST_CAPTION = 60
 
 
 def class_color(index: int) -> Color:
-    """The colour (B, G, R; 0..255) of a class, the same in every picture; neighbours in number differ widely in hue."""
+    """The color (B, G, R; 0..255) of a class, the same in every image; neighbors in number differ widely in hue."""
     number = abs(int(index))
     hue = (0.02 + number * _GOLDEN_ANGLE) % 1.0
     saturation, value = ((0.85, 1.0), (0.6, 0.9), (1.0, 0.75))[number // 8 % 3]
@@ -53,20 +53,20 @@ def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGE
 
 
 def draw_boxes(
-    image: Picture,
+    image: LabeledImage,
     boxes_xyxy: NDArray[np.floating],
     classes: Sequence[int] | NDArray[np.integer],
     captions: Sequence[str] | None = None,
     line_thickness: int | None = None,
-) -> Picture:
+) -> LabeledImage:
     """Draw boxes, then captions on all of them; the last one on top.
 
     Args:
         image: (H, W, 3) uint8 BGR; not changed.
-        boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the picture are not seen.
-        classes: n class numbers, for the colours.
+        boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the image are not seen.
+        classes: n class numbers, for the colors.
         captions: n texts; an empty one draws no plate. None = no texts at all.
-        line_thickness: in pixels; None = by the size of the picture.
+        line_thickness: in pixels; None = by the size of the image.
 
     Returns:
         (H, W, 3) uint8 BGR, a new array.
@@ -85,11 +85,11 @@ def draw_boxes(
     return out
 
 
-def _draw_caption(out: Picture, text: str, place: tuple[int, int], color: Color, width: int) -> None:
-    """A plate with text at the box's upper edge: above it where there is room, else inside; within the picture."""
+def _draw_caption(out: LabeledImage, text: str, place: tuple[int, int], color: Color, width: int) -> None:
+    """A plate with text at the box's upper edge: above it where there is room, else inside; within the image."""
     left, top = place
     text = drawable(text)
-    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small pictures are not to be all text
+    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
     weight = max(round(2 * scale), 1)
     (text_width, text_height), base = cv2.getTextSize(text, FONT, scale, weight)
     plate_height = text_height + base + 2
@@ -113,21 +113,21 @@ def image_grid(
     conf_thres: float = 0.25,
     max_images: int = 16,
     max_side: int = 1920,
-) -> Picture:
-    """Put the pictures of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
+) -> LabeledImage:
+    """Put the images of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
 
     Args:
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
-        targets: (M, 6) labels: picture number, class, centre x, centre y, width, height as parts of the sides; or
+        targets: (M, 6) labels: image number, class, center x, center y, width, height as parts of the sides; or
             (M, 7) detections with the score as last column.
-        paths: file names to write on the pictures.
+        paths: file names to write on the images.
         names: class names; None = numbers.
         conf_thres: detections below it are not drawn.
-        max_images: pictures after these are left out.
+        max_images: images after these are left out.
         max_side: the grid is scaled down to at most this many pixels a side.
 
     Returns:
-        (rows * h, columns * w, 3) uint8 BGR; places without a picture are white.
+        (rows * h, columns * w, 3) uint8 BGR; places without a image are white.
     """
     pixels = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
     if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 or pixels.dtype == np.uint8:
@@ -156,18 +156,18 @@ def image_grid(
 
 
 def _labelled_cell(
-    cell: Picture,
+    cell: LabeledImage,
     rows: NDArray[np.floating],
     names: Mapping[int, str] | Sequence[str] | None,
     conf_thres: float,
-) -> Picture:
+) -> LabeledImage:
     scored = rows.shape[1] == 7
     if scored:
         rows = rows[rows[:, 6] >= conf_thres]
         rows = rows[np.argsort(rows[:, 6], kind="stable")]  # the surest box on top
     height, width = cell.shape[:2]
-    centre, half = rows[:, 2:4], rows[:, 4:6] / 2
-    boxes = np.concatenate((centre - half, centre + half), axis=1) * (width, height, width, height)
+    center, half = rows[:, 2:4], rows[:, 4:6] / 2
+    boxes = np.concatenate((center - half, center + half), axis=1) * (width, height, width, height)
     classes = rows[:, 1].astype(int)
     captions = [class_name(names, c) + (f" {row[6]:.1f}" if scored else "") for c, row in zip(classes, rows)]
     return draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2)
@@ -182,8 +182,8 @@ def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> s
     return str(names[index])
 
 
-def _write_corner(cell: Picture, text: str) -> None:
-    """A file name in the upper left corner, dark-edged so that it can be read on any picture; changes `cell`."""
+def _write_corner(cell: LabeledImage, text: str) -> None:
+    """A file name in the upper left corner, dark-edged so that it can be read on any image; changes `cell`."""
     text = drawable(text)
     scale = min(max(cell.shape[1] / 900, 0.35), 0.7)
     at = (5, round(28 * scale) + 2)
@@ -191,16 +191,16 @@ def _write_corner(cell: Picture, text: str) -> None:
     cv2.putText(cell, text, at, FONT, scale, (235, 235, 235), 1, cv2.LINE_AA)
 
 
-def feature_map_picture(
+def feature_map_image(
     features: torch.Tensor | NDArray[np.floating],
     title: str,
-    image: Picture | None = None,
+    image: LabeledImage | None = None,
     channels: int = 30,
     tile: int = 160,
-) -> Picture:
+) -> LabeledImage:
     """Show what a slot of the network holds: where it is active, and some of its channels.
 
-    The head line gives the shape, the range, and how many channels are constant over the picture (dead, or not yet
+    The head line gives the shape, the range, and how many channels are constant over the image (dead, or not yet
     trained). First tile: the input; second: the mean absolute activation laid over it; then channels, evenly
     spaced over the slot, each stretched to its own range.
 
@@ -235,16 +235,16 @@ def feature_map_picture(
     return _tile_sheet(tiles, [title, facts + (f", {still} constant channel(s)" if still else "")], size)
 
 
-def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> Picture:
-    """One map as grey values over its whole range; cells stay visible as squares."""
+def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> LabeledImage:
+    """One map as gray values over its whole range; cells stay visible as squares."""
     low, high = float(values.min()), float(values.max())
-    grey = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return cv2.resize(grey.round().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    gray = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
+    return cv2.resize(gray.round().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
 
 
 def _tile_sheet(
     tiles: Sequence[tuple[str, NDArray[np.generic]]], headings: Sequence[str], size: tuple[int, int]
-) -> Picture:
+) -> LabeledImage:
     """Tiles with captions above them, eight in a row, below lines of text."""
     width, height = size
     gap, caption, line = 4, 14, 20

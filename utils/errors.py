@@ -1,4 +1,4 @@
-"""Errors that a user can mend: one line each, printed by the scripts without a traceback (exit status 2)."""
+"""Errors that a user can fix: one line each, printed by the scripts without a traceback (exit status 2)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave (a file, a name, a number), told in one line: where, what, what is allowed."""
+    """A mistake in user input (file, name, value), reported in one line: where, what was found, what is allowed."""
 
 
 class SpecError(UserError):
@@ -15,7 +15,7 @@ class SpecError(UserError):
 
 
 class DataError(UserError):
-    """A data set, picture, label or source that cannot be used."""
+    """A dataset, image, label or source that cannot be used."""
 
 
 class CheckpointError(UserError):
@@ -23,15 +23,15 @@ class CheckpointError(UserError):
 
 
 class ConfigError(UserError):
-    """An option, a hyper-parameter or a configuration file with a value that is not allowed."""
+    """An option, a hyperparameter or a configuration file with a value that is not allowed."""
 
 
 class ExportError(UserError):
-    """A model that cannot be written in the wanted format, or an artefact that does not compute what the model does."""
+    """A model that cannot be exported to a format, or an exported file whose outputs differ from the model's."""
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on though nothing was asked wrongly; told in one line too (exit status 1)."""
+    """A training that cannot go on though nothing was asked wrongly; reported in one line too (exit status 1)."""
 
 
 def did_you_mean(found: object, allowed: Iterable[str]) -> str:

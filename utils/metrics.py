@@ -38,7 +38,7 @@ class APResult(NamedTuple):
     """Metrics of the classes with labels; the scalars per class are taken where the smoothed mean F1 is largest.
 
     Attributes:
-        tp, fp: (nc,) whole numbers of right and wrong detections at IoU 0.5.
+        tp, fp: (nc,) integers of right and wrong detections at IoU 0.5.
         p, r, f1: (nc,) precision, recall and F1 at IoU 0.5.
         ap: (nc, thresholds) average precision.
         classes: (nc,) int class numbers, rising.
@@ -126,7 +126,7 @@ def ap_per_class(
 
 
 def match_detections(detections: torch.Tensor, labels: torch.Tensor, iouv: torch.Tensor) -> torch.Tensor:
-    """Decide which detections of one picture are right.
+    """Decide which detections of one image are right.
 
     At each threshold a detection stands for the label of its class that it overlaps most; of the detections that stand
     for one label with an IoU at or above the threshold, the first in the list is right.
@@ -163,7 +163,7 @@ class ConfusionMatrix:
         iou_thres: a detection meets a label above this IoU, whatever their classes.
 
     Attributes:
-        matrix: (nc + 1, nc + 1) float64 whole numbers.
+        matrix: (nc + 1, nc + 1) float64 integers.
     """
 
     def __init__(self, nc: int, conf: float = 0.25, iou_thres: float = 0.45) -> None:
@@ -173,7 +173,7 @@ class ConfusionMatrix:
         self.matrix = np.zeros((nc + 1, nc + 1))
 
     def process_batch(self, detections: torch.Tensor | None, labels: torch.Tensor) -> None:
-        """Count one picture.
+        """Count one image.
 
         Each detection goes to the label it overlaps most, each label to the one of these that overlaps it most. Labels
         left over are missed (row background). Detections left over count as false alarms (column background) only

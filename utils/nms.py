@@ -11,7 +11,7 @@ from utils.boxes import xywh2xyxy
 from utils.errors import ConfigError
 
 CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
-MAX_CANDIDATES = 30000  # best-scored boxes of one picture that take part
+MAX_CANDIDATES = 30000  # best-scored boxes of one image that take part
 CPU_CHUNK = 512  # candidates that enter in one round, at least
 DEVICE_CHUNK = 4096  # on other devices a round costs a wait, not comparisons
 
@@ -26,25 +26,25 @@ def non_max_suppression(
     labels: Sequence[torch.Tensor] = (),
     max_det: int = 300,
 ) -> list[torch.Tensor]:
-    """Keep the best of overlapping boxes, picture by picture.
+    """Keep the best of overlapping boxes, image by image.
 
     A box is dropped when a kept box of the same class (of any class when `agnostic`) with a higher score overlaps it
     with an IoU above `iou_thres`. Boxes are taken in order of falling score, equal scores in order of rows and classes.
 
     Args:
-        prediction: (B, N, 5 + nc) float tensor on any device, half precision included: centre x, centre y, width,
+        prediction: (B, N, 5 + nc) float tensor on any device, half precision included: center x, center y, width,
             height in pixels, objectness, class scores. A tuple or list holds it as its first entry. Not changed.
         conf_thres: boxes need an objectness above it, and an objectness * class score above it; 0..1.
         iou_thres: 0..1.
         classes: keep only these class numbers; None = all.
         agnostic: let boxes of different classes suppress each other.
         multi_label: one box may carry every class above the threshold, not only its best one.
-        labels: per picture (k, 5) certain boxes (class, centre x, centre y, width, height in pixels) that take part
+        labels: per image (k, 5) certain boxes (class, center x, center y, width, height in pixels) that take part
             with score 1; empty = none.
-        max_det: boxes kept per picture.
+        max_det: boxes kept per image.
 
     Returns:
-        per picture an (n, 6) float32 tensor: left, top, right, bottom in pixels, score, class; by falling score.
+        per image an (n, 6) float32 tensor: left, top, right, bottom in pixels, score, class; by falling score.
 
     Raises:
         ConfigError: a threshold outside 0..1, a negative `max_det`, or a tensor of another form.
@@ -78,7 +78,7 @@ def _check(
             f"non_max_suppression: prediction has the shape {tuple(prediction.shape)}; allowed is (B, N, 5 + classes)"
         )
     if len(labels) not in (0, len(prediction)):
-        raise ConfigError(f"non_max_suppression: labels of {len(labels)} pictures for {len(prediction)} pictures")
+        raise ConfigError(f"non_max_suppression: labels of {len(labels)} images for {len(prediction)} images")
 
 
 def _certain_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
@@ -113,10 +113,10 @@ def _candidates(
 
 
 def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: int) -> torch.Tensor:
-    """Greedy suppression of sorted candidates (m, 6), in rounds until `max_det` boxes stand.
+    """Greedy NMS of sorted candidates (m, 6), in rounds until `max_det` boxes stand.
 
     A box is decided by kept boxes with higher scores alone, so what follows the last wanted box need not be looked at:
-    the result equals that of one suppression over everything, cut at `max_det`. Boxes that stand already go in again
+    the result equals that of one NMS over everything, cut at `max_det`. Boxes that stand already go in again
     in front of the next round; they do not overlap, so all of them stay. A round takes at least as many new candidates
     as boxes stand, so that with a large `max_det` the repeated comparisons do not outgrow the necessary ones.
     """

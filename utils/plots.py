@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Names = Mapping[int, str]
 
 DPI = 200
-LEGEND_CLASSES = 20  # with more classes single lines are grey and nameless
+LEGEND_CLASSES = 20  # with more classes single lines are gray and nameless
 MATRIX_NUMBERS = 30  # with more classes cells hold no numbers
 MATRIX_NAMES = 99  # with more classes axes hold no names
 DRAWN_BOXES = 1000
@@ -42,7 +42,7 @@ HISTORY_PANELS = (
     "metrics/mAP_0.5",
     "metrics/mAP_0.5:0.95",
 )
-MEAN_COLOR, GREY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
+MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -120,7 +120,7 @@ def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[
     """A thin line per class (named while there are few), the mean as a thick one, and the legend beside the plot."""
     few = len(lines) <= LEGEND_CLASSES
     for k, (line, label) in enumerate(zip(lines, labels)):
-        color = f"C{k % 10}" if few else GREY
+        color = f"C{k % 10}" if few else GRAY
         axes.plot(x, line, "--" if few and k >= 10 else "-", linewidth=1, color=color, label=label if few else None)
     mean = lines.mean(0) if len(lines) else np.zeros_like(x)
     axes.plot(x, mean, linewidth=3, color=MEAN_COLOR if not few else "black", label=mean_label)
@@ -147,8 +147,8 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
     size = min(max(5.5, 3 + 0.45 * count), 16)
     figure = _figure(size * 1.15, size)
     axes = figure.add_subplot()
-    picture = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
-    figure.colorbar(picture, ax=axes, shrink=0.8)
+    image = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
+    figure.colorbar(image, ax=axes, shrink=0.8)
     axes.set(xlabel="True", ylabel="Predicted", title="Confusion matrix" + (" (parts of columns)" if normalize else ""))
     if count <= MATRIX_NAMES:
         labels = [*(_name(names, k) for k in range(count - 1)), "background"]
@@ -218,32 +218,32 @@ def plot_history(path: str | Path, csv_path: str | Path) -> None:
 
 
 def _gaussian(values: np.ndarray, sigma: float = 3.0) -> np.ndarray:
-    """Values (n,) smoothed over neighbouring epochs, ends continued."""
+    """Values (n,) smoothed over neighboring epochs, ends continued."""
     reach = int(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
 
 
 def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
-    """Labels of a data set: instances per class, boxes on top of each other, their centres and their sizes.
+    """Labels of a dataset: instances per class, boxes on top of each other, their centers and their sizes.
 
     Args:
         path: file to write.
-        labels: (n, 5) class, centre x, centre y, width, height as parts of the sides.
+        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
         names: class names by number.
     """
     labels = np.asarray(labels, np.float64).reshape(-1, 5)
     figure = _figure(10, 10)
-    (bars, boxes), (centres, sizes) = figure.subplots(2, 2)
+    (bars, boxes), (centers, sizes) = figure.subplots(2, 2)
     _class_bars(bars, labels[:, 0].astype(int), names)
-    _box_outlines(boxes, labels)
-    for axes, columns, words in ((centres, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
+    _box_polygons(boxes, labels)
+    for axes, columns, words in ((centers, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
         counts, *_ = np.histogram2d(labels[:, columns[0]], labels[:, columns[1]], bins=50, range=((0, 1), (0, 1)))
         shown = np.where(counts > 0, counts, np.nan).T
         axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
         axes.set(xlabel=words[0], ylabel=words[1])
-    centres.invert_yaxis()  # as in a picture: y grows downwards
-    centres.set_title("centres (parts of the sides)", fontsize=11)
+    centers.invert_yaxis()  # as in a image: y grows downwards
+    centers.set_title("centers (parts of the sides)", fontsize=11)
     sizes.set_title("sizes (parts of the sides)", fontsize=11)
     _save(figure, path)
 
@@ -259,15 +259,15 @@ def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
         axes.set_xlabel("class")
 
 
-def _box_outlines(axes: Axes, labels: np.ndarray) -> None:
-    """The first boxes, moved to a common centre, so that their shapes can be compared."""
+def _box_polygons(axes: Axes, labels: np.ndarray) -> None:
+    """The first boxes, moved to a common center, so that their shapes can be compared."""
     from matplotlib.collections import LineCollection
 
-    centred = labels[:DRAWN_BOXES].copy()
-    centred[:, 1:3] = 0.5
-    x1, y1, x2, y2 = xywh2xyxy(centred[:, 1:]).T
+    centerd = labels[:DRAWN_BOXES].copy()
+    centerd[:, 1:3] = 0.5
+    x1, y1, x2, y2 = xywh2xyxy(centerd[:, 1:]).T
     corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2, x1, y1), 1).reshape(-1, 5, 2)
-    colors = [f"C{k % 10}" for k in centred[:, 0].astype(int)]
+    colors = [f"C{k % 10}" for k in centerd[:, 0].astype(int)]
     axes.add_collection(LineCollection(list(corners), colors=colors, linewidths=0.6, alpha=0.6))
     axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"shapes of {len(corners)} boxes", fontsize=11)
@@ -277,11 +277,11 @@ def _box_outlines(axes: Axes, labels: np.ndarray) -> None:
 
 
 def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
-    """Accuracy against time per picture over input sizes.
+    """Accuracy against time per image over input sizes.
 
     Args:
         path: file to write.
-        studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per picture.
+        studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per image.
     """
     figure = _figure(8, 5.5)
     axes = figure.add_subplot()
@@ -290,7 +290,7 @@ def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
         axes.plot(rows[:, 3], rows[:, 2], marker="o", color=f"C{k % 10}", label=_name({0: name}, 0))
         for side, _, value, time in rows:
             axes.annotate(f"{side:.0f}", (time, value), (3, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="milliseconds per picture", ylabel="mAP@0.5:0.95", title="Accuracy and time over input sizes")
+    axes.set(xlabel="milliseconds per image", ylabel="mAP@0.5:0.95", title="Accuracy and time over input sizes")
     axes.margins(0.08)  # room for the numbers
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)

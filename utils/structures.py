@@ -1,4 +1,4 @@
-"""The records that cross module borders on the way from picture to number."""
+"""The records that cross module borders on the way from image to number."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ImageShapes:
-    """How a picture was fitted into the network's input.
+    """How a image was fitted into the network's input.
 
     Attributes:
         original: (height, width) of the file, in pixels.
@@ -30,14 +30,14 @@ class ImageShapes:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its labels.
+    """One image with its labels.
 
     Attributes:
         image: (H, W, 3) uint8, BGR.
-        labels: (n, 5) float32: class, centre x, centre y, width, height as parts of the (padded) picture's sides.
+        labels: (n, 5) float32: class, center x, center y, width, height as parts of the (padded) image's sides.
         path: file name.
-        shapes: geometry of the fit; None where several pictures were mixed (mosaic).
-        index: number of the picture in its data set.
+        shapes: geometry of the fit; None where several images were mixed (mosaic).
+        index: number of the image in its dataset.
     """
 
     image: np.ndarray
@@ -49,13 +49,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Pictures of one size, stacked.
+    """Images of one size, stacked.
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB.
-        targets: (M, 6) float32: picture number in the batch, class, centre x, centre y, width, height (parts of sides).
+        targets: (M, 6) float32: image number in the batch, class, center x, center y, width, height (parts of sides).
         paths: B file names.
-        shapes: B geometries, None for mixed pictures.
+        shapes: B geometries, None for mixed images.
     """
 
     images: torch.Tensor

@@ -2,7 +2,7 @@
 
 from data.augment.color import hsv_gains, mixup
 from data.augment.config import AugmentConfig
-from data.augment.mosaic import Picture, copy_paste, mosaic4, mosaic9
+from data.augment.mosaic import LabeledImage, copy_paste, mosaic4, mosaic9
 from data.augment.warp import (
     Canvas,
     Tile,
@@ -19,7 +19,7 @@ __all__ = [
     "FILL",
     "AugmentConfig",
     "Canvas",
-    "Picture",
+    "LabeledImage",
     "Tile",
     "Warp",
     "box_candidates",

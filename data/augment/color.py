@@ -1,7 +1,7 @@
-"""Training-time changes of pictures and labels: colour and blending here, geometry gathered from its own files.
+"""Training-time changes of images and labels: color and blending here, geometry gathered from its own files.
 
 Everything is a pure function of arrays and a random generator. Geometry (mosaic, perspective, flips) is drawn as one
-matrix (`warp.py`, `mosaic.py`), so each final pixel is sampled once from the decoded picture.
+matrix (`warp.py`, `mosaic.py`), so each final pixel is sampled once from the decoded image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def hsv_gains(image: Image, hue: float, saturation: float, value: float, rng: np
         image: (H, W, 3) uint8 BGR.
 
     Returns:
-        A new picture; `image` itself when all gains are 0.
+        A new image; `image` itself when all gains are 0.
     """
     if not (hue or saturation or value):
         return image
@@ -39,10 +39,10 @@ def hsv_gains(image: Image, hue: float, saturation: float, value: float, rng: np
 
 
 def mixup(first: tuple[Image, Labels], second: tuple[Image, Labels], rng: np.random.Generator) -> tuple[Image, Labels]:
-    """Blend two pictures of one size and keep the labels of both (https://arxiv.org/abs/1710.09412).
+    """Blend two images of one size and keep the labels of both (https://arxiv.org/abs/1710.09412).
 
     Args:
-        first, second: (H, W, 3) uint8 picture and (n, 5) labels in the same frame.
+        first, second: (H, W, 3) uint8 image and (n, 5) labels in the same frame.
 
     Returns:
         The blend, with the share of `first` drawn from Beta(32, 32), and all labels.

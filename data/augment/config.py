@@ -1,4 +1,4 @@
-"""Which training-time changes are made to pictures, and how strongly."""
+"""Which training-time changes are made to images, and how strongly."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from dataclasses import dataclass, fields
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Strength or probability of each change; 0 leaves it out. Names and meaning as in hyper-parameter files.
+    """Strength or probability of each change; 0 leaves it out. Names and meaning as in hyperparameter files.
 
     Attributes:
         hsv_h, hsv_s, hsv_v: largest relative change of hue, saturation and value.
         degrees: largest rotation, in degrees.
-        translate: largest shift, as part of the picture's sides.
+        translate: largest shift, as part of the image's sides.
         scale: largest relative change of size.
         shear: largest shear, in degrees.
         perspective: largest perspective term, per pixel (0 .. 0.001).
         flipud, fliplr: probability of an upside-down, a left-right flip.
-        mosaic: probability of joining pictures instead of taking one.
-        mosaic9: part of the mosaics that join nine pictures instead of four.
+        mosaic: probability of joining images instead of taking one.
+        mosaic9: part of the mosaics that join nine images instead of four.
         mixup: probability of blending a mosaic with a second one.
         copy_paste: part of the outlined objects that are mirrored and pasted.
     """
@@ -41,5 +41,5 @@ class AugmentConfig:
 
     @classmethod
     def from_hyp(cls, hyp: Mapping[str, float]) -> AugmentConfig:
-        """The part of a hyper-parameter mapping that is about augmentation; other keys are left alone."""
+        """The part of a hyperparameter mapping that is about augmentation; other keys are left alone."""
         return cls(**{f.name: float(hyp[f.name]) for f in fields(cls) if f.name in hyp})

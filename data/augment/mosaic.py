@@ -1,4 +1,4 @@
-"""Mosaics: four or nine pictures on one canvas (laid out, not painted; see `warp.py`), and pasted mirror objects."""
+"""Mosaics: four or nine images on one canvas (laid out, not painted; see `warp.py`), and pasted mirror objects."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Offsets = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A decoded picture with its labels.
+class LabeledImage:
+    """A decoded image with its labels.
 
     Attributes:
         image: (h, w, 3) uint8 BGR.
         size: (height, width) that it takes in the network's input (`image` may be smaller).
-        labels: (n, 5) float32 class, centre x, centre y, width, height as parts of the sides.
+        labels: (n, 5) float32 class, center x, center y, width, height as parts of the sides.
         segments: outlines, one (k, 2) float32 per label, as parts of the sides; or empty.
     """
 
@@ -34,34 +34,34 @@ class Picture:
     segments: tuple[NDArray[np.float32], ...] = ()
 
 
-def mosaic4(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
-    """Four pictures that meet in one random point of a canvas of twice the side.
+def mosaic4(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
+    """Four images that meet in one random point of a canvas of twice the side.
 
-    The point lies in the canvas's middle half; pictures are cut at the canvas's border.
+    The point lies in the canvas's middle half; images are cut at the canvas's border.
 
     Returns:
         The canvas (2 imgsz square); (n, 5) labels class, corners in canvas pixels, clipped; their outlines (empty
-        arrays where there are none; no entries when no picture has any).
+        arrays where there are none; no entries when no image has any).
     """
     cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
-    (h0, w0), (h1, _), (_, w2), _ = (p.size for p in pictures)
+    (h0, w0), (h1, _), (_, w2), _ = (p.size for p in images)
     offsets = [(cx - w0, cy - h0), (cx, cy - h1), (cx - w2, cy), (cx, cy)]
-    return _assemble(pictures, offsets, (2 * imgsz, 2 * imgsz))
+    return _assemble(images, offsets, (2 * imgsz, 2 * imgsz))
 
 
-def mosaic9(pictures: Sequence[Picture], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
-    """Nine pictures, one in the middle and eight around it, seen through a random window of twice the side.
+def mosaic9(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
+    """Nine images, one in the middle and eight around it, seen through a random window of twice the side.
 
     Returns:
         As `mosaic4`.
     """
     left, top = (int(v) for v in rng.uniform(0, imgsz, 2))
-    offsets = [(x + imgsz - left, y + imgsz - top) for x, y in _ring([p.size for p in pictures])]
-    return _assemble(pictures, offsets, (2 * imgsz, 2 * imgsz))
+    offsets = [(x + imgsz - left, y + imgsz - top) for x, y in _ring([p.size for p in images])]
+    return _assemble(images, offsets, (2 * imgsz, 2 * imgsz))
 
 
 def _ring(sizes: Sequence[HW]) -> Offsets:
-    """Corners (x, y) of a middle picture at (0, 0) and eight around it, clockwise from the top, each touching the last.
+    """Corners (x, y) of a middle image at (0, 0) and eight around it, clockwise from the top, each touching the last.
 
     8 1 2
     7 0 3
@@ -81,10 +81,10 @@ def _ring(sizes: Sequence[HW]) -> Offsets:
     ]
 
 
-def _assemble(pictures: Sequence[Picture], offsets: Offsets, shape: HW) -> tuple[Canvas, Labels, Segments]:
+def _assemble(images: Sequence[LabeledImage], offsets: Offsets, shape: HW) -> tuple[Canvas, Labels, Segments]:
     height, width = shape
     tiles, rows = [], []
-    for p, (x, y) in zip(pictures, offsets):
+    for p, (x, y) in zip(images, offsets):
         h, w = p.size
         visible = (max(x, 0), max(y, 0), min(x + w, width), min(y + h, height))
         if visible[0] < visible[2] and visible[1] < visible[3]:
@@ -93,31 +93,31 @@ def _assemble(pictures: Sequence[Picture], offsets: Offsets, shape: HW) -> tuple
     labels = np.concatenate(rows, 0)
     labels[:, 1:] = labels[:, 1:].clip(0, (width, height, width, height))
     segments = []
-    if any(p.segments for p in pictures):
-        for p, (x, y) in zip(pictures, offsets):
+    if any(p.segments for p in images):
+        for p, (x, y) in zip(images, offsets):
             segments += [s.clip(0, (width, height)) for s in place_segments(p, (x, y))]
     return Canvas(tuple(tiles), shape), labels, segments
 
 
 def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float, float]) -> Labels:
-    """(n, 5) normalised centre and size to corners in pixels, for a picture of `size` at (x, y) `offset`."""
+    """(n, 5) normalized center and size to corners in pixels, for a image of `size` at (x, y) `offset`."""
     h, w = size
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
     side = np.array((w, h), np.float32)
-    centre = labels[:, 1:3] * side + np.array(offset, np.float32)
+    center = labels[:, 1:3] * side + np.array(offset, np.float32)
     half = labels[:, 3:5] * (side / 2)
-    out[:, 1:3], out[:, 3:5] = centre - half, centre + half
+    out[:, 1:3], out[:, 3:5] = center - half, center + half
     return out
 
 
-def place_segments(picture: Picture, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
-    """Outlines of a picture at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
-    if not picture.segments:
-        return [np.zeros((0, 2), np.float32)] * len(picture.labels)
-    h, w = picture.size
+def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
+    """Outlines of a image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
+    if not image.segments:
+        return [np.zeros((0, 2), np.float32)] * len(image.labels)
+    h, w = image.size
     side, corner = np.array((w, h), np.float32), np.array(offset, np.float32)
-    return [s * side + corner for s in picture.segments]
+    return [s * side + corner for s in image.segments]
 
 
 def choose_pastes(
@@ -173,7 +173,7 @@ def paste_mirrored(image: Image, canvas: Canvas, segments: Segments, warp: Warp)
 def copy_paste(
     image: Image, labels: Labels, segments: Segments, share: float, rng: np.random.Generator
 ) -> tuple[Image, Labels, Segments]:
-    """Paste mirrored objects into the same picture (https://arxiv.org/abs/2012.07177).
+    """Paste mirrored objects into the same image (https://arxiv.org/abs/2012.07177).
 
     Args:
         image: (H, W, 3) uint8.
@@ -182,7 +182,7 @@ def copy_paste(
         share: part of the outlined objects to try; those that would hide 30 % of a box are left out.
 
     Returns:
-        New picture, labels and outlines.
+        New image, labels and outlines.
     """
     h, w = image.shape[:2]
     chosen = choose_pastes(labels, segments, w, share, rng)

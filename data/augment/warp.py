@@ -1,6 +1,6 @@
 """Random geometry as one matrix from canvas to output, and a renderer that samples each output pixel once.
 
-A canvas is never painted: it is a list of tiles (pictures with a place). YOLOv5 pastes four pictures into a canvas of
+A canvas is never painted: it is a list of tiles (images with a place). YOLOv5 pastes four images into a canvas of
 twice the side, then warps the canvas and throws most of it away; here each tile is warped straight into the part of the
 output that it covers. The result is the same up to interpolation at the tiles' edges.
 
@@ -31,7 +31,7 @@ SEGMENT_POINTS = 1000  # an outline is resampled to that many points, so that it
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture with its place on a canvas, in canvas pixels.
+    """A image with its place on a canvas, in canvas pixels.
 
     Attributes:
         image: (h, w, 3) uint8, of any size: it is scaled to `size` on the way to the output.
@@ -48,7 +48,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Canvas:
-    """Tiles on an area of (height, width) `shape`; later tiles cover earlier ones, the rest is grey."""
+    """Tiles on an area of (height, width) `shape`; later tiles cover earlier ones, the rest is gray."""
 
     tiles: tuple[Tile, ...]
     shape: HW
@@ -81,7 +81,7 @@ def draw_warp(
     rng: np.random.Generator,
     flips: tuple[bool, bool] = (False, False),
 ) -> Warp:
-    """Draw perspective, rotation, zoom, shear and shift, in this order, about the canvas's centre.
+    """Draw perspective, rotation, zoom, shear and shift, in this order, about the canvas's center.
 
     Args:
         canvas, output: (height, width) of both sides.
@@ -90,12 +90,12 @@ def draw_warp(
     (height, width), (out_h, out_w) = canvas, output
     p, angle, zoom, shear, shift = _draw_numbers(config, rng)
     cos, sin = zoom * math.cos(angle), zoom * math.sin(angle)
-    centre = np.array(((1, 0, -width / 2), (0, 1, -height / 2), (0, 0, 1)))
+    center = np.array(((1, 0, -width / 2), (0, 1, -height / 2), (0, 0, 1)))
     tilt = np.array(((1, 0, 0), (0, 1, 0), (*p, 1)))
     turn = np.array(((cos, sin, 0), (-sin, cos, 0), (0, 0, 1)))
     slant = np.array(((1, math.tan(shear[0]), 0), (math.tan(shear[1]), 1, 0), (0, 0, 1)))
     back = np.array(((1, 0, shift[0] * out_w), (0, 1, shift[1] * out_h), (0, 0, 1)))
-    matrix = back @ slant @ turn @ tilt @ centre
+    matrix = back @ slant @ turn @ tilt @ center
     if flips[0]:
         matrix = np.array(((1.0, 0, 0), (0, -1, out_h), (0, 0, 1))) @ matrix
     if flips[1]:
@@ -106,7 +106,7 @@ def draw_warp(
 def _draw_numbers(
     config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64], NDArray[np.float64]]:
-    """Perspective terms (2), angle (radians), zoom, shear (2, radians), the centre's place in the output (2, parts)."""
+    """Perspective terms (2), angle (radians), zoom, shear (2, radians), the center's place in the output (2, parts)."""
     u = rng.uniform(-1, 1, 8)
     perspective = u[:2] * config.perspective
     angle = math.radians(u[2] * config.degrees)
@@ -118,7 +118,7 @@ def render(canvas: Canvas, warp: Warp) -> Image:
     """Draw a canvas through a warp.
 
     Returns:
-        (H, W, 3) uint8 of the warp's shape; linear interpolation inside tiles, grey where there is none.
+        (H, W, 3) uint8 of the warp's shape; linear interpolation inside tiles, gray where there is none.
     """
     out = np.full((*warp.shape, 3), FILL, np.uint8)
     for tile in canvas.tiles:
@@ -137,7 +137,7 @@ def _tile_matrix(tile: Tile, matrix: Matrix) -> Matrix:
 
 
 def _covered(a: float, b: float, low: float, high: float, side: int) -> tuple[int, int]:
-    """Output pixels whose centre lies in the image of [low, high) under x -> a x + b; neighbours leave no gap."""
+    """Output pixels whose center lies in the image of [low, high) under x -> a x + b; neighbors leave no gap."""
     start, stop = sorted((a * low + b, a * high + b))
     return max(math.ceil(start - 0.5), 0), min(math.ceil(stop - 0.5), side)
 
@@ -263,7 +263,7 @@ def box_candidates(
 def random_perspective(
     image: Image, labels: Labels, segments: Segments, config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[Image, Labels]:
-    """Rotate, zoom, shear, shift and tilt one picture at random, at its own size.
+    """Rotate, zoom, shear, shift and tilt one image at random, at its own size.
 
     Args:
         image: (H, W, 3) uint8.
@@ -271,7 +271,7 @@ def random_perspective(
         segments: outlines in pixels, one per label, or none.
 
     Returns:
-        New picture and (m, 5) labels; labels that are nearly gone are dropped.
+        New image and (m, 5) labels; labels that are nearly gone are dropped.
     """
     h, w = image.shape[:2]
     warp = draw_warp(config, (h, w), (h, w), rng)

@@ -1,8 +1,8 @@
-"""What is in a data set, and what is wrong with it.
+"""What is in a dataset, and what is wrong with it.
 
     python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER]
 
-Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and pictures
+Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and images
 that are nearly the same in different splits. Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and
 check.png. Exit status 0 whatever is found; 2 when the set cannot be used.
 """
@@ -31,7 +31,7 @@ from utils.yaml_lines import load_yaml
 SHOWN = 10  # lines of a list on the terminal; check.txt has all
 RARE = 0.01  # part of all boxes below which a class is named
 FINEST_STRIDE = 8
-ANCHOR_T = 4.0  # of the hyper-parameter files
+ANCHOR_T = 4.0  # of the hyperparameter files
 
 Anchors = NDArray[np.float64]
 
@@ -53,7 +53,7 @@ class Section:
 
 
 def inspect(config: DataConfig, imgsz: int, *, progress: bool = True) -> list[SplitStatistics]:
-    """Load all splits of a data set and count what is in them.
+    """Load all splits of a dataset and count what is in them.
 
     Raises:
         DataError: a split cannot be used.
@@ -81,7 +81,7 @@ def report(
     Args:
         splits: what `inspect` gave.
         names: class names by number.
-        pairs: pictures that are nearly the same.
+        pairs: images that are nearly the same.
         anchors: (levels, anchors per level, 2) in pixels; None leaves them out.
         imgsz: longer side of the network's input.
     """
@@ -158,7 +158,7 @@ def _counts(splits: Sequence[SplitStatistics]) -> Section:
                 r.difficult,
             )
         )
-    return Section("Pictures and boxes", table(rows))
+    return Section("Images and boxes", table(rows))
 
 
 def _classes(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Section:
@@ -170,7 +170,7 @@ def _classes(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sec
         row: list[object] = [name]
         for split in splits:
             total = split.boxes.sum()
-            row += [split.boxes[number], _percent(split.boxes[number], total), split.pictures[number]]
+            row += [split.boxes[number], _percent(split.boxes[number], total), split.images[number]]
             if total and not split.boxes[number]:
                 findings.append(f"{split.name}: no object of class {number} '{name}'")
             elif split.boxes[number] < RARE * total:
@@ -223,7 +223,7 @@ def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sect
     for split in splits:
         repeated = split.annotations.report.duplicate_images
         if repeated:
-            findings.append(f"{split.name}: {repeated} pictures are listed more than once")
+            findings.append(f"{split.name}: {repeated} images are listed more than once")
         for i, row, over in outside(split.records):
             record = split.records[i]
             name = names[int(record.labels[row, 0])]
@@ -244,14 +244,14 @@ def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Sec
             same = len(files[one] & files[two])
             if same:
                 findings.append(f"{one} and {two} share {same} files")
-    title = f"Nearly the same picture in different splits: {len(pairs) or 'no'} pairs"
+    title = f"Nearly the same image in different splits: {len(pairs) or 'no'} pairs"
     return Section(title, (), (*findings, *map(str, pairs)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser(prog="check", description="statistics of a data set, and what is wrong with it")
-    parser.add_argument("data", help="data set YAML")
+    parser = command.Parser(prog="check", description="statistics of a dataset, and what is wrong with it")
+    parser.add_argument("data", help="dataset YAML")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
     parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")
     parser.add_argument("--out", help="folder for check.txt and check.png (runs/check/exp, counted up)")
@@ -273,4 +273,4 @@ def _check(arguments: argparse.Namespace) -> None:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
     print("\n\n".join(section.text(SHOWN) for section in sections))
-    print(f"\nAll of it: {folder / 'check.txt'}; a picture: {folder / 'check.png'}")
+    print(f"\nAll of it: {folder / 'check.txt'}; a image: {folder / 'check.png'}")

@@ -1,6 +1,6 @@
-"""Pictures that are nearly the same although they are in different splits: a detector is then tested on what it saw.
+"""Images that are nearly the same although they are in different splits: a detector is then tested on what it saw.
 
-A picture becomes a thumbnail of 32 x 32 grey values, and 128 bits that say where brightness rises to the right and
+A image becomes a thumbnail of 32 x 32 gray values, and 128 bits that say where brightness rises to the right and
 downwards (difference hash). Pairs with few differing bits are compared by the correlation of their thumbnails, as they
 are and mirrored left-right, since exported sets often hold augmented copies.
 """
@@ -27,16 +27,16 @@ SIDE = 32  # of a thumbnail
 BITS = 128
 MOST_BITS = 24  # of 128 that may differ
 LEAST_CORRELATION = 0.9  # looked at on aquarium: at 0.90 to 0.92 the same scene moments apart, below 0.9 also others
-_FLAT = 2.0  # a thumbnail with a smaller deviation (grey values) has no pattern to compare
-_TRIED = 5  # nearest pictures by bits whose thumbnails are compared
-_CHUNK = 256  # pictures compared at a time with all of another split
+_FLAT = 2.0  # a thumbnail with a smaller deviation (gray values) has no pattern to compare
+_TRIED = 5  # nearest images by bits whose thumbnails are compared
+_CHUNK = 256  # images compared at a time with all of another split
 
 Thumbnails = NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two pictures that are nearly the same.
+    """Two images that are nearly the same.
 
     Attributes:
         splits: split of the first and of the second one.
@@ -58,14 +58,14 @@ class Pair:
         return f"{self.first} ({self.splits[0]}) and {self.second} ({self.splits[1]}): {self.correlation:.3f}{how}"
 
 
-def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str = "pictures") -> Thumbnails:
-    """Small grey versions of pictures.
+def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str = "images") -> Thumbnails:
+    """Small gray versions of images.
 
     Returns:
         (n, 32, 32) uint8.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: a image cannot be read.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         made: Iterable[Thumbnails] = pool.map(_thumbnail, records)
@@ -75,20 +75,20 @@ def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str 
 
 def hash_bits(thumbs: Thumbnails) -> NDArray[np.bool_]:
     """Difference hash of thumbnails: (n, 128), brighter to the right (64), brighter below (64)."""
-    grey = [np.asarray(t, np.float32) for t in thumbs]
-    wide = np.array([cv2.resize(t, (9, 8), interpolation=cv2.INTER_AREA) for t in grey]).reshape(-1, 8, 9)
-    tall = np.array([cv2.resize(t, (8, 9), interpolation=cv2.INTER_AREA) for t in grey]).reshape(-1, 9, 8)
+    gray = [np.asarray(t, np.float32) for t in thumbs]
+    wide = np.array([cv2.resize(t, (9, 8), interpolation=cv2.INTER_AREA) for t in gray]).reshape(-1, 8, 9)
+    tall = np.array([cv2.resize(t, (8, 9), interpolation=cv2.INTER_AREA) for t in gray]).reshape(-1, 9, 8)
     right, below = wide[:, :, 1:] > wide[:, :, :-1], tall[:, 1:] > tall[:, :-1]
     return np.concatenate((right.reshape(-1, 64), below.reshape(-1, 64)), 1)
 
 
 def find_pairs(splits: Mapping[str, Sequence[ImageRecord]], thumbs: Mapping[str, Thumbnails]) -> list[Pair]:
-    """Pictures that have a twin in an earlier split, each with its nearest one, the most similar first.
+    """Images that have a twin in an earlier split, each with its nearest one, the most similar first.
 
-    One pair per picture and earlier split: with a fixed camera nearly all pictures are alike.
+    One pair per image and earlier split: with a fixed camera nearly all images are alike.
 
     Args:
-        splits: pictures by split.
+        splits: images by split.
         thumbs: their thumbnails.
     """
     hashes = {name: hash_bits(t) for name, t in thumbs.items()}
@@ -135,12 +135,12 @@ def _thumbnail(record: ImageRecord) -> Thumbnails:
     shortest = min(record.height, record.width)
     reduced = next((k for k in (8, 4, 2) if shortest >= 2 * SIDE * k), 1)
     flags = {8: cv2.IMREAD_REDUCED_GRAYSCALE_8, 4: cv2.IMREAD_REDUCED_GRAYSCALE_4, 2: cv2.IMREAD_REDUCED_GRAYSCALE_2}
-    grey = None
+    gray = None
     if reduced > 1:  # a JPEG is then decoded at that size: several times faster
         try:
-            grey = cv2.imdecode(np.fromfile(record.path, np.uint8), flags[reduced])
+            gray = cv2.imdecode(np.fromfile(record.path, np.uint8), flags[reduced])
         except (OSError, cv2.error) as error:
             raise DataError(f"{record.path}: cannot be read: {error}") from error
-    if grey is None:
-        grey = cv2.cvtColor(read(record.path), cv2.COLOR_BGR2GRAY)
-    return np.asarray(cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)
+    if gray is None:
+        gray = cv2.cvtColor(read(record.path), cv2.COLOR_BGR2GRAY)
+    return np.asarray(cv2.resize(gray, (SIDE, SIDE), interpolation=cv2.INTER_AREA), np.uint8)

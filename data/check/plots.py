@@ -1,4 +1,4 @@
-"""The picture of `data.check`: classes, sizes against anchors and strides, places and numbers of boxes."""
+"""The image of `data.check`: classes, sizes against anchors and strides, places and numbers of boxes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def draw(
     anchors: NDArray[np.float64] | None,
     imgsz: int,
 ) -> None:
-    """Write the picture, whole or not at all.
+    """Write the image, whole or not at all.
 
     Args:
         path: .png file.
@@ -43,11 +43,11 @@ def draw(
 
     figure = Figure(figsize=(16, 9.5), layout="constrained")
     FigureCanvasAgg(figure)
-    (bars, scatter, sizes), (centres, numbers, shapes) = figure.subplots(2, 3)
+    (bars, scatter, sizes), (centers, numbers, shapes) = figure.subplots(2, 3)
     _classes(bars, splits, names)
     _scatter(scatter, splits, anchors, imgsz)
     _sizes(sizes, splits, imgsz)
-    _centres(centres, splits[0])
+    _centers(centers, splits[0])
     _numbers(numbers, splits)
     _shapes(shapes, splits)
     with atomic_path(path) as part, warnings.catch_warnings():
@@ -109,11 +109,11 @@ def _sizes(axes: Axes, splits: Sequence[SplitStatistics], imgsz: int) -> None:
     axes.legend(frameon=False)
 
 
-def _centres(axes: Axes, split: SplitStatistics) -> None:
+def _centers(axes: Axes, split: SplitStatistics) -> None:
     labels = np.concatenate([np.zeros((0, 5), np.float32), *(record.labels for record in split.records)])
     counts, *_ = np.histogram2d(labels[:, 2], labels[:, 1], bins=40, range=((0, 1), (0, 1)))
     axes.imshow(counts, extent=(0, 1, 1, 0), cmap="viridis", interpolation="nearest")
-    axes.set(title=f"centres of boxes, {split.name}", xlabel="x (part of the width)", ylabel="y")
+    axes.set(title=f"centers of boxes, {split.name}", xlabel="x (part of the width)", ylabel="y")
 
 
 def _numbers(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
@@ -126,9 +126,7 @@ def _numbers(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
         axes.hist(
             clipped, edges, weights=weights, histtype="step", linewidth=1.6, color=_color(split, k), label=split.name
         )
-    axes.set(
-        title="boxes per picture", xlabel="boxes (the last bar: that many or more)", ylabel="part of the pictures, %"
-    )
+    axes.set(title="boxes per image", xlabel="boxes (the last bar: that many or more)", ylabel="part of the images, %")
     axes.legend(frameon=False)
 
 
@@ -137,7 +135,7 @@ def _shapes(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
         wh = np.array([(record.width, record.height) for record in split.records])
         label = f"{split.name} ({len(wh)})"
         axes.plot(*wh.T, ".", markersize=6, alpha=0.4, color=_color(split, k), label=label)
-    axes.set(title="pictures", xlabel="width in pixels", ylabel="height in pixels", xlim=(0, None), ylim=(0, None))
+    axes.set(title="images", xlabel="width in pixels", ylabel="height in pixels", xlim=(0, None), ylim=(0, None))
     axes.grid(color=GRID)
     axes.set_axisbelow(True)
     axes.legend(frameon=False)

@@ -21,25 +21,25 @@ class SplitStatistics:
 
     Attributes:
         name: of the split.
-        annotations: pictures and report.
+        annotations: images and report.
         boxes: (nc,) objects per class.
-        pictures: (nc,) pictures with at least one object of the class.
-        classes: (n,) class of every object, in the order of the pictures.
-        owners: (n,) number of the picture of every object.
-        sizes: (n, 2) width and height in pixels when the longer side of the picture is the input size.
+        images: (nc,) images with at least one object of the class.
+        classes: (n,) class of every object, in the order of the images.
+        owners: (n,) number of the image of every object.
+        sizes: (n, 2) width and height in pixels when the longer side of the image is the input size.
     """
 
     name: str
     annotations: Annotations
     boxes: NDArray[np.int64]
-    pictures: NDArray[np.int64]
+    images: NDArray[np.int64]
     classes: NDArray[np.int64]
     owners: NDArray[np.int64]
     sizes: NDArray[np.float64]
 
     @property
     def records(self) -> Sequence[ImageRecord]:
-        """The usable pictures."""
+        """The usable images."""
         return self.annotations.records
 
 
@@ -51,16 +51,16 @@ def gather(name: str, annotations: Annotations, num_classes: int, imgsz: int) ->
         imgsz: longer side of the network's input, in pixels.
     """
     records = annotations.records
-    per_picture = [record.labels[:, 0].astype(np.int64) for record in records]
-    classes = np.concatenate([np.zeros(0, np.int64), *per_picture])
-    once = np.concatenate([np.zeros(0, np.int64), *(np.unique(found) for found in per_picture)])
+    per_image = [record.labels[:, 0].astype(np.int64) for record in records]
+    classes = np.concatenate([np.zeros(0, np.int64), *per_image])
+    once = np.concatenate([np.zeros(0, np.int64), *(np.unique(found) for found in per_image)])
     return SplitStatistics(
         name,
         annotations,
         np.bincount(classes, minlength=num_classes),
         np.bincount(once, minlength=num_classes),
         classes,
-        np.repeat(np.arange(len(records)), [len(found) for found in per_picture]),
+        np.repeat(np.arange(len(records)), [len(found) for found in per_image]),
         box_sizes(records, imgsz),
     )
 
@@ -79,7 +79,7 @@ def outside(records: Sequence[ImageRecord], tolerance: float = 1.0) -> list[tupl
         tolerance: pixels that do not count.
 
     Returns:
-        (picture, row, pixels over the border), the worst first.
+        (image, row, pixels over the border), the worst first.
     """
     found = []
     for i, record in enumerate(records):
@@ -94,7 +94,7 @@ def doubled(records: Sequence[ImageRecord]) -> list[tuple[int, int, int, float]]
     """Boxes of one class that lie on top of each other.
 
     Returns:
-        (picture, row, row, IoU), the most similar first.
+        (image, row, row, IoU), the most similar first.
     """
     found = []
     for i, record in enumerate(records):

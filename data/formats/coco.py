@@ -1,7 +1,7 @@
-"""COCO detection JSON: pictures, categories, boxes and outlines.
+"""COCO detection JSON: images, categories, boxes and outlines.
 
 Format: https://cocodataset.org/#format-data. Category ids are arbitrary numbers: classes are numbered by rising id, or
-by name where the data set YAML names its classes. Boxes are `x y width height` in pixels from the upper left corner.
+by name where the dataset YAML names its classes. Boxes are `x y width height` in pixels from the upper left corner.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from utils.errors import DataError, did_you_mean
 Segment = NDArray[np.float32]
 
 NEEDED = ("images", "annotations", "categories")
-"""Lists of a file; `annotations` may be missing altogether, as in COCO's own lists of test pictures."""
+"""Lists of a file; `annotations` may be missing altogether, as in COCO's own lists of test images."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class CocoImage:
 
 @dataclass(frozen=True, eq=False)
 class CocoFile:
-    """An annotation file, its structure checked; boxes are checked picture by picture.
+    """An annotation file, its structure checked; boxes are checked image by image.
 
     Attributes:
         path: the file.
         categories: category id -> name, by rising id.
-        images: all pictures.
+        images: all images.
         annotations: image id -> its annotations, in the order of the file.
         notes: what is odd about the whole file.
     """
@@ -86,7 +86,7 @@ def read_coco(path: Path) -> CocoFile:
             found[item["image_id"]].append(item)
         else:
             strangers.append(item.get("id", i))
-    lost = f"{path}: {len(strangers)} annotations of pictures that are not listed, first {strangers[:1]}; left out"
+    lost = f"{path}: {len(strangers)} annotations of images that are not listed, first {strangers[:1]}; left out"
     return CocoFile(path, categories, images, found, (lost,) if strangers else ())
 
 
@@ -114,16 +114,16 @@ def class_numbers(coco: CocoFile, classes: Sequence[str] | None) -> dict[Any, in
     return {number: numbers[name] for number, name in coco.categories.items() if name in numbers}
 
 
-def picture_labels(
+def image_labels(
     coco: CocoFile, image: CocoImage, others: Iterable[Any], numbers: Mapping[Any, int], size: tuple[int, int]
 ) -> LabelFile:
-    """The objects of one picture; groups (`iscrowd`) are left out and counted.
+    """The objects of one image; groups (`iscrowd`) are left out and counted.
 
     Args:
-        image: entry of the picture.
+        image: entry of the image.
         others: ids of further entries of the same file, whose objects belong to it too.
         numbers: category id -> class.
-        size: (height, width) of the picture, in pixels.
+        size: (height, width) of the image, in pixels.
 
     Raises:
         DataError: sizes that differ, or the first object that cannot be used.
@@ -137,12 +137,12 @@ def picture_labels(
     items = [item for number in (image.id, *others) for item in coco.annotations[number]]
     kept = [item for item in items if not item.get("iscrowd")]
     places = [f"{coco.path}: annotation {item.get('id', i)}" for i, item in enumerate(kept)]
-    outlines = [_polygon(item.get("segmentation"), place, size) for item, place in zip(kept, places)]
-    boxes = [_box(item, outline, size, place) for item, outline, place in zip(kept, outlines, places)]
+    polygons = [_polygon(item.get("segmentation"), place, size) for item, place in zip(kept, places)]
+    boxes = [_box(item, polygon, size, place) for item, polygon, place in zip(kept, polygons, places)]
     labels = np.zeros((len(kept), 5), np.float32)
     labels[:, 0] = [numbers[item["category_id"]] for item in kept]
     labels[:, 1:] = from_pixels(np.array(boxes, np.float64).reshape(-1, 4), size, places)
-    return checked(labels, outlines, places, crowd=len(items) - len(kept))
+    return checked(labels, polygons, places, crowd=len(items) - len(kept))
 
 
 def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
@@ -217,12 +217,12 @@ def _polygon(value: Any, place: str, size: tuple[int, int]) -> Segment | None:
 
 
 def _box(
-    item: Mapping[str, Any], outline: Segment | None, size: tuple[int, int], place: str
+    item: Mapping[str, Any], polygon: Segment | None, size: tuple[int, int], place: str
 ) -> tuple[float, float, float, float]:
     """Left, top, right, bottom in pixels: `bbox`, or what encloses the outline where that is missing."""
     value = item.get("bbox")
-    if not value and outline is not None:
-        (left, top), (right, bottom) = outline.min(0) * (size[1], size[0]), outline.max(0) * (size[1], size[0])
+    if not value and polygon is not None:
+        (left, top), (right, bottom) = polygon.min(0) * (size[1], size[0]), polygon.max(0) * (size[1], size[0])
         return float(left), float(top), float(right), float(bottom)
     numbers = isinstance(value, list) and len(value) == 4
     if not isinstance(value, list) or not numbers or not all(isinstance(v, (int, float)) for v in value):

@@ -1,12 +1,12 @@
-"""Which pictures a source holds and where their labels are: YOLO text, COCO JSON, Pascal VOC XML.
+"""Which images a source holds and where their labels are: YOLO text, COCO JSON, Pascal VOC XML.
 
-A source is a folder of pictures, a .txt list of pictures or a picture (YOLO text beside them), or an annotated one:
+A source is a folder of images, a .txt list of images or a image (YOLO text beside them), or an annotated one:
 
 - COCO: a .json file. `file_name` is looked for in the file's folder (and in the one above, where it is called
-  `annotations`), in the data set's `path`, in `images` of these, and in folders below that are called as the split or
+  `annotations`), in the dataset's `path`, in `images` of these, and in folders below that are called as the split or
   as the end of the file's name (`instances_val2017.json`: `val2017`); or only where the YAML's `images:` says.
 - VOC: a folder with `Annotations` and `JPEGImages` (or `images`), a list in `ImageSets/Main` of such a folder, or a
-  folder with XML files whose pictures have the same name, beside them, in `../JPEGImages` or in `../images`.
+  folder with XML files whose images have the same name, beside them, in `../JPEGImages` or in `../images`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class AnnotatedSource:
         path: the JSON; the VOC folder, the folder of XML files, or the list.
         kind: which of both.
         classes: names by class number; None = as the annotations have them.
-        folders: where pictures are looked for, in this order.
+        folders: where images are looked for, in this order.
     """
 
     path: Path
@@ -59,12 +59,12 @@ Source = Path | AnnotatedSource
 
 @dataclass(frozen=True)
 class Listed:
-    """A picture of a source.
+    """A image of a source.
 
     Attributes:
         origin: place that names it, '' for a file found in a folder.
         label: file that its labels come from; it need not be there.
-        read: reads them, given the (height, width) of the picture.
+        read: reads them, given the (height, width) of the image.
     """
 
     origin: str
@@ -79,13 +79,13 @@ def recognise(
     root: Path | None = None,
     split: str = "",
 ) -> Source:
-    """What a path of a data set YAML is.
+    """What a path of a dataset YAML is.
 
     Args:
         path: file or folder.
         classes: names by class number; None = as the annotations have them.
-        folders: the folders to look for pictures in, where the YAML names them.
-        root: folder of the data set; None = that of the file.
+        folders: the folders to look for images in, where the YAML names them.
+        root: folder of the dataset; None = that of the file.
         split: name of the split.
 
     Returns:
@@ -106,21 +106,21 @@ def recognise(
 
 
 def plain(path: Path) -> Listed:
-    """A picture with a YOLO label file."""
+    """A image with a YOLO label file."""
     label = label_path(path)
     return Listed("", label, lambda _: read_labels(label))
 
 
-def pictures(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
-    """Pictures of a source, and what is odd about it as a whole.
+def images(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
+    """Images of a source, and what is odd about it as a whole.
 
     Raises:
-        DataError: annotations that cannot be read, or with classes that the data set does not name.
+        DataError: annotations that cannot be read, or with classes that the dataset does not name.
     """
     if source.kind == "coco":
         content = coco.read_coco(source.path)
-        return _coco_pictures(source, content), content.notes
-    return _voc_pictures(source), ()
+        return _coco_images(source, content), content.notes
+    return _voc_images(source), ()
 
 
 def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
@@ -148,7 +148,7 @@ class CocoTruth:
 
     Attributes:
         content: images, annotations, categories; every annotation with `area` and `iscrowd`.
-        images: image id by path of the picture.
+        images: image id by path of the image.
         categories: category id by class number; a class that the file does not have gets an id of its own.
     """
 
@@ -161,7 +161,7 @@ def coco_truth(source: AnnotatedSource) -> CocoTruth:
     """What `val --save-json` needs to write results under the ids of a COCO file.
 
     Raises:
-        DataError: annotations that cannot be read, or with classes that the data set does not name.
+        DataError: annotations that cannot be read, or with classes that the dataset does not name.
     """
     content = coco.read_coco(source.path)
     ids = {number: category for category, number in coco.class_numbers(content, source.classes).items()}
@@ -189,7 +189,7 @@ def _coco_folders(folder: Path, root: Path | None, words: Sequence[str]) -> tupl
     return tuple(dict.fromkeys([*bases, *inner]))
 
 
-def _coco_pictures(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tuple[Path, Listed]]:
+def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tuple[Path, Listed]]:
     numbers = coco.class_numbers(content, source.classes)
     place: dict[Path, coco.CocoImage] = {}
     others: dict[Path, list[Any]] = {}
@@ -199,7 +199,7 @@ def _coco_pictures(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[
         place.setdefault(path, image)
     repeated = []
     for path, image in place.items():
-        read = partial(coco.picture_labels, content, image, others.get(path, ()), numbers)
+        read = partial(coco.image_labels, content, image, others.get(path, ()), numbers)
         listed = Listed(f"{source.path}: image {image.id}", source.path, read)
         repeated += [(path, listed)] * len(others.get(path, ()))
         yield path, listed
@@ -207,7 +207,7 @@ def _coco_pictures(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[
 
 
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
-    """The path of each picture; one that is nowhere gets the path at which it was looked for first."""
+    """The path of each image; one that is nowhere gets the path at which it was looked for first."""
     folders = [folder for folder in source.folders if folder.is_dir()] or list(source.folders[:1])
     for image in images:
         name = image.file_name.replace("\\", "/")
@@ -237,7 +237,7 @@ def _voc_base(path: Path) -> Path | None:
     return path
 
 
-def _voc_pictures(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
+def _voc_images(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
     at_hand: dict[str, Path] = {}
     for folder in source.folders:
         for stem, path in _in_folder(folder, IMAGE_SUFFIXES).items():
@@ -252,7 +252,7 @@ def _voc_pictures(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
         listed = {path: str(path) for path in _xml_files(source)}
     seen = set()
     for xml, origin in listed.items():
-        image = at_hand.get(xml.stem) or _named_picture(xml, source.folders)
+        image = at_hand.get(xml.stem) or _named_image(xml, source.folders)
         seen.add(image)
         yield image, Listed(origin, xml, partial(voc.read_voc, xml, names))
     folder, inside = _backgrounds(source, at_hand)
@@ -262,15 +262,15 @@ def _voc_pictures(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
 
 
 def _backgrounds(source: AnnotatedSource, at_hand: Mapping[str, Path]) -> tuple[Path, set[Path]]:
-    """Where annotations lie, and the pictures that belong to a source even without one; none do in a list."""
+    """Where annotations lie, and the images that belong to a source even without one; none do in a list."""
     inner = source.path / "Annotations"
     if inner.is_dir():
         return inner, set(at_hand.values())
     return source.path, {path for path in at_hand.values() if path.parent == source.path}
 
 
-def _named_picture(xml: Path, folders: Sequence[Path]) -> Path:
-    """The picture that the XML itself names; where it should be when there is none."""
+def _named_image(xml: Path, folders: Sequence[Path]) -> Path:
+    """The image that the XML itself names; where it should be when there is none."""
     name = Path((voc.file_name(xml) if xml.is_file() else "").replace("\\", "/")).name or f"{xml.stem}.jpg"
     return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
 

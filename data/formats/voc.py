@@ -1,4 +1,4 @@
-"""Pascal VOC XML: objects of a picture with name, box and, where a tool wrote it, an outline.
+"""Pascal VOC XML: objects of a image with name, box and, where a tool wrote it, an outline.
 
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. Corners count in pixels from 0, as
 labelling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) the first pixel has number 1, so
@@ -21,7 +21,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 class UnknownClass(DataError):
-    """An object of a class that the data set does not name: a mistake of the set, not of one picture."""
+    """An object of a class that the dataset does not name: a mistake of the set, not of one image."""
 
 
 def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> LabelFile:
@@ -30,7 +30,7 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
     Args:
         path: the XML.
         classes: names by class number.
-        size: (height, width) of the picture, in pixels.
+        size: (height, width) of the image, in pixels.
 
     Raises:
         UnknownClass: an object is called otherwise.
@@ -70,12 +70,12 @@ def class_names(files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def file_name(path: Path) -> str:
-    """The picture that an annotation names; '' if none."""
+    """The image that an annotation names; '' if none."""
     return (_parse(path).findtext("filename") or "").strip()
 
 
 def identifiers(listing: Path) -> dict[str, int]:
-    """Pictures of an `ImageSets/Main` list, without suffix, each with its line.
+    """Images of an `ImageSets/Main` list, without suffix, each with its line.
 
     Raises:
         DataError: not readable.
@@ -83,7 +83,7 @@ def identifiers(listing: Path) -> dict[str, int]:
     try:
         lines = listing.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read as a list of pictures: {error}") from error
+        raise DataError(f"{listing}: cannot be read as a list of images: {error}") from error
     found: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         if line.strip():
@@ -100,26 +100,26 @@ def element(name: str, text: object = "", children: Iterable[ElementTree.Element
 
 
 def annotation(
-    picture: str, size: tuple[int, int], objects: Iterable[tuple[str, Sequence[float], NDArray[np.floating] | None]]
+    image: str, size: tuple[int, int], objects: Iterable[tuple[str, Sequence[float], NDArray[np.floating] | None]]
 ) -> str:
-    """The XML of one picture.
+    """The XML of one image.
 
     Args:
-        picture: file name.
+        image: file name.
         size: (height, width) in pixels.
         objects: name, (left, top, right, bottom) and outline (k, 2) or None, in pixels from 0.
     """
     items = []
-    for name, box, outline in objects:
+    for name, box, polygon in objects:
         fixed = {"name": name, "pose": "Unspecified", "truncated": 0, "difficult": 0}
         parts = [element(key, value) for key, value in fixed.items()]
         parts.append(element("bndbox", children=[element(k, f"{v:.3f}") for k, v in zip(_CORNERS, box)]))
-        if outline is not None:
-            points = [(f"{axis}{i}", value) for i, xy in enumerate(outline, 1) for axis, value in zip("xy", xy)]
+        if polygon is not None:
+            points = [(f"{axis}{i}", value) for i, xy in enumerate(polygon, 1) for axis, value in zip("xy", xy)]
             parts.append(element("polygon", children=[element(key, f"{value:.3f}") for key, value in points]))
         items.append(element("object", children=parts))
     sides = [element("width", size[1]), element("height", size[0]), element("depth", 3)]
-    head = [element("filename", picture), element("size", children=sides), element("segmented", 0)]
+    head = [element("filename", image), element("size", children=sides), element("segmented", 0)]
     root = element("annotation", children=[*head, *items])
     ElementTree.indent(root)
     return ElementTree.tostring(root, encoding="unicode") + "\n"
@@ -148,7 +148,7 @@ def _check_size(root: ElementTree.Element, path: Path, size: tuple[int, int]) ->
         raise DataError(f"{path}: size: {error}") from error
     if width > 0 and height > 0 and (height, width) != size:  # some tools write 0
         raise DataError(
-            f"{path}: {width}x{height} pixels there, {size[1]}x{size[0]} in the picture; boxes in pixels would be wrong"
+            f"{path}: {width}x{height} pixels there, {size[1]}x{size[0]} in the image; boxes in pixels would be wrong"
         )
 
 

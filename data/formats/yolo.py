@@ -1,8 +1,8 @@
 """YOLO label files, and the checks that rows of every format pass.
 
 A label file lies where YOLOv5 looks for it (`.../images/a/b.jpg` -> `.../labels/a/b.txt`, the last `images` counts; a
-picture outside an `images` folder has its label beside it) and holds a row per object: `class x y w h`, or
-`class x1 y1 x2 y2 x3 y3 ...` for a polygon, all as parts of the picture's sides.
+image outside an `images` folder has its label beside it) and holds a row per object: `class x y w h`, or
+`class x1 y1 x2 y2 x3 y3 ...` for a polygon, all as parts of the image's sides.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ ROUNDING = 1.0
 
 @dataclass(frozen=True, eq=False)
 class LabelFile:
-    """The objects of one picture, checked.
+    """The objects of one image, checked.
 
     Attributes:
-        labels: (n, 5) float32 class, centre x, centre y, width, height, as parts of the sides.
+        labels: (n, 5) float32 class, center x, center y, width, height, as parts of the sides.
         segments: n polygons (k, 2) float32, or none.
         duplicates: rows removed.
-        notes: what is odd but kept or mended, by file and place.
+        notes: what is odd but kept or fixed, by file and place.
         crowd: COCO groups (`iscrowd`) left out.
         difficult: VOC objects marked as difficult, left out.
     """
@@ -43,7 +43,7 @@ class LabelFile:
 
 
 def label_path(image: str | Path) -> Path:
-    """Where the labels of a picture are: the last folder `images` becomes `labels`, the suffix `.txt`."""
+    """Where the labels of a image are: the last folder `images` becomes `labels`, the suffix `.txt`."""
     head, found, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
     return Path(f"{head}{os.sep}labels{os.sep}{tail}" if found else image).with_suffix(".txt")
 
@@ -91,10 +91,10 @@ def checked(
     crowd: int = 0,
     difficult: int = 0,
 ) -> LabelFile:
-    """Check the rows of one picture; remove repetitions and sort the rest then (as YOLOv5 does).
+    """Check the rows of one image; remove repetitions and sort the rest then (as YOLOv5 does).
 
     Args:
-        labels: (n, 5) float32 class, centre x, centre y, width, height, as parts of the sides.
+        labels: (n, 5) float32 class, center x, center y, width, height, as parts of the sides.
         polygons: outline of each row, (k, 2) parts of the sides; None where there is none.
         places: file and place of each row, for messages.
         crowd, difficult: objects left out.
@@ -121,7 +121,7 @@ def checked(
 
 
 def enclosing_box(points: NDArray[np.float32]) -> tuple[np.float32, ...]:
-    """Centre x, centre y, width, height of the box around (k, 2) points."""
+    """Center x, center y, width, height of the box around (k, 2) points."""
     low, high = points.min(0), points.max(0)
     return (*((low + high) / 2), *(high - low))
 
@@ -139,18 +139,18 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
 
     Args:
         boxes_xyxy: (n, 4) left, top, right, bottom in pixels, the first pixel from 0 to 1.
-        size: (height, width) of the picture.
+        size: (height, width) of the image.
         places: file and place of each box, for messages.
 
     Returns:
-        (n, 4) float32 centre x, centre y, width, height, as parts of the sides.
+        (n, 4) float32 center x, center y, width, height, as parts of the sides.
 
     Raises:
-        DataError: the first box that has a negative side, or lies outside of the picture.
+        DataError: the first box that has a negative side, or lies outside of the image.
     """
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     sides = np.array((size[1], size[0]) * 2, np.float64)
-    out = _centred(boxes / sides)
+    out = _centerd(boxes / sides)
     wrong = ~((out >= 0) & (out <= 1)).all(1)  # of NaN too
     for i in np.flatnonzero(wrong).tolist():
         cut = boxes[i].clip(0, sides)
@@ -160,13 +160,13 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
         if (out[i, 2:] < 0).any():
             raise DataError(f"{places[i]}: box {text} (left top right bottom) has a negative side")
         if np.abs(cut - boxes[i]).max() > ROUNDING:
-            where = f"the picture of {size[1]}x{size[0]} pixels"
+            where = f"the image of {size[1]}x{size[0]} pixels"
             raise DataError(f"{places[i]}: box {text} (left top right bottom) does not lie in {where}")
-        out[i] = _centred(cut[None] / sides)[0]
+        out[i] = _centerd(cut[None] / sides)[0]
     return out.clip(0, 1).astype(np.float32)
 
 
-def _centred(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+def _centerd(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), 1)
 
 
@@ -176,9 +176,9 @@ def _check_values(labels: NDArray[np.float32], places: Sequence[str]) -> None:
     with np.errstate(invalid="ignore"):
         checks = (
             (~np.isfinite(labels).all(1), "is not finite"),
-            ((classes < 0) | (classes != np.floor(classes)), "has a class that is not a whole number from 0"),
+            ((classes < 0) | (classes != np.floor(classes)), "has a class that is not an integer from 0"),
             ((boxes < 0).any(1), "has a negative value"),
-            ((boxes > 1).any(1), "has a value above 1; centre and size are parts of the picture's sides"),
+            ((boxes > 1).any(1), "has a value above 1; center and size are parts of the image's sides"),
         )
     for wrong, problem in checks:
         if wrong.any():

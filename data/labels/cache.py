@@ -1,8 +1,8 @@
-"""The label cache: verified pictures and labels of a split in one .npz file, without pickle.
+"""The label cache: verified images and labels of a split in one .npz file, without pickle.
 
-An entry counts as long as size and modification time of its picture and label file are unchanged; entries are kept one
+An entry counts as long as size and modification time of its image and label file are unchanged; entries are kept one
 by one, so a changed file costs the verification of that file only. A cache that is broken, of another version or not
-writable is no error: it is made anew, or done without.
+writable is no error: it is made again, or done without.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from utils.files import atomic_path
 LOGGER = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raise it whenever the verification or this layout changes: older caches are then made anew."""
+"""Raise it whenever the verification or this layout changes: older caches are then made again."""
 
 STATUSES = ("labelled", "missing", "empty", "corrupt")
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is known about one picture.
+    """What is known about one image.
 
     Attributes:
-        stamp: size and modification time (ns) of the picture, then of its label file; -1 = not there.
+        stamp: size and modification time (ns) of the image, then of its label file; -1 = not there.
         height, width: pixels, upright; 0 if unknown.
         labels: (n, 5) float32.
         segments: n polygons (k, 2) float32, or none.
@@ -58,12 +58,12 @@ class Entry:
 
     @property
     def usable(self) -> bool:
-        """Whether the picture takes part."""
+        """Whether the image takes part."""
         return self.status != "corrupt"
 
 
 def stamp(image: Path, label: Path) -> tuple[int, int, int, int]:
-    """Size and modification time in ns of the picture and of its label file, -1 where a file is missing."""
+    """Size and modification time in ns of the image and of its label file, -1 where a file is missing."""
     return (*_stat(image), *_stat(label))
 
 
@@ -98,14 +98,14 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
 
 
 def read(path: Path) -> dict[str, Entry]:
-    """Entries by picture; empty when there is no cache that can be used."""
+    """Entries by image; empty when there is no cache that can be used."""
     if not path.is_file():
         return {}
     try:
         with np.load(path, allow_pickle=False) as archive:
             return _entries({name: archive[name] for name in archive.files})
     except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        LOGGER.info("%s: label cache is not usable and is made anew: %s", path, error)
+        LOGGER.info("%s: label cache is not usable and is made again: %s", path, error)
         return {}
 
 

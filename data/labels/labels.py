@@ -1,10 +1,10 @@
-"""Labels: which pictures a split holds, what is in them, and what is wrong with them.
+"""Labels: which images a split holds, what is in them, and what is wrong with them.
 
 Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
 `data.formats.detect_format` determines which. All pass the same checks.
 
-What happens to mistakes, as in YOLOv5: a picture that cannot be used, or that has a wrong row, is left out and
-reported; repeated rows count once; a picture without labels is background. A class that the data set has no name for is
+What happens to mistakes, as in YOLOv5: a image that cannot be used, or that has a wrong row, is left out and
+reported; repeated rows count once; a image without labels is background. A class that the dataset has no name for is
 an error for the whole set. COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
 """
 
@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from data.formats.detect_format import AnnotatedSource, Listed, Source, pictures, plain, recognise
+from data.formats.detect_format import AnnotatedSource, Listed, Source, images, plain, recognise
 from data.formats.voc import UnknownClass
 from data.formats.yolo import LabelFile, label_path, read_labels
 from data.images import IMAGE_SUFFIXES, probe
@@ -44,20 +44,20 @@ __all__ = [
 LOGGER = logging.getLogger(__name__)
 
 MIN_SIDE = 10
-"""Pictures with a shorter side (pixels) are left out."""
+"""Images with a shorter side (pixels) are left out."""
 
-_CHUNK = 512  # pictures whose size and time one thread looks up at a time
+_CHUNK = 512  # images whose size and time one thread looks up at a time
 _SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRecord:
-    """One usable picture and its objects.
+    """One usable image and its objects.
 
     Attributes:
-        path: the picture.
+        path: the image.
         height, width: its size in pixels, upright.
-        labels: (n, 5) float32: class, centre x, centre y, width, height; 0..1 of the sides.
+        labels: (n, 5) float32: class, center x, center y, width, height; 0..1 of the sides.
         segments: n polygons, (k, 2) float32 x, y of the sides; empty if the label file has boxes only.
     """
 
@@ -73,17 +73,17 @@ class LabelReport:
     """What the verification of a split found.
 
     Attributes:
-        images: pictures listed.
-        labelled: usable pictures with at least one object.
-        missing: usable pictures without a label file.
-        empty: usable pictures with a label file without rows.
-        corrupt: pictures left out, because they or their labels cannot be used.
-        duplicate_images: pictures listed more than once (used once).
+        images: images listed.
+        labelled: usable images with at least one object.
+        missing: usable images without a label file.
+        empty: usable images with a label file without rows.
+        corrupt: images left out, because they or their labels cannot be used.
+        duplicate_images: images listed more than once (used once).
         duplicate_rows: label rows left out as repetitions.
-        boxes: objects in the usable pictures.
+        boxes: objects in the usable images.
         messages: one line per problem, with file and, for labels, place.
-        crowd: COCO groups in the usable pictures, left out.
-        difficult: VOC objects marked as difficult in the usable pictures, left out.
+        crowd: COCO groups in the usable images, left out.
+        difficult: VOC objects marked as difficult in the usable images, left out.
     """
 
     images: int
@@ -119,7 +119,7 @@ class LabelReport:
 
 @dataclass(frozen=True)
 class Annotations:
-    """The usable pictures of a split, sorted by path, and the report."""
+    """The usable images of a split, sorted by path, and the report."""
 
     records: tuple[ImageRecord, ...]
     report: LabelReport
@@ -137,7 +137,7 @@ def load_annotations(
     """List, verify and load the labels of one split.
 
     Args:
-        sources: folders (searched with all below them), .txt lists of pictures, pictures, or annotations: as
+        sources: folders (searched with all below them), .txt lists of images, images, or annotations: as
             `DataConfig.split` gives them, or paths (COCO and VOC classes are then numbered as the files have them).
         num_classes: class numbers run from 0 to `num_classes - 1`.
         single_cls: turn every class into 0.
@@ -146,28 +146,28 @@ def load_annotations(
         require_labels: refuse a split without a single object.
 
     Raises:
-        DataError: a source is missing, no picture found, none usable, no labels at all, or an unknown class.
+        DataError: a source is missing, no image found, none usable, no labels at all, or an unknown class.
     """
     known = [source if isinstance(source, AnnotatedSource) else recognise(Path(source)) for source in sources]
     listed, repeated, notes = _list(known)
     if not listed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise DataError(f"{', '.join(map(str, sources))}: no pictures found; allowed are files that end in {kinds}")
+        raise DataError(f"{', '.join(map(str, sources))}: no images found; allowed are files that end in {kinds}")
     paths = sorted(listed, key=str)  # the order of the texts, as in YOLOv5
     cache = _cache_path(known, paths[0], cache_folder)
     entries = _verified(paths, listed, cache, progress)
     report = _report(entries, repeated, notes)
     where = ", ".join(map(str, sources))
     if report.corrupt == report.images:
-        raise DataError(f"{where}: none of {report.images} pictures can be used: {report.messages[0]}")
+        raise DataError(f"{where}: none of {report.images} images can be used: {report.messages[0]}")
     if require_labels and report.boxes == 0:
         annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
         if annotated:
-            raise DataError(f"{where}: no labels for {report.images} pictures in {', '.join(annotated)}")
+            raise DataError(f"{where}: no labels for {report.images} images in {', '.join(annotated)}")
         looked = sorted({str(label_path(path).parent) for path in paths})
         more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
         raise DataError(
-            f"{where}: no labels in {report.images} pictures; looked for .txt files in {', '.join(looked[:3])}{more}"
+            f"{where}: no labels in {report.images} images; looked for .txt files in {', '.join(looked[:3])}{more}"
         )
     records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
     _check_classes(records, num_classes, listed)
@@ -175,7 +175,7 @@ def load_annotations(
 
 
 def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
-    """Pictures of all sources.
+    """Images of all sources.
 
     Folders are searched with all below them, hidden files and folders left out. In a list, an entry that begins with
     `./` is relative to the list's folder, any other to the current folder or else to the list's.
@@ -184,31 +184,31 @@ def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
         ({path: where it is listed, '' for a folder}, number of repetitions left out).
 
     Raises:
-        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor a picture.
+        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor a image.
     """
     found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognise(Path(s)) for s in sources])
     return {path: listed.origin for path, listed in found.items()}, repeated
 
 
 def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str, ...]]:
-    """Pictures with their labels, the number of repetitions, and what is odd about whole sources."""
+    """Images with their labels, the number of repetitions, and what is odd about whole sources."""
     found: dict[Path, Listed] = {}
     repeated = 0
     notes: tuple[str, ...] = ()
     for source in sources:
         if isinstance(source, AnnotatedSource):
-            new, more = pictures(source)
+            new, more = images(source)
             notes += more
         else:
-            new = _plain_pictures(source)
+            new = _plain_images(source)
         for path, listed in new:
             repeated += path in found
             found.setdefault(path, listed)
     return found, repeated, notes
 
 
-def _plain_pictures(source: Path) -> Iterator[tuple[Path, Listed]]:
-    """Pictures whose labels are YOLO text."""
+def _plain_images(source: Path) -> Iterator[tuple[Path, Listed]]:
+    """Images whose labels are YOLO text."""
     if source.is_dir():
         return ((path, plain(path)) for path in _walk(source))
     if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
@@ -216,8 +216,8 @@ def _plain_pictures(source: Path) -> Iterator[tuple[Path, Listed]]:
     if source.is_file() and source.suffix.lower() == ".txt":
         return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source))
     if source.exists():
-        raise DataError(f"{source}: is neither a folder, a .txt list of pictures, a COCO .json file nor a picture")
-    raise DataError(f"{source}: no such folder, list of pictures or annotation file")
+        raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor a image")
+    raise DataError(f"{source}: no such folder, list of images or annotation file")
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -232,7 +232,7 @@ def _read_list(source: Path) -> Iterator[tuple[Path, str]]:
     try:
         lines = source.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as a list of pictures: {error}") from error
+        raise DataError(f"{source}: cannot be read as a list of images: {error}") from error
     for number, line in enumerate(lines, 1):
         text = line.strip()
         if not text or os.path.splitext(text)[1].lower() not in IMAGE_SUFFIXES:
@@ -260,7 +260,7 @@ def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path
 def _verified(
     paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool
 ) -> list[label_cache.Entry]:
-    """One entry per path: from the cache where size and time of picture and label are unchanged, else verified anew."""
+    """One entry per path: from the cache where size and time of image and label are unchanged, else verified again."""
     known = label_cache.read(cache)
     name = cache.name.split(".")[0]
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
@@ -286,18 +286,18 @@ def _stamps(paths: Sequence[Path], listed: Mapping[Path, Listed]) -> list[tuple[
 
 
 def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> label_cache.Entry:
-    """Check one picture and its labels.
+    """Check one image and its labels.
 
     Args:
-        image: the picture.
+        image: the image.
         stamp: what `label_cache.stamp` gives for it.
         listed: where its labels are.
 
     Returns:
-        The entry; problems of the picture are messages in it, never exceptions.
+        The entry; problems of the image are messages in it, never exceptions.
 
     Raises:
-        UnknownClass: a class that the data set does not name.
+        UnknownClass: a class that the dataset does not name.
     """
     found = LabelFile(np.zeros((0, 5), np.float32))
     status = "missing"
@@ -353,7 +353,7 @@ def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Map
     file = listed[record.path].label
     line = f":{_line_of_class(file, number)}" if file.suffix == ".txt" else ""
     raise DataError(
-        f"{file}{line}: class {number}, but the data set has {num_classes} classes; allowed are 0-{num_classes - 1}"
+        f"{file}{line}: class {number}, but the dataset has {num_classes} classes; allowed are 0-{num_classes - 1}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Samples to batches: stack, turn BGR pictures into RGB planes, number the labels."""
+"""Samples to batches: stack, turn BGR images into RGB planes, number the labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """
     shapes = {s.image.shape for s in samples}
     if len(shapes) != 1:
-        raise ValueError(f"pictures of different sizes in one batch: {sorted(shapes)}")
+        raise ValueError(f"images of different sizes in one batch: {sorted(shapes)}")
     height, width, _ = shapes.pop()
     images = _empty((len(samples), 3, height, width))
     planes = images.numpy()
@@ -40,10 +40,10 @@ def collate(samples: Sequence[Sample]) -> Batch:
 def collate_quad(samples: Sequence[Sample], rng: np.random.Generator) -> Batch:
     """Turn every four samples into one of twice the side: either the four side by side, or the first one enlarged.
 
-    The last picture of a batch that does not divide by four keeps what samples there are, with grey in the free places.
+    The last image of a batch that does not divide by four keeps what samples there are, with gray in the free places.
 
     Returns:
-        As `collate`, with a quarter of the pictures; no geometry (`shapes` holds None).
+        As `collate`, with a quarter of the images; no geometry (`shapes` holds None).
     """
     joined = []
     for start in range(0, len(samples), 4):
@@ -55,7 +55,7 @@ def collate_quad(samples: Sequence[Sample], rng: np.random.Generator) -> Batch:
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a worker it lies in shared memory at once, to be sent without a copy."""
+    """An uninitialized uint8 tensor; in a worker it lies in shared memory at once, to be sent without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collate function does it
@@ -82,7 +82,7 @@ def _side_by_side(group: Sequence[Sample]) -> tuple[Image, Labels]:
 
 
 def _number(labels: Sequence[Labels]) -> Labels:
-    """(M, 6): all rows, each with the number of its picture in front."""
+    """(M, 6): all rows, each with the number of its image in front."""
     out = np.zeros((sum(map(len, labels)), 6), np.float32)
     out[:, 0] = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
     out[:, 1:] = np.concatenate(labels, 0)

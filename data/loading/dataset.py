@@ -1,7 +1,7 @@
-"""DetectionDataset: from the number of a picture to a training or validation sample.
+"""DetectionDataset: from the number of a image to a training or validation sample.
 
 What sample i looks like in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of
-the epoch's order that holds i, so that a process that makes the samples of a block decodes each of its pictures once.
+the epoch's order that holds i, so that a process that makes the samples of a block decodes each of its images once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from data.augment import mosaic, warp
 from data.augment.color import hsv_gains, mixup
 from data.augment.config import AugmentConfig
-from data.augment.mosaic import Picture
+from data.augment.mosaic import LabeledImage
 from data.labels.labels import ImageRecord
 from data.letterbox import Fit, Image, fit, place
 from data.loading.image_cache import RECENT_BYTES, ImageStore, bytes_kept, enlarged
@@ -33,24 +33,24 @@ CLIP_EPS = 1e-3  # boxes end that many pixels before the right and the bottom bo
 
 @dataclass(eq=False)
 class DetectionDataset:
-    """Pictures with boxes, fitted to one size (or one shape per batch), augmented when a recipe is given.
+    """Images with boxes, fitted to one size (or one shape per batch), augmented when a recipe is given.
 
     Attributes:
-        records: pictures with labels.
+        records: images with labels.
         imgsz: longer side of what the network sees, in pixels.
         augment: training-time changes; None gives validation samples.
-        rect: one shape per batch of pictures of similar shape, instead of squares. No mosaics then.
+        rect: one shape per batch of images of similar shape, instead of squares. No mosaics then.
         batch_size: of the rectangular batches.
         stride: rectangular shapes are multiples of it.
         pad: extra padding of rectangular shapes, in strides.
-        cache: keep decoded pictures in memory ("ram") or as .npy files ("disk").
-        cache_folder: where the .npy files go; None means beside the pictures.
+        cache: keep decoded images in memory ("ram") or as .npy files ("disk").
+        cache_folder: where the .npy files go; None means beside the images.
         seed: of all random choices.
         close_mosaic_from: first epoch without mosaics, and so without mixup and copy-paste; None: there is none. The
-            epoch comes with each key, so worker processes need not be told.
+            epoch comes with each key, so worker processes need not be reported.
 
     Raises:
-        DataError: at once when the cache cannot be filled; on access when a picture cannot be read.
+        DataError: at once when the cache cannot be filled; on access when a image cannot be read.
     """
 
     records: Sequence[ImageRecord]
@@ -81,45 +81,45 @@ class DetectionDataset:
         return len(self.records)
 
     def __getitem__(self, key: Key) -> Sample:
-        """Sample of picture `i` (epoch 0), of `(epoch, i)`, or of a SampleKey.
+        """Sample of image `i` (epoch 0), of `(epoch, i)`, or of a SampleKey.
 
         Returns:
-            Image (H, W, 3) uint8 BGR, contiguous; labels class, centre x, centre y, width, height, parts of its sides.
+            Image (H, W, 3) uint8 BGR, contiguous; labels class, center x, center y, width, height, parts of its sides.
         """
         key = as_key(key)
         if not 0 <= key.index < len(self.records):
-            raise IndexError(f"picture {key.index} of a data set of {len(self.records)}")
+            raise IndexError(f"image {key.index} of a dataset of {len(self.records)}")
         if self.augment is None:
             return self._validation_sample(key.index)
         return self._training_sample(key, self.augment)
 
     @property
     def labels(self) -> list[NDArray[np.float32]]:
-        """Per picture (n, 5) class, centre x, centre y, width, height as parts of the sides."""
+        """Per image (n, 5) class, center x, center y, width, height as parts of the sides."""
         return [record.labels for record in self.records]
 
     @property
     def window_size(self) -> int:
-        """How many pictures of an epoch's order may share a mosaic.
+        """How many images of an epoch's order may share a mosaic.
 
-        All of them where one process can keep the whole set decoded; in a larger set a window, so that each picture is
-        decoded about once per epoch. A small set needs the variety: few windows make successive steps see few pictures.
+        All of them where one process can keep the whole set decoded; in a larger set a window, so that each image is
+        decoded about once per epoch. A small set needs the variety: few windows make successive steps see few images.
         """
         needed = sum(bytes_kept((r.height, r.width), self.imgsz) for r in self.records)
         return max(len(self.records), 1) if needed <= RECENT_BYTES else WINDOW
 
     @property
     def uses_mosaic(self) -> bool:
-        """Whether samples may hold several pictures, in some epoch."""
+        """Whether samples may hold several images, in some epoch."""
         return self.augment is not None and self.augment.mosaic > 0 and not self.rect
 
     def mosaic_closed(self, epoch: int) -> bool:
-        """Whether samples of an epoch hold one picture each, because it is one of the last ones."""
+        """Whether samples of an epoch hold one image each, because it is one of the last ones."""
         return self.close_mosaic_from is not None and epoch >= self.close_mosaic_from
 
     @cached_property
     def sizes(self) -> NDArray[np.int64]:
-        """(n, 2) heights and widths of the picture files, in pixels."""
+        """(n, 2) heights and widths of the image files, in pixels."""
         return np.array([(r.height, r.width) for r in self.records], np.int64).reshape(-1, 2)
 
     @cached_property
@@ -139,31 +139,31 @@ class DetectionDataset:
         return place_of
 
     def shape_of(self, index: int) -> HW:
-        """(height, width) of a picture's sample."""
+        """(height, width) of a image's sample."""
         if not self.rect:
             return self.imgsz, self.imgsz
         return self.batch_shapes[self._place_in_order[index] // self.batch_size]
 
-    def _picture(self, index: int) -> Picture:
+    def _image(self, index: int) -> LabeledImage:
         record = self.records[index]
         size = fit_long_side(record.height, record.width, self.imgsz)
-        return Picture(self._images[index], size, record.labels, record.segments)
+        return LabeledImage(self._images[index], size, record.labels, record.segments)
 
-    def _fit(self, index: int, picture: Picture) -> tuple[Fit, ImageShapes]:
-        """Place of a single picture in its sample, and the geometry back to the file."""
-        f = fit(picture.size, self.shape_of(index), scaleup=self.augment is not None)
+    def _fit(self, index: int, image: LabeledImage) -> tuple[Fit, ImageShapes]:
+        """Place of a single image in its sample, and the geometry back to the file."""
+        f = fit(image.size, self.shape_of(index), scaleup=self.augment is not None)
         height, width = self.records[index].height, self.records[index].width
-        ratio = (f.ratio[1] * (picture.size[0] / height), f.ratio[0] * (picture.size[1] / width))
+        ratio = (f.ratio[1] * (image.size[0] / height), f.ratio[0] * (image.size[1] / width))
         return f, ImageShapes((height, width), ratio, f.pad)
 
     def _validation_sample(self, index: int) -> Sample:
-        picture = self._picture(index)
-        f, shapes = self._fit(index, picture)
+        source = self._image(index)
+        f, shapes = self._fit(index, source)
         # The labels take the exact padding, the pixels the rounded one, as in YOLOv5.
-        height, width = picture.size
-        labels = mosaic.place_labels(picture.labels, (f.ratio[1] * height, f.ratio[0] * width), f.pad)
-        image = place(enlarged(picture.image, picture.size), f)
-        return Sample(image, _normalised(labels, f.shape), str(self.records[index].path), shapes, index)
+        height, width = source.size
+        labels = mosaic.place_labels(source.labels, (f.ratio[1] * height, f.ratio[0] * width), f.pad)
+        image = place(enlarged(source.image, source.size), f)
+        return Sample(image, _normalized(labels, f.shape), str(self.records[index].path), shapes, index)
 
     def _training_sample(self, key: SampleKey, config: AugmentConfig) -> Sample:
         rng = sample_rng(self.seed, key.epoch, key.index + key.repeat * len(self.records))
@@ -179,7 +179,7 @@ class DetectionDataset:
             image, labels, shapes = self._single(key.index, flips, rng)
         image = hsv_gains(image, config.hsv_h, config.hsv_s, config.hsv_v, rng)
         path = str(self.records[key.index].path)
-        return Sample(image, _normalised(labels, image.shape[:2]), path, shapes, key.index)
+        return Sample(image, _normalized(labels, image.shape[:2]), path, shapes, key.index)
 
     def _mosaic(
         self, index: int, window: Index, flips: tuple[bool, bool], rng: np.random.Generator
@@ -192,7 +192,7 @@ class DetectionDataset:
         partners = rng.choice(others if len(others) else window, count, replace=len(others) < count)
         members = rng.permutation([index, *partners]).tolist()
         lay_out = mosaic.mosaic9 if nine else mosaic.mosaic4
-        canvas, labels, segments = lay_out([self._picture(i) for i in members], self.imgsz, rng)
+        canvas, labels, segments = lay_out([self._image(i) for i in members], self.imgsz, rng)
         chosen = mosaic.choose_pastes(labels, segments, canvas.shape[1], config.copy_paste, rng)
         move = warp.draw_warp(config, canvas.shape, (self.imgsz, self.imgsz), rng, flips)
         image = warp.render(canvas, move)
@@ -204,17 +204,17 @@ class DetectionDataset:
     def _single(
         self, index: int, flips: tuple[bool, bool], rng: np.random.Generator
     ) -> tuple[Image, mosaic.Labels, ImageShapes]:
-        """One picture, fitted and warped in one step."""
-        picture = self._picture(index)
-        f, shapes = self._fit(index, picture)
+        """One image, fitted and warped in one step."""
+        image = self._image(index)
+        f, shapes = self._fit(index, image)
         (h, w), (left, top) = f.size, f.offset
-        canvas = warp.Canvas((warp.Tile(picture.image, f.size, f.offset, (left, top, left + w, top + h)),), f.shape)
+        canvas = warp.Canvas((warp.Tile(image.image, f.size, f.offset, (left, top, left + w, top + h)),), f.shape)
         move = warp.draw_warp(self.augment or AugmentConfig(), f.shape, f.shape, rng, flips)
-        labels = mosaic.place_labels(picture.labels, f.size, f.offset)
+        labels = mosaic.place_labels(image.labels, f.size, f.offset)
         if move.is_identity:
             return warp.render(canvas, move), labels, shapes
-        placed = Picture(picture.image, f.size, picture.labels, picture.segments)
-        segments = mosaic.place_segments(placed, f.offset) if picture.segments else []
+        placed = LabeledImage(image.image, f.size, image.labels, image.segments)
+        segments = mosaic.place_segments(placed, f.offset) if image.segments else []
         return warp.render(canvas, move), warp.transform_labels(labels, segments, move), shapes
 
     def _window(self, key: SampleKey) -> Index:
@@ -226,8 +226,8 @@ class DetectionDataset:
         return window_at(self._order[1], int(self._order[2][key.index]), self._window_size)
 
 
-def _normalised(labels: mosaic.Labels, shape: HW) -> mosaic.Labels:
-    """(n, 5) class, corners in pixels to class, centre x, centre y, width, height as parts of the sides; clipped."""
+def _normalized(labels: mosaic.Labels, shape: HW) -> mosaic.Labels:
+    """(n, 5) class, corners in pixels to class, center x, center y, width, height as parts of the sides; clipped."""
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
     out[:, 1:] = xyxy2xywhn(labels[:, 1:], w=shape[1], h=shape[0], clip=True, eps=CLIP_EPS)

@@ -1,4 +1,4 @@
-"""Decoded pictures, at most as large as the network needs them: read, kept for a while, kept in memory or on disk."""
+"""Decoded images, at most as large as the network needs them: read, kept for a while, kept in memory or on disk."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from utils.files import atomic_path
 LOGGER = logging.getLogger(__name__)
 
 RECENT_BYTES = 256 * 2**20
-"""Pictures of a mosaic window that a process keeps, in bytes."""
+"""Images of a mosaic window that a process keeps, in bytes."""
 
 SAFETY = 1.1  # a memory cache must fit with this margin
 GIB = 2**30
 
 
 class ImageStore:
-    """The pictures of a data set by number, with the longer side shrunk to `imgsz` (small ones are not enlarged).
+    """The images of a dataset by number, with the longer side shrunk to `imgsz` (small ones are not enlarged).
 
     Args:
-        records: the pictures.
+        records: the images.
         imgsz: longest side kept, in pixels.
         smooth: shrink by area averaging (validation) instead of linear interpolation.
-        mode: None reads a picture each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
-        folder: of the .npy files; None: each lies beside its picture.
+        mode: None reads a image each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
+        folder: of the .npy files; None: each lies beside its image.
         recent_bytes: how much of what was read last is kept, in bytes.
 
     Raises:
-        DataError: a picture cannot be read, is not of the size its record says, or a .npy file cannot be written.
+        DataError: a image cannot be read, is not of the size its record says, or a .npy file cannot be written.
     """
 
     def __init__(
@@ -65,9 +65,9 @@ class ImageStore:
         self._on_disk = mode == "disk"
         self._kept: list[Image] | None = None
         if self._on_disk:
-            _for_all(self._write_file, len(records), "caching pictures on disk")
+            _for_all(self._write_file, len(records), "caching images on disk")
         elif mode == "ram" and self._fits_in_memory():
-            self._kept = _for_all(self._read, len(records), "caching pictures in memory")
+            self._kept = _for_all(self._read, len(records), "caching images in memory")
 
     def __getitem__(self, index: int) -> Image:
         """(h, w, 3) uint8 BGR; not to be written to."""
@@ -107,18 +107,18 @@ class ImageStore:
         free = available_memory()
         if free is not None and needed * SAFETY > free:
             LOGGER.warning(
-                "pictures are not cached in memory: %.1f GiB needed, %.1f GiB free; 'disk' may help",
+                "images are not cached in memory: %.1f GiB needed, %.1f GiB free; 'disk' may help",
                 needed * SAFETY / GIB,
                 free / GIB,
             )
             return False
-        LOGGER.info("caching %d pictures in memory: %.1f GiB", len(self._records), needed / GIB)
+        LOGGER.info("caching %d images in memory: %.1f GiB", len(self._records), needed / GIB)
         return True
 
     # ---- disk
 
     def file_of(self, index: int) -> Path:
-        """The .npy file of a picture."""
+        """The .npy file of a image."""
         path = self._records[index].path
         if self._folder is None:
             return path.with_suffix(".npy")
@@ -126,7 +126,7 @@ class ImageStore:
         return self._folder / f"{path.stem}-{name}.npy"
 
     def _is_fresh(self, index: int) -> bool:
-        """A .npy file carries the time stamp of the picture it was made from."""
+        """A .npy file carries the time stamp of the image it was made from."""
         try:
             return self.file_of(index).stat().st_mtime_ns == self._records[index].path.stat().st_mtime_ns
         except OSError:
@@ -155,7 +155,7 @@ class ImageStore:
 
 
 def enlarged(image: Image, size: HW) -> Image:
-    """The picture at (height, width) `size`, linear interpolation; itself when it has that size."""
+    """The image at (height, width) `size`, linear interpolation; itself when it has that size."""
     if image.shape[:2] == size:
         return image
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
@@ -187,7 +187,7 @@ def _cgroup_available() -> int | None:
 
 
 def bytes_kept(size: HW, imgsz: int) -> int:
-    """Memory of a picture of (height, width) once its longer side is no more than `imgsz`."""
+    """Memory of a image of (height, width) once its longer side is no more than `imgsz`."""
     height, width = fit_long_side(*size, imgsz) if max(size) > imgsz else size
     return height * width * 3
 
@@ -203,7 +203,7 @@ def _for_all(work: Callable[[int], Image | None], count: int, title: str) -> lis
 
 
 class _Recent:
-    """The pictures used last, up to a number of bytes. Affects speed only."""
+    """The images used last, up to a number of bytes. Affects speed only."""
 
     def __init__(self, limit: int) -> None:
         self._limit = limit

@@ -1,4 +1,4 @@
-"""Batches of a data set, made by worker processes that hold no state.
+"""Batches of a dataset, made by worker processes that hold no state.
 
 Workers receive keys (epoch, image index) and return whole batches. A worker gets the batches of one mosaic window at
 once (see `data.loading.order`), so that each image is decoded about once per epoch, not once per use.
@@ -30,7 +30,7 @@ TASK_BYTES = 96 * 2**20
 GRACE_SECONDS = 30
 """How long a worker lives on after SIGTERM; torchrun and SLURM give a process as long before they kill it."""
 
-_QUAD_STREAM = 2**33  # added to a picture's number: the random numbers of the four-in-one collate
+_QUAD_STREAM = 2**33  # added to a image's number: the random numbers of the four-in-one collate
 
 Keys = Sequence[Key]
 
@@ -41,13 +41,13 @@ class DetectionLoader:
 
     Attributes:
         dataset: where samples come from. With `rect` its order and batch size are fixed: no shuffling.
-        batch_size: pictures per batch; the last batch may be smaller.
-        workers: processes that make batches; cut to the processors and batches at hand. 0 works in this process.
+        batch_size: images per batch; the last batch may be smaller.
+        workers: processes that make batches; cut to the processors and batches available. 0 works in this process.
         shuffle: a new order each epoch, a function of (seed, epoch).
         seed: of the order.
         rank, world_size: share of one process in distributed training; rank -1 means all.
         repeat: give the ranks equally many batches by repeating some; else each comes once, as validation needs it.
-        image_weights: (n,) non-negative: draw pictures by weight, with replacement, instead of each one once.
+        image_weights: (n,) non-negative: draw images by weight, with replacement, instead of each one once.
         quad: four-in-one batches, see `collate_quad`.
 
     Raises:
@@ -71,7 +71,7 @@ class DetectionLoader:
         if self.dataset.rect and self.dataset.batch_size != self.batch_size:
             raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
         self.epoch = self.skip = 0
-        share = _processors() // _neighbours(self.world_size)
+        share = _processors() // _neighbors(self.world_size)
         self.workers = min(self.workers, share, len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()
         self._loader: DataLoader | None = None
@@ -126,7 +126,7 @@ class DetectionLoader:
         n = len(self.dataset)
         if self.image_weights is not None and not self.dataset.rect:
             if len(self.image_weights) != n:
-                raise ValueError(f"{len(self.image_weights)} image weights for {n} pictures")
+                raise ValueError(f"{len(self.image_weights)} image weights for {n} images")
             order = weighted_order(self.image_weights, self.seed, self.epoch)
             return weighted_keys(order, self.epoch, self.dataset.window_size)
         shuffled = self.shuffle and not self.dataset.rect
@@ -217,6 +217,6 @@ def _processors() -> int:
         return os.cpu_count() or 1
 
 
-def _neighbours(world_size: int) -> int:
+def _neighbors(world_size: int) -> int:
     """Processes of a training that share this machine; torchrun tells how many of all they are."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1

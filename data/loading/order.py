@@ -1,4 +1,4 @@
-"""Which picture comes when: the order of an epoch, its windows and its shards, all functions of numbers alone.
+"""Which image comes when: the order of an epoch, its windows and its shards, all functions of numbers alone.
 
 No process keeps state between samples, so the same epoch has the same batches with any number of workers, and after a
 resume.
@@ -17,9 +17,9 @@ from utils.seed import sample_rng
 Index = NDArray[np.int64]
 
 WINDOW = 64
-"""Positions of an epoch's order whose pictures may share a mosaic: a block of that many is decoded once and reused."""
+"""Positions of an epoch's order whose images may share a mosaic: a block of that many is decoded once and reused."""
 
-_ORDER_STREAM, _WEIGHTED_STREAM = 2**32 - 1, 2**32 - 2  # sample numbers no data set reaches: streams of their own
+_ORDER_STREAM, _WEIGHTED_STREAM = 2**32 - 1, 2**32 - 2  # sample numbers no dataset reaches: streams of their own
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class SampleKey:
 
     Attributes:
         epoch: epoch number.
-        index: picture number.
-        repeat: how often the picture came before in this epoch (only a weighted draw repeats pictures).
-        window: pictures that may join it in a mosaic; None: the window of the unweighted order.
+        index: image number.
+        repeat: how often the image came before in this epoch (only a weighted draw repeats images).
+        window: images that may join it in a mosaic; None: the window of the unweighted order.
     """
 
     epoch: int
@@ -51,22 +51,22 @@ def as_key(key: Key) -> SampleKey:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Index:
-    """The shuffled order of `n` pictures in one epoch, a function of (n, seed, epoch)."""
+    """The shuffled order of `n` images in one epoch, a function of (n, seed, epoch)."""
     return sample_rng(seed, epoch, _ORDER_STREAM).permutation(n)
 
 
 def weighted_order(weights: Sequence[float] | NDArray[np.floating], seed: int, epoch: int) -> Index:
-    """Draw as many pictures as there are weights, with replacement, in proportion to them.
+    """Draw as many images as there are weights, with replacement, in proportion to them.
 
     Args:
-        weights: (n,) non-negative; when all are 0 every picture is as likely as the next.
+        weights: (n,) non-negative; when all are 0 every image is as likely as the next.
 
     Returns:
-        (n,) int64 picture numbers, a function of (weights, seed, epoch).
+        (n,) int64 image numbers, a function of (weights, seed, epoch).
     """
     w = np.asarray(weights, np.float64)
     if w.ndim != 1 or not np.isfinite(w).all() or (w < 0).any():
-        raise ValueError("image weights are one finite, non-negative number per picture")
+        raise ValueError("image weights are one finite, non-negative number per image")
     total = w.sum()
     return sample_rng(seed, epoch, _WEIGHTED_STREAM).choice(len(w), size=len(w), p=w / total if total > 0 else None)
 
@@ -74,7 +74,7 @@ def weighted_order(weights: Sequence[float] | NDArray[np.floating], seed: int, e
 def window_at(order: Index, position: int, size: int = WINDOW) -> Index:
     """The block of `size` places of `order` that holds `position`; the last block reaches back to be as long.
 
-    Blocks, not sliding windows: a worker that makes all samples of a block decodes each of its pictures once.
+    Blocks, not sliding windows: a worker that makes all samples of a block decodes each of its images once.
     """
     if len(order) <= size:
         return order
@@ -83,7 +83,7 @@ def window_at(order: Index, position: int, size: int = WINDOW) -> Index:
 
 
 def weighted_keys(order: Index, epoch: int, size: int = WINDOW) -> list[SampleKey]:
-    """Keys for a weighted order: repeated pictures are numbered, and each key carries its mosaic window."""
+    """Keys for a weighted order: repeated images are numbered, and each key carries its mosaic window."""
     seen: dict[int, int] = {}
     keys = []
     window = order

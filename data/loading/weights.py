@@ -1,4 +1,4 @@
-"""How much each class counts in the loss (`class_weights`), and each picture in the draw (`--image-weights`)."""
+"""How much each class counts in the loss (`class_weights`), and each image in the draw (`--image-weights`)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes:
     """Weights that fall with a class's frequency: 1 / count (a class without labels counts as one), scaled to sum 1.
 
     Args:
-        labels: per picture (n, 5), class first.
+        labels: per image (n, 5), class first.
 
     Returns:
         (num_classes,) float64.
@@ -49,19 +49,19 @@ def class_loss_weights(
     labels: Sequence[NDArray[np.floating]],
     where: str,
 ) -> tuple[float, ...] | None:
-    """The hyper-parameter `class_weights` for the classes of a data set.
+    """The hyperparameter `class_weights` for the classes of a dataset.
 
     Args:
         wanted: None, `'balanced'`, a number per class, or numbers by class name or number (1 for the others).
         names: class names by number, 0 and on.
-        labels: of the training pictures, as in `labels_to_class_weights`.
+        labels: of the training images, as in `labels_to_class_weights`.
         where: file that it stands in.
 
     Returns:
         A weight per class; None = none are wanted.
 
     Raises:
-        ConfigError: another number of weights than of classes, or a class that the data set does not have.
+        ConfigError: another number of weights than of classes, or a class that the dataset does not have.
     """
     if wanted is None:
         return None
@@ -69,7 +69,7 @@ def class_loss_weights(
         return tuple(float(w) for w in balanced_class_weights(labels, len(names)))
     if not isinstance(wanted, Mapping):
         if len(wanted) != len(names):
-            have = f"the data set has {len(names)} classes ({', '.join(names.values())})"
+            have = f"the dataset has {len(names)} classes ({', '.join(names.values())})"
             raise ConfigError(f"{where}: class_weights: {len(wanted)} numbers; {have}")
         return tuple(float(w) for w in wanted)
     weights = [1.0] * len(names)
@@ -86,12 +86,12 @@ def class_loss_weights(
 def labels_to_image_weights(
     labels: Sequence[NDArray[np.floating]], num_classes: int, class_weights: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weight of each picture: the sum of the class weights of its labels (0 without labels).
+    """Weight of each image: the sum of the class weights of its labels (0 without labels).
 
     In training the class weights are `labels_to_class_weights(...) * (1 - mAP per class)^2`.
 
     Args:
-        labels: per picture (n, 5), class first.
+        labels: per image (n, 5), class first.
         class_weights: (num_classes,).
 
     Returns:

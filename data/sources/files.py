@@ -1,4 +1,4 @@
-"""Where `detect.py` gets its pictures: files, folders, globs, lists, videos, cameras, network streams, the screen.
+"""Where `detect.py` gets its images: files, folders, globs, lists, videos, cameras, network streams, the screen.
 
 `open_source` looks at the text that the user gave and returns a `Source`, which is iterated once and then closed. What
 cannot be read is logged when it is met, kept in `Source.failures`, and the rest goes on.
@@ -35,8 +35,8 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
     """Find out what `--source` names, and open it.
 
     Args:
-        text: picture or video file, folder (not its subfolders), glob (`**` reaches into subfolders), `.txt` list of
-            files, `.streams` list of addresses, camera number, URL (of a picture or video file, which is fetched first,
+        text: image or video file, folder (not its subfolders), glob (`**` reaches into subfolders), `.txt` list of
+            files, `.streams` list of addresses, camera number, URL (of a image or video file, which is fetched first,
             or of a stream), or `screen [N] [left top width height]`.
         vid_stride: use every n-th frame of videos and streams.
 
@@ -68,7 +68,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
 
 @dataclass
 class FoundFiles:
-    """Result of looking for pictures and videos.
+    """Result of looking for images and videos.
 
     Attributes:
         files: in the order in which they are processed; each file once.
@@ -80,7 +80,7 @@ class FoundFiles:
 
 
 def find_files(path: Path) -> FoundFiles:
-    """The pictures and videos that a file, folder, glob or `.txt` list names; folders and globs in sorted order.
+    """The images and videos that a file, folder, glob or `.txt` list names; folders and globs in sorted order.
 
     Raises:
         DataError: nothing there, or nothing usable in it.
@@ -91,7 +91,7 @@ def find_files(path: Path) -> FoundFiles:
         if path.suffix.lower() == ".txt":
             return _of_list(path)
         if not _usable(path):
-            raise DataError(f"{path}: neither picture nor video by its suffix; {_allowed()}")
+            raise DataError(f"{path}: neither image nor video by its suffix; {_allowed()}")
         return FoundFiles([path])
     if glob.has_magic(str(path)):
         return FoundFiles(_of_glob(str(path)))
@@ -108,12 +108,12 @@ def _allowed() -> str:
 
 
 def _sift(files: Sequence[Path], where: str) -> list[Path]:
-    """The pictures and videos among the files; says what was left out."""
+    """The images and videos among the files; says what was left out."""
     good = [f for f in files if _usable(f)]
     other = [f.name for f in files if not _usable(f)]
     if other and good:
         names = ", ".join(other[:5]) + (", ..." if len(other) > 5 else "")
-        LOGGER.info("%s: %d file(s) skipped that are neither pictures nor videos: %s", where, len(other), names)
+        LOGGER.info("%s: %d file(s) skipped that are neither images nor videos: %s", where, len(other), names)
     return good
 
 
@@ -123,7 +123,7 @@ def _of_folder(folder: Path) -> list[Path]:
     if not good:
         deeper = any(p.is_dir() for p in entries)
         hint = f"; for its subfolders give '{folder}/**/*.jpg' in quotes" if deeper else f"; {_allowed()}"
-        raise DataError(f"{folder}: no pictures or videos in this folder{hint}")
+        raise DataError(f"{folder}: no images or videos in this folder{hint}")
     return good
 
 
@@ -131,7 +131,7 @@ def _of_glob(pattern: str) -> list[Path]:
     matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
     good = _sift([p for p in matches if p.is_file()], pattern)
     if not good:
-        raise DataError(f"{pattern}: no picture or video matches this pattern" + (f"; {_allowed()}" if matches else ""))
+        raise DataError(f"{pattern}: no image or video matches this pattern" + (f"; {_allowed()}" if matches else ""))
     return good
 
 
@@ -166,7 +166,7 @@ def _list_entries(path: Path) -> list[str]:
 
 
 class FileSource(Source):
-    """Pictures and videos from files, each frame once and in order.
+    """Images and videos from files, each frame once and in order.
 
     Args:
         found: what to read; its problems are reported as failures.
@@ -218,7 +218,7 @@ class FileSource(Source):
 
 
 class DownloadedSource(Source):
-    """A picture or video behind an http address, fetched into a temporary folder that goes away with the source."""
+    """A image or video behind an http address, fetched into a temporary folder that goes away with the source."""
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
         super().__init__()

@@ -230,12 +230,12 @@ class StreamSource(Source):
 
 
 class ScreenSource(Source):
-    """Pictures of the screen, as fast as they are asked for.
+    """Images of the screen, as fast as they are asked for.
 
     Args:
         text: `screen`, `screen N` (monitor number; 0 = all of them together), `screen left top width height`, or
             `screen N left top width height` in pixels.
-        vid_stride: use every n-th picture.
+        vid_stride: use every n-th image.
 
     Raises:
         DataError: other words, no `mss` package, no such monitor, or no screen.

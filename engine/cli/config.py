@@ -1,4 +1,4 @@
-"""Options of the commands and training hyper-parameters, each stated once: name, default, meaning, allowed values.
+"""Options of the commands and training hyperparameters, each stated once: name, default, meaning, allowed values.
 
 `engine.cli.parser` generates the command lines from these dataclasses, so a flag, its default and its help cannot
 drift apart. No torch here: `--help` has to be instant.
@@ -92,20 +92,24 @@ class TrainConfig(Options):
 
     weights: str = option("", "checkpoint to start from; empty = random start (then --cfg is needed)")
     cfg: str = option("", "model YAML; with --weights too, the weights that fit by meaning are copied")
-    data: str = option("data/shapes.yaml", "data set YAML")
-    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyper-parameter YAML")
+    data: str = option("data/shapes.yaml", "dataset YAML")
+    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyperparameter YAML")
     epochs: int = option(100, "number of epochs", int, low=1)
     batch_size: int = option(16, "images per step over all devices; -1 = choose by GPU memory (CPU: 16)", int, low=-1)
     imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, low=32)
     rect: bool = flag("rectangular batches sorted by shape: no mosaic, no shuffling")
-    resume: Any = option(False, "go on with the newest run, or with the given last.pt", str, form=OPTIONAL, const=True)
+    resume: Any = option(
+        False, "continue with the newest run, or with the given last.pt", str, form=OPTIONAL, const=True
+    )
     nosave: bool = flag("write checkpoints only after the final epoch")
     noval: bool = flag("validate only after the final epoch")
     noautoanchor: bool = flag("skip the anchor check")
-    noplots: bool = flag("write no pictures")
-    evolve: Any = option(None, "tune the hyper-parameters: number of trials", int, form=OPTIONAL, const=300, low=1)
-    evolve_population: str = option("data/hyps", "folder with hyper-parameter files that --evolve is to try first, too")
-    resume_evolve: str | None = option(None, "go on with an evolution (its study.db or folder), or take part in it")
+    noplots: bool = flag("write no images")
+    evolve: Any = option(None, "tune the hyperparameters: number of trials", int, form=OPTIONAL, const=300, low=1)
+    evolve_population: str = option("data/hyps", "folder with hyperparameter files that --evolve is to try first, too")
+    resume_evolve: str | None = option(
+        None, "continue with an hyperparameter search (its study.db or folder), or take part in it"
+    )
     bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(
         None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,
@@ -115,13 +119,13 @@ class TrainConfig(Options):
     device: str = option("", "'' = first GPU or CPU; cpu; 0; several GPUs by torchrun")
     multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
     single_cls: bool = flag("treat all labels as one class")
-    optimizer: str = option("SGD", "optimiser", choices=OPTIMIZERS)
-    sync_bn: bool = flag("synchronised batch norm over GPUs (under torchrun)")
+    optimizer: str = option("SGD", "optimizer", choices=OPTIMIZERS)
+    sync_bn: bool = flag("synchronized batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
     project: str = option("runs/train", "parent folder of runs")
     name: str = option("exp", "run folder name; 'cfg' = the model YAML's name")
     exist_ok: bool = flag("reuse the folder instead of counting up")
-    quad: bool = flag("four-in-one collate: a quarter of the pictures at double size")
+    quad: bool = flag("four-in-one collate: a quarter of the images at double size")
     cos_lr: bool = flag("cosine instead of linear decay of the learning rate")
     label_smoothing: float = option(0.0, "epsilon of class label smoothing", float, low=0.0, high=0.5)
     patience: int = option(100, "epochs without better fitness before stopping (0 = never)", int, low=0)
@@ -145,11 +149,11 @@ class TrainConfig(Options):
     logger: list[str] = option([], "also report to: wandb, mlflow, clearml, comet", str, form=MANY)
     entity: str | None = option(None, "team or workspace at W&B or Comet")
     upload_dataset: Any = option(
-        False, "logger: upload the data set", str, form=OPTIONAL, const=True,
-        missing="data sets stay where they are; use the tracker's own artefacts",
+        False, "logger: upload the dataset", str, form=OPTIONAL, const=True,
+        missing="datasets stay where they are; use the tracker's own exported files",
     )  # fmt: skip
     bbox_interval: int = option(
-        -1, "logger: interval of box pictures", int,
+        -1, "logger: interval of box images", int,
         missing="val_batch*.jpg and report.html go to the trackers once, at the end",
     )  # fmt: skip
     amp: str = option(
@@ -165,7 +169,7 @@ class TrainConfig(Options):
 class ValConfig(Options):
     """Options of val.py."""
 
-    data: str = option("data/shapes.yaml", "data set YAML")
+    data: str = option("data/shapes.yaml", "dataset YAML")
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
     batch_size: int = option(32, "images per step", int, low=1)
     imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, low=32)
@@ -201,7 +205,7 @@ class DetectConfig(Options):
 
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
     source: str = option("data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen")
-    data: str = option("", "data set YAML for class names where the model file has none")
+    data: str = option("", "dataset YAML for class names where the model file has none")
     imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
     conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
     iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
@@ -209,16 +213,16 @@ class DetectConfig(Options):
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
     view_img: bool = flag("show windows")
     save_txt: bool = flag("write label files")
-    save_format: int = option(0, "label files hold 0: centre x, y, w, h; 1: corners (normalised)", int, choices=(0, 1))
+    save_format: int = option(0, "label files hold 0: center x, y, w, h; 1: corners (normalized)", int, choices=(0, 1))
     save_csv: bool = flag("one CSV with image, class, score")
     save_json: bool = flag("one JSON with the boxes of every image")
     save_conf: bool = flag("scores in the label files")
     save_crop: bool = flag("cut-outs per class")
-    nosave: bool = flag("write no pictures or videos")
+    nosave: bool = flag("write no images or videos")
     classes: list[int] | None = option(None, "keep only these class numbers", int, form=MANY, low=0)
     agnostic_nms: bool = flag("NMS over all classes together")
     augment: bool = flag("test-time augmentation")
-    visualize: bool = flag("write the feature maps of every slot as pictures")
+    visualize: bool = flag("write the feature maps of every slot as images")
     update: bool = flag("strip the training state from the given weights afterwards (rewrites the file)")
     project: str = option("runs/detect", "parent folder of runs")
     name: str = option("exp", "run folder name")
@@ -239,10 +243,10 @@ class DetectConfig(Options):
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Training hyper-parameters as YOLOv5's hyp files name them.
+    """Training hyperparameters as YOLOv5's hyp files name them.
 
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
-    those of the model YAML). Keys of our own: `nominal_batch`, images that one optimiser step is to see; `clip_norm`,
+    those of the model YAML). Keys of our own: `nominal_batch`, images that one optimizer step is to see; `clip_norm`,
     largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused);
     `class_weights`, factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
     numbers by class name (1 for the others).
@@ -302,7 +306,7 @@ class Hyperparameters:
         for key, value in data.items():
             place = f"{where}:{lines[key]}" if lines and key in lines else where
             if key not in names:
-                problems.append(f"{place}: unknown hyper-parameter '{key}'{did_you_mean(key, names)}")
+                problems.append(f"{place}: unknown hyperparameter '{key}'{did_you_mean(key, names)}")
             elif key == "optimizer":
                 if value not in (None, *OPTIMIZERS):
                     problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
@@ -315,7 +319,7 @@ class Hyperparameters:
         optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer", "class_weights")
         missing = [n for n in names if n not in data and n not in optional]
         if missing:
-            problems.append(f"{where}: missing hyper-parameter(s) {', '.join(missing)}")
+            problems.append(f"{where}: missing hyperparameter(s) {', '.join(missing)}")
         if problems:
             raise ConfigError("; ".join(problems))
         values = plain(data)
@@ -329,7 +333,7 @@ class Hyperparameters:
 
 
 def _problems_of_class_weights(value: Any) -> list[str]:
-    """What is wrong with the form of `class_weights`; classes are looked up when the data set is known."""
+    """What is wrong with the form of `class_weights`; classes are looked up when the dataset is known."""
     if value is None or value in ("none", "balanced"):
         return []
     if not isinstance(value, (list, dict)):

@@ -9,7 +9,7 @@ from typing import Any
 
 from utils.errors import ConfigError
 
-WORDS = {int: "a whole number", float: "a number", str: "a text or a path", bool: "True or False"}
+WORDS = {int: "an integer", float: "a number", str: "a text or a path", bool: "True or False"}
 
 
 def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ class Candidate:
     """One row of the comparison.
 
     Attributes:
-        label: what tables and pictures call it; no two are alike.
+        label: what tables and images call it; no two are alike.
         given: as the command line has it.
         cfg: model YAML, or None where `weights` is given.
         weights: trained checkpoint, or None.
@@ -58,7 +58,7 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
 
     Args:
         config: options; plugins are loaded.
-        data: the data set, whose classes checkpoints must have.
+        data: the dataset, whose classes checkpoints must have.
         specs: folder for the YAMLs of backbones that are given by name.
 
     Raises:
@@ -177,7 +177,7 @@ def _checkpoint(given: str, data: DataConfig) -> Path:
         check_classes(read_checkpoint(path).names, data, str(given))
     except DataError as error:
         found = str(error).rpartition("; ")[0]  # without the hint at an option of val.py
-        raise DataError(f"{found}; give the data set that it was trained for") from error
+        raise DataError(f"{found}; give the dataset that it was trained for") from error
     return path
 
 

@@ -26,26 +26,26 @@ class CompareConfig(Options):
         form=MANY,
     )
     weights: list[str] = option([], "further candidates: trained checkpoints; they are not trained", str, form=MANY)
-    data: str = option("data/shapes.yaml", "data set YAML: pictures, classes, training and validation")
+    data: str = option("data/shapes.yaml", "dataset YAML: images, classes, training and validation")
     imgsz: int = option(640, "square side in pixels, for everything", int, aliases=IMGSZ_NAMES, low=32)
     epochs: int = option(0, "train each candidate for so many epochs; 0 = structure and speed alone", int, low=0)
     seeds: list[int] = option([0], "train each candidate once per seed", int, form=MANY, low=0)
     runtimes: list[str] = option(
-        [PYTORCH], f"of {', '.join(RUNTIMES)}; the first one counts for picture, limits and pick", str, form=MANY
+        [PYTORCH], f"of {', '.join(RUNTIMES)}; the first one counts for image, limits and pick", str, form=MANY
     )
     batch: list[int] = option(
-        [1], "pictures per call when latency is measured; the first one counts for picture, limits and pick", int,
+        [1], "images per call when latency is measured; the first one counts for image, limits and pick", int,
         form=MANY, low=1,
     )  # fmt: skip
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
     threads: int = option(0, "threads of a measurement on a CPU; 0 = as many as PyTorch takes", int, low=0)
-    max_latency_ms: float | None = option(None, "limit: milliseconds per picture, all stages", float, low=0.0)
+    max_latency_ms: float | None = option(None, "limit: milliseconds per image, all stages", float, low=0.0)
     max_params_m: float | None = option(None, "limit: millions of parameters", float, low=0.0)
     max_gflops: float | None = option(None, "limit: GFLOPs at --imgsz", float, low=0.0)
     max_memory_mb: float | None = option(None, "limit: peak memory of inference in MB", float, low=0.0)
     batch_size: int = option(16, "training: images per step", int, low=1)
-    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyper-parameter YAML")
-    optimizer: str = option("SGD", "training: optimiser", choices=("SGD", "Adam", "AdamW"))
+    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyperparameter YAML")
+    optimizer: str = option("SGD", "training: optimizer", choices=("SGD", "Adam", "AdamW"))
     cos_lr: bool = flag("training: cosine instead of linear decay of the learning rate")
     amp: str = option(
         "auto", "training: mixed precision; auto = fp16 on CUDA, else off", choices=("auto", "fp16", "bf16", "off")
@@ -68,7 +68,7 @@ class CompareConfig(Options):
     )
     memory_gb: float = option(0.0, "memory one candidate may take on a CPU; 0 = what is free", float, low=0.0)
     pretrained: bool = flag("backbones given by name start from their published weights")
-    fresh: bool = flag("measure and train everything anew instead of using stored results")
+    fresh: bool = flag("measure and train everything again instead of using stored results")
     project: str = option("runs/compare", "parent folder of runs, and of the stored results")
     name: str = option("exp", "run folder name")
     exist_ok: bool = flag("reuse the folder instead of counting up")

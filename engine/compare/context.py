@@ -1,4 +1,4 @@
-"""What all stages of a comparison share: options, data, folders, keys, and pictures to measure on."""
+"""What all stages of a comparison share: options, data, folders, keys, and images to measure on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.images import read
 from data.labels.labels import Annotations, load_annotations
 from engine.cli.config import Hyperparameters
 from engine.compare.config import RECIPE, CompareConfig
-from engine.compare.measure.detector import SamplePictures
+from engine.compare.measure.detector import SampleImages
 from engine.compare.measure.machine import available_memory, describe_machine
 from engine.compare.results import Row
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
@@ -28,7 +28,7 @@ from utils.errors import ConfigError, DataError
 from utils.files import find_file, make_folder
 
 LOGGER = logging.getLogger(__name__)
-SAMPLE_PICTURES = 8
+SAMPLE_IMAGES = 8
 CPU_STEP_BATCH = 2
 
 
@@ -38,11 +38,11 @@ class Context:
 
     Attributes:
         config: options.
-        data: the data set.
+        data: the dataset.
         device: where everything is measured.
         cache: folder of what is kept between runs.
         store: finished results.
-        sample: file of pictures.
+        sample: file of images.
         machine: description.
         memory: bytes that a candidate may take on a CPU.
         measuring_key, training_key, validation_key: stand for all that such results depend on, candidates apart.
@@ -62,10 +62,10 @@ class Context:
 
     @classmethod
     def prepare(cls, config: CompareConfig, data: DataConfig) -> Context:
-        """Check the options against the machine and the data set.
+        """Check the options against the machine and the dataset.
 
         Raises:
-            UserError: a device, data set, hyper-parameter file or folder that cannot be used.
+            UserError: a device, dataset, hyperparameter file or folder that cannot be used.
         """
         device = select_device(config.device)
         amp_dtype(config.amp, device)
@@ -85,7 +85,7 @@ class Context:
         )
         return cls(
             config=config, data=data, device=device, cache=cache, store=Store(cache / "results", config.fresh),
-            sample=write_sample(annotations, cache / f"pictures-{seen}.npz"), machine=machine,
+            sample=write_sample(annotations, cache / f"images-{seen}.npz"), machine=machine,
             memory=config.memory_gb * 1e9 or available_memory(),
             measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.amp, config.batch_size,
                                   seen, code_key(MEASURING_CODE, REPORTING)]),
@@ -95,7 +95,7 @@ class Context:
 
     @property
     def step_batch(self) -> int:
-        """Pictures of the training step that is measured."""
+        """Images of the training step that is measured."""
         if self.config.step_batch:
             return self.config.step_batch
         return self.config.batch_size if self.device.type == "cuda" else min(self.config.batch_size, CPU_STEP_BATCH)
@@ -144,26 +144,26 @@ def safe(label: str) -> str:
 
 
 def write_sample(annotations: Annotations, path: Path) -> Path:
-    """Decode a few pictures, evenly spread over the split, into a file that all processes read."""
+    """Decode a few images, evenly spread over the split, into a file that all processes read."""
     if path.is_file():
         return path
     records = annotations.records
-    step = max(len(records) // SAMPLE_PICTURES, 1)
-    pictures: list[Any] = []
+    step = max(len(records) // SAMPLE_IMAGES, 1)
+    images: list[Any] = []
     labels: list[Any] = []
     for record in records[::step]:
-        if len(pictures) == SAMPLE_PICTURES:
+        if len(images) == SAMPLE_IMAGES:
             break
         try:
-            pictures.append(read(record.path))
+            images.append(read(record.path))
         except DataError as error:
             LOGGER.warning("%s; left out", error)
             continue
         labels.append(record.labels)
-    if not pictures:
-        raise DataError("none of the pictures can be read")
+    if not images:
+        raise DataError("none of the images can be read")
     part = path.with_name(f".{os.getpid()}-{path.name}")
-    SamplePictures(tuple(pictures), tuple(labels)).write(part)
+    SampleImages(tuple(images), tuple(labels)).write(part)
     os.replace(part, path)
     return path
 

@@ -1,4 +1,4 @@
-"""What a comparison leaves behind: JSON, CSV, Markdown, pictures, and one HTML file with all of it."""
+"""What a comparison leaves behind: JSON, CSV, Markdown, images, and one HTML file with all of it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.compare import plots as pictures
+from engine.compare import plots as images
 from engine.compare.config import CompareConfig
 from engine.compare.measure.detector import CONF, IOU
 from engine.compare.pareto import Limits, Pick, points_of
@@ -20,7 +20,7 @@ from engine.compare.results import Row
 from engine.compare.table import Table, all_tables, as_csv, as_markdown
 from utils.files import atomic_path
 
-PICTURES = {
+IMAGES = {
     "pareto.png": "Accuracy and latency",
     "latency.png": "Latency by stage",
     "memory.png": "Memory",
@@ -37,8 +37,8 @@ class Findings:
         chosen: the pick.
         machine: description.
         conditions: per phase: rounds, calls, clocks.
-        data: the data set in words.
-        step_batch: pictures of the measured training step.
+        data: the dataset in words.
+        step_batch: images of the measured training step.
     """
 
     config: CompareConfig
@@ -56,7 +56,7 @@ class Findings:
 
     @property
     def reference(self) -> tuple[str, int]:
-        """Runtime and batch that count for picture, limits and pick."""
+        """Runtime and batch that count for image, limits and pick."""
         return self.config.runtimes[0], self.config.batch[0]
 
     def tables(self) -> list[Table]:
@@ -85,12 +85,12 @@ def how_measured(found: Findings) -> list[str]:
         "Every candidate runs in processes of its own. They take turns in rounds (A B C, A B C ...), so that a machine "
         "that gets slower or faster does so for all. A turn begins with a call that does not count; then come 1 to 20 "
         "calls (0.2 seconds), of which the median counts. Figures are medians over the rounds, brackets the "
-        "quartiles. Two calls warm up before the first round. The device is synchronised after every stage.",
-        f"Latency: preprocessing (letterbox and colour order of a decoded picture), network, and NMS (score {CONF:g}, "
-        f"overlap {IOU:g}), on real pictures of the data set.",
-        "Exported files were made with a fixed size and batch, and each was proved equal to its model before it was "
+        "quartiles. Two calls warm up before the first round. The device is synchronized after every stage.",
+        f"Latency: preprocessing (letterbox and color order of a decoded image), network, and NMS (score {CONF:g}, "
+        f"overlap {IOU:g}), on real images of the dataset.",
+        "Exported files were made with a fixed size and batch, and each was verified equal to its model before it was "
         "timed.",
-        f"A training step (batch {found.step_batch}) is forward, loss, backward, clipping and optimiser "
+        f"A training step (batch {found.step_batch}) is forward, loss, backward, clipping and optimizer "
         f"({c.optimizer}, --amp {c.amp}), without the loader, on one batch.",
         memory,
         "Two figures are a tie (=) when their ranges overlap: quartiles of rounds, or all seeds. A place is one "
@@ -128,7 +128,7 @@ def conditions_table(found: Findings) -> list[tuple[str, ...]]:
 
 
 def write_all(found: Findings, folder: Path) -> None:
-    """Write results.json, results.csv, results.md, the pictures, and report.html."""
+    """Write results.json, results.csv, results.md, the images, and report.html."""
     drawn = draw(found, folder)
     text = {
         "results.json": as_json(found),
@@ -142,15 +142,15 @@ def write_all(found: Findings, folder: Path) -> None:
 
 
 def draw(found: Findings, folder: Path) -> list[str]:
-    """Write the pictures. Returns the names of those for which there was something to draw."""
+    """Write the images. Returns the names of those for which there was something to draw."""
     runtime, batch = found.reference
     points, limits = points_of(found.rows, runtime, batch), Limits.of(found.config)
     if any(point.latency for point in points.values()):
-        what = f"{runtime}, deployed form, batch {batch}"
-        pictures.pareto_picture(folder / "pareto.png", points, found.chosen, limits, what)
-    pictures.latency_picture(folder / "latency.png", found.rows)
-    pictures.memory_picture(folder / "memory.png", found.rows, runtime, batch)
-    return [name for name in PICTURES if (folder / name).is_file()]
+        what = f"{runtime}, re-parameterized model, batch {batch}"
+        images.pareto_image(folder / "pareto.png", points, found.chosen, limits, what)
+    images.latency_image(folder / "latency.png", found.rows)
+    images.memory_image(folder / "memory.png", found.rows, runtime, batch)
+    return [name for name in IMAGES if (folder / name).is_file()]
 
 
 def as_json(found: Findings) -> str:
@@ -174,7 +174,7 @@ def markdown(found: Findings, drawn: Sequence[str]) -> str:
     """For a README or a paper."""
     parts = ["# Comparison", found.verdict()]
     parts += [as_markdown(table).rstrip() for table in found.tables()]
-    parts += [f"![{PICTURES[name]}]({name})" for name in drawn]
+    parts += [f"![{IMAGES[name]}]({name})" for name in drawn]
     parts += ["## How it was measured", "\n".join(f"- {line}" for line in how_measured(found))]
     parts += ["Machine: " + machine_text(found.machine) + ".", f"```\n{found.command}\n```"]
     return "\n\n".join(parts) + "\n"
@@ -223,9 +223,9 @@ document.querySelectorAll("table.sortable th").forEach(function (th) {
 
 
 def as_html(found: Findings, folder: Path, drawn: Sequence[str]) -> str:
-    """One file that needs no other: tables that sort at a click, pictures inside, how it was measured."""
+    """One file that needs no other: tables that sort at a click, images inside, how it was measured."""
     first, *others = [html_table(table, found.chosen.label) for table in found.tables()]
-    images = [_image(folder / name, PICTURES[name]) for name in drawn]
+    images = [_image(folder / name, IMAGES[name]) for name in drawn]
     how = "".join(f"<li>{html.escape(line)}</li>" for line in how_measured(found))
     machine = "".join(
         f"<dt>{html.escape(name.replace('_', ' '))}</dt><dd>{html.escape(str(value))}</dd>"

@@ -15,7 +15,7 @@ class Point:
     """What counts for the choice.
 
     Attributes:
-        latency: milliseconds per picture; None where it could not be measured.
+        latency: milliseconds per image; None where it could not be measured.
         accuracy: mAP50-95; None where it was not measured.
         parameters_m, gflops, memory_mb: None where unknown.
     """
@@ -125,8 +125,8 @@ def _excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
 def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
     """The candidate to take.
 
-    With accuracy: the best mAP50-95 among those that qualify; where others are not told apart from it (their ranges
-    over the seeds overlap), the fastest of these; where latencies are not told apart either, the smallest. Without
+    With accuracy: the best mAP50-95 among those that qualify; where others are not reported apart from it (their ranges
+    over the seeds overlap), the fastest of these; where latencies are not reported apart either, the smallest. Without
     accuracy: the fastest that qualifies.
 
     Args:
@@ -164,7 +164,7 @@ def _best(judged: Mapping[str, Point], among: str) -> tuple[str, str]:
     name, why = _fastest(tied)
     others = ", ".join(sorted(set(tied) - {name}))
     return name, (
-        f"{why} of those with the best mAP50-95 {among}: {accuracy[name].middle:.3f} is not told apart from {others} "
+        f"{why} of those with the best mAP50-95 {among}: {accuracy[name].middle:.3f} is not distinguishable from {others} "
         f"by {seeds} seeds"
     )
 
@@ -177,4 +177,4 @@ def _fastest(points: Mapping[str, Point]) -> tuple[str, str]:
     tied = [name for name, spread in timed.items() if spread.overlaps(timed[first])]
     name = min(tied, key=lambda name: points[name].parameters_m or float("inf"))
     why = "fastest" if len(tied) == 1 else "smallest of the fastest"
-    return name, f"{why} ({timed[name].middle:.4g} ms per picture)"
+    return name, f"{why} ({timed[name].middle:.4g} ms per image)"

@@ -1,4 +1,4 @@
-"""Pictures of a comparison: accuracy against latency with the Pareto front, latency by stage, memory.
+"""Images of a comparison: accuracy against latency with the Pareto front, latency by stage, memory.
 
 Drawn on their own canvas, without a window system and without the caller's matplotlib state.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DPI = 130
 SMALLEST, LARGEST = 60.0, 1400.0  # areas of discs, in square points
 STAGE_COLORS = {"preprocess": "#8da0cb", "forward": "#4878a8", "nms": "#e0a058"}
-GREY, FRONT, PICKED = "0.55", "#c0392b", "#2e8b57"
+GRAY, FRONT, PICKED = "0.55", "#c0392b", "#2e8b57"
 GAP = 4.0  # pixels between a label and what it must not touch
 STEPS = 24  # rings on which a label may be placed
 
@@ -103,7 +103,7 @@ def outside(box: Box, inside: Box) -> float:
 # ---- accuracy against latency ---------------------------------------------------------------------------------------
 
 
-def pareto_picture(path: Path, points: Mapping[str, Point], chosen: Pick, limits: Limits, what: str) -> None:
+def pareto_image(path: Path, points: Mapping[str, Point], chosen: Pick, limits: Limits, what: str) -> None:
     """Accuracy (without one: operations) against latency; the area of a disc is the number of parameters.
 
     Args:
@@ -128,13 +128,13 @@ def pareto_picture(path: Path, points: Mapping[str, Point], chosen: Pick, limits
     if judged and len(kept) > 1:
         lines += _draw_front(axes, [at[label] for label in kept])
     for label, (x, y) in sorted(at.items(), key=lambda item: -areas[item[0]]):  # small discs on top
-        color = PICKED if label == chosen.label else FRONT if label in kept else GREY if judged else "#4878a8"
+        color = PICKED if label == chosen.label else FRONT if label in kept else GRAY if judged else "#4878a8"
         strength = 0.35 if chosen.misses.get(label) else 0.8
         axes.scatter([x], [y], s=areas[label], color=color, linewidths=0, zorder=2, alpha=strength)
         lines += _ranges(axes, points[label], (x, y), judged)
     if limits.latency_ms is not None:
         axes.axvline(limits.latency_ms, color="0.3", lw=0.9, ls="--", label=f"limit {limits.latency_ms:g} ms")
-    axes.set_xlabel(f"milliseconds per picture ({what})")
+    axes.set_xlabel(f"milliseconds per image ({what})")
     axes.set_ylabel("mAP50-95" if judged else "GFLOPs (no accuracy was measured)")
     axes.set_title("Accuracy against latency" if judged else "Operations against latency", fontsize=12)
     _room(axes, [*((x, y, x, y) for x, y in at.values()), *lines], judged)
@@ -175,7 +175,7 @@ def _ranges(axes: Axes, point: Point, at: tuple[float, float], judged: bool) -> 
 
 
 def _room(axes: Axes, lines: Sequence[Box], judged: bool) -> None:
-    """Limits with room for discs and labels; latency starts at zero unless candidates then could not be told apart."""
+    """Return axis limits with room for markers and labels; latency starts at zero unless candidates would overlap."""
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     if not lines:
@@ -259,7 +259,7 @@ def _upright(ends: NDArray[np.floating]) -> Box:
 # ---- bars -----------------------------------------------------------------------------------------------------------
 
 
-def latency_picture(path: Path, rows: Sequence[Row]) -> None:
+def latency_image(path: Path, rows: Sequence[Row]) -> None:
     """Latency by stage: a panel per runtime, form and batch, a bar per candidate."""
     phases = list(dict.fromkeys((x.form, x.runtime, x.batch) for row in measured(rows) for x in row.latencies))
     if not phases:
@@ -287,13 +287,13 @@ def latency_picture(path: Path, rows: Sequence[Row]) -> None:
             axes.text(max(start, found.total.high), y, f"  {significant(found.total.middle)}", va="center", fontsize=8)
         _bars(axes, labels, number % columns == 0)
         axes.set_title(f"{runtime}, {form} form, batch {batch}", fontsize=10)
-        axes.set_xlabel("milliseconds per picture", fontsize=9)
+        axes.set_xlabel("milliseconds per image", fontsize=9)
     handles, names = panels.flat[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside upper center", ncols=len(STAGES), frameon=False, fontsize=9)
     _save(figure, path)
 
 
-def memory_picture(path: Path, rows: Sequence[Row], runtime: str, batch: int) -> None:
+def memory_image(path: Path, rows: Sequence[Row], runtime: str, batch: int) -> None:
     """Peak memory of inference and of a training step, and what is kept for the backward pass."""
     shown = [row for row in measured(rows) if row.latency(runtime, batch) or row.training_memory]
     if not shown:
@@ -323,7 +323,7 @@ def memory_picture(path: Path, rows: Sequence[Row], runtime: str, batch: int) ->
             axes.text(value, y, f"  {significant(value)}{more}", va="center", fontsize=8)
         _bars(axes, labels, number == 0)
         axes.set_title(title, fontsize=10)
-        axes.set_xlabel("MB (grey: Python and libraries)" if number < 2 else "MB", fontsize=9)
+        axes.set_xlabel("MB (gray: Python and libraries)" if number < 2 else "MB", fontsize=9)
     _save(figure, path)
 
 

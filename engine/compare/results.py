@@ -22,11 +22,11 @@ class Latency:
     Attributes:
         runtime, form, batch: what was measured.
         side: of the input in pixels.
-        times: milliseconds per picture by stage, and `total`.
+        times: milliseconds per image by stage, and `total`.
         peak_mb: most memory held, see `engine.compare.worker.jobs.memory_of`.
         baseline_mb: held before the model was there (CPU).
         disk_mb: size of the file that was run.
-        proof: how far the exported file is from the model (pixels, score).
+        verification: how far the exported file is from the model (pixels, score).
     """
 
     runtime: str
@@ -37,11 +37,11 @@ class Latency:
     peak_mb: float
     baseline_mb: float | None = None
     disk_mb: float | None = None
-    proof: Mapping[str, float | None] | None = None
+    verification: Mapping[str, float | None] | None = None
 
     @property
     def total(self) -> Spread:
-        """Milliseconds per picture, all stages."""
+        """Milliseconds per image, all stages."""
         return self.times[TOTAL]
 
     def to_plain(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ class Row:
         training_memory: see there.
         training_fits: False when a training step ran out of memory.
         latencies: by runtime, form and batch.
-        step: milliseconds per picture of a training step.
+        step: milliseconds per image of a training step.
         failure: why there is nothing more; None for a candidate that was measured.
         notes: what else could not be done, and why.
     """
@@ -142,7 +142,7 @@ class Row:
 
     @property
     def images_per_s(self) -> Spread | None:
-        """Pictures per second of training (without the loader)."""
+        """Images per second of training (without the loader)."""
         if self.step is None:
             return None
         s = self.step

@@ -47,7 +47,7 @@ def compare(config: CompareConfig) -> Comparison:
     What is finished is kept below `<project>/cache`: after an interruption the same command goes on where it was.
 
     Raises:
-        UserError: options, names, data set or folder that cannot be used, or no candidate that can be measured.
+        UserError: options, names, dataset or folder that cannot be used, or no candidate that can be measured.
     """
     load_plugins(config.plugin)
     make_folder(config.project)

@@ -44,7 +44,7 @@ def stat_key(path: Path) -> list[Any]:
 
 
 def data_key(data: DataConfig, splits: Iterable[str]) -> str:
-    """Stands for the classes, pictures (names, sizes, times) and labels of some splits, in whatever format they are."""
+    """Stands for the classes, images (names, sizes, times) and labels of some splits, in whatever format they are."""
     found: list[Any] = [sorted(data.names.items())]
     for name in splits:
         for record in load_annotations(data.split(name), len(data.names), require_labels=False).records:
@@ -89,7 +89,7 @@ class Store:
             content = json.loads(path.read_text(encoding="utf-8"))
             return content["result"] if content["version"] == VERSION else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            LOGGER.warning("%s: cannot be used, made anew (%s)", path, error)
+            LOGGER.warning("%s: cannot be used, made again (%s)", path, error)
             return None
 
     def keep(self, kind: str, key: str, result: Any, about: Any = None) -> None:

@@ -44,7 +44,7 @@ class Table:
 
 
 def number(value: float | None, digits: int = 3) -> Cell:
-    """A number with so many significant digits, never in powers of ten; whole numbers (`int`) as they are."""
+    """A number with so many significant digits, never in powers of ten; integers (`int`) as they are."""
     if value is None:
         return Cell(NOTHING)
     return Cell(str(value) if isinstance(value, int) else significant(value, digits), float(value))
@@ -123,11 +123,11 @@ def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Tabl
             *_memory(*((row.training_memory or {}).get(name) for name in ("peak_mb", "baseline_mb"))),
         ))  # fmt: skip
     header = (
-        "candidate", "", "mAP50-95", "place", "mAP50", "ms per picture", "place", "M parameters", "GFLOPs",
-        "training pictures/s", "inference peak, MB", "of it model", "training peak, MB", "of it model",
+        "candidate", "", "mAP50-95", "place", "mAP50", "ms per image", "place", "M parameters", "GFLOPs",
+        "training images/s", "inference peak, MB", "of it model", "training peak, MB", "of it model",
     )  # fmt: skip
     note = (
-        f"Latency: {runtime}, deployed form, batch {batch}, preprocessing + network + NMS, median and quartiles of the "
+        f"Latency: {runtime}, re-parameterized, batch {batch}, preprocessing + network + NMS, median and quartiles of the "
         "rounds. Places marked = are ties: the ranges overlap. ± is the standard deviation over the seeds. "
         "Of it model: what Python and libraries held before is taken off."
     )
@@ -194,14 +194,15 @@ def latency(rows: Sequence[Row]) -> Table:
                 word(key[0]), word(key[1]), number(key[2]), word(row.label),
                 *(number(found.times[stage].middle) for stage in STAGES), spread(found.total),
                 place(places[key], row.label), number(1000 / found.total.middle), number(found.disk_mb),
-                *_memory(found.peak_mb, found.baseline_mb), number(found.proof["px"] if found.proof else None, 2),
+                *_memory(found.peak_mb, found.baseline_mb),
+                number(found.verification["px"] if found.verification else None, 2),
             ))  # fmt: skip
     header = (
         "runtime", "form", "batch", "candidate", *(f"{stage}, ms" for stage in STAGES), "all, ms", "place",
-        "pictures/s", "file, MB", "peak, MB", "of it model", "file differs by, px",
+        "images/s", "file, MB", "peak, MB", "of it model", "file differs by, px",
     )  # fmt: skip
     note = (
-        "Milliseconds per picture, medians; of the whole also the quartiles. Lines with the same runtime, form and "
+        "Milliseconds per image, medians; of the whole also the quartiles. Lines with the same runtime, form and "
         "batch were measured in the same interleaved rounds and can be compared; places marked = are ties."
     )
     return _without_empty("Latency", header, lines, note)
@@ -226,11 +227,11 @@ def training(rows: Sequence[Row]) -> Table:
             number(m.get("reserved_mb")), number(m.get("kept_mb")), number(m.get("batch")), word(m.get("amp")),
         ))  # fmt: skip
     header = (
-        "candidate", "pictures/s", "place", "ms per picture", "peak, MB", "of it model", "reserved, MB",
+        "candidate", "images/s", "place", "ms per image", "peak, MB", "of it model", "reserved, MB",
         "kept for backward, MB", "batch", "precision",
     )  # fmt: skip
     note = (
-        "A training step: forward, loss, backward, optimiser; without the loader. On a CPU the peak is the resident "
+        "A training step: forward, loss, backward, optimizer; without the loader. On a CPU the peak is the resident "
         "memory of the whole process; on a GPU that of PyTorch's allocator."
     )
     return _without_empty("Training step", header, lines, note)
@@ -262,7 +263,7 @@ def accuracy(rows: Sequence[Row]) -> Table:
     note = (
         "Mean ± standard deviation over the seeds; places marked = are ties: the ranges over the seeds overlap. Small, "
         "medium, large: mAP50-95 by pycocotools for objects of up to 32² px, up to 96² px, and above, in the original "
-        "pictures."
+        "images."
     )
     return _without_empty("Accuracy", header, lines, note)
 
@@ -368,7 +369,7 @@ def _flat(row: Row, chosen: Pick) -> Iterable[tuple[str, Any]]:
         yield f"{head}_peak_mb", found.peak_mb
         yield f"{head}_file_mb", found.disk_mb
     if row.images_per_s:
-        yield from _spread_columns("training_pictures_per_s", row.images_per_s)
+        yield from _spread_columns("training_images_per_s", row.images_per_s)
     for name, value in (row.training_memory or {}).items():
         if name != "took":
             yield f"training_{name}", value

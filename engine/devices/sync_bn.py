@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.devices.distributed import World
 
 
-def synchronise(model: nn.Module, world: World, device: torch.device) -> None:
+def synchronize(model: nn.Module, world: World, device: torch.device) -> None:
     """Let the batch norms inside a model share their statistics; keys and values of its state stay as they are.
 
     On CUDA they become PyTorch's own, which refuse tensors on a CPU; there `CpuSyncBatchNorm` stands in for them.
@@ -44,10 +44,10 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         sums = _SumOfRanks.apply(sums, self.process_group)
         count = sums[-1].detach()
         mean = sums[:-1] / count
-        centred = x - mean.view(shape)
-        variance = _SumOfRanks.apply(centred.square().sum(across), self.process_group) / count
+        centerd = x - mean.view(shape)
+        variance = _SumOfRanks.apply(centerd.square().sum(across), self.process_group) / count
         self._remember(mean.detach(), variance.detach() * count / (count - 1).clamp(min=1))
-        out = centred * torch.rsqrt(variance + self.eps).view(shape)
+        out = centerd * torch.rsqrt(variance + self.eps).view(shape)
         if self.weight is not None:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(input.dtype)

@@ -1,4 +1,4 @@
-"""Counting of an evaluation: what the pictures give one by one, and the figures of all of them."""
+"""Counting of an evaluation: what the images give one by one, and the figures of all of them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
 
 @dataclass(frozen=True)
 class ImageOutcome:
-    """One picture after detection; boxes are in pixels of the original picture, tensors on the CPU.
+    """One image after detection; boxes are in pixels of the original image, tensors on the CPU.
 
     Attributes:
         path: file.
-        shape: (height, width) of the original picture.
+        shape: (height, width) of the original image.
         detections: (n, 6) float32 corners, score, class; by falling score.
         labels: (m, 5) float32 class, corners.
         correct: (n, 10) bool: detections that are right, at IoU 0.5 ... 0.95.
@@ -46,11 +46,11 @@ class EvalResult:
         p, r, ap50, ap: (k,) the same per class.
         nt: (nc,) labels per class.
         class_maps: (nc,) mAP50-95 per class; the mean for classes without labels.
-        images: number of pictures.
+        images: number of images.
         losses: box, objectness and class loss (0 where no criterion was given).
-        speeds: milliseconds per picture of preparation, inference, suppression.
+        speeds: milliseconds per image of preparation, inference, NMS.
         curves: precision, recall and F1 over the score.
-        confusion: (nc + 1, nc + 1) counts, or None when no pictures were wanted.
+        confusion: (nc + 1, nc + 1) counts, or None when no images were wanted.
         coco: COCO's twelve figures (mAP50-95 and mAP50 first), where they were asked for.
     """
 
@@ -75,15 +75,15 @@ class EvalResult:
 
 @dataclass
 class Tally:
-    """What is counted while the pictures go by; of several processes, each counts its own batches.
+    """What is counted while the images go by; of several processes, each counts its own batches.
 
     Attributes:
         nc: number of classes.
-        batches: per picture the number of its batch.
+        batches: per image the number of its batch.
         losses: (3,) box, objectness and class loss by number of the batch.
-        seconds: spent on preparation, inference, suppression.
-        outcomes: of the pictures, where somebody wants to see them.
-        shown: batches to draw by their number, with the detections (n, 6) of each picture.
+        seconds: spent on preparation, inference, NMS.
+        outcomes: of the images, where somebody wants to see them.
+        shown: batches to draw by their number, with the detections (n, 6) of each image.
     """
 
     nc: int
@@ -102,7 +102,7 @@ class Tally:
     def add(
         self, path: str, shape: tuple[int, int], detections: torch.Tensor, labels: torch.Tensor, batch: int = 0
     ) -> ImageOutcome:
-        """Count one picture of a batch; boxes in its own pixels."""
+        """Count one image of a batch; boxes in its own pixels."""
         correct = match_detections(detections, labels, self.thresholds)
         self.images += 1
         self.batches.append(batch)
@@ -124,7 +124,7 @@ class Tally:
 
 
 def merge(parts: Sequence[Tally]) -> Tally:
-    """One tally of several processes' ones: pictures, and so equal scores, stand in the order of a single process."""
+    """One tally of several processes' ones: images, and so equal scores, stand in the order of a single process."""
     if len(parts) == 1:
         return parts[0]
     batches = [number for part in parts for number in part.batches]
@@ -139,15 +139,15 @@ def merge(parts: Sequence[Tally]) -> Tally:
         setattr(whole, name, [rows[i] for i in order] if rows else [])
     whole.losses = dict(sorted(item for part in parts for item in part.losses.items()))
     whole.shown = {number: batch for part in parts for number, batch in part.shown.items()}
-    preparation, inference, suppression = np.sum([part.seconds for part in parts], 0).tolist()
-    whole.seconds = preparation, inference, suppression
+    preparation, inference, nms_time = np.sum([part.seconds for part in parts], 0).tolist()
+    whole.seconds = preparation, inference, nms_time
     return whole
 
 
 def summarize(tally: Tally) -> EvalResult:
     """The figures of what was counted; zeros where there is nothing to take a mean of."""
     share = 1000 / max(tally.images, 1)
-    preparation, inference, suppression = tally.seconds
+    preparation, inference, nms_time = tally.seconds
     losses = sum(tally.losses.values(), torch.zeros(3)) / max(len(tally.losses), 1)
     box, obj, cls = losses.tolist()
     metrics, counts = tally.average_precision()
@@ -170,7 +170,7 @@ def summarize(tally: Tally) -> EvalResult:
         class_maps=class_maps,
         images=tally.images,
         losses=(box, obj, cls),
-        speeds=(preparation * share, inference * share, suppression * share),
+        speeds=(preparation * share, inference * share, nms_time * share),
         curves=metrics.curves,
         confusion=tally.confusion.matrix if tally.confusion is not None else None,
     )

@@ -32,12 +32,12 @@ OFFICIAL_ANNOTATIONS = "annotations/instances_val2017.json"
 
 @dataclass(frozen=True)
 class CocoImage:
-    """One picture of the ground truth.
+    """One image of the ground truth.
 
     Attributes:
         path: file.
         height, width: in pixels.
-        labels: (n, 5) class, centre x, centre y, width, height as parts of the sides.
+        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
     """
 
     path: Path
@@ -53,7 +53,7 @@ def require_pycocotools() -> None:
 
 
 def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
-    """COCO image ids by path: the file names where all of them are different whole numbers, else 1, 2, 3, ..."""
+    """COCO image ids by path: the file names where all of them are different integers, else 1, 2, 3, ..."""
     stems = [Path(path).stem for path in paths]
     numeric = all(stem.isascii() and stem.isdigit() for stem in stems)
     if numeric and len(set(map(int, stems))) == len(stems):
@@ -62,15 +62,15 @@ def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
 
 
 def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry per detection of a picture.
+    """One entry per detection of a image.
 
     Args:
-        detections: (n, 6) left, top, right, bottom in pixels of the original picture, score, class.
-        image_id: id of the picture.
+        detections: (n, 6) left, top, right, bottom in pixels of the original image, score, class.
+        image_id: id of the image.
         categories: category id of each class.
     """
     boxes = xyxy2xywh(detections[:, :4])
-    boxes[:, :2] -= boxes[:, 2:] / 2  # COCO names the corner, not the centre
+    boxes[:, :2] -= boxes[:, 2:] / 2  # COCO names the corner, not the center
     return [
         {
             "image_id": image_id,
@@ -85,7 +85,7 @@ def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[in
 def ground_truth(
     images: Sequence[CocoImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
 ) -> dict[str, Any]:
-    """The labels of a data set in COCO's format: images, annotations, categories."""
+    """The labels of a dataset in COCO's format: images, annotations, categories."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image in images:
@@ -120,10 +120,10 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
     Args:
         truth: annotation file, or its content.
         results: as `result_rows` gives them.
-        ids: pictures to look at.
+        ids: images to look at.
 
     Raises:
-        DataError: an annotation file that cannot be read, or that does not know the pictures.
+        DataError: an annotation file that cannot be read, or that does not know the images.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -136,7 +136,7 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
         strangers = set(ids) - set(known.getImgIds())
         if strangers:
             where = truth if isinstance(truth, Path) else "ground truth"
-            raise DataError(f"{where}: does not know {len(strangers)} of the pictures, such as id {min(strangers)}")
+            raise DataError(f"{where}: does not know {len(strangers)} of the images, such as id {min(strangers)}")
         if not results:  # pycocotools cannot read an empty list
             LOGGER.info("COCO: no detections, all figures are 0")
             return [0.0] * 12

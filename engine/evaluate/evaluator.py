@@ -1,4 +1,4 @@
-"""Validation: run a detector over a data set, compare with the labels, and say how good it is."""
+"""Validation: run a detector over a dataset, compare with the labels, and say how good it is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from data.loading.loader import DetectionLoader, create_loader
 from engine.cli.config import ValConfig
 from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World
-from engine.evaluate import plots as eval_pictures
+from engine.evaluate import plots as eval_images
 from engine.evaluate.accumulator import EvalResult, ImageOutcome, Tally, log_table, merge, summarize, table_head
 from engine.evaluate.outputs import CocoSink, TextSink, run_folder
 from engine.runtimes.base import RawRuntime, Runtime
@@ -35,7 +35,7 @@ __all__ = ["EvalOptions", "EvalResult", "ImageOutcome", "conclude", "evaluate", 
 
 LOGGER = logging.getLogger(__name__)
 
-PICTURED_BATCHES = 3
+PLOTTED_BATCHES = 3
 USUAL_CONF = 0.001  # a higher threshold cuts the curves off
 FEW_CLASSES = 50  # with fewer classes each gets its line without --verbose
 SPEED_CONF, SPEED_IOU = 0.25, 0.45  # of --task speed
@@ -50,12 +50,12 @@ class EvalOptions:
     Attributes:
         names: class names by number.
         single_cls: count every detection as class 0.
-        conf_thres, iou_thres, max_det: of the suppression.
-        hybrid: let the labels take part in the suppression as certain boxes; the figures then say nothing.
-        folder: where pictures go; needed for `plots`.
+        conf_thres, iou_thres, max_det: of the NMS.
+        hybrid: let the labels take part in the NMS as certain boxes; the figures then say nothing.
+        folder: where images go; needed for `plots`.
         plots: draw curves, the confusion matrix, and the first batches.
         verbose: log the speed and a line per class.
-        sinks: called with the outcome of every picture at the end, in their order.
+        sinks: called with the outcome of every image at the end, in their order.
     """
 
     names: Mapping[int, str]
@@ -109,14 +109,14 @@ def measure(
             with timers[2]:
                 found = _suppress(decoded, batch, options)
             _count(tally, number, batch, found, options)
-            if options.plots and options.folder is not None and number < PICTURED_BATCHES:
+            if options.plots and options.folder is not None and number < PLOTTED_BATCHES:
                 tally.shown[number] = batch, found
     tally.seconds = timers[0].total, timers[1].total, timers[2].total
     return tally
 
 
 def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
-    """The part of an evaluation that one process does: figures, table, pictures; see `evaluate`.
+    """The part of an evaluation that one process does: figures, table, images; see `evaluate`.
 
     Args:
         parts: what the processes measured, by rank.
@@ -129,11 +129,11 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
     result = summarize(tally)
     log_table(result, options.names, options.verbose)
     if options.verbose:
-        LOGGER.info("Speed per picture: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
+        LOGGER.info("Speed per image: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
     if options.plots and options.folder is not None:
         for number, (batch, found) in sorted(tally.shown.items()):
-            eval_pictures.draw_batch(options.folder, number, batch, found, options.names)
-        eval_pictures.draw_charts(options.folder, result, options.names)
+            eval_images.draw_batch(options.folder, number, batch, found, options.names)
+        eval_images.draw_charts(options.folder, result, options.names)
     return result
 
 
@@ -161,7 +161,7 @@ def _detect(
 
 
 def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list[torch.Tensor]:
-    """Boxes of every picture (n, 6) in pixels of the input, on the CPU."""
+    """Boxes of every image (n, 6) in pixels of the input, on the CPU."""
     labels: list[torch.Tensor] = []
     if options.hybrid:
         height, width = batch.images.shape[2:]
@@ -184,7 +184,7 @@ def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list
 
 
 def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], options: EvalOptions) -> None:
-    """Scale boxes and labels back to the original pictures, and count them."""
+    """Scale boxes and labels back to the original images, and count them."""
     height, width = batch.images.shape[2:]
     targets = batch.targets.cpu()
     corners = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
@@ -208,7 +208,7 @@ def validate(config: ValConfig) -> EvalResult:
     The run folder appears when everything is done; a run that fails or is interrupted leaves nothing behind.
 
     Raises:
-        UserError: an option, a file or a data set that cannot be used.
+        UserError: an option, a file or a dataset that cannot be used.
     """
     config, data, runtime = prepare(config)
     speed = config.task == "speed"
@@ -242,10 +242,10 @@ def validate(config: ValConfig) -> EvalResult:
 
 
 def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
-    """Open the data set's YAML and the weights, and settle what the options leave open.
+    """Open the dataset's YAML and the weights, and settle what the options leave open.
 
     Returns:
-        The options as they are used (weights named, size on the grid), the data set, the detector.
+        The options as they are used (weights named, size on the grid), the dataset, the detector.
     """
     load_plugins(config.plugin)
     data = load_data_config(config.data)
@@ -283,7 +283,7 @@ def split_name(config: ValConfig, data: DataConfig) -> str:
 
 
 def split_annotations(config: ValConfig, data: DataConfig) -> Annotations:
-    """Pictures and labels of the task's split; labels may be missing altogether where only files are wanted."""
+    """Images and labels of the task's split; labels may be missing altogether where only files are wanted."""
     labels_needed = not (config.save_json or config.save_txt) or config.save_hybrid
     sources = data.split(split_name(config, data))
     classes = len(data.names)
@@ -319,18 +319,18 @@ def input_side(wanted: int, runtime: Runtime) -> int:
 
 
 def check_classes(names: Mapping[int, str], data: DataConfig, weights: str) -> None:
-    """Raise DataError unless the model and the data set name the same classes (case and spaces apart)."""
+    """Raise DataError unless the model and the dataset name the same classes (case and spaces apart)."""
     if len(names) != len(data.names):
         raise DataError(
             f"{data.file}: has {len(data.names)} classes, {weights} was trained for {len(names)}"
-            f" ({', '.join(list(names.values())[:5])}{', ...' if len(names) > 5 else ''}); give the data set it was"
+            f" ({', '.join(list(names.values())[:5])}{', ...' if len(names) > 5 else ''}); give the dataset it was"
             " trained for, or --single-cls to look at boxes alone"
         )
     for number, name in data.names.items():
         placeholders = str(number), f"class{number}"
         if _plain(names[number]) not in (_plain(name), *placeholders) and _plain(name) not in placeholders:
             raise DataError(
-                f"{data.file}: class {number} is '{name}', in {weights} it is '{names[number]}'; give the data set the"
+                f"{data.file}: class {number} is '{name}', in {weights} it is '{names[number]}'; give the dataset the"
                 " model was trained for, or --single-cls to look at boxes alone"
             )
 

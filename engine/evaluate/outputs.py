@@ -1,4 +1,4 @@
-"""What a validation leaves behind besides pictures: label files, a COCO result file, and the run folder itself."""
+"""What a validation leaves behind besides images: label files, a COCO result file, and the run folder itself."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _umask() -> int:
 
 @dataclass
 class TextSink:
-    """Collects detections as YOLO label files: `class x y w h [score]`, parts of the original picture's sides.
+    """Collects detections as YOLO label files: `class x y w h [score]`, parts of the original image's sides.
 
     Attributes:
         scores: add the score as a sixth number.
@@ -91,7 +91,7 @@ class TextSink:
     lines: dict[str, list[str]] = field(default_factory=dict)
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Take the detections of one picture."""
+        """Take the detections of one image."""
         height, width = outcome.shape
         found = outcome.detections
         boxes = xyxy2xywhn(found[:, :4], w=width, h=height)
@@ -99,7 +99,7 @@ class TextSink:
         self.lines[outcome.path] = [" ".join(f"{v:g}" for v in row) for row in torch.cat(columns, 1).tolist()]
 
     def write(self, folder: Path) -> None:
-        """Write one file per picture, an empty one where nothing was found."""
+        """Write one file per image, an empty one where nothing was found."""
         make_folder(folder)
         for path, name in unique_names(list(self.lines)).items():
             with atomic_path(folder / f"{name}.txt") as part:
@@ -108,7 +108,7 @@ class TextSink:
 
 
 def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """A file name without suffix per path: its own, or, where two pictures share theirs, with the folders in front."""
+    """A file name without suffix per path: its own, or, where two images share theirs, with the folders in front."""
     stems = [Path(path).stem for path in paths]
     if len(set(stems)) == len(stems):
         return dict(zip(paths, stems))
@@ -141,7 +141,7 @@ class CocoSink:
 
     @classmethod
     def for_data(cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str]) -> CocoSink:
-        """The sink of a data set: COCO's own numbers and annotations for COCO, made from the labels for any other."""
+        """The sink of a dataset: COCO's own numbers and annotations for COCO, made from the labels for any other."""
         records = annotations.records
         ids = coco_eval.image_numbers([record.path for record in records])
         is_coco = data.file.name == "coco.yaml" and len(names) == len(coco_eval.COCO_CATEGORIES)
@@ -156,7 +156,7 @@ class CocoSink:
         return cls(ids, categories, truth)
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Take the detections of one picture."""
+        """Take the detections of one image."""
         self.rows += coco_eval.result_rows(outcome.detections, self.ids[outcome.path], self.categories)
 
     def write(self, path: Path) -> tuple[float, ...] | None:

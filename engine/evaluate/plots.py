@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: first batches with labels and detections, curves, confusion matrix."""
+"""Images of an evaluation: first batches with labels and detections, curves, confusion matrix."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def draw_batch(
     """Write `val_batch<number>_labels.jpg` and `val_batch<number>_pred.jpg`.
 
     Args:
-        found: per picture (n, 6) corners in pixels of the input, score, class.
+        found: per image (n, 6) corners in pixels of the input, score, class.
     """
     targets = batch.targets.cpu()
-    write_picture(folder / f"val_batch{number}_labels.jpg", image_grid(batch.images, targets, batch.paths, names))
+    write_image(folder / f"val_batch{number}_labels.jpg", image_grid(batch.images, targets, batch.paths, names))
     rows = detection_targets(found, (batch.images.shape[2], batch.images.shape[3]))
-    write_picture(folder / f"val_batch{number}_pred.jpg", image_grid(batch.images, rows, batch.paths, names))
+    write_image(folder / f"val_batch{number}_pred.jpg", image_grid(batch.images, rows, batch.paths, names))
 
 
 def detection_targets(found: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
     """Detections of a batch as targets with a score.
 
     Args:
-        found: per picture (n, 6) corners in pixels, score, class.
-        shape: (height, width) of the pictures.
+        found: per image (n, 6) corners in pixels, score, class.
+        shape: (height, width) of the images.
 
     Returns:
-        (M, 7) picture, class, centre x, centre y, width, height as parts of the sides, score.
+        (M, 7) image, class, center x, center y, width, height as parts of the sides, score.
     """
-    picture = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(rows) for rows in found]))
+    image = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(rows) for rows in found]))
     together = torch.cat(list(found)).cpu()
     boxes = xyxy2xywhn(together[:, :4], w=shape[1], h=shape[0])
-    return torch.cat((picture[:, None].float(), together[:, 5:6], boxes, together[:, 4:5]), 1)
+    return torch.cat((image[:, None].float(), together[:, 5:6], boxes, together[:, 4:5]), 1)
 
 
 def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> None:
@@ -62,8 +62,8 @@ def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> N
         plot_confusion_matrix(folder / "confusion_matrix.png", result.confusion, names)
 
 
-def write_picture(path: Path, picture: np.ndarray) -> None:
-    """Write a (H, W, 3) uint8 BGR picture, whole or not at all."""
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Write a (H, W, 3) uint8 BGR image, whole or not at all."""
     with atomic_path(path) as part:
-        if not cv2.imwrite(str(part), picture):
-            raise DataError(f"{path}: the picture cannot be written")
+        if not cv2.imwrite(str(part), image):
+            raise DataError(f"{path}: the image cannot be written")

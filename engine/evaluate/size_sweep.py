@@ -29,14 +29,14 @@ STUDY_SIDES = tuple(range(256, 1536 + 128, 128))
 
 
 def speed(config: ValConfig) -> list[EvalResult]:
-    """Time each model on its own, with the thresholds of detection (score 0.25, IoU 0.45) and square pictures."""
+    """Time each model on its own, with the thresholds of detection (score 0.25, IoU 0.45) and square images."""
     return [validate(replace(config, weights=[path])) for path in choose_weights(config.weights)]
 
 
 def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, np.ndarray]:
     """Accuracy and time of each model over input sizes.
 
-    Writes `study_<data>_<weights>.txt` (a line per size: P, R, mAP50, mAP50-95, three losses, milliseconds per picture
+    Writes `study_<data>_<weights>.txt` (a line per size: P, R, mAP50, mAP50-95, three losses, milliseconds per image
     of preparation, inference and NMS) and `study.png` into the run folder.
 
     Args:
@@ -48,7 +48,7 @@ def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, 
     """
     tables = {}
     with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
-        pictured = {}
+        plotted = {}
         weights = choose_weights(config.weights)
         for path in weights:
             rows, used = _rows(replace(config, weights=[path]), sides)
@@ -56,8 +56,8 @@ def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, 
             name = _short(path, weights)
             with atomic_path(run.folder / f"study_{Path(config.data).stem}_{name}.txt") as part:
                 np.savetxt(part, rows, fmt="%10.4g")
-            pictured[name] = np.stack((used, rows[:, 2], rows[:, 3], rows[:, 7:].sum(1)), 1)
-        plot_study(run.folder / "study.png", pictured)
+            plotted[name] = np.stack((used, rows[:, 2], rows[:, 3], rows[:, 7:].sum(1)), 1)
+        plot_study(run.folder / "study.png", plotted)
     LOGGER.info("Results saved to %s", run.final)
     return tables
 

@@ -1,4 +1,4 @@
-"""The pictures of a validation that a detector does worst on."""
+"""The images of a validation that a detector does worst on."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ USE_SCORE = 0.25  # detections above it are what a user sees; the confusion matr
 
 
 @dataclass(frozen=True)
-class PictureErrors:
-    """What is right and wrong about one picture; boxes in its pixels.
+class ImageErrors:
+    """What is right and wrong about one image; boxes in its pixels.
 
     Attributes:
         path: file.
@@ -37,8 +37,8 @@ class PictureErrors:
         return len(self.wrong) + len(self.missed)
 
 
-class WorstPictures:
-    """Keeps the pictures with the most errors; a sink of `EvalOptions`.
+class WorstImages:
+    """Keeps the images with the most errors; a sink of `EvalOptions`.
 
     Args:
         count: how many are kept.
@@ -47,20 +47,20 @@ class WorstPictures:
 
     def __init__(self, count: int = SHOWN, conf_thres: float = USE_SCORE) -> None:
         self.count, self.conf_thres = count, conf_thres
-        self._kept: list[PictureErrors] = []
+        self._kept: list[ImageErrors] = []
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Look at one picture."""
-        found = picture_errors(outcome, self.conf_thres)
+        """Look at one image."""
+        found = image_errors(outcome, self.conf_thres)
         if found.errors:
             self._kept = sorted([*self._kept, found], key=_worse_first)[: self.count]
 
-    def found(self) -> tuple[PictureErrors, ...]:
-        """The pictures, the worst first; those without an error are left out."""
+    def found(self) -> tuple[ImageErrors, ...]:
+        """The images, the worst first; those without an error are left out."""
         return tuple(self._kept)
 
 
-def picture_errors(outcome: ImageOutcome, conf_thres: float = USE_SCORE) -> PictureErrors:
+def image_errors(outcome: ImageOutcome, conf_thres: float = USE_SCORE) -> ImageErrors:
     """Split detections into right and wrong ones, and find the labels that were missed, at IoU 0.5."""
     seen = outcome.detections[:, 4] > conf_thres
     detections, correct = outcome.detections[seen], outcome.correct[seen, 0]
@@ -71,8 +71,8 @@ def picture_errors(outcome: ImageOutcome, conf_thres: float = USE_SCORE) -> Pict
         iou = torch.where(outcome.labels[:, :1] == right[None, :, 5], iou, -1.0)
         # As in the count: a detection stands for the label it overlaps most; of equal overlaps the later one.
         missed[len(missed) - 1 - iou.flip(0).argmax(0)] = False
-    return PictureErrors(outcome.path, outcome.shape, right, detections[~correct], outcome.labels[missed])
+    return ImageErrors(outcome.path, outcome.shape, right, detections[~correct], outcome.labels[missed])
 
 
-def _worse_first(found: PictureErrors) -> tuple[int, float, str]:
+def _worse_first(found: ImageErrors) -> tuple[int, float, str]:
     return -found.errors, -float(found.wrong[:, 4].sum()), found.path

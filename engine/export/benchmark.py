@@ -29,7 +29,7 @@ from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
 EAGER = "pytorch"
-ROUNDS = 15  # every format takes one picture per round, so that all see the same moods of the machine
+ROUNDS = 15  # every format takes one image per round, so that all see the same moods of the machine
 COLUMNS = ("format", "file", "MB", "mAP50", "mAP50-95", "ms per image", "ratio to pytorch")
 
 
@@ -41,8 +41,8 @@ class BenchmarkRow:
         format: 'pytorch' or a key of `FORMATS`.
         file: name without folders.
         megabytes: its size.
-        map50, map: accuracy on the validation split, square pictures.
-        milliseconds: median per picture, batch 1.
+        map50, map: accuracy on the validation split, square images.
+        milliseconds: median per image, batch 1.
         ratio: speed as a multiple of PyTorch's (above 1 is faster).
     """
 
@@ -75,7 +75,7 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
     Writes `<weights>_benchmark.csv` and `.md` beside the weights.
 
     Raises:
-        ConfigError: no data set, several weights, or a size that is not square.
+        ConfigError: no dataset, several weights, or a size that is not square.
     """
     weights = choose_weights(config.weights)
     if len(weights) != 1 or len({*config.imgsz}) != 1:
@@ -84,13 +84,16 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
         raise ConfigError("--benchmark: compares detectors without --nms; leave it out")
     data = config.data or str(read_checkpoint(weights[0]).metadata.get("data") or "")
     if not data:
-        raise ConfigError("--benchmark: needs --data, a data set YAML with a 'val:' split")
+        raise ConfigError("--benchmark: needs --data, a dataset YAML with a 'val:' split")
     default = ExportConfig().include
     include = list(FORMATS) if config.include == default and not (config.int8 or config.half) else config.include
     exported = export(replace(config, weights=weights, data=data, include=include))
     device = select_device(config.device)
     runtimes = {EAGER: open_runtime(weights, device)}
-    runtimes |= {artefact.format: open_runtime([str(artefact.path)], device) for artefact in exported.artefacts}
+    runtimes |= {
+        exported_file.format: open_runtime([str(exported_file.path)], device)
+        for exported_file in exported.exported_files
+    }
     side = -(-config.imgsz[0] // runtimes[EAGER].stride) * runtimes[EAGER].stride
     milliseconds = time_in_turns(runtimes, side)
     accuracy = {name: _accuracy(runtime, data, side, config.batch_size) for name, runtime in runtimes.items()}
@@ -100,7 +103,7 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
 
 
 def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds per picture of `side` x `side` pixels.
+    """Median milliseconds per image of `side` x `side` pixels.
 
     Formats take turns within a round. A file with a fixed batch above 1 is given full batches.
     """
@@ -117,7 +120,7 @@ def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUN
 
 
 def _accuracy(runtime: Runtime, data: str, side: int, batch_size: int) -> tuple[float, float]:
-    """mAP50 and mAP50-95 over the validation split; every format sees the same square pictures."""
+    """mAP50 and mAP50-95 over the validation split; every format sees the same square images."""
     config = load_data_config(data)
     check_classes(runtime.names, config, data)
     result = evaluate(runtime, _loader(data, runtime, side, batch_size), EvalOptions(names=config.names))
@@ -139,7 +142,10 @@ def _rows(
     accuracy: Mapping[str, tuple[float, float]],
 ) -> list[BenchmarkRow]:
     files = {EAGER: (weights.name, weights.stat().st_size / 1e6)}
-    files |= {artefact.format: (artefact.path.name, artefact.megabytes) for artefact in exported.artefacts}
+    files |= {
+        exported_file.format: (exported_file.path.name, exported_file.megabytes)
+        for exported_file in exported.exported_files
+    }
     return [
         BenchmarkRow(name, *files[name], *accuracy[name], took, milliseconds[EAGER] / took)
         for name, took in milliseconds.items()

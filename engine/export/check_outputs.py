@@ -1,6 +1,7 @@
-"""Proof that two forms of a detector compute the same: rows in pixels and probability, and boxes after suppression.
+"""Verification that two forms of a detector compute the same: rows in pixels and probability, and boxes after NMS.
 
-Stages: training form -> deployed form -> exported file. Each is compared with the one before it, so a difference names
+Stages: training form -> re-parameterized model -> exported file. Each is compared with the one before it, so a
+difference names
 the step that made it.
 """
 
@@ -18,7 +19,7 @@ from utils.boxes import box_iou
 from utils.nms import non_max_suppression
 
 DEFAULT_CONF = 0.25
-CANDIDATES = 100  # rows per picture above the threshold, at least: it is lowered until there are so many
+CANDIDATES = 100  # rows per image above the threshold, at least: it is lowered until there are so many
 IOU_THRES = 0.45
 MAX_DET = 1000
 SAME_PX = 0.05  # boxes whose sides are so near are one, however thin they are
@@ -31,11 +32,12 @@ class Tolerance:
     """What counts as the same.
 
     Attributes:
-        row_px: largest difference of a box's centre, width or height over all rows, in input pixels; None: only told.
-        row_score: largest difference of an objectness or class score over all rows; None: only told.
-        iou: boxes after suppression are the same if they overlap at least so much ...
+        row_px: largest difference of a box's center, width or height over all rows, in input pixels; None: only
+        reported.
+        row_score: largest difference of an objectness or class score over all rows; None: only reported.
+        iou: boxes after NMS are the same if they overlap at least so much ...
         score: ... and their scores differ by no more than this.
-        matched: share of the boxes after suppression that must have their partner, on both sides.
+        matched: share of the boxes after NMS that must have their partner, on both sides.
         edge_iou, edge_score: so near to a threshold, or to one another, rounding may decide either way.
     """
 
@@ -66,8 +68,8 @@ class Comparison:
         stage: what was compared with the form before it.
         row_px, row_score: largest differences over all rows; infinite when something is not finite; None when the file
             gives boxes only.
-        mean_px: mean difference of box centres, widths and heights of rows.
-        reference, found: boxes after suppression of either.
+        mean_px: mean difference of box centers, widths and heights of rows.
+        reference, found: boxes after NMS of either.
         matched: pairs among them.
         edge: boxes without partner that lie on a threshold, so that rounding decides.
         problems: what is beyond the tolerance, in words; empty = the same.
@@ -105,13 +107,13 @@ def choose_conf(rows: Sequence[Tensor]) -> float:
 def compare_rows(
     stage: str, reference: Sequence[Tensor], found: Sequence[Tensor], tolerance: Tolerance, conf: float
 ) -> Comparison:
-    """Compare decoded rows, and what suppression leaves of them.
+    """Compare decoded rows, and what NMS leaves of them.
 
     Args:
         stage: name of the newer form.
         reference, found: (B, N, 5 + nc) per input.
         tolerance: see `Tolerance`.
-        conf: score threshold of the suppression.
+        conf: score threshold of the NMS.
     """
     if [r.shape for r in reference] != [f.shape for f in found]:
         shapes = f"shapes {[tuple(f.shape) for f in found]} instead of {[tuple(r.shape) for r in reference]}"
@@ -130,24 +132,24 @@ def compare_rows(
     if not math.isfinite(row_px + row_score):
         return Comparison(stage, row_px, row_score, mean_px, 0, 0, 0, 0, tuple(problems))
     kept = [non_max_suppression(f, conf, IOU_THRES, max_det=MAX_DET) for f in found]
-    boxes = compare_boxes(stage, reference, kept, tolerance, Suppression(conf, IOU_THRES))
+    boxes = compare_boxes(stage, reference, kept, tolerance, NmsRule(conf, IOU_THRES))
     problems += boxes.problems
     counts = boxes.reference, boxes.found, boxes.matched, boxes.edge
     return Comparison(stage, row_px, row_score, mean_px, *counts, tuple(problems))
 
 
 @dataclass(frozen=True)
-class Suppression:
-    """Settings of a suppression: as `non_max_suppression`, and a limit per class."""
+class NmsRule:
+    """Settings of a NMS: as `non_max_suppression`, and a limit per class."""
 
     conf: float
     iou: float
     agnostic: bool = False
     per_class: int = MAX_DET
-    per_picture: int = MAX_DET
+    per_image: int = MAX_DET
 
     def apply(self, rows: Tensor) -> list[Tensor]:
-        """Boxes (n, 6) per picture."""
+        """Boxes (n, 6) per image."""
         kept = non_max_suppression(rows, self.conf, self.iou, agnostic=self.agnostic, max_det=MAX_DET)
         return [self._limited(boxes) for boxes in kept]
 
@@ -156,7 +158,7 @@ class Suppression:
             same = (boxes[:, None, 5] == boxes[None, :, 5]) | self.agnostic
             rank = same.tril(-1).sum(1)  # boxes of its class with a higher score
             boxes = boxes[rank < self.per_class]
-        return boxes[: self.per_picture]
+        return boxes[: self.per_image]
 
 
 def compare_boxes(
@@ -164,24 +166,24 @@ def compare_boxes(
     reference: Sequence[Tensor],
     found: Sequence[Sequence[Tensor]],
     tolerance: Tolerance,
-    suppression: Suppression,
+    nms_time: NmsRule,
 ) -> Comparison:
     """Match boxes one to one.
 
     Args:
         stage: name of the newer form.
         reference: rows (B, N, 5 + nc) per input.
-        found: boxes after suppression (n, 6) per picture, per input.
+        found: boxes after NMS (n, 6) per image, per input.
         tolerance: see `Tolerance`.
-        suppression: how boxes are made from the reference, and were made on the other side.
+        NMS: how boxes are made from the reference, and were made on the other side.
     """
     total = made = matched = edge = 0
     for rows, boxes_of in zip(reference, found):
-        for want, got in zip(suppression.apply(rows), boxes_of):
+        for want, got in zip(nms_time.apply(rows), boxes_of):
             partner_want, partner_got = match(want, got, tolerance)
             total, made, matched = total + len(want), made + len(got), matched + int(partner_want.sum())
-            edge += int(on_edge(want, partner_want, got, partner_got, tolerance, suppression).sum())
-            edge += int(on_edge(got, partner_got, want, partner_want, tolerance, suppression).sum())
+            edge += int(on_edge(want, partner_want, got, partner_got, tolerance, nms_time).sum())
+            edge += int(on_edge(got, partner_got, want, partner_want, tolerance, nms_time).sum())
     lost = total + made - 2 * matched - edge
     problems: tuple[str, ...] = ()
     if lost > (1 - tolerance.matched) * (total + made):
@@ -190,9 +192,7 @@ def compare_boxes(
     return Comparison(stage, None, None, None, total, made, matched, edge, problems)
 
 
-def on_edge(
-    boxes: Tensor, partner: Tensor, others: Tensor, others_partner: Tensor, t: Tolerance, s: Suppression
-) -> Tensor:
+def on_edge(boxes: Tensor, partner: Tensor, others: Tensor, others_partner: Tensor, t: Tolerance, s: NmsRule) -> Tensor:
     """Which boxes without partner the other side may rightly not have, because rounding decided there.
 
     Either the score lies on the threshold, or below all that the other side kept where it kept as many as it may; or
@@ -207,13 +207,13 @@ def on_edge(
         (n,) bool.
     """
     doubtful = boxes[:, 4] <= s.conf + t.edge_score
-    if len(others) >= min(s.per_picture, s.per_class) and len(others):
+    if len(others) >= min(s.per_image, s.per_class) and len(others):
         doubtful |= boxes[:, 4] <= others[:, 4].min() + t.edge_score
     if len(boxes) and len(others):
         overlap = box_iou(boxes[:, :4], others[:, :4])
-        suppressed = (overlap >= s.iou - t.edge_iou) & (others[None, :, 4] >= boxes[:, None, 4] - t.edge_score)
-        suppressed &= (boxes[:, None, 5] == others[None, :, 5]) | s.agnostic
-        doubtful |= (suppressed & (~others_partner[None, :] | (overlap <= s.iou + t.edge_iou))).any(1)
+        after_nms = (overlap >= s.iou - t.edge_iou) & (others[None, :, 4] >= boxes[:, None, 4] - t.edge_score)
+        after_nms &= (boxes[:, None, 5] == others[None, :, 5]) | s.agnostic
+        doubtful |= (after_nms & (~others_partner[None, :] | (overlap <= s.iou + t.edge_iou))).any(1)
     return doubtful & ~partner
 
 

@@ -15,12 +15,12 @@ OPSETS = (17, 22)
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of artefact.
+    """One kind of exported file.
 
     Attributes:
         suffix: what the file's name ends in, after the stem of the weights.
         packages: what has to be installed: import name -> what pip calls it.
-        half_on_cpu: float16 artefacts can be made and proved on a CPU.
+        half_on_cpu: float16 exported files can be made and verified on a CPU.
         refuses: options that have no meaning for it, with the reason.
     """
 
@@ -38,7 +38,7 @@ FORMATS: dict[str, Format] = {
         half_on_cpu=False,
         refuses={
             "int8": "the quantiser is that of ONNX Runtime; export onnx or openvino",
-            "nms": "suppression is embedded as an ONNX operator; export onnx or openvino",
+            "nms": "NMS is embedded as an ONNX operator; export onnx or openvino",
         },
     ),
     "onnx": Format(".onnx", _ONNX_PACKAGES, half_on_cpu=True, refuses={}),
@@ -65,7 +65,7 @@ class ExportConfig(Options):
     """Options of export.py."""
 
     data: str = option(
-        "", "data set YAML: pictures for proof, int8 calibration and --benchmark (default: the one trained on)"
+        "", "dataset YAML: images for verification, int8 calibration and --benchmark (default: the one trained on)"
     )
     weights: list[str] = option([], "one or more .pt files; none = the newest trained run", str, form=MANY)
     imgsz: list[int] = option([640, 640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=1)
@@ -86,8 +86,8 @@ class ExportConfig(Options):
     workspace: int = option(4, "TensorRT memory in GB", int, missing=_NO_ENGINE)
     nms: bool = flag("embed NonMaxSuppression (onnx, openvino): output (B, --topk-all, 6)")
     agnostic_nms: bool = flag("with --nms: boxes of different classes suppress each other")
-    topk_per_class: int = option(100, "with --nms: boxes kept per class and picture", int, low=1)
-    topk_all: int = option(100, "with --nms: boxes kept per picture", int, low=1)
+    topk_per_class: int = option(100, "with --nms: boxes kept per class and image", int, low=1)
+    topk_all: int = option(100, "with --nms: boxes kept per image", int, low=1)
     iou_thres: float = option(0.45, "with --nms: overlap threshold", float, low=0.0, high=1.0)
     conf_thres: float = option(0.25, "with --nms: score threshold", float, low=0.0, high=1.0)
     include: list[str] = option(["torchscript"], f"formats: {', '.join(FORMATS)}", str, form=MANY)

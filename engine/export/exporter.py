@@ -25,12 +25,12 @@ from engine.export.formats.onnx import onnx_model, save_onnx, simplified
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
 from engine.export.formats.openvino import save_openvino
 from engine.export.formats.torchscript import save_torchscript
-from engine.export.int8 import CALIBRATION_PICTURES, quantised
-from engine.export.samples import CALIBRATION_SPLITS, PictureSource, as_images, find_pictures
-from engine.export.verification import Proof, precision, proof_inputs
-from engine.export.wrapper import ExportGraph, GraphShape, deployed_form
+from engine.export.int8 import CALIBRATION_IMAGES, quantised
+from engine.export.samples import CALIBRATION_SPLITS, ImageSource, as_images, find_images
+from engine.export.verification import Verification, precision, verification_inputs
+from engine.export.wrapper import ExportGraph, GraphShape, reparameterized_copy
 from engine.runtimes.base import Runtime
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import grid_of
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime
@@ -45,7 +45,7 @@ LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Artefact:
+class ExportedFile:
     """An exported file.
 
     Attributes:
@@ -53,8 +53,8 @@ class Artefact:
         path: the file, or OpenVINO's folder.
         megabytes: its size.
         seconds: what making and proving it took.
-        comparison: how far it is from the deployed form.
-        proof: the JSON file.
+        comparison: how far it is from the re-parameterized model.
+        verification: the JSON file.
     """
 
     format: str
@@ -62,14 +62,14 @@ class Artefact:
     megabytes: float
     seconds: float
     comparison: Comparison
-    proof: Path
+    verification: Path
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What a run of export did: the files, and one line per format that failed."""
 
-    artefacts: tuple[Artefact, ...]
+    exported_files: tuple[ExportedFile, ...]
     failures: tuple[str, ...]
 
 
@@ -77,28 +77,31 @@ def export(config: ExportConfig) -> ExportReport:
     """Export as the options say.
 
     Returns:
-        The artefacts; a format that fails its proof, or cannot be made, is in `failures` and leaves no file.
+        The exported files; a format that fails its verification, or cannot be made, is in `failures` and leaves no
+        file.
 
     Raises:
-        ExportError: the deployed form does not compute what the training form does: nothing is exported.
+        ExportError: the re-parameterized model does not compute what the training form does: nothing is exported.
         UserError: options, weights or folders that cannot be used.
     """
     load_plugins(config.plugin)
     device = select_device(config.device)
     if config.half and device.type == "cpu":
-        LOGGER.warning("--half on a CPU: float16 files are written and proved; they are smaller, not faster, on a CPU")
-    artefacts: list[Artefact] = []
+        LOGGER.warning(
+            "--half on a CPU: float16 files are written and verified; they are smaller, not faster, on a CPU"
+        )
+    exported_files: list[ExportedFile] = []
     failures: list[str] = []
     for weights in choose_weights(config.weights):
         job = Job.prepare(config, Path(weights), device)
         for name in dict.fromkeys(config.include):
             try:
-                artefacts.append(job.make(name))
+                exported_files.append(job.make(name))
             except ExportError as error:
                 failures.append(str(error))
                 LOGGER.error("%s: %s: %s", weights, error, job.what_is_left(name))
-    LOGGER.info("%s", summary(artefacts))
-    return ExportReport(tuple(artefacts), tuple(failures))
+    LOGGER.info("%s", summary(exported_files))
+    return ExportReport(tuple(exported_files), tuple(failures))
 
 
 @dataclass
@@ -107,11 +110,11 @@ class Job:
 
     Attributes:
         weights: the checkpoint.
-        deployed: its deployed form, float32, on `device`.
+        deployed: its re-parameterized model, float32, on `device`.
         shape: of the graph's input.
-        metadata: what the artefacts say about themselves.
-        pictures: for calibration of int8 ranges.
-        proof: of the deployed form.
+        metadata: what the exported files say about themselves.
+        images: for calibration of int8 ranges.
+        verification: of the re-parameterized model.
     """
 
     config: ExportConfig
@@ -120,8 +123,8 @@ class Job:
     deployed: DetectionModel
     shape: GraphShape
     metadata: Metadata
-    pictures: PictureSource
-    proof: Proof
+    images: ImageSource
+    verification: Verification
     _graph: Any = None
 
     @classmethod
@@ -133,14 +136,14 @@ class Job:
         make_folder(weights.parent)
         model = load_detector(weights, device)
         shape = input_shape(config, model)
-        pictures = find_pictures(config.data, checkpoint.metadata)
-        calibration = find_pictures(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else pictures
-        inputs = proof_inputs(pictures, shape)
-        deployed = deployed_form(model)
-        proof = Proof(model, deployed, inputs, pictures.origin, device)
-        done = proof.deployment
+        images = find_images(config.data, checkpoint.metadata)
+        calibration = find_images(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else images
+        inputs = verification_inputs(images, shape)
+        deployed = reparameterized_copy(model)
+        verification = Verification(model, deployed, inputs, images.origin, device)
+        done = verification.deployment
         LOGGER.info(
-            "%s: deployed form proved equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
+            "%s: re-parameterized model verified equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
             weights, done.row_px, done.row_score, done.matched, done.reference,
         )  # fmt: skip
         about = {"task": "detect", "precision": precision(config), **describe(model, weights)}
@@ -150,14 +153,14 @@ class Job:
             names=dict(model.names), stride=shape.grid, imgsz=(shape.height, shape.width), batch=shape.batch,
             dynamic=shape.dynamic, nms=config.nms, about=about,
         )  # fmt: skip
-        return cls(config, weights, device, deployed, shape, metadata, calibration, proof)
+        return cls(config, weights, device, deployed, shape, metadata, calibration, verification)
 
     def final_path(self, name: str) -> Path:
-        """Where an artefact goes: beside the weights, `_int8` in the name where it is that."""
+        """Where an exported file goes: beside the weights, `_int8` in the name where it is that."""
         mark = "_int8" if self.config.int8 else ""
         return self.weights.with_name(f"{self.weights.stem}{mark}{FORMATS[name].suffix}")
 
-    def make(self, name: str) -> Artefact:
+    def make(self, name: str) -> ExportedFile:
         """Write one format, run it, compare, and rename it to its final name.
 
         Raises:
@@ -169,14 +172,16 @@ class Job:
             made = Path(scratch) / final.name
             self._write(name, made)
             runtime = _opened(made, self.device)
-            assert isinstance(runtime, ArtefactRuntime)
-            comparison = self.proof.of_file(name, runtime, self.config)
+            assert isinstance(runtime, ExportedRuntime)
+            comparison = self.verification.of_file(name, runtime, self.config)
             del runtime
             _move(made, final)
-        proof_path = final.with_name(f"{final.name}.proof.json")
-        self.proof.write(proof_path, final.name, comparison, self.config, {"versions": self._versions(name)})
+        verification_path = final.with_name(f"{final.name}.proof.json")
+        self.verification.write(
+            verification_path, final.name, comparison, self.config, {"versions": self._versions(name)}
+        )
         seconds = time.perf_counter() - start
-        return Artefact(name, final, _megabytes(final), seconds, comparison, proof_path)
+        return ExportedFile(name, final, _megabytes(final), seconds, comparison, verification_path)
 
     def what_is_left(self, name: str) -> str:
         """After a failure: whether an older file lies under the final name."""
@@ -226,9 +231,9 @@ class Job:
         return graph
 
     def _calibration(self) -> list[Any]:
-        images = as_images(self.pictures.load(CALIBRATION_PICTURES, self.shape.height, self.shape.width))
+        images = as_images(self.images.load(CALIBRATION_IMAGES, self.shape.height, self.shape.width))
         size = 1 if self.shape.dynamic else self.shape.batch
-        LOGGER.info("--int8: calibrated on %d pictures of %s", len(images), self.pictures.origin)
+        LOGGER.info("--int8: calibrated on %d images of %s", len(images), self.images.origin)
         if len(images) < size:
             images = images.repeat(-(-size // len(images)), 1, 1, 1)
         return [part.numpy() for part in images.split(size) if len(part) == size]
@@ -245,7 +250,7 @@ def input_shape(config: ExportConfig, model: DetectionModel) -> GraphShape:
 
 
 def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
-    """What an artefact says about its origin; no paths of this machine."""
+    """What an exported file says about its origin; no paths of this machine."""
     first = model.spec.layers[0]
     name = first.module
     if model.model.routes[0].gives_levels:
@@ -293,17 +298,17 @@ def _megabytes(path: Path) -> float:
     return sum(p.stat().st_size for p in files) / 1e6
 
 
-def summary(artefacts: Sequence[Artefact]) -> str:
+def summary(exported_files: Sequence[ExportedFile]) -> str:
     """The table at the end, and how to run each file."""
-    if not artefacts:
+    if not exported_files:
         return "nothing was exported"
     lines = [f"{'format':<12} {'MB':>7} {'seconds':>8} {'px apart':>9} {'score apart':>12} {'boxes matched':>14}  file"]
-    for a in artefacts:
+    for a in exported_files:
         c = a.comparison
         px, score = ("-" if v is None else f"{v:.2g}" for v in (c.row_px, c.row_score))
         boxes = f"{c.matched}/{c.reference}"
         lines.append(f"{a.format:<12} {a.megabytes:>7.1f} {a.seconds:>8.1f} {px:>9} {score:>12} {boxes:>14}  {a.path}")
-    for a in artefacts:
+    for a in exported_files:
         lines.append(f"python detect.py --weights {a.path} --source data/images")
         lines.append(f"python val.py --weights {a.path} --data <data.yaml>")
     return "\n".join(lines)

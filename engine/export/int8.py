@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from utils.errors import ExportError
 
 LOGGER = logging.getLogger(__name__)
-CALIBRATION_PICTURES = 64
+CALIBRATION_IMAGES = 64
 QUANTISED = ("Conv", "MatMul", "Gemm")
 
 
 class _Feed:
-    """Hands pictures to the quantiser, one batch at a time."""
+    """Hands images to the quantiser, one batch at a time."""
 
     def __init__(self, batches: Sequence[NDArray[np.float32]]) -> None:
         self.batches = iter(batches)
@@ -32,7 +32,7 @@ class _Feed:
 def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
     """The graph with int8 convolutions and matrix products, as pairs of QuantizeLinear and DequantizeLinear.
 
-    Weights get a scale per output channel, activations one per tensor, from the extremes over the pictures. What
+    Weights get a scale per output channel, activations one per tensor, from the extremes over the images. What
     follows the head's last convolutions stays float32: pixel positions need more than 8 bits.
 
     Args:

@@ -1,4 +1,4 @@
-"""Inputs of proof and calibration: real pictures, and random ones with their statistics."""
+"""Inputs of verification and calibration: real images, and random ones with their statistics."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ from utils.files import ROOT
 
 LOGGER = logging.getLogger(__name__)
 SHIPPED = ROOT / "data" / "images"
-# Splits in order of preference. What a proof looks at should be new to the model; what int8 ranges are taken from
+# Splits in order of preference. What a verification looks at should be new to the model; what int8 ranges are taken
+# from
 # should not be what the accuracy is measured on.
-PROOF_SPLITS = ("val", "test", "train")
+VERIFICATION_SPLITS = ("val", "test", "train")
 CALIBRATION_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class PictureSource:
-    """Where real pictures come from.
+class ImageSource:
+    """Where real images come from.
 
     Attributes:
-        origin: said in the proof.
-        files: the pictures.
+        origin: said in the verification.
+        files: the images.
     """
 
     origin: str
     files: tuple[Path, ...]
 
     def load(self, count: int, height: int, width: int) -> NDArray[np.uint8]:
-        """At most `count` pictures, evenly spread over the files: (n, height, width, 3) RGB, letterboxed.
+        """At most `count` images, evenly spread over the files: (n, height, width, 3) RGB, letterboxed.
 
         Raises:
             DataError: none of them can be read.
@@ -52,23 +53,23 @@ class PictureSource:
             if len(fitted) == count:
                 break
             try:
-                picture = letterbox(read(path), (height, width), auto=False)[0]
+                image = letterbox(read(path), (height, width), auto=False)[0]
             except DataError as error:
                 LOGGER.warning("%s; left out", error)
                 continue
-            fitted.append(cv2.cvtColor(picture, cv2.COLOR_BGR2RGB).astype(np.uint8))
+            fitted.append(cv2.cvtColor(image, cv2.COLOR_BGR2RGB).astype(np.uint8))
         if not fitted:
-            raise DataError(f"{self.origin}: none of its {len(self.files)} pictures can be read")
+            raise DataError(f"{self.origin}: none of its {len(self.files)} images can be read")
         return np.stack(fitted)
 
 
-def find_pictures(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = PROOF_SPLITS) -> PictureSource:
-    """Pictures of the data set asked for, else of the one the checkpoint was trained on, else those shipped.
+def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = VERIFICATION_SPLITS) -> ImageSource:
+    """Images of the dataset asked for, else of the one the checkpoint was trained on, else those shipped.
 
     Args:
         data: the option; '' leaves the choice.
         metadata: of the checkpoint.
-        splits: the first that the data set has is taken; of the one trained on, the first whose pictures are there.
+        splits: the first that the dataset has is taken; of the one trained on, the first whose images are there.
 
     Raises:
         UserError: `data` was given and cannot be used.
@@ -86,29 +87,29 @@ def find_pictures(data: str, metadata: Mapping[str, Any], splits: Sequence[str] 
             if split:
                 return _of_split(config, split)
         except UserError as error:
-            LOGGER.info("pictures shipped with the project are used: %s", error)
+            LOGGER.info("images shipped with the project are used: %s", error)
     files = tuple(sorted(path for path in SHIPPED.glob("*") if path.suffix.lower() in IMAGE_SUFFIXES))
-    return PictureSource("data/images (shipped)", files)
+    return ImageSource("data/images (shipped)", files)
 
 
-def _of_split(config: DataConfig, split: str) -> PictureSource:
+def _of_split(config: DataConfig, split: str) -> ImageSource:
     files = tuple(sorted(list_images(config.split(split))[0]))
     if not files:
-        raise DataError(f"{config.file}: its split '{split}' has no pictures")
-    return PictureSource(f"{config.file.name}, {split}", files)
+        raise DataError(f"{config.file}: its split '{split}' has no images")
+    return ImageSource(f"{config.file.name}, {split}", files)
 
 
-def as_images(pictures: NDArray[np.uint8]) -> torch.Tensor:
+def as_images(images: NDArray[np.uint8]) -> torch.Tensor:
     """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous().float().div_(255)
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def random_images(count: int, like: NDArray[np.uint8], height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise with the mean and deviation of real pictures, per channel, and structure at several scales.
+    """Noise with the mean and deviation of real images, per channel, and structure at several scales.
 
     Args:
         count: number of images.
-        like: (n, h, w, 3) uint8 real pictures.
+        like: (n, h, w, 3) uint8 real images.
         height, width: of the images.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The inputs of a proof, the answers of each form to them, and the record of it."""
+"""The inputs of a verification, the answers of each form to them, and the record of it."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from engine.export.check_outputs import (
     TOLERANCES,
     Comparison,
     Detector,
-    Suppression,
+    NmsRule,
     choose_conf,
     compare_boxes,
     compare_rows,
     run,
 )
 from engine.export.config import ExportConfig
-from engine.export.samples import PictureSource, as_images, random_images
+from engine.export.samples import ImageSource, as_images, random_images
 from engine.export.wrapper import ExportGraph, GraphShape
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.onnxruntime import OnnxRuntime
 from models.yolo import DetectionModel
 from utils.errors import ExportError
 from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
-PICTURES, NOISES = 4, 2
+IMAGES, NOISES = 4, 2
 FREE_SIZES = (
     " (made with --dynamic: a model whose steps depend on the size, such as RepMLPNet with tile_order published, cannot"
     " be exported with free sizes; leave --dynamic out)"
 )
 
 
-def proof_inputs(source: PictureSource, shape: GraphShape) -> list[Tensor]:
-    """Real pictures and random images, (b, 3, h, w) float32 in [0, 1] each.
+def verification_inputs(source: ImageSource, shape: GraphShape) -> list[Tensor]:
+    """Real images and random images, (b, 3, h, w) float32 in [0, 1] each.
 
     Where sizes are free, also other sizes: smaller, square and not, in batches of 1 to 3.
     """
-    pictures = source.load(PICTURES, shape.height, shape.width)
-    inputs = [as_images(pictures), random_images(NOISES, pictures, shape.height, shape.width)]
+    images = source.load(IMAGES, shape.height, shape.width)
+    inputs = [as_images(images), random_images(NOISES, images, shape.height, shape.width)]
     if shape.dynamic:
         grid = shape.grid
         cells = shape.height // grid, shape.width // grid
@@ -58,18 +58,18 @@ def proof_inputs(source: PictureSource, shape: GraphShape) -> list[Tensor]:
     return inputs
 
 
-class Proof:
+class Verification:
     """Compares the forms of one detector.
 
     Args:
         model: training form, in evaluation mode.
-        deployed: deployed form.
+        deployed: re-parameterized model.
         inputs: from `proof_inputs`.
-        origin: where the pictures are from.
+        origin: where the images are from.
         device: where the models are.
 
     Raises:
-        ExportError: the deployed form does not compute what the training form does.
+        ExportError: the re-parameterized model does not compute what the training form does.
     """
 
     def __init__(
@@ -84,10 +84,10 @@ class Proof:
         training = run(self._eager(model), self.inputs)
         self.rows = run(self._eager(deployed), self.inputs)
         self.conf = choose_conf(training)
-        self.deployment = compare_rows("deployed form", training, self.rows, TOLERANCES["float32"], self.conf)
+        self.deployment = compare_rows("re-parameterized model", training, self.rows, TOLERANCES["float32"], self.conf)
         if self.deployment.problems:
             raise ExportError(
-                "proof failed at stage 1, training form -> deployed form (re-parameterisation, batch norm folding): "
+                "verification failed at stage 1, training model -> re-parameterized model: "
                 + "; ".join(self.deployment.problems)
             )
 
@@ -95,8 +95,8 @@ class Proof:
         graph = ExportGraph(model).eval()
         return lambda images: graph(images.to(self.device))
 
-    def of_file(self, name: str, runtime: ArtefactRuntime, config: ExportConfig) -> Comparison:
-        """Compare an exported file with the deployed form.
+    def of_file(self, name: str, runtime: ExportedRuntime, config: ExportConfig) -> Comparison:
+        """Compare an exported file with the re-parameterized model.
 
         Raises:
             ExportError: it computes something else.
@@ -110,42 +110,42 @@ class Proof:
             comparison = compare_rows(stage, self.rows, found, tolerance, self.conf)
         if comparison.problems:
             raise ExportError(
-                f"{name}: proof failed at stage 2, deployed form -> exported file: {'; '.join(comparison.problems)}"
-                + (FREE_SIZES if config.dynamic else "")
+                f"{name}: verification failed at stage 2, re-parameterized model -> exported file: "
+                f"{'; '.join(comparison.problems)}" + (FREE_SIZES if config.dynamic else "")
             )
         return comparison
 
-    def _boxes(self, stage: str, runtime: ArtefactRuntime, config: ExportConfig) -> Comparison:
+    def _boxes(self, stage: str, runtime: ExportedRuntime, config: ExportConfig) -> Comparison:
         conf = config.conf_thres
         if isinstance(runtime, OnnxRuntime):  # it can be given the threshold at which there is enough to compare
             conf = min(conf, self.conf)
             runtime.overrides["conf_thres"] = torch.tensor([conf]).numpy()
         found = run(lambda images: in_batches(runtime.output, runtime.fixed_batch, images), self.inputs)
-        boxes = [[picture[picture[:, 4] > 0] for picture in batch] for batch in found]
+        boxes = [[image[image[:, 4] > 0] for image in batch] for batch in found]
         limits = config.topk_per_class, config.topk_all
-        suppression = Suppression(conf, config.iou_thres, config.agnostic_nms, *limits)
-        comparison = compare_boxes(stage, self.rows, boxes, TOLERANCES[precision(config)], suppression)
+        nms_time = NmsRule(conf, config.iou_thres, config.agnostic_nms, *limits)
+        comparison = compare_boxes(stage, self.rows, boxes, TOLERANCES[precision(config)], nms_time)
         if not comparison.reference:
-            LOGGER.warning("%s: no box scores above --conf-thres %g: the proof compared none", stage, conf)
+            LOGGER.warning("%s: no box scores above --conf-thres %g: the verification compared none", stage, conf)
         return comparison
 
     def write(
-        self, path: Path, artefact: str, comparison: Comparison, config: ExportConfig, about: dict[str, Any]
+        self, path: Path, exported_file: str, comparison: Comparison, config: ExportConfig, about: dict[str, Any]
     ) -> None:
-        """Write the record of a proof as JSON."""
+        """Write the record of a verification as JSON."""
         kind = precision(config)
         record = {
-            "artefact": artefact,
+            "exported file": exported_file,
             "date": datetime.datetime.now().isoformat(timespec="seconds"),
             "precision": kind,
             **about,
             "inputs": {
-                "pictures": self.origin,
+                "images": self.origin,
                 "shapes": [list(images.shape) for images in self.inputs],
-                "random": f"{NOISES} images with the pictures' mean and deviation per channel",
+                "random": f"{NOISES} images with the images' mean and deviation per channel",
             },
-            "suppression": {"conf": self.conf, "iou": config.iou_thres if config.nms else IOU_THRES},
-            "tolerance": {"deployed form": asdict(TOLERANCES["float32"]), "file": asdict(TOLERANCES[kind])},
+            "NMS": {"conf": self.conf, "iou": config.iou_thres if config.nms else IOU_THRES},
+            "tolerance": {"re-parameterized model": asdict(TOLERANCES["float32"]), "file": asdict(TOLERANCES[kind])},
             "stages": [self.deployment.to_dict(), comparison.to_dict()],
         }
         with atomic_path(path) as temporary:

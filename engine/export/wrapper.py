@@ -1,4 +1,4 @@
-"""What is traced: the deployed form of a detector behind one input and one output."""
+"""What is traced: the re-parameterized model of a detector behind one input and one output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ExportGraph(nn.Module):
     """A detector with one tensor in and one out.
 
     Args:
-        model: in its deployed form and in evaluation mode; shared, not copied.
+        model: in its re-parameterized model and in evaluation mode; shared, not copied.
         dtype: what the layers compute in.
     """
 
@@ -36,7 +36,7 @@ class ExportGraph(nn.Module):
             images: (B, 3, H, W) float32 in [0, 1], RGB; H and W multiples of the grid.
 
         Returns:
-            (B, N, 5 + nc) float32: box centre x, y, width, height in input pixels, objectness, class scores. float32
+            (B, N, 5 + nc) float32: box center x, y, width, height in input pixels, objectness, class scores. float32
             even where the layers are float16, which holds pixel positions above 1024 only to a whole pixel.
         """
         decoded, _ = self.model(images.to(self.dtype))
@@ -55,8 +55,8 @@ class TupleGraph(nn.Module):
         return (self.graph(images),)
 
 
-def deployed_form(model: DetectionModel) -> DetectionModel:
-    """A copy with re-parameterised backbone and folded batch norms; `model` itself is left as it is."""
+def reparameterized_copy(model: DetectionModel) -> DetectionModel:
+    """A copy with re-parameterized backbone and folded batch norms; `model` itself is left as it is."""
     copy = deepcopy(model).eval()
     reparameterize(copy)
     copy.fuse()

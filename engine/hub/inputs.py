@@ -1,4 +1,4 @@
-"""What people hand to a model in Python, as pictures: paths, addresses, arrays, PIL pictures, tensors."""
+"""What people hand to a model in Python, as images: paths, addresses, arrays, PIL images, tensors."""
 
 from __future__ import annotations
 
@@ -19,44 +19,44 @@ from utils.errors import ConfigError
 from utils.files import download
 
 ALLOWED = (
-    "allowed are a path, an http address, a (H, W, 3) uint8 RGB array, a PIL picture, a (3, H, W) tensor in 0..1, "
+    "allowed are a path, an http address, a (H, W, 3) uint8 RGB array, a PIL image, a (3, H, W) tensor in 0..1, "
     "a list of these, or a (B, 3, H, W) tensor"
 )
 
 
-def as_list(pictures: Any) -> list[Any]:
-    """The pictures one by one.
+def as_list(images: Any) -> list[Any]:
+    """The images one by one.
 
     Raises:
         ConfigError: there are none.
     """
-    several = isinstance(pictures, (list, tuple))
-    out = list(pictures) if several else [pictures]
+    several = isinstance(images, (list, tuple))
+    out = list(images) if several else [images]
     if not out:
-        raise ConfigError(f"no pictures given; {ALLOWED}")
+        raise ConfigError(f"no images given; {ALLOWED}")
     return out
 
 
-def as_frames(pictures: Sequence[Any]) -> tuple[Frame, ...]:
-    """Read or convert each picture.
+def as_frames(images: Sequence[Any]) -> tuple[Frame, ...]:
+    """Read or convert each image.
 
     Returns:
         Frames (uint8 BGR, upright) whose path is a file name for results: `<name>.jpg`, `image<number>.jpg` for
-        pictures without a name.
+        images without a name.
 
     Raises:
-        ConfigError: something that is no picture.
+        ConfigError: something that is no image.
         DataError: a file that cannot be read.
     """
     out = []
-    for number, item in enumerate(pictures):
-        image, name = _picture(item, f"picture {number}")
+    for number, item in enumerate(images):
+        image, name = _image(item, f"image {number}")
         path = Path(name or f"image{number}").with_suffix(".jpg")
-        out.append(Frame(image, path, str(item) if name else path.name, "image", number + 1, len(pictures)))
+        out.append(Frame(image, path, str(item) if name else path.name, "image", number + 1, len(images)))
     return tuple(out)
 
 
-def _picture(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+def _image(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
     """(H, W, 3) uint8 BGR, and the name of the file it is from ('' if it is from none)."""
     if isinstance(item, (str, Path)):
         return _file(str(item))
@@ -78,7 +78,7 @@ def _file(text: str) -> tuple[NDArray[np.uint8], str]:
 
 
 def _array(array: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    """RGB, or grey, or with an alpha channel, which is dropped; channels may come first, as in YOLOv5."""
+    """RGB, or gray, or with an alpha channel, which is dropped; channels may come first, as in YOLOv5."""
     if array.dtype != np.uint8:
         hint = (
             "(im * 255).astype('uint8') if it is in 0..1" if np.issubdtype(array.dtype, np.floating) else "convert it"
@@ -101,7 +101,7 @@ def _tensor(tensor: torch.Tensor, where: str) -> NDArray[np.uint8]:
     return np.ascontiguousarray(pixels_of(tensor[None], where)[0][..., ::-1])
 
 
-def pixels_of(images: torch.Tensor, where: str = "pictures") -> NDArray[np.uint8]:
+def pixels_of(images: torch.Tensor, where: str = "images") -> NDArray[np.uint8]:
     """(B, 3, H, W) uint8, or floating point in 0..1, as (B, H, W, 3) uint8 RGB.
 
     Raises:
@@ -121,10 +121,10 @@ def pixels_of(images: torch.Tensor, where: str = "pictures") -> NDArray[np.uint8
     return images.detach().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _pil(picture: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+def _pil(image: Any, where: str) -> tuple[NDArray[np.uint8], str]:
     from PIL import ImageOps
 
-    if picture.mode.startswith(("I", "F")):
-        raise ConfigError(f"{where}: a PIL picture of mode {picture.mode}; give its path, or convert it to 'RGB'")
-    upright = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    return cv2.cvtColor(upright, cv2.COLOR_RGB2BGR).astype(np.uint8), Path(getattr(picture, "filename", "") or "").name
+    if image.mode.startswith(("I", "F")):
+        raise ConfigError(f"{where}: a PIL image of mode {image.mode}; give its path, or convert it to 'RGB'")
+    upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    return cv2.cvtColor(upright, cv2.COLOR_RGB2BGR).astype(np.uint8), Path(getattr(image, "filename", "") or "").name

@@ -1,4 +1,4 @@
-"""Detectors for use from Python, as YOLOv5's users know them from `torch.hub`: pictures in, results out.
+"""Detectors for use from Python, as YOLOv5's users know them from `torch.hub`: images in, results out.
 
 `hubconf.py` makes these functions known to `torch.hub`; without it: `from engine.hub.model import load`.
 """
@@ -32,14 +32,14 @@ from utils.nms import non_max_suppression
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
-GREY = 114 / 255  # what a tensor is padded with, as a letterbox is
+GRAY = 114 / 255  # what a tensor is padded with, as a letterbox is
 
 Device = str | int | torch.device | None
 Weights = str | Path | Sequence[str | Path]
 
 
 class HubModel(nn.Module):
-    """A detector that takes pictures of any kind and gives `Results`.
+    """A detector that takes images of any kind and gives `Results`.
 
     Args:
         runtime: what runs it.
@@ -49,7 +49,7 @@ class HubModel(nn.Module):
         classes: keep only these class numbers; None = all.
         agnostic: let boxes of different classes suppress each other.
         multi_label: a box may carry several classes.
-        max_det: boxes per picture.
+        max_det: boxes per image.
         amp: mixed precision on a GPU.
         names, stride, device: of the model; names is a dict by class number.
     """
@@ -104,11 +104,11 @@ class HubModel(nn.Module):
     def forward(self, ims: Any, size: int | Sequence[int] = 640, augment: bool = False) -> Results:
         """Detect.
 
-        Every picture is fitted into the smallest rectangle of whole strides, as `detect.py` does: what is found in it
-        does not depend on the other pictures.
+        Every image is fitted into the smallest rectangle of whole strides, as `detect.py` does: what is found in it
+        does not depend on the other images.
 
         Args:
-            ims: a path, an http address, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL picture, a
+            ims: a path, an http address, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL image, a
                 (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor of any device, floating point in
                 0..1 or uint8, which goes into the network as it is, up to padding.
             size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch.
@@ -116,11 +116,11 @@ class HubModel(nn.Module):
 
         Raises:
             ConfigError: a value that is not allowed.
-            DataError: a picture that cannot be read.
+            DataError: a image that cannot be read.
         """
         check_classes(self.classes, self.runtime.names)
         if augment and not isinstance(self.runtime, PyTorchRuntime):
-            raise ConfigError("augment=True: needs a .pt file; an exported file is made for the plain picture")
+            raise ConfigError("augment=True: needs a .pt file; an exported file is made for the plain image")
         timers = Profile(), Profile(self.device), Profile(self.device)
         if isinstance(ims, torch.Tensor) and ims.ndim == 4:
             groups = [self._batch(ims, timers[0])]
@@ -137,7 +137,7 @@ class HubModel(nn.Module):
         return Results([found[k] for k in sorted(found)], self.names, times, shape, self.device)
 
     def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[tuple[Prepared, bool]]:
-        """Pictures that fit into the same rectangle together, in the order of their first one."""
+        """Images that fit into the same rectangle together, in the order of their first one."""
         with timer:
             wanted = input_size([size] if isinstance(size, int) else list(size), self.runtime)
             auto = self.runtime.imgsz is None
@@ -152,7 +152,7 @@ class HubModel(nn.Module):
             return [(group, False) for group in groups]
 
     def _batch(self, images: torch.Tensor, timer: Profile) -> tuple[Prepared, bool]:
-        """A tensor as the network's input: grey at right and bottom up to whole strides."""
+        """A tensor as the network's input: gray at right and bottom up to whole strides."""
         with timer:
             pixels = pixels_of(images)
             names = (Path(f"image{i}.jpg") for i in range(len(pixels)))
@@ -163,13 +163,13 @@ class HubModel(nn.Module):
             if self.runtime.imgsz is None:
                 bottom, right = (-side % self.stride for side in images.shape[2:])
                 if bottom or right:
-                    images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GREY)
+                    images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GRAY)
         return Prepared(frames, images), True
 
     def _detect(
         self, prepared: Prepared, is_tensor: bool, augment: bool, timers: tuple[Profile, Profile, Profile]
     ) -> list[Detections]:
-        """Run the network and the suppression on pictures of one shape; boxes in pixels of the pictures."""
+        """Run the network and the NMS on images of one shape; boxes in pixels of the images."""
         if isinstance(self.runtime, PyTorchRuntime):
             self.runtime.augment = augment
             self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
@@ -227,8 +227,8 @@ def create(
 
     Args:
         cfg: YAML in `models/` or `models/hub/`, or a path.
-        path: checkpoint whose weights are copied where rows agree; None = random weights, which is said.
-        channels: of the pictures; others than 3 need `autoshape=False`.
+        path: checkpoint whose weights are copied where rows agree; None = random weights, which is logged.
+        channels: of the images; others than 3 need `autoshape=False`.
         classes: number of classes; None = the checkpoint's, or the YAML's.
         autoshape, device: as for `load`.
         verbose: warn of random weights.
@@ -238,7 +238,7 @@ def create(
         UserError: anything else that cannot be used.
     """
     if channels != 3 and autoshape:
-        raise ConfigError(f"channels={channels}: pictures have 3; for other inputs give autoshape=False")
+        raise ConfigError(f"channels={channels}: images have 3; for other inputs give autoshape=False")
     place = select_device(_device_text(device))
     checkpoint = read_checkpoint(path) if path else None
     number = classes if classes is not None else checkpoint.nc if checkpoint else None

@@ -1,4 +1,4 @@
-"""What a model says about pictures, under the names that users of YOLOv5's hub models know."""
+"""What a model says about images, under the names that users of YOLOv5's hub models know."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.predict.detections import Detections, DrawStyle, annotated, counts_text
-from engine.predict.writers import CropWriter, FileNames, cut_out, write_picture
+from engine.predict.writers import CropWriter, FileNames, cut_out, write_image
 from utils.boxes import xyxy2xywh
 from utils.draw import class_name
 from utils.errors import ConfigError
@@ -22,25 +22,25 @@ from utils.files import increment_path, make_folder
 
 SAVE_DIR = "runs/detect/exp"
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
-CENTRES = ("xcenter", "ycenter", "width", "height")
+CENTERS = ("xcenter", "ycenter", "width", "height")
 
 
 class Results:
-    """Detections of one or more pictures.
+    """Detections of one or more images.
 
     Args:
-        found: per picture its boxes.
+        found: per image its boxes.
         names: class names by number.
-        times_ms: milliseconds per picture of preparation, network, suppression.
-        shape: (B, 3, H, W) of the network's input (of the last group, where pictures differ in shape).
+        times_ms: milliseconds per image of preparation, network, NMS.
+        shape: (B, 3, H, W) of the network's input (of the last group, where images differ in shape).
         device: where the tensors go.
 
     Attributes:
-        ims: pictures, (H, W, 3) uint8 RGB; after `render` with boxes.
-        pred, xyxy: per picture (n, 6) float32: corners in its pixels, score, class; by falling score.
-        xywh: the same with centre and size; xyxyn, xywhn: as parts of the picture's sides.
-        files: names of the pictures, `<stem>.jpg`; `image<number>.jpg` for those without a name.
-        names, n, t, s: class names, number of pictures, `times_ms`, `shape`.
+        ims: images, (H, W, 3) uint8 RGB; after `render` with boxes.
+        pred, xyxy: per image (n, 6) float32: corners in its pixels, score, class; by falling score.
+        xywh: the same with center and size; xyxyn, xywhn: as parts of the image's sides.
+        files: names of the images, `<stem>.jpg`; `image<number>.jpg` for those without a name.
+        names, n, t, s: class names, number of images, `times_ms`, `shape`.
     """
 
     def __init__(
@@ -75,10 +75,10 @@ class Results:
         return "\n".join([*lines, f"Speed: {speed} per image at shape {self.s}"])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} of {self.n} picture(s)\n{self}"
+        return f"{type(self).__name__} of {self.n} image(s)\n{self}"
 
     def print(self) -> None:
-        """Print what was found, one line per picture, and the speed."""
+        """Print what was found, one line per image, and the speed."""
         print(self)
 
     def pandas(self) -> Results:
@@ -94,7 +94,7 @@ class Results:
         except ImportError as error:
             raise ConfigError("results.pandas(): pandas is not installed; pip install pandas") from error
         out = copy.copy(self)
-        for key, head in (("xyxy", CORNERS), ("xyxyn", CORNERS), ("xywh", CENTRES), ("xywhn", CENTRES)):
+        for key, head in (("xyxy", CORNERS), ("xyxyn", CORNERS), ("xywh", CENTERS), ("xywhn", CENTERS)):
             tables = []
             for rows in getattr(self, key):
                 values = rows.cpu().numpy().astype(np.float64)
@@ -106,7 +106,7 @@ class Results:
         return out
 
     def tolist(self) -> list[Results]:
-        """One `Results` per picture."""
+        """One `Results` per image."""
         return [Results([found], self.names, self.t, self.s, p.device) for found, p in zip(self._found, self.pred)]
 
     def _drawn(self, labels: bool) -> list[NDArray[np.uint8]]:
@@ -120,27 +120,27 @@ class Results:
             labels: write names and scores.
 
         Returns:
-            (H, W, 3) uint8 RGB per picture.
+            (H, W, 3) uint8 RGB per image.
         """
         self.ims = [cv2.cvtColor(drawn, cv2.COLOR_BGR2RGB).astype(np.uint8) for drawn in self._drawn(labels)]
         return self.ims
 
     def show(self, labels: bool = True) -> None:
-        """Show the pictures with their boxes: in a notebook below the cell, else in the system's viewer."""
+        """Show the images with their boxes: in a notebook below the cell, else in the system's viewer."""
         from PIL import Image
 
         notebook = "IPython" in sys.modules and sys.modules["IPython"].get_ipython() is not None
         for drawn, name in zip(self._drawn(labels), self.files):
-            picture = Image.fromarray(cv2.cvtColor(drawn, cv2.COLOR_BGR2RGB))
+            image = Image.fromarray(cv2.cvtColor(drawn, cv2.COLOR_BGR2RGB))
             if notebook:
                 from IPython.display import display
 
-                display(picture)
+                display(image)
             else:
-                picture.show(name)
+                image.show(name)
 
     def save(self, labels: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool = False) -> Path:
-        """Write the pictures with their boxes as JPEG.
+        """Write the images with their boxes as JPEG.
 
         Args:
             labels: write names and scores.
@@ -153,7 +153,7 @@ class Results:
         folder = make_folder(increment_path(save_dir, exist_ok))
         names = FileNames()
         for found, drawn in zip(self._found, self._drawn(labels)):
-            write_picture(folder / names.name_for(found.frame, ".jpg"), drawn)
+            write_image(folder / names.name_for(found.frame, ".jpg"), drawn)
         return folder
 
     def crop(self, save: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool = False) -> list[dict[str, Any]]:

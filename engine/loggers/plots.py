@@ -1,4 +1,4 @@
-"""Pictures of a training run: labels, first batches, results."""
+"""Images of a training run: labels, first batches, results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.predict.writers import write_picture
+from engine.predict.writers import write_image
 from utils.draw import image_grid
 from utils.plots import plot_history, plot_labels
 from utils.structures import Batch
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 
 
 def labels(s: Setup) -> None:
-    """labels.jpg: classes, box centres and sizes of the training split."""
+    """labels.jpg: classes, box centers and sizes of the training split."""
     rows = np.concatenate(s.labels) if s.labels else np.zeros((0, 5), np.float32)
     plot_labels(s.folder / "labels.jpg", rows, s.data.names)
 
 
 def training_batch(s: Setup, batch: Batch, number: int) -> None:
     """train_batch<number>.jpg: what the network is shown, augmentation and boxes."""
-    picture = image_grid(batch.images, batch.targets, batch.paths, s.data.names)
-    write_picture(s.folder / f"train_batch{number}.jpg", picture)
+    image = image_grid(batch.images, batch.targets, batch.paths, s.data.names)
+    write_image(s.folder / f"train_batch{number}.jpg", image)
 
 
 def results(folder: Path) -> None:

@@ -152,7 +152,7 @@ class Logs:
         self._each(lambda log: log.add(int(values[0]), metrics))
 
     def finish(self) -> None:
-        """Hand weights, pictures and files of the run folder to the hosted trackers."""
+        """Hand weights, images and files of the run folder to the hosted trackers."""
         if self.hosted:
             outcome = outcome_of(self.folder)
             self._each(lambda log: log.finish(outcome))
@@ -199,7 +199,7 @@ def make_logs(
         names: of hosted trackers (`--logger`).
         folder: run folder.
         options: of the command; `project` and `entity` are looked at.
-        hyp: hyper-parameters.
+        hyp: hyperparameters.
         start_epoch: first epoch that will be reported; above 0 the run is resumed, in the trackers too.
 
     Raises:
@@ -236,10 +236,10 @@ def project_name(options: Mapping[str, Any]) -> str:
 def outcome_of(folder: Path) -> Outcome:
     """What is in a run folder, with the metrics of its best epoch."""
     best = folder / "weights" / "best.pt"
-    pictures = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg") and not p.name.startswith("."))
+    images = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg") and not p.name.startswith("."))
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
     summary, last = best_epoch(folder)
-    return Outcome(best if best.is_file() else None, tuple(pictures), files, summary, last)
+    return Outcome(best if best.is_file() else None, tuple(images), files, summary, last)
 
 
 def best_epoch(folder: Path) -> tuple[dict[str, float], int]:

@@ -1,7 +1,7 @@
 """Hosted trackers: W&B, MLflow, ClearML, Comet. Each is imported only when `--logger` names it.
 
-What a tracker gets: options and hyper-parameters at the start, the numbers of results.csv after every epoch, and at the
-end the best weights, the pictures and the small files of the run. Pictures of the data set and its labels are sent only
+What a tracker gets: options and hyperparameters at the start, the numbers of results.csv after every epoch, and at the
+end the best weights, the images and the small files of the run. Images of the dataset and its labels are sent only
 as far as the run draws them (`train_batch*.jpg`, `val_batch*.jpg`, report.html).
 """
 
@@ -23,7 +23,7 @@ MLFLOW_CALL = 100  # parameters that its server takes in one request
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is told when a run begins.
+    """What a tracker is reported when a run begins.
 
     Attributes:
         folder: run folder.
@@ -47,13 +47,13 @@ class Outcome:
 
     Attributes:
         best: best weights, where there are any.
-        pictures, files: of the run folder; files are results.csv, the two YAMLs, the report.
+        images, files: of the run folder; files are results.csv, the two YAMLs, the report.
         summary: the metrics of the best epoch as `best/...`.
         epoch: the last epoch done.
     """
 
     best: Path | None
-    pictures: tuple[Path, ...]
+    images: tuple[Path, ...]
     files: tuple[Path, ...]
     summary: Mapping[str, float]
     epoch: int
@@ -73,7 +73,7 @@ class HostedLogger(ABC):
 
     @abstractmethod
     def start(self, run: RunInfo) -> str:
-        """Open the run, or go on with `run.resume_id`. Returns the tracker's own name for it."""
+        """Open the run, or continue with `run.resume_id`. Returns the tracker's own name for it."""
 
     @abstractmethod
     def add(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -113,9 +113,9 @@ class WandbLogger(HostedLogger):
         self.run.log(dict(metrics), step=epoch)
 
     def finish(self, outcome: Outcome) -> None:
-        pictures = {f"pictures/{p.stem}": self.wandb.Image(str(p)) for p in outcome.pictures}
-        if pictures:
-            self.run.log(pictures)
+        images = {f"images/{p.stem}": self.wandb.Image(str(p)) for p in outcome.images}
+        if images:
+            self.run.log(images)
         self.run.summary.update(dict(outcome.summary))
         model = self.wandb.Artifact(f"run_{self.run.id}_model", type="model", metadata=dict(outcome.summary))
         for path in (*([outcome.best] if outcome.best else []), *outcome.files):
@@ -169,7 +169,7 @@ class MlflowLogger(HostedLogger):
         self.add(outcome.epoch, outcome.summary)
         if outcome.best:
             self.client.log_artifact(self.id, str(outcome.best), "weights")
-        for path in (*outcome.files, *outcome.pictures):
+        for path in (*outcome.files, *outcome.images):
             self.client.log_artifact(self.id, str(path))
 
     def close(self, failed: bool) -> None:
@@ -193,7 +193,7 @@ class ClearmlLogger(HostedLogger):
             auto_connect_frameworks=False,
         )
         self.task.connect(dict(run.options), name="Options")
-        self.task.connect(dict(run.hyp), name="Hyper-parameters")
+        self.task.connect(dict(run.hyp), name="Hyperparameters")
         return str(self.task.id)
 
     def add(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -204,8 +204,8 @@ class ClearmlLogger(HostedLogger):
     def finish(self, outcome: Outcome) -> None:
         for key, value in outcome.summary.items():
             self.task.get_logger().report_single_value(key, value)
-        for path in outcome.pictures:
-            self.task.get_logger().report_image("pictures", path.stem, iteration=outcome.epoch, local_path=str(path))
+        for path in outcome.images:
+            self.task.get_logger().report_image("images", path.stem, iteration=outcome.epoch, local_path=str(path))
         for path in (*([outcome.best] if outcome.best else []), *outcome.files):
             self.task.upload_artifact(path.name, str(path), wait_on_upload=True)
 
@@ -249,7 +249,7 @@ class CometLogger(HostedLogger):
 
     def finish(self, outcome: Outcome) -> None:
         self.experiment.log_metrics(dict(outcome.summary), epoch=outcome.epoch)
-        for path in outcome.pictures:
+        for path in outcome.images:
             self.experiment.log_image(str(path), name=path.name)
         for path in outcome.files:
             self.experiment.log_asset(str(path), file_name=path.name)

@@ -1,4 +1,4 @@
-"""What was found in a picture, in words and as a picture."""
+"""What was found in a image, in words and as a image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Detections:
     """The boxes of one frame.
 
     Attributes:
-        frame: the picture and where it is from.
-        boxes: (n, 6) float32: left, top, right, bottom in pixels of the picture, score, class; by falling score.
+        frame: the image and where it is from.
+        boxes: (n, 6) float32: left, top, right, bottom in pixels of the image, score, class; by falling score.
         input_shape: (height, width) of the network's input.
-        inference_s: seconds that the network took for this picture.
+        inference_s: seconds that the network took for this image.
     """
 
     frame: Frame
@@ -52,7 +52,7 @@ class DrawStyle:
 
 
 def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
-    """The picture with its boxes, (H, W, 3) uint8 BGR, a new array; surer boxes lie on top."""
+    """The image with its boxes, (H, W, 3) uint8 BGR, a new array; surer boxes lie on top."""
     rows = found.boxes[::-1]
     classes = rows[:, 5].astype(int)
     captions = None

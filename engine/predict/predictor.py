@@ -1,4 +1,4 @@
-"""Detection on pictures, videos and streams.
+"""Detection on images, videos and streams.
 
 Three things go on at once: a thread reads, decodes and fits frames into the network's input; the main thread runs the
 network; a third thread draws and writes. Bounded queues lie between them and keep the order.
@@ -31,19 +31,19 @@ from engine.predict.progress import Progress
 from engine.predict.writers import (
     CropWriter,
     CsvWriter,
+    ImageWriter,
     JsonWriter,
     LabelWriter,
     Outputs,
-    PictureWriter,
     Writer,
-    write_picture,
+    write_image,
 )
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from utils.boxes import scale_boxes
 from utils.device import Profile, describe_device, select_device
-from utils.draw import feature_map_picture
+from utils.draw import feature_map_image
 from utils.errors import ConfigError
 from utils.files import ROOT, increment_path, make_folder
 from utils.nms import non_max_suppression
@@ -59,10 +59,10 @@ class DetectReport:
 
     Attributes:
         folder: where results are; None when nothing was to be written.
-        frames: number of pictures and frames that went through the network.
+        frames: number of images and frames that went through the network.
         detections: number of boxes.
         failures: one line per input that could not be read.
-        seconds: per frame, of preparation, network, and suppression.
+        seconds: per frame, of preparation, network, and NMS.
         elapsed_s: from the first frame to the last file.
     """
 
@@ -223,7 +223,7 @@ class Predictor:
         self.runtime, self.config, self.names, self.size = runtime, config, names, size
         self.style = DrawStyle(names, config.line_thickness, not config.hide_labels, not config.hide_conf)
         self.network = Profile(runtime.device)
-        self.suppression = Profile(runtime.device)
+        self.nms_time = Profile(runtime.device)
         self.tally = _Tally()
         self.folder: Path | None = None
         self._features_shown: set[int] = set()
@@ -274,13 +274,13 @@ class Predictor:
             yield prepared
 
     def predict(self, prepared: Prepared) -> list[Detections]:
-        """Run the network and the suppression on one batch; boxes are in pixels of the frames."""
+        """Run the network and the NMS on one batch; boxes are in pixels of the frames."""
         c = self.config
         count = len(prepared.frames)
         with self.network:
             limit = self.runtime.fixed_batch or count
             decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])
-        with self.suppression:
+        with self.nms_time:
             kept = non_max_suppression(decoded, c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
             kept = [boxes.cpu() for boxes in kept]
         height, width = prepared.images.shape[2:]
@@ -301,7 +301,7 @@ class Predictor:
         folder = self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
         writers: list[Writer] = []
         if not c.nosave:
-            writers.append(PictureWriter(folder, self.style))
+            writers.append(ImageWriter(folder, self.style))
         if c.save_txt:
             writers.append(LabelWriter(folder / "labels", corners=c.save_format == 1, scores=c.save_conf))
         if c.save_csv:
@@ -313,7 +313,7 @@ class Predictor:
         return Outputs(writers)
 
     def _show_features(self, frame: Frame, image: torch.Tensor) -> None:
-        """features/<stem>/<slot>.png for a picture, or for the first frame of a video or stream."""
+        """features/<stem>/<slot>.png for a image, or for the first frame of a video or stream."""
         assert isinstance(self.runtime, PyTorchRuntime) and self.folder is not None
         if frame.number in self._features_shown:
             return
@@ -324,12 +324,12 @@ class Predictor:
         shown = cv2.cvtColor(image[0].permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR).astype(np.uint8)
         for slot, features in maps.items():
             row, _, rest = slot.partition("_")  # 01_..., 02_..., so that a listing has the order of the network
-            write_picture(folder / f"{row:>02}_{rest}.png", feature_map_picture(features[0], slot, shown))
+            write_image(folder / f"{row:>02}_{rest}.png", feature_map_image(features[0], slot, shown))
         LOGGER.info("%s: feature maps of %d slots in %s", frame.origin, len(maps), folder)
 
     def _report(self, source: Source, outputs: Outputs, elapsed: float) -> DetectReport:
         frames = max(self.tally.frames, 1)
-        totals = (self.tally.preparation.total, self.network.total, self.suppression.total)
+        totals = (self.tally.preparation.total, self.network.total, self.nms_time.total)
         seconds = (totals[0] / frames, totals[1] / frames, totals[2] / frames)
         LOGGER.info(
             "Per image at %dx%d: %.1f ms preparation, %.1f ms network, %.1f ms NMS; %d image(s), %.1f a second in all",
@@ -348,6 +348,6 @@ class Predictor:
 
 
 def show(frame: Frame, drawn: NDArray[np.uint8]) -> bool:
-    """Show a frame in its window (a picture until a key is pressed); True when `q` or Escape asks to stop."""
+    """Show a frame in its window (a image until a key is pressed); True when `q` or Escape asks to stop."""
     cv2.imshow(frame.path.name if frame.kind == "live" else "detect", drawn)
     return cv2.waitKey(0 if frame.kind == "image" else 1) & 0xFF in (ord("q"), 27)

@@ -1,4 +1,4 @@
-"""What detection says while it works: a line per picture, a bar per video, a line per second for live sources."""
+"""What detection says while it works: a line per image, a bar per video, a line per second for live sources."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What detection leaves behind: pictures, videos, label files, tables, cut-outs.
+"""What detection leaves behind: images, videos, label files, tables, cut-outs.
 
 Nothing half-written under a final name: every file is made beside its place and renamed. No two inputs share a file:
-when a name is taken, the later input gets `name_2`, which is said.
+when a name is taken, the later input gets `name_2`, which is logged.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from utils.errors import DataError
 from utils.files import make_folder
 
 LOGGER = logging.getLogger(__name__)
-PICTURE_FORMATS = frozenset({".bmp", ".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".webp"})
-"""Suffixes that annotated pictures keep; others become .jpg."""
+IMAGE_FORMATS = frozenset({".bmp", ".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".webp"})
+"""Suffixes that annotated images keep; others become .jpg."""
 CROP_GAIN, CROP_PAD = 1.02, 10
 """Cut-outs are boxes of this many times the size, and this many pixels more, on each axis."""
 
@@ -38,7 +38,7 @@ class Writer(Protocol):
     """Something that keeps detections."""
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
-        """Keep one frame; `drawn` is the annotated picture, if it has been drawn already."""
+        """Keep one frame; `drawn` is the annotated image, if it has been drawn already."""
 
     def close(self) -> None:
         """Bring the files into their final state. Called once, also after an error or Ctrl-C."""
@@ -85,7 +85,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise DataError(f"{path}: cannot be written: {error.strerror or error}") from error
 
 
-def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
+def write_image(path: Path, image: NDArray[np.uint8]) -> None:
     """Write (H, W, 3) uint8 BGR in the format of the suffix, whole or not at all; the name may hold any character.
 
     Raises:
@@ -94,9 +94,9 @@ def write_picture(path: Path, image: NDArray[np.uint8]) -> None:
     try:
         good, data = cv2.imencode(path.suffix, image)
     except cv2.error as error:
-        raise DataError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded") from error
+        raise DataError(f"{path}: a image of {image.shape[1]} x {image.shape[0]} cannot be encoded") from error
     if not good:
-        raise DataError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded")
+        raise DataError(f"{path}: a image of {image.shape[1]} x {image.shape[0]} cannot be encoded")
     write_whole(path, data.tobytes())
 
 
@@ -147,8 +147,8 @@ class VideoFile:
         os.replace(self._part, self.path)
 
 
-class PictureWriter:
-    """Annotated pictures under the names of their files; videos and streams as mp4 with rate and size of the source."""
+class ImageWriter:
+    """Annotated images under the names of their files; videos and streams as mp4 with rate and size of the source."""
 
     def __init__(self, folder: Path, style: DrawStyle) -> None:
         self._folder = folder
@@ -162,8 +162,8 @@ class PictureWriter:
         if frame.kind != "live":
             self._finish(n for n in list(self._videos) if n != frame.number)
         if frame.kind == "image":
-            suffix = frame.path.suffix if frame.path.suffix.lower() in PICTURE_FORMATS else ".jpg"
-            write_picture(self._folder / self._names.name_for(frame, suffix), image)
+            suffix = frame.path.suffix if frame.path.suffix.lower() in IMAGE_FORMATS else ".jpg"
+            write_image(self._folder / self._names.name_for(frame, suffix), image)
             return
         if frame.number not in self._videos:
             path = self._folder / self._names.name_for(frame, ".mp4")
@@ -181,11 +181,11 @@ class PictureWriter:
 class LabelWriter:
     """One text file per frame with detections, lowest score first: class, four numbers, and the score if wanted.
 
-    Boxes are rounded to whole pixels before they are written as parts of the picture's sides, as in YOLOv5.
+    Boxes are rounded to whole pixels before they are written as parts of the image's sides, as in YOLOv5.
 
     Args:
         folder: where `<stem>.txt` (frames of videos: `<stem>_<frame>.txt`) go.
-        corners: left, top, right, bottom instead of centre x, centre y, width, height.
+        corners: left, top, right, bottom instead of center x, center y, width, height.
         scores: append the score.
     """
 
@@ -193,7 +193,7 @@ class LabelWriter:
         self._folder = make_folder(folder)
         self._corners = corners
         self._scores = scores
-        self._picture_names = FileNames()
+        self._image_names = FileNames()
         self._video_names = FileNames()
         self.files = 0
 
@@ -202,7 +202,7 @@ class LabelWriter:
             return
         frame = found.frame
         if frame.kind == "image":
-            name = self._picture_names.name_for(frame, ".txt")
+            name = self._image_names.name_for(frame, ".txt")
         else:
             name = f"{self._video_names.name_for(frame, '')}_{frame.frame}.txt"
         write_whole(self._folder / name, self._text(found).encode())
@@ -221,7 +221,7 @@ class LabelWriter:
 
 
 class CsvWriter:
-    """predictions.csv: image, class, score, one line per box, lowest score of a picture first.
+    """predictions.csv: image, class, score, one line per box, lowest score of a image first.
 
     The image is named as its file; a frame of a video as `<stem>_<frame>`.
     """
@@ -284,21 +284,21 @@ class JsonWriter:
 
 
 def cut_out(image: NDArray[np.uint8], box_xyxy: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The part of a picture (H, W, 3) in a box, with the margin that YOLOv5 users know: a view, perhaps empty.
+    """The part of a image (H, W, 3) in a box, with the margin that YOLOv5 users know: a view, perhaps empty.
 
     Args:
         box_xyxy: (4,) corners in pixels.
     """
-    centre = (box_xyxy[:2] + box_xyxy[2:]) / 2
+    center = (box_xyxy[:2] + box_xyxy[2:]) / 2
     size = (box_xyxy[2:] - box_xyxy[:2]) * CROP_GAIN + CROP_PAD
     height, width = image.shape[:2]
-    left, top = np.clip(centre - size / 2, 0, (width, height)).astype(int)
-    right, bottom = np.clip(centre + size / 2, 0, (width, height)).astype(int)
+    left, top = np.clip(center - size / 2, 0, (width, height)).astype(int)
+    right, bottom = np.clip(center + size / 2, 0, (width, height)).astype(int)
     return image[top:bottom, left:right]
 
 
 class CropWriter:
-    """Cut-outs of the unmarked picture: crops/<class>/<stem>.jpg, then `<stem>2.jpg` ... where a name is taken."""
+    """Cut-outs of the unmarked image: crops/<class>/<stem>.jpg, then `<stem>2.jpg` ... where a name is taken."""
 
     def __init__(self, folder: Path, names: Any) -> None:
         self._folder = folder
@@ -311,7 +311,7 @@ class CropWriter:
             image = cut_out(found.frame.image, row[:4])
             if image.size:
                 folder = make_folder(self._folder / _folder_name(class_name(self._names, int(row[5]))))
-                write_picture(self._free(folder / _stem(found.frame)), image)
+                write_image(self._free(folder / _stem(found.frame)), image)
                 self.files += 1
 
     def _free(self, base: Path) -> Path:
@@ -345,7 +345,7 @@ class Outputs:
     writers: Sequence[Writer] = field(default_factory=list)
 
     def write(self, item: tuple[Detections, NDArray[np.uint8] | None]) -> None:
-        """Give a frame, and its annotated picture if there is one already, to every writer."""
+        """Give a frame, and its annotated image if there is one already, to every writer."""
         for writer in self.writers:
             writer.write(*item)
 

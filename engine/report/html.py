@@ -1,4 +1,4 @@
-"""Pieces of report.html: charts and pictures as text that needs no other file. All text is escaped here."""
+"""Pieces of report.html: charts and images as text that needs no other file. All text is escaped here."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.images import read
-from engine.evaluate.worst_images import PictureErrors
+from engine.evaluate.worst_images import ImageErrors
 from utils.draw import class_name
 from utils.errors import DataError
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; kinds of boxes differ in line style too.
+# Okabe and Ito's colors, which people with any color vision can tell apart; kinds of boxes differ in line style too.
 LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 250, 52, 10, 30, 34
-PICTURE_SIDE = 720
+IMAGE_SIDE = 720
 CHART_SIDE = 1200
 
 
@@ -117,7 +117,7 @@ def line_chart(title: str, epochs: Sequence[float], lines: Mapping[str, Sequence
     return "\n".join(parts)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 def embedded(image: NDArray[np.uint8], side: int, suffix: str = ".jpg") -> str:
@@ -132,8 +132,8 @@ def embedded(image: NDArray[np.uint8], side: int, suffix: str = ".jpg") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
 
 
-def picture_file(path: Path, caption: str) -> str:
-    """A picture file of the run with a caption; '' where there is none."""
+def image_file(path: Path, caption: str) -> str:
+    """A image file of the run with a caption; '' where there is none."""
     try:
         image = read(path)
     except DataError:
@@ -145,12 +145,12 @@ def picture_file(path: Path, caption: str) -> str:
     )
 
 
-def worst_picture(found: PictureErrors, names: Mapping[int, str]) -> str:
-    """A validation picture with its boxes; a line of text where the file cannot be read any more."""
+def worst_image(found: ImageErrors, names: Mapping[int, str]) -> str:
+    """A validation image with its boxes; a line of text where the file cannot be read any more."""
     counts = f"{len(found.wrong)} false positive(s), {len(found.missed)} missed, {len(found.right)} right"
     caption = f"<figcaption>{counts} <code>{text(Path(found.path).name)}</code></figcaption>"
     try:
-        address = embedded(read(found.path), PICTURE_SIDE)
+        address = embedded(read(found.path), IMAGE_SIDE)
     except DataError as error:
         return f"<figure><p>{text(error)}</p>{caption}</figure>"
     height, width = found.shape

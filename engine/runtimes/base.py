@@ -16,7 +16,8 @@ class Runtime(Protocol):
         names: class names by number.
         stride: sides of the input must be multiples of it, unless `imgsz` is fixed.
         imgsz: (height, width) of the input where it cannot vary, else None.
-        fixed_batch: batch size that the artefact was made for, else None. Smaller batches are padded by the runtime
+        fixed_batch: batch size that the exported file was made for, else None. Smaller batches are padded by the
+        runtime
             itself; larger ones are not taken.
         device: where the answers are.
     """
@@ -39,7 +40,7 @@ class Runtime(Protocol):
             images: (B, 3, H, W) RGB, uint8 or floating point in [0, 1], on any device.
 
         Returns:
-            (B, N, 5 + nc) float32: centre x, centre y, width, height in pixels of the input, objectness, class scores.
+            (B, N, 5 + nc) float32: center x, center y, width, height in pixels of the input, objectness, class scores.
         """
         ...
 

@@ -16,7 +16,7 @@ from utils.structures import to_unit
 LOGGER = logging.getLogger(__name__)
 
 
-class ArtefactRuntime(ABC):
+class ExportedRuntime(ABC):
     """Base of the runtimes of exported files.
 
     A subclass opens the file, calls `_describe`, and defines `_infer`.
@@ -80,14 +80,14 @@ class ArtefactRuntime(ABC):
 
 
 def rows_from_boxes(boxes: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Boxes after suppression as the rows that a plain detector gives, so that one predictor serves both.
+    """Boxes after NMS as the rows that a plain detector gives, so that one predictor serves both.
 
     Args:
         boxes: (B, K, 6) left, top, right, bottom, score, class; rows of score 0 are empty.
         num_classes: nc.
 
     Returns:
-        (B, K, 5 + nc): the score as objectness, and 1 for the class. A further suppression with the same or a looser
+        (B, K, 5 + nc): the score as objectness, and 1 for the class. A further NMS with the same or a looser
         overlap threshold keeps all of them.
     """
     rows = boxes.new_zeros(*boxes.shape[:2], 5 + num_classes)

@@ -17,7 +17,7 @@ from utils.errors import CheckpointError
 
 @dataclass(frozen=True)
 class Metadata:
-    """Description of an artefact.
+    """Description of an exported file.
 
     Attributes:
         names: class names by number; empty where the file has none.
@@ -25,7 +25,7 @@ class Metadata:
         imgsz: (height, width) it was exported at; None where the file does not say.
         batch: batch it was exported at; None where the file does not say.
         dynamic: batch, height and width are free.
-        nms: the output is (B, K, 6) boxes after suppression (corners, score, class), not (B, N, 5 + nc) rows.
+        nms: the output is (B, K, 6) boxes after NMS (corners, score, class), not (B, N, 5 + nc) rows.
         about: further texts: backbone, precision, date, versions, the model's spec.
     """
 

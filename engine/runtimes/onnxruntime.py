@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError, ConfigError
 
@@ -21,7 +21,7 @@ NAMED_PROVIDERS = {"tensorrt": "TensorrtExecutionProvider", "openvino": "OpenVIN
 FLOATS = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-class OnnxRuntime(ArtefactRuntime):
+class OnnxRuntime(ExportedRuntime):
     """An ONNX file in ONNX Runtime.
 
     Args:
@@ -38,7 +38,7 @@ class OnnxRuntime(ArtefactRuntime):
         ort = onnxruntime_package()
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; warnings are about its own optimiser
+        options.log_severity_level = 3  # errors; warnings are about its own optimizer
         providers = choose_providers(ort.get_available_providers(), device, provider, Path(path))
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)

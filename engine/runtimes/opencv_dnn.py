@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.onnxruntime import OnnxRuntime
 from utils.errors import CheckpointError, ConfigError
@@ -16,7 +16,7 @@ from utils.errors import CheckpointError, ConfigError
 LOGGER = logging.getLogger(__name__)
 
 
-class OpenCvRuntime(ArtefactRuntime):
+class OpenCvRuntime(ExportedRuntime):
     """An ONNX file in OpenCV DNN, on the CPU. A graph of one fixed shape gives it the least to go wrong with.
 
     Args:
@@ -24,7 +24,7 @@ class OpenCvRuntime(ArtefactRuntime):
         device: the CPU.
 
     Raises:
-        CheckpointError: a file with operators that OpenCV does not have (it names them), or with suppression in it.
+        CheckpointError: a file with operators that OpenCV does not have (it names them), or with NMS in it.
         ConfigError: another device than the CPU.
     """
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError, ConfigError
 from utils.yaml_lines import load_yaml
@@ -17,7 +17,7 @@ LOGGER = logging.getLogger(__name__)
 METADATA = "metadata.yaml"
 
 
-class OpenVinoRuntime(ArtefactRuntime):
+class OpenVinoRuntime(ExportedRuntime):
     """An OpenVINO folder, or the .xml file in it.
 
     Args:

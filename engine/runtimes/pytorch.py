@@ -21,8 +21,9 @@ SMALLEST_GRID = 32  # as YOLOv5: input sides are multiples of at least this
 class PyTorchRuntime:
     """One or several checkpoints, ready to detect.
 
-    The models are brought into their deployed form (batch norms folded, backbones re-parameterised). The rows of an
-    ensemble stand one after the other; suppression picks the best of all of them.
+    The models are brought into their re-parameterized model (batch norms folded, backbones re-parameterized). The rows
+    of an
+    ensemble stand one after the other; NMS picks the best of all of them.
 
     Args:
         weights: checkpoint files.

@@ -33,7 +33,7 @@ OPENERS: Mapping[str, Opener] = {
 
 
 def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
-    """The given weights; where none are given, those of the newest trained run, which is said.
+    """The given weights; where none are given, those of the newest trained run, which is logged.
 
     Raises:
         CheckpointError: none given, and nothing was trained here.
@@ -85,23 +85,25 @@ def open_runtime(
     """
     autocast = mixed_precision(amp, half, device)
     kinds = [_kind(name) for name in weights]
-    artefacts = [name for name, kind in zip(weights, kinds) if kind in OPENERS]
-    if dnn and (len(artefacts) != 1 or kinds != [".onnx"]):
+    exported_files = [name for name, kind in zip(weights, kinds) if kind in OPENERS]
+    if dnn and (len(exported_files) != 1 or kinds != [".onnx"]):
         raise ConfigError(f"--dnn: OpenCV runs one ONNX file, not {', '.join(weights)}; leave it out, or name one")
     if provider and kinds != [".onnx"]:
         raise ConfigError(f"--device {provider}: for one ONNX file only, not for {', '.join(weights)}")
-    if not artefacts:
+    if not exported_files:
         return PyTorchRuntime(weights, device, half=half, autocast=autocast, augment=augment)
     if len(weights) > 1:
-        raise ConfigError(f"--weights: {artefacts[0]} stands alone; an ensemble is made of several .pt files")
+        raise ConfigError(f"--weights: {exported_files[0]} stands alone; an ensemble is made of several .pt files")
     if augment:
-        raise ConfigError(f"--augment: needs a .pt file; {artefacts[0]} is exported for the plain picture")
+        raise ConfigError(f"--augment: needs a .pt file; {exported_files[0]} is exported for the plain image")
     if autocast is not None:
-        raise ConfigError(f"--amp {amp}: needs a .pt file; {artefacts[0]} has the precision that it was exported with")
+        raise ConfigError(
+            f"--amp {amp}: needs a .pt file; {exported_files[0]} has the precision that it was exported with"
+        )
     if half:
-        LOGGER.warning("--half is ignored for %s: its precision is that of the export", artefacts[0])
+        LOGGER.warning("--half is ignored for %s: its precision is that of the export", exported_files[0])
     opener = OPENERS[DNN if dnn else kinds[0]]
-    return opener(Path(artefacts[0]), device, provider)
+    return opener(Path(exported_files[0]), device, provider)
 
 
 def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.runtimes.exported import ArtefactRuntime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError
 
@@ -16,7 +16,7 @@ LOGGER = logging.getLogger(__name__)
 CONFIG = "config.txt"  # the extra file that says shape, stride and names
 
 
-class TorchScriptRuntime(ArtefactRuntime):
+class TorchScriptRuntime(ExportedRuntime):
     """A TorchScript file.
 
     Args:

@@ -18,9 +18,7 @@ FRACTION = 0.8
 PROBED = (1, 2, 4, 8, 16)
 
 
-def choose_batch(
-    model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None, pictures: int
-) -> int:
+def choose_batch(model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None, images: int) -> int:
     """Batch size for training: 16 on a CPU; on CUDA by measuring forward and backward of a few small batches.
 
     Args:
@@ -47,7 +45,7 @@ def choose_batch(
             torch.cuda.empty_cache()
     if not used:
         raise ConfigError(f"--batch-size -1: not one picture of {imgsz} pixels fits in {free / 2**30:.1f} GiB")
-    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), pictures)
+    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), images)
     gib = 2**30
     LOGGER.info("--batch-size -1: %d (%.1f of %.1f GiB are free)", chosen, free / gib, total / gib)
     return chosen

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from engine.evaluate.accumulator import EvalResult
-from engine.evaluate.worst_images import USE_SCORE, PictureErrors
+from engine.evaluate.worst_images import USE_SCORE, ImageErrors
 from engine.loggers.run_logger import best_epoch
-from engine.report.html import line_chart, number, picture_file, table, text, values, worst_picture
+from engine.report.html import image_file, line_chart, number, table, text, values, worst_image
 from utils.device import describe_device
 from utils.errors import DataError
 from utils.files import ROOT, atomic_path
@@ -100,10 +100,10 @@ class RunFacts:
     model: str
     device: str
     result: EvalResult | None = None
-    worst: Sequence[PictureErrors] = ()
+    worst: Sequence[ImageErrors] = ()
 
 
-def facts_of(s: Setup, result: EvalResult | None, worst: Sequence[PictureErrors] = ()) -> RunFacts:
+def facts_of(s: Setup, result: EvalResult | None, worst: Sequence[ImageErrors] = ()) -> RunFacts:
     """What the report of a training tells.
 
     Args:
@@ -134,9 +134,9 @@ def write_report(folder: Path, facts: RunFacts) -> Path:
     sections = {
         "Curves": _curves(folder),
         "Classes": _classes(facts),
-        "Precision, recall, confusion": _pictures(folder, CURVES),
+        "Precision, recall, confusion": _images(folder, CURVES),
         "Worst pictures": _worst(facts),
-        "Data": _pictures(folder, EXAMPLES),
+        "Data": _images(folder, EXAMPLES),
         "Layers": f'<p class="facts">{text(facts.model)}</p><pre>{text(facts.layers)}</pre>',
         "Options": values(facts.options),
         "Hyper-parameters": values(facts.hyp),
@@ -201,8 +201,8 @@ def _classes(facts: RunFacts) -> str:
     return table(rows, ("class", "labels", "precision", "recall", "AP 0.5", "AP 0.5:0.95"))
 
 
-def _pictures(folder: Path, captions: Mapping[str, str]) -> str:
-    shown = "".join(picture_file(folder / name, caption) for name, caption in captions.items())
+def _images(folder: Path, captions: Mapping[str, str]) -> str:
+    shown = "".join(image_file(folder / name, caption) for name, caption in captions.items())
     return f'<div class="pictures">{shown}</div>' if shown else "<p>No pictures were written (--noplots).</p>"
 
 
@@ -214,7 +214,7 @@ def _worst(facts: RunFacts) -> str:
         f'<label><input type="checkbox" id="{kind}" checked><i class="{mark}"></i>{words}</label>'
         for kind, mark, words in keys
     )
-    shown = "".join(worst_picture(found, facts.names) for found in facts.worst)
+    shown = "".join(worst_image(found, facts.names) for found in facts.worst)
     hint = (
         f"Most errors first: detections above a score of {USE_SCORE} (detect.py's default) against labels, at IoU 0.5. "
         "A box of the wrong class is a false positive and a miss."

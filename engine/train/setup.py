@@ -20,7 +20,7 @@ from data.loading.weights import class_loss_weights, labels_to_class_weights
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first
-from engine.devices.sync_bn import synchronise
+from engine.devices.sync_bn import synchronize
 from engine.evaluate.evaluator import EvalOptions
 from engine.runtimes.pytorch import grid_of
 from engine.train.autobatch import choose_batch
@@ -155,7 +155,7 @@ def build_setup(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model = model.to(memory_format=torch.channels_last)
     ema = ModelEma(model)
     if config.sync_bn and world.size > 1:
-        synchronise(model, world, device)
+        synchronize(model, world, device)
     loader, val_loader = _loaders(config, hyp, (train_set, val_set), grid, world)
     decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
     groups = parameter_groups(model, decay, rate_scales(model, config.backbone_lr, config.layer_decay))
@@ -242,12 +242,12 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
 
 
 def _batch_size(
-    config: TrainConfig, model: DetectionModel, device: torch.device, world: World, pictures: int
+    config: TrainConfig, model: DetectionModel, device: torch.device, world: World, images: int
 ) -> TrainConfig:
     if config.batch_size == 0:
         raise ConfigError("--batch-size 0: give a number of images, or -1 to choose it by GPU memory")
     if config.batch_size == -1:
-        share = max(pictures // world.size, 1)
+        share = max(images // world.size, 1)
         batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device), share)
         config = replace(config, batch_size=min(gather_all(batch, world)) * world.size)  # the GPUs may differ
     if config.batch_size % world.size:

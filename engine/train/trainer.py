@@ -29,7 +29,7 @@ from engine.devices.distributed import (
 )  # fmt: skip
 from engine.devices.prefetch import on_device
 from engine.evaluate.evaluator import EvalResult, conclude, measure
-from engine.evaluate.worst_images import WorstPictures
+from engine.evaluate.worst_images import WorstImages
 from engine.loggers import plots as pictures
 from engine.loggers.run_logger import Logs, check_loggers, make_logs
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -294,7 +294,7 @@ class Trainer:
     def _validate_best(self, best: Path) -> EvalResult | None:
         """Validate best.pt in its deployed form: each rank its batches; rank zero draws and reports."""
         s = self.s
-        worst = WorstPictures()
+        worst = WorstImages()
         plots = not self.config.noplots
         options = replace(s.eval_options, folder=s.folder, plots=plots, verbose=True, sinks=(worst,))
         with file_from_main(best, self.world) as file:

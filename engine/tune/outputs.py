@@ -1,4 +1,4 @@
-"""What an evolution writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
+"""What an hyperparameter search writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from optuna.study import Study
 
 LOGGER = logging.getLogger(__name__)
-CSV, YAML, PICTURE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
+CSV, YAML, IMAGE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
 IMPORTANCE_FROM, IMPORTANCE_SURE = 5, 50
 """Complete trials that importances are worked out from, and from which on they mean something."""
 SHOWN = ("complete", "pruned")
@@ -40,11 +40,11 @@ class Row:
 
     Attributes:
         number: of the trial.
-        state: complete, pruned, failed, or broken off (its process ended first).
+        state: complete, pruned, failed, or interrupted (its process ended first).
         fitness: None when nothing was validated.
         metrics: precision, recall, mAP50, mAP50-95 of its best epoch, or nothing.
         epochs: validated ones.
-        point: hyper-parameters.
+        point: hyperparameters.
     """
 
     number: int
@@ -63,7 +63,7 @@ def rows_of(study: Study) -> list[Row]:
         if trial.state.name in words:
             seen = trial.intermediate_values
             fitness = trial.user_attrs.get("fitness", max(seen.values(), default=None))
-            state = "broken off" if broken_off(trial) else words[trial.state.name]
+            state = "interrupted" if broken_off(trial) else words[trial.state.name]
             metrics = tuple(trial.user_attrs.get("metrics", ()))
             epochs = trial.user_attrs.get("epochs", len(seen))
             rows.append(Row(trial.number, state, fitness, metrics, epochs, trial.params))
@@ -77,13 +77,13 @@ def best_of(rows: Sequence[Row]) -> Row | None:
 
 
 def command_of(plan: Plan, folder: Path) -> str:
-    """The command line that takes part in the evolution."""
+    """The command line that takes part in the hyperparameter search."""
     words = ["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)]
     return shlex.join(words)
 
 
 def first_command(plan: Plan) -> str:
-    """The command line that began the evolution, in one line."""
+    """The command line that began the hyperparameter search, in one line."""
     defaults = TrainConfig()
     words = ["python", "train.py", "--evolve", str(plan.target)]
     for f in fields(TrainConfig):
@@ -106,7 +106,7 @@ def write_files(folder: Path, rows: Sequence[Row], plan: Plan) -> None:
 
 def draw(folder: Path, rows: Sequence[Row], plan: Plan, study: Study) -> None:
     """evolve.png, and importance.png once there are enough trials."""
-    plot_trials(folder / PICTURE, rows, plan.space)
+    plot_trials(folder / IMAGE, rows, plan.space)
     found = importances(study)
     if found:
         plot_importances(folder / IMPORTANCE, found, sum(r.state == "complete" for r in rows))
@@ -126,7 +126,7 @@ def write_csv(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> No
 
 
 def write_hyp(path: Path, best: Row, plan: Plan, count: int) -> None:
-    """The best hyper-parameters as a file for `--hyp`, with where they come from."""
+    """The best hyperparameters as a file for `--hyp`, with where they come from."""
     names = ("precision", "recall", "mAP50", "mAP50-95")
     head = [
         f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",
@@ -141,7 +141,7 @@ def write_hyp(path: Path, best: Row, plan: Plan, count: int) -> None:
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Which hyper-parameters tell the best trials from the others (PED-ANOVA, https://arxiv.org/abs/2304.10255).
+    """Which hyperparameters tell the best trials from the others (PED-ANOVA, https://arxiv.org/abs/2304.10255).
 
     Returns:
         By name, sum 1, largest first; nothing when there are too few complete trials, or all are equally good.
@@ -161,7 +161,7 @@ def importances(study: Study) -> dict[str, float]:
 
 
 def plot_trials(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> None:
-    """Fitness over each hyper-parameter: one dot per trial, later ones lighter, pruned ones hollow, the best a star."""
+    """Fitness over each hyperparameter: one dot per trial, later ones lighter, pruned ones hollow, the best a star."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Tuning of the hyper-parameters (`--evolve`) by optuna: many trainings, each of which learns from those before it."""
+"""Tuning of the hyperparameters (`--evolve`) by optuna: many trainings, each of which learns from those before it."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ MOST_FAILED = 5
 
 @dataclass(frozen=True)
 class EvolveResult:
-    """What an evolution left behind.
+    """What an hyperparameter search left behind.
 
     Attributes:
         folder: with study.db, evolve.csv and the rest.
-        hyp: the best hyper-parameters; None when no trial is complete.
+        hyp: the best hyperparameters; None when no trial is complete.
         trials: complete and pruned ones.
         best_trial, fitness: number of the best trial and its fitness; -1 and 0 without one.
     """
@@ -72,7 +72,7 @@ class EvolveResult:
 
 
 def evolve(config: TrainConfig) -> EvolveResult:
-    """Train with varied hyper-parameters until as many trials as asked for are complete or pruned.
+    """Train with varied hyperparameters until as many trials as asked for are complete or pruned.
 
     Args:
         config: options of the trainings; with `resume_evolve`, those that were given when the study began hold.
@@ -91,7 +91,9 @@ def evolve(config: TrainConfig) -> EvolveResult:
             "--resume_evolve FOLDER and another --device for each further process"
         )
     if config.resume:
-        raise ConfigError("--evolve: cannot be combined with --resume; to go on with an evolution: --resume_evolve")
+        raise ConfigError(
+            "--evolve: cannot be combined with --resume; to continue with an hyperparameter search: --resume_evolve"
+        )
     with studies.quiet_optuna():
         if config.resume_evolve is not None:
             return _go_on(config, config.resume_evolve)
@@ -110,7 +112,7 @@ def _begin(config: TrainConfig) -> EvolveResult:
     folder, is_new = _new_folder(config)
     try:
         study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
-        return Evolution(study, plan, config, folder).run()
+        return SearchRun(study, plan, config, folder).run()
     except UserError:
         if not any(folder.glob("trial*/results.csv")):  # the very first training could not begin
             _remove(folder, is_new)
@@ -128,12 +130,14 @@ def _go_on(config: TrainConfig, text: str) -> EvolveResult:
             continue
         problems.append(f"--{f.name.replace('_', '-')} is {mine}, the study was begun with {theirs}")
     if problems:
-        raise ConfigError(f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or begin another evolution")
+        raise ConfigError(
+            f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or begin another hyperparameter search"
+        )
     if config.evolve is not None and config.evolve != plan.target:
         plan = replace(plan, target=int(config.evolve))
         study.set_user_attr("target", plan.target)
     own = {name: given[name] for name in OWN_CHOICE if given[name] != getattr(defaults, name)}
-    return Evolution(study, plan, TrainConfig.from_keywords(**{**plan.options, **own}), path.parent).run()
+    return SearchRun(study, plan, TrainConfig.from_keywords(**{**plan.options, **own}), path.parent).run()
 
 
 def _remove(folder: Path, is_new: bool) -> None:
@@ -147,7 +151,7 @@ def _remove(folder: Path, is_new: bool) -> None:
 
 
 def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
-    """Make the folder of the evolution: runs/evolve/exp, exp2, ...; two processes never get the same one.
+    """Make the folder of the hyperparameter search: runs/evolve/exp, exp2, ...; two processes never get the same one.
 
     Returns:
         The folder, and whether it was not there before (`--exist-ok`).
@@ -156,7 +160,9 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
     wanted = Path(project) / (Path(config.cfg).stem if config.name == "cfg" else config.name)
     if config.exist_ok:
         if (wanted / studies.FILE).exists() or any(wanted.glob("trial*")):
-            raise ConfigError(f"--exist-ok: {wanted} holds an evolution; to go on with it: --resume_evolve {wanted}")
+            raise ConfigError(
+                f"--exist-ok: {wanted} holds an hyperparameter search; to continue with it: --resume_evolve {wanted}"
+            )
         is_new = not wanted.exists()
         return make_folder(wanted), is_new
     make_folder(wanted.parent)
@@ -174,7 +180,7 @@ def _drop_weights(trial: Path) -> None:
     shutil.rmtree(trial / "weights", ignore_errors=True)
 
 
-class Evolution:
+class SearchRun:
     """This process's part in a study.
 
     Args:
@@ -193,8 +199,8 @@ class Evolution:
 
     def run(self) -> EvolveResult:
         """Do trials until there are enough of them, counting those of other processes."""
-        LOGGER.info("Evolution of %d trials in %s", self.plan.target, self.folder)
-        LOGGER.info("To take part in it or to go on with it: %s", command_of(self.plan, self.folder))
+        LOGGER.info("Hyperparameter search of %d trials in %s", self.plan.target, self.folder)
+        LOGGER.info("To take part in it or to continue with it: %s", command_of(self.plan, self.folder))
         try:
             while self._take_turn():
                 self._trial()
@@ -253,7 +259,7 @@ class Evolution:
         self._count_failures(mine.state)
 
     def _write(self) -> list[Row]:
-        """Bring the files up to date; pictures only when a trial is over since they were drawn here."""
+        """Bring the files up to date; images only when a trial is over since they were drawn here."""
         with self.lock:
             rows = rows_of(self.study)
             write_files(self.folder, rows, self.plan)
@@ -267,12 +273,12 @@ class Evolution:
         if self.failed_in_row >= MOST_FAILED:
             reason = self.study.trials[self.number].user_attrs.get("error", "")
             raise TrainingError(
-                f"--evolve: {MOST_FAILED} trials in a row failed, the last one with: {reason}; mend it (a lower lr0 in "
-                f"the --hyp file, a smaller batch), then go on with: {command_of(self.plan, self.folder)}"
+                f"--evolve: {MOST_FAILED} trials in a row failed, the last one with: {reason}; fix it (a lower lr0 in "
+                f"the --hyp file, a smaller batch), then continue with: {command_of(self.plan, self.folder)}"
             )
 
     def _sampler(self) -> Any:
-        """Seeded anew per trial by --seed and the number of points before it.
+        """Seeded again per trial by --seed and the number of points before it.
 
         One seed for the process would give two processes, or a study that is gone on with, the same draws twice.
         """
@@ -282,7 +288,7 @@ class Evolution:
         return TPESampler(seed=int(seed[0]), constant_liar=True)
 
     def _objective(self, trial: Trial) -> float:
-        """Train with the trial's hyper-parameters. Returns the best fitness of its epochs."""
+        """Train with the trial's hyperparameters. Returns the best fitness of its epochs."""
         import optuna
 
         self.number = trial.number
@@ -332,7 +338,7 @@ class Evolution:
         trial.set_user_attr("epochs", len(metrics))
 
     def _give_up(self) -> None:
-        """Mark the trial in work as broken off, so that it is repeated without waiting for its signs of life to end."""
+        """Mark the running trial as interrupted, so that it is repeated without waiting for its heartbeat to expire."""
         from optuna.trial import TrialState
 
         self.lock.release()

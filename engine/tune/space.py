@@ -1,4 +1,4 @@
-"""What an evolution varies, between which bounds, and where it starts. No optuna here."""
+"""What an hyperparameter search varies, between which bounds, and where it starts. No optuna here."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class SearchRow:
-    """One hyper-parameter that is varied.
+    """One hyperparameter that is varied.
 
     Attributes:
-        key: its name in hyper-parameter files.
+        key: its name in hyperparameter files.
         low, high: bounds, both included.
         log: whether ratios count rather than differences, so that 0.001 to 0.01 is as wide as 0.01 to 0.1.
     """
@@ -52,7 +52,7 @@ SPACE: tuple[SearchRow, ...] = (
     SearchRow("hsv_s", 0.0, 0.9),
     SearchRow("hsv_v", 0.0, 0.9),
     SearchRow("degrees", 0.0, 45.0),
-    SearchRow("translate", 0.0, 0.5),  # at a half, the middle of the picture can lie on its edge
+    SearchRow("translate", 0.0, 0.5),  # at a half, the middle of the image can lie on its edge
     SearchRow("scale", 0.0, 0.9),
     SearchRow("shear", 0.0, 10.0),
     SearchRow("perspective", 0.0, 0.001),
@@ -71,13 +71,13 @@ SPACE_ADAM: tuple[SearchRow, ...] = (
 
 
 def space_for(optimizer: str) -> tuple[SearchRow, ...]:
-    """The rows for trainings with this optimiser."""
+    """The rows for trainings with this optimizer."""
     other = {row.key: row for row in SPACE_ADAM} if optimizer.startswith("Adam") else {}
     return tuple(other.get(row.key, row) for row in SPACE)
 
 
 def point_of(hyp: Hyperparameters, where: str) -> Point:
-    """The varied part of hyper-parameters.
+    """The varied part of hyperparameters.
 
     Raises:
         ConfigError: a value that is not finite.
@@ -86,7 +86,9 @@ def point_of(hyp: Hyperparameters, where: str) -> Point:
     point = {row.key: float(values[row.key]) for row in SPACE}
     bad = [key for key, value in point.items() if not math.isfinite(value)]
     if bad:
-        raise ConfigError(f"{where}: {', '.join(bad)}: a finite number is needed to start an evolution from")
+        raise ConfigError(
+            f"{where}: {', '.join(bad)}: a finite number is needed to start an hyperparameter search from"
+        )
     return point
 
 
@@ -108,7 +110,7 @@ def inside(point: Point, space: Sequence[SearchRow]) -> Point:
 
 
 def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
-    """The starting points of a folder of hyper-parameter files (*.yaml), by file name in alphabetic order.
+    """The starting points of a folder of hyperparameter files (*.yaml), by file name in alphabetic order.
 
     Args:
         folder: where they are.
@@ -119,7 +121,7 @@ def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ConfigError(f"--evolve_population {folder}: no such folder; give one with hyper-parameter files (*.yaml)")
+        raise ConfigError(f"--evolve_population {folder}: no such folder; give one with hyperparameter files (*.yaml)")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
     if not files:
         raise ConfigError(f"--evolve_population {folder}: holds no *.yaml file")
@@ -151,5 +153,5 @@ def from_plain(rows: Sequence[Sequence[object]]) -> tuple[SearchRow, ...]:
 
 
 def with_values(hyp: Mapping[str, object], point: Mapping[str, float]) -> dict[str, object]:
-    """All hyper-parameters in their order, those of `point` replaced."""
+    """All hyperparameters in their order, those of `point` replaced."""
     return {key: point.get(key, value) for key, value in hyp.items()}

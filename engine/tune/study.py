@@ -1,4 +1,4 @@
-"""The study of an evolution: a sqlite file that several processes work on, and that outlives each of them."""
+"""Study of a hyperparameter search: a SQLite file shared by several processes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Plan:
 
     Attributes:
         options: those of the trainings, plain values.
-        hyp: hyper-parameters that are not varied, and the order of all.
+        hyp: hyperparameters that are not varied, and the order of all.
         space: what is varied.
         target: trials asked for.
     """
@@ -55,7 +55,7 @@ class Plan:
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Silence optuna's own log and its notes on experimental parts; the trials are told by this program."""
+    """Silence optuna's own log and its notes on experimental parts; the trials are reported by this program."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -166,16 +166,20 @@ def find(text: str) -> Path:
     if not path.is_file():
         newest = newest_file(RUNS, f"*/{FILE}")
         near = f"; the newest one is {newest.parent}" if newest else ""
-        raise ConfigError(f"--resume_evolve {text}: no such study; give the folder of an evolution or its {FILE}{near}")
+        raise ConfigError(
+            f"--resume_evolve {text}: no such study; give the folder of an hyperparameter search or its {FILE}{near}"
+        )
     if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         raise ConfigError(f"--resume_evolve {path}: the file and its folder have to be writable")
     try:  # rw: a killed process may have left a journal to be rolled back
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=WAIT)) as connection:
             names = [row[0] for row in connection.execute("SELECT study_name FROM studies")]
     except sqlite3.Error as error:
-        raise ConfigError(f"--resume_evolve {path}: is not the study of an evolution: {error}") from error
+        raise ConfigError(f"--resume_evolve {path}: is not the study of an hyperparameter search: {error}") from error
     if STUDY not in names:
-        raise ConfigError(f"--resume_evolve {path}: is not the study of an evolution (it holds no study '{STUDY}')")
+        raise ConfigError(
+            f"--resume_evolve {path}: is not the study of an hyperparameter search (it holds no study '{STUDY}')"
+        )
     return path
 
 
@@ -195,7 +199,9 @@ def load(path: Path) -> tuple[Study, Plan]:
     except (RuntimeError, optuna.exceptions.OptunaError) as error:  # a schema of another version, a damaged file
         raise ConfigError(f"--resume_evolve {path}: {str(error).splitlines()[0]}") from error
     except (KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"--resume_evolve {path}: is not whole ({error}); begin a new evolution") from error
+        raise ConfigError(
+            f"--resume_evolve {path}: is not whole ({error}); begin a new hyperparameter search"
+        ) from error
     return study, plan
 
 
@@ -228,7 +234,7 @@ def revive(study: Study, folder: Path) -> None:
     """Queue again what killed processes left; the lock has to be held.
 
     Args:
-        study: of the evolution.
+        study: of the hyperparameter search.
         folder: of the trials; weights of broken trials are removed.
     """
     import optuna
@@ -251,4 +257,4 @@ def revive(study: Study, folder: Path) -> None:
             attributes["start"] = trial.user_attrs["start"]
         study.enqueue_trial(point, user_attrs=attributes)
         shutil.rmtree(folder / f"trial{trial.number}" / "weights", ignore_errors=True)
-        LOGGER.info("trial %d was broken off: it is queued again", trial.number)
+        LOGGER.info("trial %d was interrupted: it is queued again", trial.number)

@@ -192,7 +192,7 @@ def create_backbone(
 
     Raises:
         SpecError: unknown name or argument, or a value that is not allowed.
-        CheckpointError: the weights cannot be had, or do not fit.
+        CheckpointError: the weights is not available, or do not fit.
     """
     entry = _entry(name)
     cls = _class_of(entry)

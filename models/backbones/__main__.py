@@ -22,10 +22,10 @@ def describe(name: str, imgsz: int) -> tuple[str, ...]:
 
     Args:
         name: see `create_backbone`.
-        imgsz: side of the square picture that the cost is for, in pixels; rounded up to the backbone's `size_divisor`.
+        imgsz: side of the square image that the cost is for, in pixels; rounded up to the backbone's `size_divisor`.
 
     Returns:
-        Name; levels; millions of parameters; 10^9 floating-point operations (a multiply-add is two) of one picture; the
+        Name; levels; millions of parameters; 10^9 floating-point operations (a multiply-add is two) of one image; the
         published ImageNet-1k accuracy of the default weights with their resolution; their name, and how many more
         there are.
 
@@ -78,13 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="registered names or timm/<name>; default: all registered"
     )
-    parser.add_argument("--imgsz", type=int, default=640, help="side of the picture for the cost, in pixels")
+    parser.add_argument("--imgsz", type=int, default=640, help="side of the image for the cost, in pixels")
     options = parser.parse_args(arguments)
     from models.backbones import list_backbones
 
     try:
         if options.imgsz < 32:
-            raise UserError(f"--imgsz {options.imgsz}: allowed are whole numbers from 32 on")
+            raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
         print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))
         for name in options.names:
             print("\n".join(weights_of(name)))

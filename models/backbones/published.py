@@ -2,7 +2,7 @@
 
 A backbone class tells how its published files differ from its own key names by class attributes, all optional:
 `IGNORED_KEYS` (glob patterns of the file's keys that are known and not needed: the classifier), `NEW_KEYS` (patterns of
-its own keys that no published file holds), `DEPLOYED_KEYS` (patterns of keys that only a re-parameterised network has),
+its own keys that no published file holds), `DEPLOYED_KEYS` (patterns of keys that only a re-parameterized network has),
 `official_key(key) -> key` (another spelling to its own),
 `convert_official(state) -> state` (layouts that differ by more than spelling) and
 `resize_official(key, tensor, target_shape) -> tensor` (position embeddings).
@@ -43,7 +43,7 @@ class PublishedWeights:
         name: what `weights:` in a model YAML calls it.
         backbone: registered name of the backbone that it fits.
         layout: key names and wrapper of the file: mmpretrain, SlowFast, RepMLP, Next-ViT or timm.
-        resolution: side of the pictures it was trained on last, in pixels.
+        resolution: side of the images it was trained on last, in pixels.
         top1, top5: ImageNet-1k validation accuracy in percent, as published.
         params, flops: millions of parameters and 10^9 multiply-adds with the classifier at `resolution`, as published.
         file: name in the cache folder.
@@ -164,7 +164,7 @@ def load_published(
         The report; None where nothing was loaded.
 
     Raises:
-        CheckpointError: the file cannot be had or read, or is that of another architecture.
+        CheckpointError: the file is not available or read, or is that of another architecture.
     """
     if not is_main_process():
         return None
@@ -176,7 +176,9 @@ def load_published(
     where = str(path)
     deployed = [key for key in state for pattern in getattr(backbone, "DEPLOYED_KEYS", ()) if fnmatchcase(key, pattern)]
     if deployed:
-        raise CheckpointError(f"{where}: holds the deployed form ({shorten(deployed, 2)}); the training form is needed")
+        raise CheckpointError(
+            f"{where}: holds the re-parameterized model ({shorten(deployed, 2)}); the training form is needed"
+        )
     report = load_state(
         backbone,
         state,

@@ -14,7 +14,8 @@ tiles and channels are mixed. `tile_order="published"` (the default: the publish
 multiples; `tile_order="spatial"` puts every tile back where it was, at any size, which is what a detector wants and
 what our YAMLs say. With one partition the two are the same.
 
-Verified: stage outputs of T224, B256 and mmpretrain's base in training and deployed form, float32 and float64, against
+Verified: stage outputs of T224, B256 and mmpretrain's base in training and re-parameterized model, float32 and
+float64, against
 numbers of the published implementations (tests/parity/test_repmlp.py).
 
 Shape legend: B batch, C channels, S share sets, P and Q partitions down and across, h and w cells of a partition.
@@ -67,7 +68,7 @@ class RepMLPNetArchitecture:
         for name in ("channels", "depths", "share_sets"):
             values = getattr(self, name)
             good = isinstance(values, tuple) and len(values) == 4 and all(isinstance(v, int) and v > 0 for v in values)
-            require(good, f"RepMLPNet: {name} of arch is {values!r}; four positive whole numbers are needed")
+            require(good, f"RepMLPNet: {name} of arch is {values!r}; four positive integers are needed")
         for c, s in zip(self.channels, self.share_sets):
             require(c % s == 0, f"RepMLPNet: {c} channels cannot be divided into {s} share sets; give a divisor")
         sides = self.sides
@@ -161,7 +162,7 @@ class RepMLPBlock(nn.Module):
 
 
 class DeployedRepMLPBlock(nn.Module):
-    """Deployed form: FC3 with a bias holds the convolutions and all BatchNorms."""
+    """Re-parameterized model: FC3 with a bias holds the convolutions and all BatchNorms."""
 
     def __init__(self, block: RepMLPBlock) -> None:
         super().__init__()
@@ -317,7 +318,7 @@ class RepMLPNet(Backbone):
         self.hold(frozen_stages, norm_eval)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The four stage outputs of a normalised image (B, 3, H, W), H and W multiples of 32."""
+        """The four stage outputs of a normalized image (B, 3, H, W), H and W multiples of 32."""
         x = F.relu(self.conv_embedding(image))
         outputs = []
         for i, stage in enumerate(self.stages):

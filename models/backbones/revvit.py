@@ -52,7 +52,7 @@ class RevViTArchitecture:
         for name in ("embed_dims", "num_layers", "num_heads", "feedforward_channels"):
             value = getattr(self, name)
             whole = isinstance(value, int) and value >= 1
-            require(whole, f"RevViT: {name} of arch is {value!r}; allowed: whole numbers from 1 on")
+            require(whole, f"RevViT: {name} of arch is {value!r}; allowed: integers from 1 on")
         require(
             self.embed_dims % self.num_heads == 0,
             f"RevViT: embed_dims of arch is {self.embed_dims}; allowed: multiples of num_heads, {self.num_heads}",
@@ -200,7 +200,7 @@ class _Moment:
 
     @contextmanager
     def replay(self, block: ReversibleBlock) -> Iterator[None]:
-        """Inside, the block draws the numbers it drew then; afterwards the global generators go on as if it had not."""
+        """Replay the recorded random state inside the block and restore the global generators afterwards."""
         modules = list(block.modules())
         modes = [module.training for module in modules]
         with torch.random.fork_rng(list(self.cuda_states), enabled=self.cpu_state is not None):

@@ -4,7 +4,8 @@ In training every block mixes tokens by an affine map alone (scale and shift per
 into the GroupNorm before it, so the network has no token mixer at all. Key names are those of the published checkpoints
 (mmpretrain layout, Apache-2.0, weights at https://github.com/open-mmlab/mmpretrain).
 
-Verified: feature maps of s12 and m36 in training and deployed form, float32 and float64, against numbers of the
+Verified: feature maps of s12 and m36 in training and re-parameterized model, float32 and float64, against numbers of
+the
 published implementation (tests/parity/test_riformer.py).
 
 Shape legend: B batch, C channels, H and W height and width in cells.
@@ -104,7 +105,7 @@ class RIFormerBlock(nn.Module):
 
 
 class DeployedRIFormerBlock(nn.Module):
-    """Deployed form of a block: the norm and the affine map are one norm, `norm_reparam`.
+    """Re-parameterized model of a block: the norm and the affine map are one norm, `norm_reparam`.
 
     With norm(x) = g * n + b and affine(y) = a * y + c:  affine(norm(x)) - norm(x) = g (a - 1) * n + (b (a - 1) + c).
     """
@@ -198,7 +199,7 @@ class RIFormer(Backbone):
         self.hold(frozen_stages)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The normed stage outputs of a normalised image (B, 3, H, W); any H and W from 32 on."""
+        """The normed stage outputs of a normalized image (B, 3, H, W); any H and W from 32 on."""
         x = self.patch_embed(image)
         outputs = []
         for index, stage in enumerate(self.network):

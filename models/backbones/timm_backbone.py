@@ -3,11 +3,11 @@
 Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it takes are measured too:
 
 - as it is, or with `dynamic_img_size`, or with `strict_img_size=False` (Swin; windows and shifts are then worked out
-  for the size at hand): sides are multiples of 32;
+  for the size available): sides are multiples of 32;
 - networks that take multiples of their native size only (MaxViT): `size_divisor` is that size, the caller pads;
-- networks that take their native size only (MLP-Mixer): the padded picture is cut into tiles of that size, each tile
-  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile a picture;
-- strides 7, 14, 28 (patch size 14): the picture is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
+- networks that take their native size only (MLP-Mixer): the padded image is cut into tiles of that size, each tile
+  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile a image;
+- strides 7, 14, 28 (patch size 14): the image is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
 
 Parameters that no map depends on (the tail that some of timm's extractors keep) are frozen.
 
@@ -142,7 +142,7 @@ class TimmBackbone(Backbone):
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"timm/{self.name}: its pretrained weights cannot be had ({reason}); without a network give a file of "
+                f"timm/{self.name}: pretrained weights not available ({reason}); without a network give a file of "
                 "timm's weights as 'weights: <path>', or False for random weights"
             ) from error
 
@@ -162,7 +162,7 @@ class TimmBackbone(Backbone):
         return [(s, i) for s, i in at.items() if s in strides or s in sources]
 
     def _add_levels(self, own: list[FeatureLevel], wanted: Sequence[int]) -> list[FeatureLevel]:
-        """Make the finer and coarser ones that are wanted; the nearest map that is at hand is the source."""
+        """Make the finer and coarser ones that are wanted; the nearest map that is available is the source."""
         levels = list(own)
         while levels[0].stride > min(wanted):
             first = levels[0]
@@ -190,7 +190,7 @@ class TimmBackbone(Backbone):
         return tuple(maps)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """timm's own maps of a normalised image as (B, C, H / stride, W / stride), high resolution first."""
+        """timm's own maps of a normalized image as (B, C, H / stride, W / stride), high resolution first."""
         height, width = image.shape[2:]
         x = image
         if self.measured.shrink != 1.0:
@@ -204,7 +204,7 @@ class TimmBackbone(Backbone):
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.measured.channels_last else list(maps)
 
     def _in_tiles(self, x: Tensor) -> list[Tensor]:
-        """Each tile on its own; the tiles of one picture lie next to one another in the batch."""
+        """Each tile on its own; the tiles of one image lie next to one another in the batch."""
         tile = int(self.measured.tile * self.measured.shrink)
         batch, _, height, width = x.shape
         rows, columns = height // tile, width // tile
@@ -308,7 +308,7 @@ def _stages(network: nn.Module) -> dict[str, int]:
 
 
 def _fitted(x: Tensor, height: int, width: int) -> Tensor:
-    """A map resampled to (height, width) where unpadded convolutions or the 7/8 picture made it a little smaller."""
+    """A map resampled to (height, width) where unpadded convolutions or the 7/8 image made it a little smaller."""
     if x.shape[2] == height and x.shape[3] == width:
         return x
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)

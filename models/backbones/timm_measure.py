@@ -46,11 +46,11 @@ class Measured:
     Attributes:
         arguments: constructor arguments that free the input size, as sorted pairs.
         indices: number of each map among all that timm could give (it counts every block of a plain transformer).
-        channels, strides: per map, in timm's order; strides in pixels of the picture that the detector sees.
+        channels, strides: per map, in timm's order; strides in pixels of the image that the detector sees.
         channels_last: whether maps come as (B, H, W, C).
         size_divisor: sides the network takes are multiples of it.
         tile: side of the only input it takes, 0 where it takes any multiple of `size_divisor`.
-        shrink: factor on the picture's sides before the network.
+        shrink: factor on the image's sides before the network.
     """
 
     arguments: tuple[tuple[str, Any], ...]
@@ -174,7 +174,7 @@ def _try(name: str, way: _Way, device: str = "meta") -> Measured:
     probe = _Probe(name, way.arguments, device)
     shrink = SHRINK if all(r % 7 == 0 for r in probe.reduction) else 1.0
     if way.divisor != 32 and way.divisor / shrink % 32:
-        raise ValueError(f"takes pictures of {way.divisor} pixels only, no multiple of 32")
+        raise ValueError(f"takes images of {way.divisor} pixels only, no multiple of 32")
     found: set[tuple[int, ...]] = set()
     for size in way.sizes:
         fed = size if way.divisor != 32 else (int(size[0] * shrink), int(size[1] * shrink))

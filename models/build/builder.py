@@ -25,9 +25,9 @@ from models.common import Conv
 from utils.errors import ConfigError, SpecError, UserError, did_you_mean
 from utils.yaml_lines import plain
 
-IMAGE = -1  # slot number of the picture
+IMAGE = -1  # slot number of the image
 LEVEL_STRIDES = {"P1": 2, "P2": 4, "P3": 8, "P4": 16, "P5": 32}
-PAD_VALUE = 114 / 255  # the grey of the letterbox
+PAD_VALUE = 114 / 255  # the gray of the letterbox
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Route:
         repeats: its number after `depth_multiple`.
         arguments: what its module was built with.
         slot: number of its first slot.
-        sources: slots it reads; IMAGE is the picture.
+        sources: slots it reads; IMAGE is the image.
         takes_list: its module is called with the list of maps, not with one map.
         gives_levels: its module returns several maps (a backbone).
         outputs: slot of each map it returns; None where nobody can read it.
@@ -67,7 +67,7 @@ class Rows(nn.Sequential):
     Args:
         modules: one per row; the row's index is the first part of its state-dict keys.
         routes: one per row.
-        size_multiple: height and width of the picture must be multiples of it.
+        size_multiple: height and width of the image must be multiples of it.
     """
 
     def __init__(self, modules: Sequence[nn.Module], routes: Sequence[Route], size_multiple: int) -> None:
@@ -107,13 +107,13 @@ def check_size(height: int, width: int, multiple: int) -> None:
     if height % multiple or width % multiple:
         nearest = [max(round(side / multiple), 1) * multiple for side in (height, width)]
         raise ConfigError(
-            f"picture of {height} x {width} pixels: this model's largest stride is {multiple}, and height and width "
+            f"image of {height} x {width} pixels: this model's largest stride is {multiple}, and height and width "
             f"must be multiples of it; nearest: {nearest[0]} x {nearest[1]}"
         )
 
 
 def padded(image: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) with grey at right and bottom up to multiples of `multiple`."""
+    """Pad (B, C, H, W) with gray at right and bottom up to multiples of `multiple`."""
     if multiple == 1:
         return image
     bottom, right = -image.shape[-2] % multiple, -image.shape[-1] % multiple
@@ -233,7 +233,7 @@ class _Builder:
             raise SpecError("\n".join(self.problems))
         largest = max((level.stride for route in self.routes for level in route.levels), default=1)
         readers = [route.gives_levels for route in self.routes if IMAGE in route.sources]
-        # Where backbones alone read the picture, each pads it for itself, and any size will do.
+        # Where backbones alone read the image, each pads it for itself, and any size will do.
         size_multiple = 1 if all(readers) else largest
         return Rows(self.modules, self._with_releases(largest), size_multiple), sorted(self.save)
 
@@ -282,9 +282,9 @@ class _Builder:
             raise SpecError(f"number is {layer.repeats}; a backbone row stands once: 1")
         sources = self._sources(layer)
         if sources is not None and sources != (IMAGE,):
-            raise SpecError(f"from is {_listed(layer.sources)}; a backbone reads the picture: -1 in row 0, or image")
+            raise SpecError(f"from is {_listed(layer.sources)}; a backbone reads the image: -1 in row 0, or image")
         if self.image.channels != 3:
-            raise SpecError(f"the picture has {self.image.channels} channels; a backbone takes 3")
+            raise SpecError(f"the image has {self.image.channels} channels; a backbone takes 3")
         try:
             module = backbone_from_row(layer.module, layer.args)
             levels, divisor = tuple(module.levels), module.size_divisor
@@ -316,8 +316,8 @@ class _Builder:
             return max((i for i, slot in enumerate(self.slots) if slot.level or not slot.known), default=IMAGE)
         slot = source if source >= 0 else count + source
         if not 0 <= slot < count:
-            at_hand = f"0 to {count - 1}, or -1 to -{count}" if count else "-1, the picture"
-            raise SpecError(f"from names slot {source}; at hand: {at_hand}")
+            at_hand = f"0 to {count - 1}, or -1 to -{count}" if count else "-1, the image"
+            raise SpecError(f"from names slot {source}; available: {at_hand}")
         self._check_not_empty(slot, f"slot {source}")
         self.save.add(slot)
         return slot
@@ -337,7 +337,7 @@ class _Builder:
         return slot
 
     def _check_not_empty(self, slot: int, named: str) -> None:
-        """Raise SpecError, with the levels at hand, if `slot` is a level that its backbone does not give."""
+        """Raise SpecError, with the levels available, if `slot` is a level that its backbone does not give."""
         if self.slots[slot].level is not None or not self.slots[slot].known:
             return
         owner = next(route for route in reversed(self.routes) if route.slot <= slot)
@@ -348,7 +348,7 @@ class _Builder:
             if any(given.stride == stride for given in owner.levels)
         ]
         what = f"{level} of row {owner.layer.row} ({owner.layer.module})"
-        raise SpecError(f"from names {named}, {what}, which is empty; at hand: {', '.join(at_hand) or 'none'}")
+        raise SpecError(f"from names {named}, {what}, which is empty; available: {', '.join(at_hand) or 'none'}")
 
     def _levels(self, sources: Sequence[int]) -> list[FeatureLevel] | None:
         levels = [self.image if source == IMAGE else self.slots[source].level for source in sources]

@@ -168,7 +168,7 @@ class ScaledRule:
         bound = bind(self.layer, row.args, (0, 2) if self.inner_repeats else (0,))
         c2 = next(iter(bound))
         if bound[c2] < 1:
-            raise SpecError(f"argument 1 ({c2}) is {bound[c2]}; a whole number of at least 1 is needed")
+            raise SpecError(f"argument 1 ({c2}) is {bound[c2]}; an integer of at least 1 is needed")
         return c2, bound | {c2: scaled_width(bound[c2], row.spec)}
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
@@ -251,7 +251,7 @@ class SquaresRule:
 
     def check(self, row: Row) -> None:
         if (gain := bind(self.layer, row.args)["gain"]) < 1:
-            raise SpecError(f"argument 1 (gain) is {gain}; a whole number of at least 1 is needed")
+            raise SpecError(f"argument 1 (gain) is {gain}; an integer of at least 1 is needed")
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         level = _only_input(inputs)
@@ -300,7 +300,7 @@ class DetectRule:
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         anchors = row.spec.anchors
         if isinstance(anchors, int):
-            # Placeholders, the same as YOLOv5's: the trainer fits anchors to the data set before the first epoch.
+            # Placeholders, the same as YOLOv5's: the trainer fits anchors to the dataset before the first epoch.
             anchors = (tuple(range(2 * anchors)),) * len(inputs)
         if len(anchors) != len(inputs):
             raise SpecError(f"it reads {len(inputs)} levels; anchors have {len(anchors)} rows, one per level is needed")

@@ -66,7 +66,7 @@ class ModelSpec:
         channel_multiple: scaled output channels are rounded up to a multiple of it.
         activation: text such as `"nn.LeakyReLU(0.1)"`, or None for SiLU.
         layers: the rows.
-        channels: channels of the input picture if the file says so.
+        channels: channels of the input image if the file says so.
         key_lines: line of each top-level key.
     """
 
@@ -98,7 +98,7 @@ class ModelSpec:
         """The spec for another input, number of classes or anchors.
 
         Args:
-            channels: of the input picture; the file's own `ch` wins.
+            channels: of the input image; the file's own `ch` wins.
             num_classes: None = the file's.
             anchors: pixels per level, or a number of anchors per level; None = the file's.
 
@@ -107,8 +107,8 @@ class ModelSpec:
         """
         problems: Problems = []
         if num_classes is not None and (not _is_int(num_classes) or num_classes < 1):
-            problems.append(f"{self.path}: nc is set to {num_classes!r}; a whole number of at least 1 is needed")
-        # A number of anchors may come from a hyper-parameter file as 3.0.
+            problems.append(f"{self.path}: nc is set to {num_classes!r}; an integer of at least 1 is needed")
+        # A number of anchors may come from a hyperparameter file as 3.0.
         wanted = round(anchors) if isinstance(anchors, float) else anchors
         new_anchors = self.anchors if wanted is None else _anchors(wanted, self.path, problems)
         _raise(problems)
@@ -189,7 +189,7 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
         value = data.get(key, default)
         if (_is_int(value) if whole else _is_number(value)) and value > 0:
             return value
-        what = "a whole number of at least 1" if whole else "a number above 0"
+        what = "an integer of at least 1" if whole else "a number above 0"
         problems.append(f"{where(key)}: {key} is {value!r}; {what} is needed")
         return default
 
@@ -218,7 +218,7 @@ def _anchors(value: Any, where: str, problems: Problems) -> Anchors:
     if _is_int(value) and value > 0:
         return int(value)
     rows = value if isinstance(value, Sequence) and not isinstance(value, str) else None
-    form = "one list of width, height, width, height ... in pixels per level, or a whole number of at least 1"
+    form = "one list of width, height, width, height ... in pixels per level, or an integer of at least 1"
     if not rows or not all(isinstance(row, Sequence) and not isinstance(row, str) and row for row in rows):
         problems.append(f"{where}: anchors are {value!r}; allowed: {form}")
         return 3
@@ -265,7 +265,7 @@ def _layer(row: Any, index: int, line: int, section: str, place: str, problems: 
     if not isinstance(module, str) or not module:
         problems.append(f"{place}: row {index}: the module is {plain(module)!r}; a name is needed; {ROW_FORM}")
     if not _is_int(repeats) or repeats < 1:
-        problems.append(f"{place}: {name}: number is {plain(repeats)!r}; a whole number of at least 1 is needed")
+        problems.append(f"{place}: {name}: number is {plain(repeats)!r}; an integer of at least 1 is needed")
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     if not listed or not all(_is_int(item) or isinstance(item, str) for item in listed):
         found_sources = f"{place}: {name}: from is {plain(sources)!r}"

@@ -21,7 +21,7 @@ OTHER_BALANCE = (4.0, 1.0, 0.25, 0.06, 0.02)
 BALANCE_DECAY = 0.9999
 BALANCED_STRIDE = 16  # automatic balance keeps the weight of this level at 1
 FOCAL_ALPHA = 0.25
-NEIGHBOUR_REACH = 0.5  # in cells: a centre in the nearer half of its cell also claims the neighbour on that side
+NEIGHBOR_REACH = 0.5  # in cells: a center in the nearer half of its cell also claims the neighbor on that side
 # Cell steps of the five candidates of a match: the cell itself, then left, up, right, down.
 STEPS_XY = ((0, 0), (-1, 0), (0, -1), (1, 0), (0, 1))
 
@@ -61,13 +61,13 @@ class LossConfig:
         imgsz: int,
         label_smoothing: float = 0.0,
     ) -> LossConfig:
-        """Gains of a hyper-parameter file, scaled to levels, classes and picture size.
+        """Gains of a hyperparameter file, scaled to levels, classes and image size.
 
         Args:
             hyp: needs `box`, `obj`, `cls`, `obj_pw`, `cls_pw`, `anchor_t`; `fl_gamma` where it is not 0.
             num_levels: levels of the head; the files are tuned for 3.
             num_classes: the files are tuned for 80.
-            imgsz: side of the training pictures in pixels; the files are tuned for 640.
+            imgsz: side of the training images in pixels; the files are tuned for 640.
         """
         share = 3 / num_levels
         return cls(
@@ -86,7 +86,7 @@ class LossOutput(NamedTuple):
     """Result of one call.
 
     Attributes:
-        total: 0-d float32, to call `backward` on: sum of the parts times the number of pictures.
+        total: 0-d float32, to call `backward` on: sum of the parts times the number of images.
         parts: (3,) float32, detached: box, objectness and class loss with their gains.
     """
 
@@ -98,8 +98,8 @@ class LevelTargets(NamedTuple):
     """Targets assigned to one level, M rows; a later row wins where several claim one cell and anchor.
 
     Attributes:
-        image, anchor, gy, gx, cls: (M,) int64: picture, anchor of the level, cell row, cell column, class.
-        box: (M, 4) float32: centre minus cell corner, width, height; in cells.
+        image, anchor, gy, gx, cls: (M,) int64: image, anchor of the level, cell row, cell column, class.
+        box: (M, 4) float32: center minus cell corner, width, height; in cells.
         anchor_wh: (M, 2) float32: the matched anchor in cells.
     """
 
@@ -117,12 +117,12 @@ def build_targets(
 ) -> list[LevelTargets]:
     """Assign targets to levels, anchors and cells.
 
-    A target matches an anchor when neither side is `anchor_t` times longer or shorter. It claims the cell of its centre
-    and up to two neighbours: those on whose side the centre lies, as long as it is more than one cell from that border.
+    A target matches an anchor when neither side is `anchor_t` times longer or shorter. It claims the cell of its center
+    and up to two neighbors: those on whose side the center lies, as long as it is more than one cell from that border.
     Cells are limited to the grid before the offset is taken, so the offsets of targets on a border may leave -0.5..1.5.
 
     Args:
-        targets: (T, 6) picture, class, centre x, centre y, width, height as parts of the sides. On a CUDA device the
+        targets: (T, 6) image, class, center x, center y, width, height as parts of the sides. On a CUDA device the
             call waits for the device (the number of matches is data); CPU targets cost no wait.
         anchors: (levels, A, 2) widths and heights in cells of their level.
         grids: (rows, columns) per level.
@@ -134,17 +134,17 @@ def build_targets(
     targets = targets.float()
     anchors = anchors.to(targets)
     sizes = torch.tensor([(x, y) for y, x in grids], dtype=torch.float32).to(targets.device)  # (L, 2)
-    centre = targets[None, :, 2:4] * sizes[:, None]  # (L, T, 2) in cells
+    center = targets[None, :, 2:4] * sizes[:, None]  # (L, T, 2) in cells
     sides = targets[None, :, 4:6] * sizes[:, None]
     ratio = sides[:, None] / anchors[:, :, None]  # (L, A, T, 2)
     matched = torch.maximum(ratio, 1 / ratio).amax(-1) < anchor_t  # (L, A, T)
-    claimed = _claimed_steps(centre, sizes)  # (L, 5, T)
+    claimed = _claimed_steps(center, sizes)  # (L, 5, T)
     level, step, anchor, target = (claimed[:, :, None] & matched[:, None]).nonzero(as_tuple=True)
     counts = torch.bincount(level, minlength=len(grids)).tolist()
 
     steps = torch.tensor(STEPS_XY, dtype=torch.float32).to(targets.device)
-    xy = centre[level, target]
-    cell = (xy + NEIGHBOUR_REACH * steps[step]).long()
+    xy = center[level, target]
+    cell = (xy + NEIGHBOR_REACH * steps[step]).long()
     cell = torch.minimum(cell.clamp(min=0), sizes[level].long() - 1)
     box = torch.cat((xy - cell, sides[level, target]), 1)
     label = targets[target, 1].long()
@@ -152,11 +152,11 @@ def build_targets(
     return [LevelTargets(*parts) for parts in zip(*(row.split(counts) for row in rows))]
 
 
-def _claimed_steps(centre: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Which of the five steps a centre claims: (L, T, 2) and sizes (L, 2) in cells to (L, 5, T) bool."""
-    from_end = sizes[:, None] - centre
-    near_start = (centre % 1 < NEIGHBOUR_REACH) & (centre > 1)
-    near_end = (from_end % 1 < NEIGHBOUR_REACH) & (from_end > 1)
+def _claimed_steps(center: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
+    """Which of the five steps a center claims: (L, T, 2) and sizes (L, 2) in cells to (L, 5, T) bool."""
+    from_end = sizes[:, None] - center
+    near_start = (center % 1 < NEIGHBOR_REACH) & (center > 1)
+    near_end = (from_end % 1 < NEIGHBOR_REACH) & (from_end > 1)
     own = torch.ones_like(near_start[..., 0])
     return torch.stack((own, *near_start.unbind(-1), *near_end.unbind(-1)), 1)
 
@@ -208,7 +208,7 @@ class DetectionLoss(nn.Module):
 
         Args:
             raw: per level (B, A, Y, X, 5 + C), before the sigmoid.
-            targets: (T, 6) picture, class, centre x, centre y, width, height as parts of the sides; T may be 0.
+            targets: (T, 6) image, class, center x, center y, width, height as parts of the sides; T may be 0.
                 They may stay on the CPU while `raw` is on a GPU: then the assignment does not wait for the GPU.
         """
         device = raw[0].device

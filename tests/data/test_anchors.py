@@ -77,10 +77,10 @@ def test_sets_without_enough_boxes_keep_their_anchors():
 
 def test_kmean_anchors_finds_clusters():
     r = np.random.default_rng(0)
-    centres = np.array([(10, 20), (60, 30), (100, 200)])
-    wh = np.concatenate([c * r.uniform(0.95, 1.05, (100, 2)) for c in centres])
+    centers = np.array([(10, 20), (60, 30), (100, 200)])
+    wh = np.concatenate([c * r.uniform(0.95, 1.05, (100, 2)) for c in centers])
     found = kmean_anchors(wh, 3, generations=200)
-    np.testing.assert_allclose(found, centres, rtol=0.05)
+    np.testing.assert_allclose(found, centers, rtol=0.05)
     assert np.array_equal(found, kmean_anchors(wh, 3, generations=200))
     start, refined = (anchor_fit(wh, kmean_anchors(wh, 3, generations=g)).fitness for g in (0, 300))
     assert refined > start

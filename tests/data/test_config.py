@@ -1,4 +1,4 @@
-"""Data set YAMLs: names, splits, where paths lead, what is refused, and what is fetched or drawn."""
+"""Dataset YAMLs: names, splits, where paths lead, what is refused, and what is fetched or drawn."""
 
 from __future__ import annotations
 
@@ -291,7 +291,7 @@ def test_download_and_voc_conversion(tmp_path: Path, kind: str) -> None:
     assert (root / "labels/train/one.txt").read_text() == "0 0.237500 0.350000 0.250000 0.333333\n"
     assert (
         root / "labels/val/two.txt"
-    ).read_text() == "1 0.943750 0.508333 0.112500 0.983333\n"  # clipped to the picture
+    ).read_text() == "1 0.943750 0.508333 0.112500 0.983333\n"  # clipped to the image
     assert (root / "images/val/two.jpg").read_bytes() == voc_files()["kit/V/JPEGImages/two.jpg"]
     assert sorted(path.name for path in root.iterdir()) == ["images", "labels"]
     assert not (tmp_path / "set.download").exists()
@@ -302,7 +302,7 @@ def test_voc_corner_base_and_difficult(tmp_path: Path) -> None:
     data = archive("tar", voc_files())
     load_data_config(voc_yaml(tmp_path, data, "corner_base: 1\n    keep_difficult: true")).split("train")
     rows = (tmp_path / "set/labels/train/one.txt").read_text().splitlines()
-    # (8 + 28) / 2 / 80, (10 + 30) / 2 / 60: the centre moves by one pixel, the size stays
+    # (8 + 28) / 2 / 80, (10 + 30) / 2 / 60: the center moves by one pixel, the size stays
     assert rows == ["0 0.225000 0.333333 0.250000 0.333333", "1 0.493750 0.491667 0.987500 0.983333"]
 
 
@@ -399,6 +399,6 @@ def test_hyperparameter_files_hold_the_reference_numbers(name: str) -> None:
     assert all(type(value) in (int, float) for value in table.values())
 
 
-def test_sample_pictures_are_there() -> None:
-    pictures, _ = list_images([ROOT / "data" / "images"])
-    assert len(pictures) >= 3 and all(min(read(path).shape[:2]) >= 320 for path in pictures)
+def test_sample_images_are_there() -> None:
+    images, _ = list_images([ROOT / "data" / "images"])
+    assert len(images) >= 3 and all(min(read(path).shape[:2]) >= 320 for path in images)

@@ -1,4 +1,4 @@
-"""Reading pictures: formats, orientation, channels, and what is refused."""
+"""Reading images: formats, orientation, channels, and what is refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ HEIGHT, WIDTH = 48, 64
 
 
 def scene() -> np.ndarray:
-    """Smooth RGB picture whose four quarters differ, so that a flip or a swapped channel shows."""
+    """Smooth RGB image whose four quarters differ, so that a flip or a swapped channel shows."""
     y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
-    picture = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), np.full_like(x, 40)], -1)
-    picture[: HEIGHT // 2, : WIDTH // 2, 2] = 220
-    return picture.astype(np.uint8)
+    image = np.stack([x * 255 // (WIDTH - 1), y * 255 // (HEIGHT - 1), np.full_like(x, 40)], -1)
+    image[: HEIGHT // 2, : WIDTH // 2, 2] = 220
+    return image.astype(np.uint8)
 
 
 def encode(mode: str, kind: str, **options: object) -> bytes:
@@ -51,7 +51,7 @@ def put(folder: Path, name: str, data: bytes) -> Path:
         ("P", "PNG", 25),
     ],
 )
-def test_colour_formats_give_bgr(tmp_path: Path, mode: str, kind: str, tolerance: int) -> None:
+def test_color_formats_give_bgr(tmp_path: Path, mode: str, kind: str, tolerance: int) -> None:
     path = put(tmp_path, "x.jpg", encode(mode, kind))  # the suffix does not decide
     image = read(path)
     assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8 and image.flags.c_contiguous
@@ -60,7 +60,7 @@ def test_colour_formats_give_bgr(tmp_path: Path, mode: str, kind: str, tolerance
 
 
 @pytest.mark.parametrize(("mode", "kind"), [("L", "PNG"), ("LA", "PNG"), ("1", "PNG"), ("L", "JPEG"), ("L", "TIFF")])
-def test_grey_is_repeated_over_three_channels(tmp_path: Path, mode: str, kind: str) -> None:
+def test_gray_is_repeated_over_three_channels(tmp_path: Path, mode: str, kind: str) -> None:
     image = read(put(tmp_path, "x.png", encode(mode, kind)))
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert (image == image[..., :1]).all() and image.std() > 20
@@ -93,10 +93,10 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int, kind: str
 @pytest.mark.parametrize("suffix", [".png", ".tiff"])
 def test_16_bits_keep_the_whole_range(tmp_path: Path, suffix: str) -> None:
     ramp = np.linspace(0, 65535, 256 * 3).reshape(16, 16, 3).astype(np.uint16)
-    cv2.imwrite(str(tmp_path / f"colour{suffix}"), ramp)
-    cv2.imwrite(str(tmp_path / f"grey{suffix}"), ramp[..., 0])
-    np.testing.assert_allclose(read(tmp_path / f"colour{suffix}"), ramp / 257.0, atol=1)
-    np.testing.assert_allclose(read(tmp_path / f"grey{suffix}"), np.repeat(ramp[..., :1], 3, 2) / 257.0, atol=1)
+    cv2.imwrite(str(tmp_path / f"color{suffix}"), ramp)
+    cv2.imwrite(str(tmp_path / f"gray{suffix}"), ramp[..., 0])
+    np.testing.assert_allclose(read(tmp_path / f"color{suffix}"), ramp / 257.0, atol=1)
+    np.testing.assert_allclose(read(tmp_path / f"gray{suffix}"), np.repeat(ramp[..., :1], 3, 2) / 257.0, atol=1)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_alpha_is_dropped_not_blended(tmp_path: Path) -> None:
 
 
 def test_animation_gives_its_first_frame(tmp_path: Path) -> None:
-    frames = [Image.new("RGB", (20, 30), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (20, 30), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
     assert read(tmp_path / "x.gif")[0, 0].tolist() == [0, 0, 255]
 
@@ -170,7 +170,7 @@ def broken_png() -> bytes:
 
 BROKEN = {
     "empty file": b"",
-    "no known picture format": b"just a line of text\n",
+    "no known image format": b"just a line of text\n",
     "breaks off": encode("RGB", "JPEG")[:-200],
     "breaks off before": with_preview(encode("RGB", "JPEG"))[:-200],
     "breaks": encode("RGB", "JPEG")[:100],

@@ -1,4 +1,4 @@
-"""The drawn default set: same numbers, same pictures; labels that fit the pixels; whole or not there."""
+"""The drawn default set: same numbers, same images; labels that fit the pixels; whole or not there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from data.images import read
 from data.labels.labels import load_annotations, read_labels
-from data.shapes import _OUTLINES, MANIFEST, ShapesRecipe, _mask, draw_scene, ensure, generate, parse_shapes
+from data.shapes import _POLYGONS, MANIFEST, ShapesRecipe, _mask, draw_scene, ensure, generate, parse_shapes
 from utils.errors import DataError
 
 NAMES = {0: "square", 1: "ring", 2: "triangle", 3: "star", 4: "cross"}
@@ -32,14 +32,14 @@ def test_same_numbers_same_files(tmp_path: Path) -> None:
     assert len(list((tmp_path / "a/labels/test").glob("*.txt"))) == 2
 
 
-def test_pictures_differ_between_splits_seeds_and_numbers(tmp_path: Path) -> None:
+def test_images_differ_between_splits_seeds_and_numbers(tmp_path: Path) -> None:
     generate(tmp_path / "a", SMALL)
     generate(tmp_path / "b", ShapesRecipe(KINDS, 6, 3, 2, 96, seed=4))
-    pictures = [data for root in ("a", "b") for name, data in contents(tmp_path / root).items() if name.endswith("jpg")]
-    assert len(set(pictures)) == len(pictures) == 22
+    images = [data for root in ("a", "b") for name, data in contents(tmp_path / root).items() if name.endswith("jpg")]
+    assert len(set(images)) == len(images) == 22
 
 
-def test_more_pictures_do_not_change_the_first_ones(tmp_path: Path) -> None:
+def test_more_images_do_not_change_the_first_ones(tmp_path: Path) -> None:
     generate(tmp_path / "a", SMALL)
     generate(tmp_path / "b", ShapesRecipe(KINDS, 8, 3, 2, 96, seed=3))
     more = contents(tmp_path / "b")
@@ -65,7 +65,7 @@ def painted(image: np.ndarray, background: np.ndarray) -> tuple[float, float, fl
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 
-@pytest.mark.parametrize("kind", sorted(_OUTLINES))
+@pytest.mark.parametrize("kind", sorted(_POLYGONS))
 def test_box_encloses_the_pixels_of_each_kind(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = np.full((200, 260, 3), 128, np.float32)
     monkeypatch.setattr("data.shapes._background", lambda *_: plain.copy())
@@ -86,14 +86,14 @@ def test_box_encloses_the_pixels_of_each_kind(kind: str, monkeypatch: pytest.Mon
         np.testing.assert_allclose(painted(image, plain), (x - w / 2, y - h / 2, x + w / 2, y + h / 2), atol=1.25)
 
 
-def test_mask_covers_the_area_of_its_outline() -> None:
-    outline = np.array([[10.25, 20.5], [30.25, 20.5], [30.25, 50.0], [10.25, 50.0]])
-    mask, (top, left), box = _mask(outline, 100, 100)
+def test_mask_covers_the_area_of_its_polygon() -> None:
+    polygon = np.array([[10.25, 20.5], [30.25, 20.5], [30.25, 50.0], [10.25, 50.0]])
+    mask, (top, left), box = _mask(polygon, 100, 100)
     np.testing.assert_allclose(box, (10.25, 20.5, 30.25, 50.0), atol=0.26)
     ys, xs = np.mgrid[0 : mask.shape[0], 0 : mask.shape[1]]
     weight = mask / mask.sum()
-    centre = ((xs + 0.5 + left) * weight).sum(), ((ys + 0.5 + top) * weight).sum()
-    np.testing.assert_allclose(centre, (20.25, 35.25), atol=0.15)
+    center = ((xs + 0.5 + left) * weight).sum(), ((ys + 0.5 + top) * weight).sum()
+    np.testing.assert_allclose(center, (20.25, 35.25), atol=0.15)
 
 
 def test_ensure_draws_once_and_again_when_the_numbers_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -180,8 +180,8 @@ def test_shapes_stay_visible(monkeypatch: pytest.MonkeyPatch) -> None:
         ("circles", "'shapes' or a mapping"),
         (None, "'shapes' or a mapping"),
         ({"kind": "shapes", "trian": 5}, "unknown key 'trian'; did you mean 'train'?"),
-        ({"kind": "shapes", "train": 0}, "train is 0; a whole number from 1"),
-        ({"kind": "shapes", "imgsz": 32}, "imgsz is 32; a whole number from 64"),
+        ({"kind": "shapes", "train": 0}, "train is 0; an integer from 1"),
+        ({"kind": "shapes", "imgsz": 32}, "imgsz is 32; an integer from 64"),
         ({"kind": "shapes", "val": 2.5}, "val is 2.5"),
         ({"kind": "shapes", "seed": True}, "seed is True"),
     ],

@@ -1,4 +1,4 @@
-"""Deployed forms compute what the training forms do."""
+"""Re-parameterized models compute what the training forms do."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_batch_statistics_are_not_folded():
 
 
 class Counting(Backbone):
-    """A backbone that counts how often it is asked, with an inner part that has a deployed form of its own."""
+    """A backbone that counts how often it is asked, with an inner part that has a re-parameterized model of its own."""
 
     levels = (FeatureLevel(4, 1),)
 

@@ -261,7 +261,7 @@ def test_autocast_and_channels_last_give_the_same_predictions() -> None:
 
 def test_a_size_that_is_no_multiple_of_the_stride_is_refused() -> None:
     model = DetectionModel(small()).eval()
-    with pytest.raises(ConfigError, match="picture of 32 x 36 pixels: this model's largest stride is 8"):
+    with pytest.raises(ConfigError, match="image of 32 x 36 pixels: this model's largest stride is 8"):
         model(image(1, 3, 32, 36))
     model(image(1, 3, 32, 40))
     # yolov5-p34 predicts at strides 8 and 16, and has a map of stride 32 inside.

@@ -158,14 +158,14 @@ def decoded_predictions(seed, nc, images=2, rows=400, size=640.0, objects=25):
     r = np.random.RandomState(seed)
     out = np.zeros((images, rows, 5 + nc))
     for b in range(images):
-        centre = size * (0.05 + 0.9 * r.rand(objects, 2))
+        center = size * (0.05 + 0.9 * r.rand(objects, 2))
         wh = 16 + 0.35 * size * r.rand(objects, 2)
         # every third object sits on top of the one before it, with another class
         cls = r.randint(0, nc, objects)
         for k in range(2, objects, 3):
-            centre[k], wh[k], cls[k] = centre[k - 1] + 4, wh[k - 1] * 1.05, (cls[k - 1] + 1) % nc
+            center[k], wh[k], cls[k] = center[k - 1] + 4, wh[k - 1] * 1.05, (cls[k - 1] + 1) % nc
         o = r.randint(0, objects, rows)
-        out[b, :, 0:2] = centre[o] + 0.10 * wh[o] * r.randn(rows, 2)
+        out[b, :, 0:2] = center[o] + 0.10 * wh[o] * r.randn(rows, 2)
         out[b, :, 2:4] = wh[o] * np.exp(0.12 * r.randn(rows, 2))
         obj = _sigmoid(2.0 * r.randn(rows) + 0.5)
         obj[r.rand(rows) < 0.25] *= 0.02  # background

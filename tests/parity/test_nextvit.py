@@ -1,4 +1,4 @@
-"""Next-ViT against numbers of the published implementation: key names, stage outputs, deployed form."""
+"""Next-ViT against numbers of the published implementation: key names, stage outputs, re-parameterized model."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_folded_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_deployed_form_equals_training_form_in_float64(name: str) -> None:
+def test_reparameterized_form_equals_training_form_in_float64(name: str) -> None:
     model = build(name, torch.float64)
     image = case_input(fixture(name)["cases"][-1], torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""RepMLPNet against numbers of the published implementations: keys in both layouts, stage outputs, deployed form."""
+"""RepMLPNet against reference values: keys in both layouts, stage outputs, re-parameterized model."""
 
 from __future__ import annotations
 

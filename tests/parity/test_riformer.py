@@ -1,4 +1,4 @@
-"""RIFormer against numbers of the published implementation: key names, feature maps, deployed form."""
+"""RIFormer against numbers of the published implementation: key names, feature maps, re-parameterized model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_fused_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_deployed_form_equals_training_form_in_float64(name: str) -> None:
+def test_reparameterized_form_equals_training_form_in_float64(name: str) -> None:
     model = build(name, torch.float64)
     for case in fixture(name)["deploy"]["cases"][:1]:
         image = case_input(case, torch.float64)

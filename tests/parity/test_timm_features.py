@@ -43,7 +43,7 @@ def test_number_of_parameters(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_normalisation_is_that_of_the_pretrained_weights(name: str) -> None:
+def test_normalization_is_that_of_the_pretrained_weights(name: str) -> None:
     config = timm_package().models.get_pretrained_cfg(name)
     assert list(config.mean) == TABLE[name]["mean"]
     assert list(config.std) == TABLE[name]["std"]

@@ -1,4 +1,4 @@
-"""Loss, suppression, metrics and box arithmetic against the reference numbers, within the tolerances of README.md."""
+"""Loss, NMS, metrics and box arithmetic against the reference numbers, within the tolerances of README.md."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_target_assignment(case):
             np.testing.assert_allclose(got.numpy(), np.reshape(expected, got.shape), rtol=1e-6, atol=1e-5)
 
 
-# ---- suppression ----------------------------------------------------------------------------------------------------
+# ---- NMS ----------------------------------------------------------------------------------------------------
 
 
 def sorted_certain(rows):
@@ -74,7 +74,7 @@ def sorted_certain(rows):
 
 
 @cases("nms")
-def test_suppression(case):
+def test_nms(case):
     shape = {k: case[k] for k in ("images", "rows") if k in case}
     prediction = torch.from_numpy(rules.decoded_predictions(case["seed"], case["nc"], **shape))
     labels = [torch.from_numpy(a) for a in rules.apriori_labels(case["seed"], case["nc"], len(prediction))]
@@ -145,7 +145,7 @@ def test_matching_and_confusion(case):
 
 
 @cases("confusion_sum")
-def test_confusion_over_pictures(case):
+def test_confusion_over_images(case):
     matrix = ConfusionMatrix(case["nc"], case["conf"], case["iou_thres"])
     for seed in case["seeds"]:
         matrix.process_batch(*detections_and_labels(case, seed))
@@ -183,15 +183,15 @@ def test_box_conversions(case, kind):
 @cases("geometry", kind="iou_pairs")
 def test_overlap_of_pairs(case):
     a, b = (torch.from_numpy(x) for x in rules.box_pairs(case["in"]["seed"], case["in"]["n"]))
-    centred = boxes.xyxy2xywh(a), boxes.xyxy2xywh(b)
+    centerd = boxes.xyxy2xywh(a), boxes.xyxy2xywh(b)
     for name in ("IoU", "GIoU", "DIoU", "CIoU"):
         switch = {} if name == "IoU" else {name: True}
         got = boxes.bbox_iou(a, b, xywh=False, **switch)
         np.testing.assert_allclose(got, case["out"][name], atol=2e-6)
-        got = boxes.bbox_iou(*centred, xywh=True, **switch)
+        got = boxes.bbox_iou(*centerd, xywh=True, **switch)
         np.testing.assert_allclose(got, case["out"][f"{name}_from_xywh"], atol=2e-6)
-    first = centred[0].requires_grad_()
-    boxes.bbox_iou(first, centred[1], CIoU=True).sum().backward()
+    first = centerd[0].requires_grad_()
+    boxes.bbox_iou(first, centerd[1], CIoU=True).sum().backward()
     np.testing.assert_allclose(first.grad, case["out"]["CIoU_from_xywh_grad_of_first"], atol=1e-6)
 
 

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.parity
 
 RECIPE = rules.yolov5("recipe")
 VAL_ITEMS = rules.yolov5("val_items")
-MEAN_TOLERANCE = 0.02  # grey levels: resize implementations differ a little between OpenCV versions
+MEAN_TOLERANCE = 0.02  # gray levels: resize implementations differ a little between OpenCV versions
 
 
 @pytest.mark.parametrize("case", rules.yolov5("letterbox")["cases"], ids=lambda c: str(c["case"]))

@@ -1,4 +1,4 @@
-"""Pictures from arrays: what is drawn, where, and that no name and no size stops it."""
+"""Images from arrays: what is drawn, where, and that no name and no size stops it."""
 
 import cv2
 import numpy as np
@@ -6,21 +6,21 @@ import pytest
 import torch
 
 from utils import draw as plots
-from utils.draw import class_color, class_name, draw_boxes, drawable, feature_map_picture, image_grid
+from utils.draw import class_color, class_name, draw_boxes, drawable, feature_map_image, image_grid
 
 
-def _grey(height=120, width=160):
+def _gray(height=120, width=160):
     return np.full((height, width, 3), 90, np.uint8)
 
 
 def _changed(a, b):
-    """Rows and columns of the pixels in which two pictures differ: left, top, right, bottom."""
+    """Rows and columns of the pixels in which two images differ: left, top, right, bottom."""
     rows, columns = np.nonzero((a != b).any(2))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
 
-def test_a_box_is_drawn_on_its_edges_and_the_picture_is_not_changed():
-    image = _grey()
+def test_a_box_is_drawn_on_its_edges_and_the_image_is_not_changed():
+    image = _gray()
     before = image.copy()
     out = draw_boxes(image, np.array([[30, 40, 90, 100.0]]), [0], None, 1)
     assert np.array_equal(image, before)
@@ -34,11 +34,11 @@ def test_a_box_is_drawn_on_its_edges_and_the_picture_is_not_changed():
     [
         ([40, 60, 90, 100], "above"),  # room above the box
         ([40, 2, 90, 100], "inside"),  # none: inside, below the upper edge
-        ([150, 60, 159, 100], "above"),  # too far right: moved left into the picture
+        ([150, 60, 159, 100], "above"),  # too far right: moved left into the image
     ],
 )
-def test_captions_stay_in_the_picture(box, plate):
-    image = _grey()
+def test_captions_stay_in_the_image(box, plate):
+    image = _gray()
     bare = draw_boxes(image, np.array([box], float), [1], None, 2)
     left, top, right, bottom = _changed(bare, draw_boxes(image, np.array([box], float), [1], ["cat 0.5"], 2))
     assert 0 <= left and right <= 159 and right - left > 25  # all of the text is there
@@ -47,15 +47,15 @@ def test_captions_stay_in_the_picture(box, plate):
 
 def test_an_empty_caption_draws_no_plate():
     boxes = np.array([[40, 60, 90, 100.0]])
-    assert np.array_equal(draw_boxes(_grey(), boxes, [0], [""], 2), draw_boxes(_grey(), boxes, [0], None, 2))
+    assert np.array_equal(draw_boxes(_gray(), boxes, [0], [""], 2), draw_boxes(_gray(), boxes, [0], None, 2))
 
 
 def test_captions_lie_above_all_boxes():
     """A box drawn later must not strike through the text of an earlier one."""
     boxes = np.array([[10, 60, 150, 110.0], [12, 50, 140, 100.0]])
-    alone = draw_boxes(_grey(), boxes[:1], [0], ["first"], 2)
-    both = draw_boxes(_grey(), boxes, [0, 1], ["first", ""], 2)
-    left, top, right, bottom = _changed(alone, draw_boxes(_grey(), boxes[:1], [0], None, 2))
+    alone = draw_boxes(_gray(), boxes[:1], [0], ["first"], 2)
+    both = draw_boxes(_gray(), boxes, [0, 1], ["first", ""], 2)
+    left, top, right, bottom = _changed(alone, draw_boxes(_gray(), boxes[:1], [0], None, 2))
     assert np.array_equal(alone[top:bottom, left:right], both[top:bottom, left:right])
 
 
@@ -71,7 +71,7 @@ def test_captions_lie_above_all_boxes():
 )
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (40, 2000), (2000, 40)])
 def test_no_box_and_no_size_stops_drawing(box, size):
-    out = draw_boxes(_grey(*size), np.array([box], float), [3], ["größe 0.9"], 3)
+    out = draw_boxes(_gray(*size), np.array([box], float), [3], ["größe 0.9"], 3)
     assert out.shape == (*size, 3)
 
 
@@ -96,16 +96,16 @@ def test_drawable(text, expected, expected_ascii):
 @pytest.mark.parametrize("unicode_text", [True, False])
 def test_any_name_can_be_drawn(name, unicode_text, monkeypatch):
     monkeypatch.setattr(plots, "UNICODE_TEXT", unicode_text)
-    assert draw_boxes(_grey(), np.array([[5, 50, 80, 100.0]]), [0], [name], 3).shape == (120, 160, 3)
+    assert draw_boxes(_gray(), np.array([[5, 50, 80, 100.0]]), [0], [name], 3).shape == (120, 160, 3)
 
 
-def test_colours_are_distinct_and_fixed():
+def test_colors_are_distinct_and_fixed():
     colors = [class_color(i) for i in range(24)]
     assert len(set(colors)) == 24
     assert all(0 <= v <= 255 for c in colors for v in c)
     assert class_color(np.int64(5)) == class_color(5) and isinstance(class_color(np.int64(5))[0], int)
     near = [np.abs(np.subtract(a, b)).max() for a, b in zip(colors, colors[1:])]
-    assert min(near) > 60  # neighbours in number differ
+    assert min(near) > 60  # neighbors in number differ
 
 
 @pytest.mark.parametrize(
@@ -117,20 +117,20 @@ def test_class_name(names, index, expected):
 
 
 @pytest.mark.parametrize(("count", "shape"), [(1, (64, 96)), (2, (64, 192)), (5, (128, 288)), (30, (256, 384))])
-def test_grid_has_a_place_for_each_picture(count, shape):
+def test_grid_has_a_place_for_each_image(count, shape):
     images = torch.zeros(count, 3, 64, 96, dtype=torch.uint8)
     grid = image_grid(images, torch.zeros(0, 6))
     assert grid.shape == (*shape, 3) and grid.dtype == np.uint8
 
 
-def test_grid_puts_boxes_on_their_pictures_in_rgb_order():
+def test_grid_puts_boxes_on_their_images_in_rgb_order():
     images = torch.zeros(4, 3, 100, 100, dtype=torch.uint8)
-    images[2, 0] = 200  # the third picture is red
+    images[2, 0] = 200  # the third image is red
     targets = torch.tensor([[3, 1, 0.5, 0.5, 0.4, 0.2]])
     grid = image_grid(images, targets, names={1: "x"})
     assert tuple(grid[150, 50]) == (0, 0, 200)  # BGR; lower left place
     assert tuple(grid[160, 150]) == class_color(1)  # lower edge of the box in the lower right place
-    assert not grid[5:95, 105:195].any()  # nothing on the second picture
+    assert not grid[5:95, 105:195].any()  # nothing on the second image
 
 
 def test_grid_takes_floats_and_leaves_out_doubtful_detections():
@@ -151,19 +151,19 @@ def test_grid_is_scaled_to_its_limit():
 @pytest.mark.parametrize("shape", [(64, 20, 26), (3, 1, 1), (1, 40, 2), (200, 2, 40)])
 def test_feature_maps_of_any_shape(shape):
     image = np.zeros((80, 100, 3), np.uint8)
-    out = feature_map_picture(torch.randn(shape), "0_RIFormer_P3", image)
+    out = feature_map_image(torch.randn(shape), "0_RIFormer_P3", image)
     assert out.dtype == np.uint8 and out.ndim == 3
-    assert feature_map_picture(torch.full(shape, float("nan")).half(), "dead").ndim == 3
+    assert feature_map_image(torch.full(shape, float("nan")).half(), "dead").ndim == 3
 
 
 def test_feature_maps_show_where_a_channel_is_active():
     maps = torch.zeros(2, 4, 4)
     maps[1, 0, 3] = 5.0  # channel 1, upper right cell
-    sheet = feature_map_picture(maps, "slot", tile=40)
+    sheet = feature_map_image(maps, "slot", tile=40)
     tile = sheet[-44:-4, 4 + 2 * 44 : 4 + 2 * 44 + 40]  # third tile: mean, channel 0, channel 1
     assert tile[5, 35].min() == 255 and tile[5, 5].max() == 0 and tile[35, 35].max() == 0
 
 
-def test_readable_text_colour():
-    image = draw_boxes(_grey(), np.array([[40, 60, 150, 100.0]]), [2], ["WWWW"], 3)  # class 2 is a light green
+def test_readable_text_color():
+    image = draw_boxes(_gray(), np.array([[40, 60, 150, 100.0]]), [2], ["WWWW"], 3)  # class 2 is a light green
     assert cv2.inRange(image, (0, 0, 0), (30, 30, 30)).any()  # black text on it

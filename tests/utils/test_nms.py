@@ -1,4 +1,4 @@
-"""Suppression: equal to the plain greedy rule, in order, cut, and quick where much is thrown away."""
+"""NMS: equal to the plain greedy rule, in order, cut, and quick where much is thrown away."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def predictions(rows, nc):
 def crowd(seed, images, rows, nc, objects=30):
     """Clusters of boxes with random scores, some of them equal."""
     rng = np.random.default_rng(seed)
-    centre, side = rng.uniform(40, 600, (objects, 2)), rng.uniform(20, 200, (objects, 2))
+    center, side = rng.uniform(40, 600, (objects, 2)), rng.uniform(20, 200, (objects, 2))
     which = rng.integers(0, objects, (images, rows))
-    xy = centre[which] + rng.normal(0, 6, (images, rows, 2))
+    xy = center[which] + rng.normal(0, 6, (images, rows, 2))
     wh = side[which] * np.exp(rng.normal(0, 0.1, (images, rows, 2)))
     scores = np.round(rng.uniform(0, 1, (images, rows, 1 + nc)), 2)
     return torch.from_numpy(np.concatenate((xy, wh, scores), 2).astype(np.float32))
@@ -160,7 +160,7 @@ BAD = [
     ({"max_det": -1}, "max-det: -1"),
     ({"prediction": torch.zeros(2, 5, 5)}, r"\(2, 5, 5\)"),
     ({"prediction": torch.zeros(5, 8)}, r"\(5, 8\)"),
-    ({"labels": [torch.zeros(0, 5)]}, "labels of 1 pictures for 2"),
+    ({"labels": [torch.zeros(0, 5)]}, "labels of 1 images for 2"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Charts: every one is a whole picture, for empty data too, and draws what it was given."""
+"""Charts: every one is a whole image, for empty data too, and draws what it was given."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def confusion(path, seed=0, labels=60):
     curves.plot_confusion_matrix(path, matrix.astype(float), NAMES)
 
 
-def label_picture(path, seed=0, labels=60):
+def label_image(path, seed=0, labels=60):
     rows = np.random.default_rng(seed).random((labels, 5))
     rows[:, 0] *= 2.99
     curves.plot_labels(path, rows, NAMES)
@@ -57,7 +57,7 @@ def study(path, seed=0, labels=60):
     curves.plot_study(path, {"_model_$a$": rows} if labels else {})
 
 
-CHARTS = [precision_recall, f1, confusion, label_picture, history, study]
+CHARTS = [precision_recall, f1, confusion, label_image, history, study]
 
 
 @pytest.fixture(autouse=True)
@@ -68,12 +68,12 @@ def coarse(monkeypatch):
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("chart", CHARTS)
 def test_charts_show_their_data(tmp_path, chart):
-    pictures = []
+    images = []
     for name, arguments in (("a.png", {}), ("b.png", {"seed": 1}), ("empty.png", {"labels": 0})):
         chart(tmp_path / name, **arguments)
-        pictures.append(cv2.imread(str(tmp_path / name)))
-        assert pictures[-1].std() > 5
-    assert not np.array_equal(pictures[0], pictures[1])
+        images.append(cv2.imread(str(tmp_path / name)))
+        assert images[-1].std() > 5
+    assert not np.array_equal(images[0], images[1])
     left_over = {p.name for p in tmp_path.iterdir()} - {"a.png", "b.png", "empty.png", "results.csv"}
     assert not left_over
 

@@ -1,4 +1,4 @@
-"""What is timed: a detector on real pictures, stage by stage, and a training step; in a candidate's own process."""
+"""What is timed: a detector on real images, stage by stage, and a training step; in a candidate's own process."""
 
 from __future__ import annotations
 
@@ -31,78 +31,78 @@ TOTAL, STEP = "total", "step"
 CONF, IOU, MAX_DET = DetectConfig().conf_thres, DetectConfig().iou_thres, DetectConfig().max_det
 SMALL_STEP = 1e-3  # of lr0: the same steps on one batch again and again are not to end in infinities
 
-Picture = NDArray[np.uint8]
+LabeledImage = NDArray[np.uint8]
 Times = dict[str, float]
 
 
 @dataclass(frozen=True)
-class SamplePictures:
-    """Real pictures that everything is measured on, decoded.
+class SampleImages:
+    """Real images that everything is measured on, decoded.
 
     Attributes:
-        pictures: (H, W, 3) uint8 BGR each.
-        labels: per picture (n, 5) float32 class, centre x, centre y, width, height as parts of its sides.
+        images: (H, W, 3) uint8 BGR each.
+        labels: per image (n, 5) float32 class, center x, center y, width, height as parts of its sides.
     """
 
-    pictures: tuple[Picture, ...]
+    images: tuple[LabeledImage, ...]
     labels: tuple[NDArray[np.float32], ...]
 
     def write(self, path: Path) -> None:
         """Write to an .npz file."""
-        arrays: dict[str, Any] = {f"picture{i}": picture for i, picture in enumerate(self.pictures)}
+        arrays: dict[str, Any] = {f"image{i}": image for i, image in enumerate(self.images)}
         arrays |= {f"labels{i}": rows for i, rows in enumerate(self.labels)}
         np.savez(path, **arrays)
 
     @classmethod
-    def read(cls, path: str | Path) -> SamplePictures:
+    def read(cls, path: str | Path) -> SampleImages:
         """Read what `write` wrote."""
         with np.load(path, allow_pickle=False) as content:
             count = len(content.files) // 2
-            pictures = tuple(content[f"picture{i}"] for i in range(count))
-            return cls(pictures, tuple(content[f"labels{i}"] for i in range(count)))
+            images = tuple(content[f"image{i}"] for i in range(count))
+            return cls(images, tuple(content[f"labels{i}"] for i in range(count)))
 
 
-def preprocess(pictures: Sequence[Picture], side: int) -> Tensor:
-    """Decoded pictures as the network's input: fitted into a square, RGB.
+def preprocess(images: Sequence[LabeledImage], side: int) -> Tensor:
+    """Decoded images as the network's input: fitted into a square, RGB.
 
     Args:
-        pictures: (H, W, 3) uint8 BGR each.
+        images: (H, W, 3) uint8 BGR each.
         side: of the square in pixels.
 
     Returns:
         (B, 3, side, side) uint8, its memory in rows of pixels, as `detect.py` makes it.
     """
-    fitted = [letterbox(picture, (side, side), auto=False)[0] for picture in pictures]
+    fitted = [letterbox(source, (side, side), auto=False)[0] for source in images]
     pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in fitted]))
     return pixels.permute(0, 3, 1, 2)  # BHWC -> BCHW
 
 
 class Inference:
-    """Detection in three stages, each timed for itself with the device synchronised.
+    """Detection in three stages, each timed for itself with the device synchronized.
 
     Args:
         runtime: the detector.
-        sample: pictures; each call takes the next ones.
-        batch: pictures per call.
+        sample: images; each call takes the next ones.
+        batch: images per call.
         side: of the input in pixels.
     """
 
-    def __init__(self, runtime: Runtime, sample: SamplePictures, batch: int, side: int) -> None:
+    def __init__(self, runtime: Runtime, sample: SampleImages, batch: int, side: int) -> None:
         self.runtime, self.batch, self.side = runtime, batch, side
-        self._pictures = sample.pictures
+        self._images = sample.images
         self._next = 0
 
     def restart(self) -> None:
-        """Begin with the first picture again, so that all candidates see the same ones."""
+        """Begin with the first image again, so that all candidates see the same ones."""
         self._next = 0
 
     def call(self) -> Times:
-        """One batch; milliseconds per picture by stage, and their sum."""
-        pictures = [self._pictures[(self._next + i) % len(self._pictures)] for i in range(self.batch)]
+        """One batch; milliseconds per image by stage, and their sum."""
+        sources = [self._images[(self._next + i) % len(self._images)] for i in range(self.batch)]
         self._next += self.batch
         device = self.runtime.device
         marks = [time.perf_counter()]
-        images = preprocess(pictures, self.side).to(device)
+        images = preprocess(sources, self.side).to(device)
         synchronize(device)
         marks.append(time.perf_counter())
         decoded = self.runtime(images)
@@ -121,25 +121,25 @@ class Inference:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training step needs besides the model: the options and hyper-parameters of train.py."""
+    """What a training step needs besides the model: the options and hyperparameters of train.py."""
 
     config: TrainConfig
     hyp: Hyperparameters
 
 
 class TrainingStep:
-    """Forward, loss, backward and optimiser step on one batch, as the trainer does it (without the loader).
+    """Forward, loss, backward and optimizer step on one batch, as the trainer does it (without the loader).
 
     Args:
         model: on `device`.
-        sample: pictures and labels.
+        sample: images and labels.
         recipe: of the training.
-        batch: pictures per step.
+        batch: images per step.
         device: where.
     """
 
     def __init__(
-        self, model: DetectionModel, sample: SamplePictures, recipe: Recipe, batch: int, device: torch.device
+        self, model: DetectionModel, sample: SampleImages, recipe: Recipe, batch: int, device: torch.device
     ) -> None:
         config, hyp = recipe.config, recipe.hyp
         self.model = model.to(memory_format=torch.channels_last).train()
@@ -161,7 +161,7 @@ class TrainingStep:
             return self.criterion(self.model(images), self.targets).total
 
     def call(self) -> Times:
-        """One step; milliseconds per picture."""
+        """One step; milliseconds per image."""
         start = time.perf_counter()
         self.scaler.scale(self.loss()).backward()
         self.scaler.unscale_(self.optimizer)
@@ -181,23 +181,23 @@ class TrainingStep:
 Subject = Inference | TrainingStep
 
 
-def training_batch(sample: SamplePictures, batch: int, side: int) -> tuple[Tensor, Tensor]:
-    """Pictures and labels fitted into squares.
+def training_batch(sample: SampleImages, batch: int, side: int) -> tuple[Tensor, Tensor]:
+    """Images and labels fitted into squares.
 
     Returns:
-        (B, 3, side, side) uint8 RGB; (M, 6) float32 picture number, class, centre x, centre y, width, height (parts of
+        (B, 3, side, side) uint8 RGB; (M, 6) float32 image number, class, center x, center y, width, height (parts of
         the side).
     """
-    chosen = [i % len(sample.pictures) for i in range(batch)]
+    chosen = [i % len(sample.images) for i in range(batch)]
     rows = [np.zeros((0, 6), np.float32)]
     for number, i in enumerate(chosen):
-        height, width = sample.pictures[i].shape[:2]
-        _, (ratio, _), (left, top) = letterbox(sample.pictures[i], (side, side), auto=False)
+        height, width = sample.images[i].shape[:2]
+        _, (ratio, _), (left, top) = letterbox(sample.images[i], (side, side), auto=False)
         labels = sample.labels[i]
         scale = np.array([width, height, width, height], np.float32) * ratio / side
         boxes = labels[:, 1:] * scale + np.array([left, top, 0, 0], np.float32) / side
         rows.append(np.concatenate((np.full((len(labels), 1), number, np.float32), labels[:, :1], boxes), 1))
-    images = preprocess([sample.pictures[i] for i in chosen], side).contiguous()
+    images = preprocess([sample.images[i] for i in chosen], side).contiguous()
     return images, torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 
@@ -209,7 +209,7 @@ def visit(subject: Subject, calls: int) -> Times:
         calls: that count.
 
     Returns:
-        Medians over the calls, in milliseconds per picture.
+        Medians over the calls, in milliseconds per image.
     """
     subject.restart()
     subject.call()

@@ -32,7 +32,7 @@ class Phase:
     Attributes:
         runtime: key of `RUNTIMES`.
         form: DEPLOYED, TRAINING (detection by the form that is trained), or STEP (a step of training).
-        batch: pictures per call.
+        batch: images per call.
     """
 
     runtime: str
@@ -47,7 +47,8 @@ class Phase:
 def groups_of_phases(config: CompareConfig, step_batch: int) -> list[list[Phase]]:
     """Phases whose candidates' processes may be the same: one group per runtime.
 
-    Deployed forms come first, small batches before large ones, so that the peak of memory is that of the phase.
+    Re-parameterized models come first, small batches before large ones, so that the peak of memory is that of the
+    phase.
     """
     batches = sorted(config.batch)
     groups = [[Phase(name, DEPLOYED, batch) for batch in batches] for name in config.runtimes]
@@ -65,7 +66,7 @@ class Turn:
     Attributes:
         row: the candidate.
         file: what is run: checkpoint or exported file.
-        about: of the export: size, proof.
+        about: of the export: size, verification.
         opened: what opening gave: `took`, `peak_mb` ...
         kind, reason: of its failure, if it failed.
     """
@@ -154,7 +155,10 @@ class Speed:
                         "export", weights=str(row.weights), folder=str(folder), format=phase.runtime,
                         batch=phase.batch, imgsz=self.context.config.imgsz, data=self.context.config.data,
                     )  # fmt: skip
-                    turn.file, turn.about = made["path"], {"disk_mb": made["disk_mb"], "proof": made["proof"]}
+                    turn.file, turn.about = (
+                        made["path"],
+                        {"disk_mb": made["disk_mb"], "verification": made["verification"]},
+                    )
                 except Failed as error:
                     turn.fail(error)
             turns.append(turn)
@@ -262,7 +266,7 @@ def _add(row: Row, phase: Phase, result: Mapping[str, Any]) -> None:
     row.latencies.append(
         Latency(
             phase.runtime, phase.form, phase.batch, result["side"], times, result["peak_mb"], result.get("baseline_mb"),
-            result.get("disk_mb"), result.get("proof"),
+            result.get("disk_mb"), result.get("verification"),
         )
     )  # fmt: skip
 

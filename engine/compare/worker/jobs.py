@@ -18,7 +18,7 @@ from engine.compare.measure import machine
 from engine.compare.measure.detector import (
     Inference,
     Recipe,
-    SamplePictures,
+    SampleImages,
     Subject,
     TrainingStep,
     addresses,
@@ -30,7 +30,7 @@ from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, prepa
 from engine.evaluate.outputs import CocoSink
 from engine.export.config import ExportConfig
 from engine.export.exporter import export
-from engine.export.wrapper import deployed_form
+from engine.export.wrapper import reparameterized_copy
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime, grid_of
 from engine.runtimes.registry import open_runtime
@@ -45,7 +45,7 @@ from utils.files import find_file
 from utils.log import configure_logging
 from utils.seed import seed_everything
 
-# COCO's bounds of small, medium and large objects: areas in pixels of the original picture.
+# COCO's bounds of small, medium and large objects: areas in pixels of the original image.
 AREAS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
 COCO_PLACE = {"small": 3, "medium": 4, "large": 5}  # among COCO's twelve figures
 
@@ -57,7 +57,7 @@ class State:
     Attributes:
         device: where it computes.
         file: the candidate's model YAML or checkpoint.
-        names: class names of the data set.
+        names: class names of the dataset.
         subject: what is being timed.
     """
 
@@ -132,7 +132,7 @@ def structure(state: State, *, imgsz: int, checkpoint: str) -> dict[str, Any]:
     """
     model = build(state).eval()
     side = on_grid(imgsz, model)
-    info, deployed = model.info(side), deployed_form(model).info(side)
+    info, deployed = model.info(side), reparameterized_copy(model).info(side)
     return {
         "parts": {p.name: {"parameters": p.parameters, "gflops": finite(p.gflops)} for p in info.parts},
         "parameters": info.parameters,
@@ -175,7 +175,7 @@ def training_memory(state: State, *, sample: str, recipe: dict[str, Any], batch:
         state: of a fresh process: the peak is that of its whole life.
         sample: file of `SamplePictures`.
         recipe: options of train.py.
-        batch: pictures per step.
+        batch: images per step.
     """
     step = _training_step(state, sample, recipe, batch)
     found = memory_of(state, lambda: warm_up(step))
@@ -187,7 +187,7 @@ def _training_step(state: State, sample: str, recipe: dict[str, Any], batch: int
     model = build(state)
     config = TrainConfig(**{**recipe, "imgsz": on_grid(recipe["imgsz"], model)})
     hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-    return TrainingStep(model, SamplePictures.read(sample), Recipe(config, hyp), batch, state.device)
+    return TrainingStep(model, SampleImages.read(sample), Recipe(config, hyp), batch, state.device)
 
 
 def memory_of(state: State, work: Callable[[], Any]) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def open_inference(
         state: of the process; for the peak of memory a fresh one.
         weights: checkpoint, or exported file.
         sample: file of `SamplePictures`.
-        batch: pictures per call.
+        batch: images per call.
         imgsz: side in pixels.
         training_form: the model as it is trained, not the deployed one.
 
@@ -233,7 +233,7 @@ def open_inference(
     else:
         runtime = open_runtime([weights], state.device)
     side = runtime.imgsz[0] if runtime.imgsz else max(-(-imgsz // runtime.stride), 2) * runtime.stride
-    subject = Inference(runtime, SamplePictures.read(sample), batch, side)
+    subject = Inference(runtime, SampleImages.read(sample), batch, side)
     state.subject = subject
     return {**memory_of(state, lambda: warm_up(subject)), "side": side}
 
@@ -264,7 +264,7 @@ def close_subject(state: State) -> None:
 def export_file(
     state: State, *, weights: str, folder: str, format: str, batch: int, imgsz: int, data: str
 ) -> dict[str, Any]:
-    """Export a checkpoint with its proof.
+    """Export a checkpoint with its verification.
 
     Args:
         state: of the process.
@@ -272,7 +272,7 @@ def export_file(
         folder: where the file goes.
         format: 'onnx', 'openvino' or 'torchscript'.
         batch, imgsz: of the graph.
-        data: data set YAML: pictures for the proof.
+        data: dataset YAML: images for the verification.
 
     Raises:
         ExportError: it cannot be made, or it does not compute the same.
@@ -286,16 +286,16 @@ def export_file(
     )
     if report.failures:
         raise ExportError(report.failures[0])
-    (made,) = report.artefacts
+    (made,) = report.exported_files
     return {
         "path": str(made.path),
         "disk_mb": made.megabytes,
-        "proof": {"px": made.comparison.row_px, "score": made.comparison.row_score},
+        "verification": {"px": made.comparison.row_px, "score": made.comparison.row_score},
     }
 
 
 def run_training(state: State, *, recipe: dict[str, Any], folder: str) -> dict[str, Any]:
-    """Train, or go on with an interrupted training in the same folder, or find that it is finished.
+    """Train, or continue with an interrupted training in the same folder, or find that it is finished.
 
     Args:
         state: of the process.

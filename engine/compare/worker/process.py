@@ -58,7 +58,7 @@ def answer(work: Callable[..., Any], state: Any, arguments: dict[str, Any]) -> d
     """Do a job: `{"result": ...}`, or `{"kind": ..., "reason": one line}` when it failed."""
     try:
         return {"result": work(state, **arguments)}
-    except Exception as error:  # noqa: BLE001 -- whatever a candidate raises is told in its row
+    except Exception as error:  # noqa: BLE001 -- whatever a candidate raises is reported in its row
         if not isinstance(error, UserError):
             sys.excepthook(*sys.exc_info())  # into the log of the process
         kind, reason = classify(error)

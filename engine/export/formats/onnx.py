@@ -122,7 +122,7 @@ def simplified(model: Any) -> Any:
     try:
         with _quiet():
             return onnxslim.slim(model)
-    except Exception as error:  # a third-party optimiser: anything
+    except Exception as error:  # a third-party optimizer: anything
         raise ExportError(f"--simplify: onnxslim failed: {str(error).strip().splitlines()[0]}") from error
 
 

@@ -31,7 +31,7 @@ def strip_traces(model: Any) -> None:
 def reorder_gelu(model: Any) -> None:
     """Write every exact GELU as `(x * (1 + erf(x / sqrt 2))) * 0.5`.
 
-    The exporter multiplies by 0.5 first. Readers recognise both orders, and OpenCV 5.0 crashes on the other one.
+    The exporter multiplies by 0.5 first. Readers recognize both orders, and OpenCV 5.0 crashes on the other one.
     """
     constants = {initializer.name for initializer in model.graph.initializer}
     readers: dict[str, list[Any]] = {}

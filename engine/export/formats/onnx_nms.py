@@ -1,11 +1,11 @@
-"""Suppression inside an ONNX graph, from standard operators.
+"""NMS inside an ONNX graph, from standard operators.
 
 In: `output0` rows (B, N, 5 + nc). Out: `output0` (B, K, 6): left, top, right, bottom in input pixels, score, class; by
 falling score, rows of zeros after the last box. The class of a row is its best one, as in `detect.py`. The thresholds
 are inputs with defaults (`conf_thres`, `iou_thres`: ONNX Runtime lets a caller override them; other readers take the
 defaults).
 
-Shape legend: B pictures, N rows, C classes (1 when they suppress each other), S selected boxes, K boxes kept.
+Shape legend: B images, N rows, C classes (1 when they suppress each other), S selected boxes, K boxes kept.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class NmsOptions:
     conf_thres: float
     iou_thres: float
     per_class: int
-    per_picture: int
+    per_image: int
     agnostic: bool
 
     def describe(self) -> str:
         """In words, for metadata."""
         across = ", over all classes together" if self.agnostic else f", {self.per_class} boxes per class"
-        return f"score {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_picture} boxes per picture{across}"
+        return f"score {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_image} boxes per image{across}"
 
 
 class _Nodes:
@@ -63,7 +63,7 @@ class _Nodes:
 
 
 def embed_nms(model: Any, options: NmsOptions) -> None:
-    """Append suppression to a detector's graph, in place."""
+    """Append NMS to a detector's graph, in place."""
     import onnx
 
     graph = model.graph
@@ -75,19 +75,19 @@ def embed_nms(model: Any, options: NmsOptions) -> None:
     n = _Nodes(onnx)
     boxes_BN4, score_BN, label_BN = _scores(n, columns)
     kept_BN = _suppressed(n, boxes_BN4, score_BN, label_BN, options, columns - 5)
-    _best(n, boxes_BN4, kept_BN, label_BN, options.per_picture, old)
+    _best(n, boxes_BN4, kept_BN, label_BN, options.per_image, old)
     graph.node.extend(n.nodes)
     graph.initializer.extend(n.constants)
     batch = graph.input[0].type.tensor_type.shape.dim[0]
     size = batch.dim_value or batch.dim_param or None
     del graph.output[:]
-    graph.output.append(onnx.helper.make_tensor_value_info(old, 1, [size, options.per_picture, 6]))
+    graph.output.append(onnx.helper.make_tensor_value_info(old, 1, [size, options.per_image, 6]))
     for name in ("conf_thres", "iou_thres"):
         graph.input.append(onnx.helper.make_tensor_value_info(name, 1, [1]))
 
 
 def _scores(n: _Nodes, columns: int) -> tuple[str, str, str]:
-    """Boxes (B, N, 4) as centre and size, the best score (B, N), its class (B, N) int64."""
+    """Boxes (B, N, 4) as center and size, the best score (B, N), its class (B, N) int64."""
     boxes, objectness = n.columns(ROWS, 0, 4), n.columns(ROWS, 4, 5)
     scores_BNC = n.op("Mul", [n.columns(ROWS, 5, columns), objectness])
     one, last = n.constant([1], np.int64), n.constant([2], np.int64)
@@ -107,7 +107,7 @@ def _suppressed(n: _Nodes, boxes: str, score: str, label: str, options: NmsOptio
     thresholds = [n.constant([options.iou_thres], np.float32, "iou_thres")]
     thresholds.append(n.constant([options.conf_thres], np.float32, "conf_thres"))
     selected_S3 = n.op("NonMaxSuppression", [boxes, scores_BCN, limit, *thresholds], center_point_box=1)
-    place_S2 = n.op("Gather", [selected_S3, n.constant([0, 2], np.int64)], axis=1)  # picture, row
+    place_S2 = n.op("Gather", [selected_S3, n.constant([0, 2], np.int64)], axis=1)  # image, row
     zeros_BN = n.op("Mul", [score, n.constant(0, np.float32)])
     return n.op("ScatterND", [zeros_BN, place_S2, n.op("GatherND", [score, place_S2])])
 
@@ -132,6 +132,6 @@ def _best(n: _Nodes, boxes: str, kept: str, label: str, count: int, output: str)
 
 
 def _corners(n: _Nodes, boxes: str) -> str:
-    centre, size = n.columns(boxes, 0, 2), n.columns(boxes, 2, 4)
+    center, size = n.columns(boxes, 0, 2), n.columns(boxes, 2, 4)
     half = n.op("Mul", [size, n.constant(0.5, np.float32)])
-    return n.op("Concat", [n.op("Sub", [centre, half]), n.op("Add", [centre, half])], axis=2)
+    return n.op("Concat", [n.op("Sub", [center, half]), n.op("Add", [center, half])], axis=2)

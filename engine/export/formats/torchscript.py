@@ -21,7 +21,7 @@ def save_torchscript(graph: ExportGraph, path: Path, metadata: Metadata, shape: 
         path: file to write.
         metadata: goes into `config.txt`.
         shape: of the input. Traces keep sizes as numbers of the input where layers compute with them, so one trace may
-            serve all sizes; the proof finds out whether it does.
+            serve all sizes; the verification finds out whether it does.
 
     Raises:
         ExportError: the tracer cannot do it.
@@ -29,7 +29,7 @@ def save_torchscript(graph: ExportGraph, path: Path, metadata: Metadata, shape: 
     example = torch.rand(shape.example, device=next(graph.parameters()).device)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the tracer: what they warn of is what the proof looks at
+            warnings.simplefilter("ignore")  # of the tracer: what they warn of is what the verification looks at
             module = torch.jit.trace(TupleGraph(graph), example, strict=False, check_trace=False)
             config = metadata.to_json((shape.batch, 3, shape.height, shape.width))
             torch.jit.save(module, str(path), _extra_files={CONFIG: config})

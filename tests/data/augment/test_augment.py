@@ -9,7 +9,7 @@ import pytest
 from data.augment import (
     AugmentConfig,
     Canvas,
-    Picture,
+    LabeledImage,
     Tile,
     box_candidates,
     copy_paste,
@@ -33,14 +33,14 @@ def rng(seed=0):
 
 
 def smooth(seed, height, width):
-    """A picture without edges, so that interpolation hardly matters."""
+    """A image without edges, so that interpolation hardly matters."""
     coarse = rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
     return cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
 
 
-def picture(seed, height, width, labels=(), zoom=1.0):
+def image(seed, height, width, labels=(), zoom=1.0):
     size = (round(height * zoom), round(width * zoom))
-    return Picture(smooth(seed, height, width), size, np.array(labels, np.float32).reshape(-1, 5))
+    return LabeledImage(smooth(seed, height, width), size, np.array(labels, np.float32).reshape(-1, 5))
 
 
 def with_box(height, width, x1, y1, x2, y2):
@@ -104,24 +104,24 @@ def test_render_equals_paste_then_warp(count, config, flips):
     for seed in RNG_SEEDS:
         r = rng(seed)
         zooms = [1.0, 2.0, 1.0, 1.0, 2.0, 1.0, 1.0, 1.0, 1.0]
-        pictures = [picture(i, int(h / z), int(w / z), zoom=z) for i, ((h, w), z) in enumerate(zip(sizes, zooms))]
-        canvas, _, _ = (mosaic4 if count == 4 else mosaic9)(pictures[:count], 160, r)
+        images = [image(i, int(h / z), int(w / z), zoom=z) for i, ((h, w), z) in enumerate(zip(sizes, zooms))]
+        canvas, _, _ = (mosaic4 if count == 4 else mosaic9)(images[:count], 160, r)
         warp = draw_warp(config, canvas.shape, (160, 160), r, flips)
         found = render(canvas, warp).astype(int)
         expected, inside = two_steps(canvas, warp)
         difference = np.abs(found - expected).max(2)
         assert inside.mean() > 0.2
-        assert difference[inside].max() <= 4  # 1/32 pixel of position, in grey levels of these pictures
+        assert difference[inside].max() <= 4  # 1/32 pixel of position, in gray levels of these images
         assert difference[inside].mean() < 0.4
         if count == 4:  # and no gap between tiles: nothing but one pixel beside an edge differs at all
             assert (difference > 12).mean() < 0.06
 
 
 def test_render_covers_every_pixel_between_tiles():
-    """Tiles of one colour next to each other: no grey seam, whatever the position."""
+    """Tiles of one color next to each other: no gray seam, whatever the position."""
     white = np.full((64, 64, 3), 255, np.uint8)
     for seed in range(20):
-        canvas, _, _ = mosaic4([Picture(white, (64, 64), np.zeros((0, 5), np.float32))] * 4, 64, rng(seed))
+        canvas, _, _ = mosaic4([LabeledImage(white, (64, 64), np.zeros((0, 5), np.float32))] * 4, 64, rng(seed))
         for config in (AugmentConfig(scale=0.4), AugmentConfig(degrees=45, shear=5), AugmentConfig(perspective=0.001)):
             warp = draw_warp(config, canvas.shape, (64, 64), rng(seed))
             expected, inside = two_steps(canvas, warp)
@@ -162,7 +162,7 @@ def test_boxes_follow_pixels(config):
         np.testing.assert_allclose(bounds(moved), boxes[0, 1:], atol=1.1)
 
 
-def test_outline_gives_a_tighter_box_than_the_corners():
+def test_polygon_gives_a_tighter_box_than_the_corners():
     image = np.zeros((200, 200, 3), np.uint8)
     circle = np.array([(100 + 40 * np.cos(t), 100 + 40 * np.sin(t)) for t in np.linspace(0, 2 * np.pi, 40)], np.float32)
     cv2.fillPoly(image, [np.round(circle - 0.5).astype(np.int32)], (255, 255, 255))
@@ -205,9 +205,9 @@ def test_box_candidates(after, kept):
 # ---- mosaics
 
 
-def test_mosaic4_puts_the_pictures_around_one_point():
-    pictures = [picture(i, 48, 64, [[i, 0.5, 0.5, 0.25, 0.5]]) for i in range(4)]
-    canvas, labels, segments = mosaic4(pictures, 64, rng(5))
+def test_mosaic4_puts_the_images_around_one_point():
+    images = [image(i, 48, 64, [[i, 0.5, 0.5, 0.25, 0.5]]) for i in range(4)]
+    canvas, labels, segments = mosaic4(images, 64, rng(5))
     assert canvas.shape == (128, 128) and segments == []
     x = {tile.offset[0] for tile in canvas.tiles[1::2]}.pop()
     y = canvas.tiles[2].offset[1]
@@ -220,8 +220,8 @@ def test_mosaic4_puts_the_pictures_around_one_point():
 
 
 def test_mosaic9_tiles_touch_and_do_not_overlap():
-    """Pictures of one size fill the window without a gap."""
-    white = Picture(np.full((64, 64, 3), 255, np.uint8), (64, 64), np.zeros((0, 5), np.float32))
+    """Images of one size fill the window without a gap."""
+    white = LabeledImage(np.full((64, 64, 3), 255, np.uint8), (64, 64), np.zeros((0, 5), np.float32))
     for seed in RNG_SEEDS:
         canvas, _, _ = mosaic9([white] * 9, 64, rng(seed))
         assert sum((t.visible[2] - t.visible[0]) * (t.visible[3] - t.visible[1]) for t in canvas.tiles) == 128 * 128
@@ -229,62 +229,62 @@ def test_mosaic9_tiles_touch_and_do_not_overlap():
 
 
 def test_mosaic9_corners():
-    """Pictures of different sizes: each one touches the one before it, around the middle one."""
+    """Images of different sizes: each one touches the one before it, around the middle one."""
     sizes = [(40, 50), (20, 30), (25, 35), (15, 45), (10, 60), (22, 32), (24, 34), (26, 36), (28, 38)]  # height, width
-    pictures = [picture(i, h, w, [[i, 0.5, 0.5, 1, 1]]) for i, (h, w) in enumerate(sizes)]
-    _, labels, _ = mosaic9(pictures, 200, rng(3))  # a window that cuts none of them
+    images = [image(i, h, w, [[i, 0.5, 0.5, 1, 1]]) for i, (h, w) in enumerate(sizes)]
+    _, labels, _ = mosaic9(images, 200, rng(3))  # a window that cuts none of them
     corners = labels[:, 1:3] - labels[0, 1:3]
     expected = [(0, 0), (0, -20), (30, -25), (50, 0), (50, 15), (18, 40), (-16, 40), (-36, 14), (-38, -14)]
     assert corners.tolist() == [list(corner) for corner in expected]
 
 
-def test_mosaic_outlines_travel_with_their_labels():
-    outline = np.array([(0.25, 0.25), (0.75, 0.25), (0.5, 0.75)], np.float32)
+def test_mosaic_polygons_travel_with_their_labels():
+    polygon = np.array([(0.25, 0.25), (0.75, 0.25), (0.5, 0.75)], np.float32)
     labels = np.array([[0, 0.5, 0.5, 0.5, 0.5]], np.float32)
-    plain = Picture(smooth(0, 64, 64), (64, 64), labels)
-    outlined = Picture(smooth(1, 64, 64), (64, 64), labels, (outline,))
+    plain = LabeledImage(smooth(0, 64, 64), (64, 64), labels)
+    outlined = LabeledImage(smooth(1, 64, 64), (64, 64), labels, (polygon,))
     canvas, boxes, segments = mosaic4([plain, plain, outlined, plain], 64, rng(2))
     assert [len(s) for s in segments] == [0, 0, 3, 0]
-    expected = outline * 64 + np.array(canvas.tiles[2].offset)
+    expected = polygon * 64 + np.array(canvas.tiles[2].offset)
     np.testing.assert_allclose(segments[2], expected.clip(0, 128))
     assert len(boxes) == 4
 
 
-# ---- pasting, blending, colour
+# ---- pasting, blending, color
 
 
 def test_copy_paste_mirrors_what_has_room():
     image, labels = with_box(100, 200, 20, 30, 50, 60)
-    outline = np.array([(20, 30), (50, 30), (50, 60), (20, 60)], np.float32)
-    out, new, outlines = copy_paste(image, labels, [outline], 1.0, rng())
+    polygon = np.array([(20, 30), (50, 30), (50, 60), (20, 60)], np.float32)
+    out, new, polygons = copy_paste(image, labels, [polygon], 1.0, rng())
     assert new.tolist() == [[3, 20, 30, 50, 60], [3, 150, 30, 180, 60]]
     assert (out[31:59, 151:179] == 255).all() and (out[:, 60:140] == 0).all()
-    assert sorted(map(tuple, outlines[1].tolist())) == [(150, 30), (150, 60), (180, 30), (180, 60)]
+    assert sorted(map(tuple, polygons[1].tolist())) == [(150, 30), (150, 60), (180, 30), (180, 60)]
     assert (image[:, 150:] == 0).all()  # the argument is as it was
-    same, rows, _ = copy_paste(*with_box(100, 200, 85, 30, 115, 60), [outline + (65, 0)], 1.0, rng())
+    same, rows, _ = copy_paste(*with_box(100, 200, 85, 30, 115, 60), [polygon + (65, 0)], 1.0, rng())
     assert len(rows) == 1 and np.array_equal(same, with_box(100, 200, 85, 30, 115, 60)[0])  # it would hide itself
-    assert len(copy_paste(image, labels, [outline], 0.0, rng())[1]) == 1
+    assert len(copy_paste(image, labels, [polygon], 0.0, rng())[1]) == 1
     hidden = np.array([*labels.tolist(), [1, 155, 35, 175, 55]], np.float32)  # it would hide another object
-    assert len(copy_paste(image, hidden, [outline, np.zeros((0, 2), np.float32)], 1.0, rng())[1]) == 2
+    assert len(copy_paste(image, hidden, [polygon, np.zeros((0, 2), np.float32)], 1.0, rng())[1]) == 2
 
 
 def test_pasting_while_rendering_equals_pasting_first():
     image = smooth(4, 120, 160)
-    outline = np.array([(20, 30), (60, 25), (55, 80), (25, 70)], np.float32)
+    polygon = np.array([(20, 30), (60, 25), (55, 80), (25, 70)], np.float32)
     labels = np.array([[0, 20, 25, 60, 80]], np.float32)
     warp = draw_warp(AugmentConfig(degrees=15, scale=0.2), (120, 160), (120, 160), rng(1))
-    pasted, boxes, outlines = copy_paste(image, labels, [outline], 1.0, rng())
+    pasted, boxes, polygons = copy_paste(image, labels, [polygon], 1.0, rng())
     whole = Canvas((Tile(pasted, (120, 160), (0, 0), (0, 0, 160, 120)),), (120, 160))
     canvas = Canvas((Tile(image, (120, 160), (0, 0), (0, 0, 160, 120)),), (120, 160))
     out = render(canvas, warp)
-    chosen = choose_pastes(labels, [outline], 160, 1.0, rng())
+    chosen = choose_pastes(labels, [polygon], 160, 1.0, rng())
     assert chosen == [0]
-    paste_mirrored(out, canvas, [outline], warp)
+    paste_mirrored(out, canvas, [polygon], warp)
     difference = np.abs(out.astype(int) - render(whole, warp)).max(2)
     assert (difference > 6).mean() < 0.02  # the outline's own pixels
-    appended, turned = mirror(labels, [outline], chosen, 160)
+    appended, turned = mirror(labels, [polygon], chosen, 160)
     np.testing.assert_array_equal(appended, boxes)
-    np.testing.assert_array_equal(turned[1], outlines[1])
+    np.testing.assert_array_equal(turned[1], polygons[1])
 
 
 def test_mixup_blends_and_keeps_all_labels():
@@ -317,9 +317,9 @@ def test_hsv_gains_multiply_hue_saturation_and_value():
 def test_nothing_changes_its_arguments():
     image, labels = with_box(100, 100, 30, 30, 60, 60)
     copies = image.copy(), labels.copy()
-    outline = np.array([(30, 30), (60, 30), (60, 60)], np.float32)
-    random_perspective(image, labels, [outline], AugmentConfig(degrees=10, scale=0.5), rng())
+    polygon = np.array([(30, 30), (60, 30), (60, 60)], np.float32)
+    random_perspective(image, labels, [polygon], AugmentConfig(degrees=10, scale=0.5), rng())
     letterbox(image, 64)
-    mosaic4([Picture(image, (100, 100), labels / 100, (outline / 100,))] * 4, 100, rng())
+    mosaic4([LabeledImage(image, (100, 100), labels / 100, (polygon / 100,))] * 4, 100, rng())
     mixup((image, labels), (image, labels), rng())
     assert np.array_equal(image, copies[0]) and np.array_equal(labels, copies[1])

@@ -1,4 +1,4 @@
-"""Statistics of a data set: what is counted, what is named, which pictures are nearly the same."""
+"""Statistics of a dataset: what is counted, what is named, which images are nearly the same."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def scene(seed: int, size: tuple[int, int] = (120, 160)) -> np.ndarray:
 def test_counts_and_sizes_at_the_input_size() -> None:
     first = record("a", [[0, 0.5, 0.5, 0.1, 0.1], [0, 0.2, 0.2, 0.5, 0.5], [2, 0.1, 0.1, 0.02, 0.2]])
     found = gather("train", annotations(first, record("b", []), record("c", [[0, 0.5, 0.5, 1, 1]])), 4, 400)
-    assert found.boxes.tolist() == [3, 0, 1, 0] and found.pictures.tolist() == [2, 0, 1, 0]
+    assert found.boxes.tolist() == [3, 0, 1, 0] and found.images.tolist() == [2, 0, 1, 0]
     assert found.owners.tolist() == [0, 0, 0, 2] and found.classes.tolist() == [0, 0, 2, 0]
     np.testing.assert_allclose(found.sizes, [[40, 20], [200, 100], [8, 40], [400, 200]], rtol=1e-6)
     assert below(found, 21).tolist() == [2, 0] and below(found, 7.9).tolist() == []
@@ -92,7 +92,7 @@ def test_changed_copies_are_found_and_nothing_else(tmp_path: Path, how: str) -> 
     assert pair.mirrored == (how == "mirrored") and pair.correlation > 0.9
 
 
-def test_large_pictures_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_images_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "_CHUNK", 2)
     part: dict[str, list[ImageRecord]] = {"train": [], "val": []}
     for i, split in enumerate(("val", "val", "val", "train")):
@@ -104,8 +104,8 @@ def test_large_pictures_and_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (pair.first.stem, pair.second.stem) == ("3", "2") and pair.correlation > 0.99
 
 
-def test_each_picture_is_named_once_with_its_nearest(tmp_path: Path) -> None:
-    """A fixed camera: all pictures of the training split are near, a copy is nearest."""
+def test_each_image_is_named_once_with_its_nearest(tmp_path: Path) -> None:
+    """A fixed camera: all images of the training split are near, a copy is nearest."""
     splits: dict[str, list[ImageRecord]] = {"train": [], "val": []}
     for i in range(9):
         image = scene(0)
@@ -116,10 +116,10 @@ def test_each_picture_is_named_once_with_its_nearest(tmp_path: Path) -> None:
     assert (pair.first.stem, pair.second.stem) == ("0", "8") and pair.correlation == pytest.approx(1)
 
 
-def test_pictures_without_pattern_are_compared_by_brightness(tmp_path: Path) -> None:
+def test_images_without_pattern_are_compared_by_brightness(tmp_path: Path) -> None:
     part = {}
-    for name, grey in (("train", 50), ("val", 51), ("test", 90)):
-        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((40, 40, 3), grey, np.uint8))
+    for name, gray in (("train", 50), ("val", 51), ("test", 90)):
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.full((40, 40, 3), gray, np.uint8))
         part[name] = [record(str(tmp_path / f"{name}.png"), [], (40, 40))]
     (pair,) = find_pairs(part, {name: thumbnails(records, False) for name, records in part.items()})
     assert pair.splits == ("train", "val")
@@ -129,7 +129,7 @@ def test_pictures_without_pattern_are_compared_by_brightness(tmp_path: Path) -> 
 
 
 @pytest.fixture
-def data_set(tmp_path: Path) -> Path:
+def dataset(tmp_path: Path) -> Path:
     rows = {
         "train/a": "0 0.5 0.5 0.5 0.5\n0 0.2 0.2 0.01 0.3\n",
         "train/b": "1 0.5 0.5 0.3 0.3\n",
@@ -147,9 +147,9 @@ def data_set(tmp_path: Path) -> Path:
     return tmp_path / "d.yaml"
 
 
-def test_command_says_what_is_there_and_what_is_wrong(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = data_set.parent / "out"
-    assert main([str(data_set), "--imgsz", "320", "--out", str(out)]) == 0
+def test_command_says_what_is_there_and_what_is_wrong(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = dataset.parent / "out"
+    assert main([str(dataset), "--imgsz", "320", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     whole = (out / "check.txt").read_text()
     for line in (
@@ -164,14 +164,14 @@ def test_command_says_what_is_there_and_what_is_wrong(data_set: Path, capsys: py
     assert [line.split() for line in text.splitlines() if line.startswith("  train")][0][:6] == [
         "train", "3", "2", "0", "1", "3",
     ]  # fmt: skip
-    picture = cv2.imread(str(out / "check.png"))
-    assert picture is not None and picture.shape[1] > 1000 and picture.std() > 10
+    image = cv2.imread(str(out / "check.png"))
+    assert image is not None and image.shape[1] > 1000 and image.std() > 10
 
 
-def test_long_lists_are_cut_on_the_terminal_only(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (data_set.parent / "labels/train/a.txt").write_text("".join(f"0 0.5 0.{i} 0.01 0.01\n" for i in range(100, 125)))
-    out = data_set.parent / "out"
-    assert main([str(data_set), "--out", str(out)]) == 0
+def test_long_lists_are_cut_on_the_terminal_only(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (dataset.parent / "labels/train/a.txt").write_text("".join(f"0 0.5 0.{i} 0.01 0.01\n" for i in range(100, 125)))
+    out = dataset.parent / "out"
+    assert main([str(dataset), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert text.count("'fish' is 6.4 x 4.8 pixels") == 10 and "... and 15 more" in text
     assert (out / "check.txt").read_text().count("'fish' is 6.4 x 4.8 pixels") == 25
@@ -187,19 +187,19 @@ def test_long_lists_are_cut_on_the_terminal_only(data_set: Path, capsys: pytest.
     ],
 )
 def test_unusable_is_status_2_and_one_line(
-    data_set: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
+    dataset: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], problem: str
 ) -> None:
     try:
-        status = main([text.format(data_set) for text in arguments])
+        status = main([text.format(dataset) for text in arguments])
     except SystemExit as end:
         status = int(str(end.code))
     text = capsys.readouterr().err
     assert status == 2 and problem in text and text.count("\n") == 1
 
 
-def test_missing_split_is_status_2(data_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data_set.write_text(data_set.read_text().replace("images/val", "images/vla"))
-    assert main([str(data_set)]) == 2 and "split 'val': no such folder" in capsys.readouterr().err
+def test_missing_split_is_status_2(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset.write_text(dataset.read_text().replace("images/val", "images/vla"))
+    assert main([str(dataset)]) == 2 and "split 'val': no such folder" in capsys.readouterr().err
 
 
 def test_anchors_of_a_model_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""COCO JSON and Pascal VOC XML read directly: the same records as YOLO text, and what is said about mistakes."""
+"""COCO JSON and Pascal VOC XML read directly: the same records as YOLO text, and what is logged about mistakes."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from data.labels import labels
 from data.labels.labels import Annotations, load_annotations
 from utils.errors import DataError
 
-SIZE = (40, 60)  # height, width of every picture here
+SIZE = (40, 60)  # height, width of every image here
 
 
-def picture(path: Path, size: tuple[int, int] = SIZE) -> Path:
+def image_file(path: Path, size: tuple[int, int] = SIZE) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
     return path
@@ -46,13 +46,13 @@ def image(number: Any, name: str, **extra: Any) -> dict[str, Any]:
     return {"id": number, "file_name": name, "height": SIZE[0], "width": SIZE[1], **extra}
 
 
-def box(picture_id: Any, category: int, *bbox: float, **extra: Any) -> dict[str, Any]:
-    return {"id": 100 + int(bbox[0]), "image_id": picture_id, "category_id": category, "bbox": list(bbox), **extra}
+def box(image_id: Any, category: int, *bbox: float, **extra: Any) -> dict[str, Any]:
+    return {"id": 100 + int(bbox[0]), "image_id": image_id, "category_id": category, "bbox": list(bbox), **extra}
 
 
 def coco_set(root: Path, annotations: list[dict[str, Any]], /, **changes: Any) -> Path:
     for name in ("a.jpg", "b.jpg"):
-        picture(root / name)
+        image_file(root / name)
     content = {"images": [image(1, "a.jpg"), image(2, "b.jpg")], "annotations": annotations, "categories": CATEGORIES}
     return dump(root / "train.json", {**content, **changes})
 
@@ -82,7 +82,7 @@ def voc_file(path: Path, *objects: str, size: tuple[int, int] = SIZE, source: st
 
 def voc_set(root: Path, **files: list[str]) -> Path:
     for name, objects in files.items():
-        picture(root / "JPEGImages" / f"{name}.jpg")
+        image_file(root / "JPEGImages" / f"{name}.jpg")
         voc_file(root / "Annotations" / f"{name}.xml", *objects)
     return root
 
@@ -123,7 +123,7 @@ def test_missing_annotations_name_the_nearest_file(tmp_path: Path) -> None:
         config.split("train")
 
 
-def test_crowds_repetitions_and_empty_pictures_are_counted(tmp_path: Path) -> None:
+def test_crowds_repetitions_and_empty_images_are_counted(tmp_path: Path) -> None:
     twice = box(1, 7, 6, 4, 12, 8)
     crowd = box(1, 7, 1, 1, 9, 9, iscrowd=1, segmentation={"counts": [1, 2], "size": [40, 60]})
     file = coco_set(tmp_path, [twice, crowd, twice, box(9, 7, 1, 1, 2, 2)])
@@ -133,11 +133,11 @@ def test_crowds_repetitions_and_empty_pictures_are_counted(tmp_path: Path) -> No
     assert (report.boxes, report.crowd, report.duplicate_rows, report.empty, report.corrupt) == (1, 1, 1, 1, 0)
     assert "1 groups (iscrowd) left out" in report.summary()
     assert any("annotation 106: 1 duplicate rows" in line for line in report.messages)
-    assert any("1 annotations of pictures that are not listed" in line for line in report.messages)
+    assert any("1 annotations of images that are not listed" in line for line in report.messages)
     assert load(file).report == report  # from the cache
 
 
-def test_polygons_become_outlines_and_boxes_get_their_corners(tmp_path: Path) -> None:
+def test_polygons_become_polygons_and_boxes_get_their_corners(tmp_path: Path) -> None:
     triangle = [6, 4, 18, 4, 6, 12]
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8, segmentation=[triangle]), box(1, 3, 30, 20, 3, 2)])
     first, second = load(file).records
@@ -164,10 +164,10 @@ def test_parts_of_an_object_are_joined_without_covering_more() -> None:
     ("annotation", "problem"),
     [
         (box(1, 7, 6, 4, -1, 8), r"annotation 106: box 6 4 5 12 .* negative side"),
-        (box(1, 7, 44, 4, 20, 8), None),  # centre and size fit: kept, as in a label file
-        (box(1, 7, 58, 4, 30, 8), r"annotation 158: .* does not lie in the picture of 60x40"),
+        (box(1, 7, 44, 4, 20, 8), None),  # center and size fit: kept, as in a label file
+        (box(1, 7, 58, 4, 30, 8), r"annotation 158: .* does not lie in the image of 60x40"),
         (box(1, 7, 0, -0.5, 60.7, 41), None),  # rounding
-        (box(1, 7, 0, 0, 62, 40), r"does not lie in the picture"),
+        (box(1, 7, 0, 0, 62, 40), r"does not lie in the image"),
         (box(1, 7, 5, 5, 0, 3), None),  # without area: kept, as in a label file
         (box(1, 7, 5, 5, float("nan"), 3), r"is not finite"),
         ({**box(1, 7, 5, 5, 5, 3), "bbox": [1, 2, 3]}, r"annotation 105: bbox is \[1, 2, 3\]; four numbers"),
@@ -210,12 +210,12 @@ def test_broken_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], p
     assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
-def test_list_of_pictures_without_annotations(tmp_path: Path) -> None:
+def test_list_of_images_without_annotations(tmp_path: Path) -> None:
     """COCO's image_info_test-dev2017.json: enough for detections without a score."""
     content = json.loads(coco_set(tmp_path, []).read_text())
     file = dump(tmp_path / "test.json", {key: value for key, value in content.items() if key != "annotations"})
     assert len(load(file, require_labels=False).records) == 2
-    with pytest.raises(DataError, match=r"no labels for 2 pictures in .*test\.json"):
+    with pytest.raises(DataError, match=r"no labels for 2 images in .*test\.json"):
         load(file)
 
 
@@ -240,9 +240,9 @@ def test_json_syntax_error_has_its_line(tmp_path: Path) -> None:
         ("elsewhere/deep/{}", "images: {train: elsewhere/deep}\n"),
     ],
 )
-def test_where_pictures_are_found(tmp_path: Path, place: str, text: str) -> None:
+def test_where_images_are_found(tmp_path: Path, place: str, text: str) -> None:
     for name in ("a.jpg", "b.jpg"):
-        picture(tmp_path / place.format(name))
+        image_file(tmp_path / place.format(name))
     content = {"images": [image(1, "a.jpg"), image(2, "b.jpg")], "annotations": [box(1, 7, 6, 4, 12, 8)]}
     dump(tmp_path / "annotations" / "instances_val2017.json", {**content, "categories": CATEGORIES})
     config = load_data_config(yaml(tmp_path, f"path: .\ntrain: annotations/instances_val2017.json\n{text}"))
@@ -250,12 +250,12 @@ def test_where_pictures_are_found(tmp_path: Path, place: str, text: str) -> None
     assert [r.path for r in result.records] == [tmp_path / place.format(n) for n in ("a.jpg", "b.jpg")]
 
 
-def test_missing_picture_and_other_size_are_named(tmp_path: Path) -> None:
+def test_missing_image_and_other_size_are_named(tmp_path: Path) -> None:
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)])
     (tmp_path / "b.jpg").unlink()
     report = load(file).report
     assert report.corrupt == 1 and f"(listed in {file}: image 2)" in report.messages[0]
-    picture(tmp_path / "b.jpg", (60, 40))
+    image_file(tmp_path / "b.jpg", (60, 40))
     assert "60x40 pixels there, 40x60 in the file" in load(file).report.messages[0]
 
 
@@ -290,7 +290,7 @@ def test_cache_follows_annotations_and_names(tmp_path: Path, monkeypatch: pytest
     assert load(file).records[0].labels[0, 1] == pytest.approx(13 / 60) and len(verified) == 2
 
 
-def test_picture_listed_twice_is_one_picture_with_all_objects(tmp_path: Path) -> None:
+def test_image_listed_twice_is_one_image_with_all_objects(tmp_path: Path) -> None:
     images = [image(1, "a.jpg"), image(2, "a.jpg")]
     result = load(coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8), box(2, 3, 0, 0, 6, 4)], images=images))
     assert len(result.records) == 1 and len(result.records[0].labels) == 2 and result.report.duplicate_images == 1
@@ -301,7 +301,7 @@ def test_picture_listed_twice_is_one_picture_with_all_objects(tmp_path: Path) ->
 
 def test_voc_folder_list_and_xml_folder(tmp_path: Path) -> None:
     root = voc_set(tmp_path, a=[voc_object("dog", 6, 4, 18, 12)], b=[voc_object("cat", 0, 0, 60, 40)], c=[])
-    picture(root / "JPEGImages" / "d.jpg")  # no XML: background
+    image_file(root / "JPEGImages" / "d.jpg")  # no XML: background
     result = load(root)
     assert [r.path.stem for r in result.records] == ["a", "b", "c", "d"]
     np.testing.assert_allclose(result.records[0].labels, [[1, 0.2, 0.2, 0.2, 0.2]], atol=1e-7)
@@ -317,10 +317,10 @@ def test_voc_folder_list_and_xml_folder(tmp_path: Path) -> None:
     assert config.names == {0: "cat", 1: "dog"}
 
 
-def test_xml_beside_pictures_is_read_but_not_where_label_files_are(tmp_path: Path) -> None:
-    picture(tmp_path / "images/train/a.jpg")
+def test_xml_beside_images_is_read_but_not_where_label_files_are(tmp_path: Path) -> None:
+    image_file(tmp_path / "images/train/a.jpg")
     voc_file(tmp_path / "images/train/a.xml", voc_object("dog", 6, 4, 18, 12))
-    picture(tmp_path / "images/train/b.jpg")
+    image_file(tmp_path / "images/train/b.jpg")
     source = recognise(tmp_path / "images/train")
     assert isinstance(source, AnnotatedSource) and source.kind == "voc"
     result = load(source)
@@ -339,13 +339,13 @@ def test_difficult_objects_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_pascals_own_files_count_pixels_from_one(tmp_path: Path) -> None:
-    picture(tmp_path / "JPEGImages/a.jpg")
+    image_file(tmp_path / "JPEGImages/a.jpg")
     own = "<source><database>The VOC2007 Database</database><annotation>PASCAL VOC2007</annotation></source>"
     voc_file(tmp_path / "Annotations/a.xml", voc_object("dog", 7, 5, 19, 13), source=own)
     np.testing.assert_allclose(load(tmp_path).records[0].labels, [[0, 0.2, 0.2, 0.2, 0.2]], atol=1e-7)
 
 
-def test_voc_polygon_becomes_an_outline(tmp_path: Path) -> None:
+def test_voc_polygon_becomes_an_polygon(tmp_path: Path) -> None:
     points = "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate([(6, 4), (18, 4), (6, 12)], 1))
     root = voc_set(tmp_path, a=[voc_object("dog", 6, 4, 18, 12, extra=f"<polygon>{points}</polygon>")])
     np.testing.assert_allclose(load(root).records[0].segments[0], [[0.1, 0.1], [0.3, 0.1], [0.1, 0.3]], atol=1e-7)
@@ -364,13 +364,13 @@ def test_unknown_voc_class_is_an_error_for_the_set(tmp_path: Path) -> None:
     [
         ("<annotation>\n<object>\n</annotation>", r"x\.xml:3: not valid XML"),
         ("<html/>", r"begins with <html>"),
-        (XML.format(w=60, h=41, objects="", source=""), r"60x41 pixels there, 60x40 in the picture"),
+        (XML.format(w=60, h=41, objects="", source=""), r"60x41 pixels there, 60x40 in the image"),
         (XML.format(w=0, h=0, source="", objects=voc_object("dog", 9, 9, 5, 12)), r"object 1 \(dog\): box .* negative"),
         (XML.format(w=0, h=0, source="", objects=voc_object("dog", 9, 9)), r"object 1 \(dog\): bndbox: numbers xmin"),
-        (XML.format(w=60, h=40, source="", objects=voc_object("dog", 9, 9, 99, 12)), r"does not lie in the picture"),
+        (XML.format(w=60, h=40, source="", objects=voc_object("dog", 9, 9, 99, 12)), r"does not lie in the image"),
     ],
 )
-def test_wrong_xml_leaves_the_picture_out(tmp_path: Path, text: str, problem: str) -> None:
+def test_wrong_xml_leaves_the_image_out(tmp_path: Path, text: str, problem: str) -> None:
     root = voc_set(tmp_path, good=[voc_object("dog", 6, 4, 18, 12)], x=[])
     (root / "Annotations" / "x.xml").write_text(text)
     report = load(AnnotatedSource(root, "voc", ("dog",), (root / "JPEGImages",))).report
@@ -380,7 +380,7 @@ def test_wrong_xml_leaves_the_picture_out(tmp_path: Path, text: str, problem: st
 
 def test_lists_and_annotations_can_be_mixed(tmp_path: Path) -> None:
     file = coco_set(tmp_path / "coco", [box(1, 7, 6, 4, 12, 8)])
-    picture(tmp_path / "images/x.jpg")
+    image_file(tmp_path / "images/x.jpg")
     (tmp_path / "labels").mkdir()
     (tmp_path / "labels/x.txt").write_text("2 0.5 0.5 0.1 0.1\n")
     config = load_data_config(yaml(tmp_path, f"train: [images, {file}]\nnames: [ant, cat, dog]\n"))

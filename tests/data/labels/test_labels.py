@@ -17,16 +17,16 @@ from data.labels.labels import label_path, list_images, load_annotations, read_l
 from utils.errors import DataError
 
 
-def picture(path: Path, size: tuple[int, int] = (40, 60)) -> Path:
+def image(path: Path, size: tuple[int, int] = (40, 60)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     cv2.imwrite(str(path), np.full((*size, 3), 90, np.uint8))
     return path
 
 
 def make_set(root: Path, rows: dict[str, str | None]) -> Path:
-    """`images/train/<name>.jpg` with the label text given (None: no label file); returns the folder of pictures."""
+    """`images/train/<name>.jpg` with the label text given (None: no label file); returns the folder of images."""
     for name, text in rows.items():
-        label = label_path(picture(root / "images" / "train" / f"{name}.jpg"))
+        label = label_path(image(root / "images" / "train" / f"{name}.jpg"))
         label.parent.mkdir(parents=True, exist_ok=True)
         if text is not None:
             label.write_text(text, encoding="utf-8")
@@ -45,7 +45,7 @@ GOOD = "1 0.5 0.5 0.2 0.4\n0 0.25 0.75 0.1 0.1\n"
     [
         ("/a/images/train/x.jpg", "/a/labels/train/x.txt"),
         ("/images/b/images/c.d/x.y.png", "/images/b/labels/c.d/x.y.txt"),  # the last one counts
-        ("/a/pictures/x.jpg", "/a/pictures/x.txt"),
+        ("/a/photos/x.jpg", "/a/photos/x.txt"),
         ("/a/my_images/x.jpg", "/a/my_images/x.txt"),
     ],
 )
@@ -72,8 +72,8 @@ def test_good_set(tmp_path: Path) -> None:
     [
         ("0 0.5 0.5 0.2 1.2\n", 1, "above 1"),
         (GOOD + "0 0.5 -0.5 0.2 0.2\n", 3, "negative"),
-        (GOOD + "\n\n-1 0.5 0.5 0.2 0.2\n", 5, "whole number"),
-        ("0.5 0.5 0.5 0.2 0.2\n", 1, "whole number"),
+        (GOOD + "\n\n-1 0.5 0.5 0.2 0.2\n", 5, "integer"),
+        ("0.5 0.5 0.5 0.2 0.2\n", 1, "integer"),
         ("0 0.5 nan 0.2 0.2\n", 1, "not finite"),
         ("0 0.5 inf 0.2 0.2\n", 1, "not finite"),
         (GOOD + "cat 0.5 0.5 0.2 0.2\n", 3, "'cat' is not a number"),
@@ -83,7 +83,7 @@ def test_good_set(tmp_path: Path) -> None:
         ("0,0.5,0.5,0.2,0.2\n", 1, "is not a number"),
     ],
 )
-def test_wrong_row_leaves_the_picture_out(tmp_path: Path, text: str, line: int, problem: str) -> None:
+def test_wrong_row_leaves_the_image_out(tmp_path: Path, text: str, line: int, problem: str) -> None:
     source = make_set(tmp_path, {"good": GOOD, "wrong": text})
     result = load(source)
     assert [record.path.name for record in result.records] == ["good.jpg"]
@@ -124,13 +124,13 @@ def test_polygons_become_boxes(tmp_path: Path) -> None:
     np.testing.assert_allclose(segments[1], [[0.1, 0.2], [0.5, 0.2], [0.5, 0.8], [0.2, 0.6]], atol=1e-6)
 
 
-def test_broken_pictures_are_left_out_by_name(tmp_path: Path) -> None:
+def test_broken_images_are_left_out_by_name(tmp_path: Path) -> None:
     source = make_set(tmp_path, dict.fromkeys(["good", "empty", "text", "cut", "small", "tall"], GOOD))
     (source / "empty.jpg").write_bytes(b"")
-    (source / "text.jpg").write_text("no picture")
+    (source / "text.jpg").write_text("no image")
     (source / "cut.jpg").write_bytes((source / "good.jpg").read_bytes()[:-30])
-    picture(source / "small.jpg", (9, 40))
-    picture(source / "tall.jpg", (40, 10))
+    image(source / "small.jpg", (9, 40))
+    image(source / "tall.jpg", (40, 10))
     result = load(source)
     assert [record.path.stem for record in result.records] == ["good", "tall"]
     assert result.report.corrupt == 4
@@ -150,17 +150,17 @@ def test_class_number_too_high_is_an_error_for_the_set(tmp_path: Path, number: i
 
 def test_set_without_labels(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": None, "b": ""})
-    with pytest.raises(DataError, match=rf"no labels in 2 pictures; looked .* {tmp_path}/labels/train"):
+    with pytest.raises(DataError, match=rf"no labels in 2 images; looked .* {tmp_path}/labels/train"):
         load(source)
     assert load(source, require_labels=False).report.boxes == 0
 
 
 def test_nothing_usable(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": "x"})
-    with pytest.raises(DataError, match=r"none of 1 pictures can be used: .*a\.txt:1"):
+    with pytest.raises(DataError, match=r"none of 1 images can be used: .*a\.txt:1"):
         load(source)
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(DataError, match="no pictures found"):
+    with pytest.raises(DataError, match="no images found"):
         load(tmp_path / "nothing")
     with pytest.raises(DataError, match="no such folder"):
         load(tmp_path / "gone")
@@ -171,7 +171,7 @@ def test_nothing_usable(tmp_path: Path) -> None:
 
 def test_folders_lists_and_repetitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("b/2.png", "b/1.PNG", "b/deep/3.bmp", "c/4.jpg", ".hidden/5.jpg", "b/.6.jpg"):
-        picture(tmp_path / "images" / name)
+        image(tmp_path / "images" / name)
     (tmp_path / "images/b/notes.txt").write_text("x")
     absolute = tmp_path / "images" / "c" / "4.jpg"
     lines = ["./images/b/2.png", "", f"  {absolute}  ", "images/b/1.PNG", "readme.md", "./images/b/2.png"]
@@ -185,26 +185,26 @@ def test_folders_lists_and_repetitions(tmp_path: Path, monkeypatch: pytest.Monke
     found, repeated = list_images([tmp_path / "images", tmp_path / "train.txt", absolute])
     assert len(found) == 4 and repeated == 5
     monkeypatch.chdir(tmp_path / "images")
-    picture(tmp_path / "images" / "images/b/1.PNG")
+    image(tmp_path / "images" / "images/b/1.PNG")
     found, _ = list_images([tmp_path / "train.txt"])  # the current folder comes first for an entry without ./
     assert tmp_path / "images/images/b/1.PNG" in found
 
 
 def test_order_is_that_of_the_texts(tmp_path: Path) -> None:
     for name in ("a/9.jpg", "a-b/1.jpg", "B/1.jpg", "a/10.jpg"):
-        picture(tmp_path / name)
+        image(tmp_path / name)
     records = load(tmp_path, require_labels=False).records
     assert [str(r.path.relative_to(tmp_path)) for r in records] == ["B/1.jpg", "a-b/1.jpg", "a/10.jpg", "a/9.jpg"]
 
 
 def test_linked_folders_are_searched(tmp_path: Path) -> None:
-    picture(tmp_path / "elsewhere" / "x.jpg")
+    image(tmp_path / "elsewhere" / "x.jpg")
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "link").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
     assert list(list_images([tmp_path / "images"])[0]) == [tmp_path / "images" / "link" / "x.jpg"]
 
 
-def test_listed_picture_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_listed_image_that_is_missing_is_named(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": GOOD})
     (tmp_path / "train.txt").write_text("./images/train/a.jpg\n./images/train/gone.jpg\n")
     report = load(tmp_path / "train.txt").report
@@ -237,7 +237,7 @@ MIXED = {
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the pictures that are verified while the test runs."""
+    """Names of the images that are verified while the test runs."""
     names: list[str] = []
     original = labels.verify
 
@@ -274,13 +274,13 @@ def same_size_other_time(root: Path) -> set[str]:
     return {"a"}
 
 
-def change_picture(root: Path) -> set[str]:
-    picture(root / "images/train/b.jpg", (50, 70))
+def change_image(root: Path) -> set[str]:
+    image(root / "images/train/b.jpg", (50, 70))
     return {"b"}
 
 
-def add_picture(root: Path) -> set[str]:
-    picture(root / "images/train/new.jpg")
+def add_image(root: Path) -> set[str]:
+    image(root / "images/train/new.jpg")
     return {"new"}
 
 
@@ -294,14 +294,14 @@ def remove_label(root: Path) -> set[str]:
     return {"a"}
 
 
-def remove_picture(root: Path) -> set[str]:
+def remove_image(root: Path) -> set[str]:
     (root / "images/train/a.jpg").unlink()
     return set()
 
 
 @pytest.mark.parametrize(
     "change",
-    [change_label, same_size_other_time, change_picture, add_picture, add_label, remove_label, remove_picture],
+    [change_label, same_size_other_time, change_image, add_image, add_label, remove_label, remove_image],
 )
 def test_cache_notices_changes(tmp_path: Path, verified: list[str], change) -> None:
     source = make_set(tmp_path, MIXED)
@@ -319,7 +319,7 @@ def test_cache_notices_changes(tmp_path: Path, verified: list[str], change) -> N
 def test_cache_forgets_what_is_gone(tmp_path: Path) -> None:
     source = make_set(tmp_path, MIXED)
     load(source)
-    remove_picture(tmp_path)
+    remove_image(tmp_path)
     load(source)
     cache = tmp_path / "labels" / "train.cache.npz"
     assert {Path(name).stem for name in label_cache.read(cache)} == set(MIXED) - {"a"}
@@ -377,7 +377,7 @@ def test_several_writers_leave_a_whole_cache(tmp_path: Path, verified: list[str]
 
 def test_sets_that_share_their_first_folder_have_their_own_cache(tmp_path: Path, verified: list[str]) -> None:
     first = make_set(tmp_path, MIXED)
-    second = picture(tmp_path / "images" / "z" / "x.jpg").parent
+    second = image(tmp_path / "images" / "z" / "x.jpg").parent
     load(first)
     load_annotations([first, second], 3, progress=False)
     verified.clear()

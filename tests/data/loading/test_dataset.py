@@ -16,7 +16,7 @@ from data.loading import image_cache as image_store
 from data.loading.dataset import DetectionDataset
 from data.loading.image_cache import ImageStore
 from data.loading.order import SampleKey
-from tests.data.pictures import write_set
+from tests.helpers.image_files import write_set
 from utils.errors import ConfigError, DataError
 
 RECIPE = AugmentConfig(
@@ -44,7 +44,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(records):
     other = DetectionDataset(records, 64, augment=RECIPE, seed=4)
     assert not any(same(forward[0, i], other[0, i]) for i in range(20))
     assert same(first[5], forward[0, 5])
-    assert not same(first[SampleKey(0, 5, repeat=1)], forward[0, 5])  # a picture drawn twice differs
+    assert not same(first[SampleKey(0, 5, repeat=1)], forward[0, 5])  # a image drawn twice differs
 
 
 def test_training_samples_are_well_formed(records):
@@ -69,7 +69,7 @@ def test_training_samples_are_well_formed(records):
     ],
 )
 def test_boxes_lie_on_their_objects(tmp_path, config):
-    """Black pictures, each with one white box: bright pixels and boxes cover the same area."""
+    """Black images, each with one white box: bright pixels and boxes cover the same area."""
     records = []
     for i in range(12):
         image = np.zeros((96, 128, 3), np.uint8)
@@ -91,8 +91,8 @@ def test_boxes_lie_on_their_objects(tmp_path, config):
         assert bright.any() or not len(s.labels)
 
 
-def test_mosaic_partners_are_other_pictures_of_the_window(tmp_path):
-    """Pictures of one grey each: the greys in a mosaic tell which pictures are in it."""
+def test_mosaic_partners_are_other_images_of_the_window(tmp_path):
+    """Images of one gray each: the grays in a mosaic tell which images are in it."""
     records = []
     for i in range(100):
         cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((32, 32, 3), 2 * i, np.uint8))
@@ -127,7 +127,7 @@ def test_rect_training_has_batch_shapes_and_no_mosaic(records):
     assert len(set(dataset.batch_shapes)) > 1
 
 
-def test_small_pictures_are_enlarged_and_large_ones_shrunk(tmp_path):
+def test_small_images_are_enlarged_and_large_ones_shrunk(tmp_path):
     records = write_set(tmp_path, 2, sizes=((30, 40), (300, 400)))
     dataset = DetectionDataset(records, 80)
     for i in range(2):
@@ -139,7 +139,7 @@ def test_small_pictures_are_enlarged_and_large_ones_shrunk(tmp_path):
 
 
 def test_mosaics_end_with_the_epoch_they_are_closed_from(records):
-    """Before it samples are as without the option; from it on they are single pictures: no mixup, no copy-paste."""
+    """Before it samples are as without the option; from it on they are single images: no mixup, no copy-paste."""
     always = AugmentConfig(hsv_v=0.4, scale=0.5, fliplr=0.5, mosaic=1.0, mixup=1.0, copy_paste=1.0)
     plain = DetectionDataset(records, 64, augment=always, seed=3)
     closing = DetectionDataset(records, 64, augment=always, seed=3, close_mosaic_from=2)
@@ -213,7 +213,7 @@ def test_available_memory_is_a_plausible_number():
     assert free is None or 2**20 < free < 2**50
 
 
-def test_disk_cache_lies_beside_the_pictures_and_notices_changes(tmp_path):
+def test_disk_cache_lies_beside_the_images_and_notices_changes(tmp_path):
     records = write_set(tmp_path, 2)
     DetectionDataset(records, 64, cache="disk")
     file = tmp_path / "000.npy"
@@ -231,7 +231,7 @@ def test_disk_cache_lies_beside_the_pictures_and_notices_changes(tmp_path):
     assert ImageStore(records, 64, smooth=True, mode="disk")[0].shape == (48, 64, 3)
     file.write_bytes(b"no array")
     os.utime(file, ns=(stamp - 10**9, stamp - 10**9))
-    assert not (store[0] == 7).all()  # broken: read from the picture
+    assert not (store[0] == 7).all()  # broken: read from the image
 
 
 def test_disk_cache_in_a_folder_that_cannot_be_made(tmp_path):
@@ -240,7 +240,7 @@ def test_disk_cache_in_a_folder_that_cannot_be_made(tmp_path):
         DetectionDataset(write_set(tmp_path, 1), 64, cache="disk", cache_folder=tmp_path / "file")
 
 
-def test_recent_pictures_are_read_once_within_the_limit(tmp_path, monkeypatch):
+def test_recent_images_are_read_once_within_the_limit(tmp_path, monkeypatch):
     records = write_set(tmp_path, 6, sizes=((64, 64),))
     reads = []
     decode = image_store.read
@@ -251,7 +251,7 @@ def test_recent_pictures_are_read_once_within_the_limit(tmp_path, monkeypatch):
     assert [int(path.stem) for path in reads] == [0, 1, 2, 3, 1]
 
 
-def test_errors_name_the_picture(tmp_path):
+def test_errors_name_the_image(tmp_path):
     records = write_set(tmp_path, 3)
     cv2.imwrite(str(records[1].path), np.zeros((10, 20, 3), np.uint8))
     records[2].path.unlink()

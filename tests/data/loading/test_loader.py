@@ -1,4 +1,4 @@
-"""DetectionLoader: the same batches whatever the number of workers; every picture once; errors in one line."""
+"""DetectionLoader: the same batches whatever the number of workers; every image once; errors in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import create_loader
 from data.loading.order import as_key, epoch_order
-from tests.data.pictures import write_set
+from tests.helpers.image_files import write_set
 from utils.errors import DataError
 from utils.structures import Sample
 
@@ -68,7 +68,7 @@ def test_epochs_repeat_and_differ(records, workers, two_processors):
     loader.set_epoch(1)
     first = list(loader)
     assert all_equal(first, list(loader))  # the same epoch again
-    next(iter(loader))  # a pass that is broken off
+    next(iter(loader))  # a pass that is interrupted
     loader.set_epoch(2)
     second = list(loader)
     assert not all_equal(first, second)
@@ -78,7 +78,7 @@ def test_epochs_repeat_and_differ(records, workers, two_processors):
     loader.close()
 
 
-def test_every_picture_once_in_the_order_of_the_epoch(records):
+def test_every_image_once_in_the_order_of_the_epoch(records):
     loader = create_loader(dataset(records), 4, shuffle=True, seed=5)
     batches = list(loader)
     assert len(batches) == len(loader) == 6 and len(batches[-1].paths) == 2
@@ -117,7 +117,7 @@ def test_ranks_share_the_epoch(records, rect):
         assert per_rank == [(order + order[:2])[rank::4] for rank in range(4)]
 
 
-def test_image_weights_choose_the_pictures(records):
+def test_image_weights_choose_the_images(records):
     weights = np.zeros(22)
     weights[[3, 8]] = 1
     loader = create_loader(dataset(records), 4, shuffle=True, image_weights=weights)
@@ -125,7 +125,7 @@ def test_image_weights_choose_the_pictures(records):
     drawn = numbers(batches)
     assert len(drawn) == 22 and set(drawn) == {3, 8}
     images = torch.cat([b.images for b in batches])
-    assert len(torch.unique(images.flatten(1), dim=0)) == 22  # repeated pictures look different
+    assert len(torch.unique(images.flatten(1), dim=0)) == 22  # repeated images look different
     loader.set_image_weights(None)
     assert sorted(numbers(loader)) == list(range(22))
     loader.set_image_weights([1, 2])
@@ -164,8 +164,8 @@ def test_workers_are_limited(records, monkeypatch):
         assert found == expected, (workers, world_size, batch_size)
 
 
-def test_a_small_set_shares_all_its_pictures(records, two_processors):
-    """Nothing is gained by windows where every picture stays in memory: partners come from the whole set."""
+def test_a_small_set_shares_all_its_images(records, two_processors):
+    """Nothing is gained by windows where every image stays in memory: partners come from the whole set."""
     small = dataset(records)
     assert small.window_size == len(records)
     assert set(small._window(as_key((3, 1))).tolist()) == set(range(len(records)))

@@ -49,7 +49,7 @@ def test_forms(wanted, weights) -> None:
     [
         (
             [1, 2],
-            "hyp.yaml: class_weights: 2 numbers; the data set has 4 classes (red, white, platelet, none of these)",
+            "hyp.yaml: class_weights: 2 numbers; the dataset has 4 classes (red, white, platelet, none of these)",
         ),
         (
             {"platelets": 2},

@@ -23,7 +23,7 @@ def write_image(path, value=100, size=(24, 32)):
 
 
 def write_video(path, frames=8, fps=20.0, size=(64, 48), code="MJPG"):
-    """A video whose frame i has the grey value 20 + 10 i."""
+    """A video whose frame i has the gray value 20 + 10 i."""
     path.parent.mkdir(parents=True, exist_ok=True)
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), fps, size)
     assert writer.isOpened()
@@ -45,8 +45,8 @@ def tree(tmp_path):
     write_video(tmp_path / "in/c.avi", frames=3)
     write_image(tmp_path / "in/deep/d.bmp")
     write_image(tmp_path / "in/[odd] name.png")
-    (tmp_path / "in/notes.md").write_text("no picture")
-    (tmp_path / "in/.hidden.png").write_text("no picture")
+    (tmp_path / "in/notes.md").write_text("no image")
+    (tmp_path / "in/.hidden.png").write_text("no image")
     (tmp_path / "empty").mkdir()
     return tmp_path
 
@@ -97,10 +97,10 @@ def test_a_list_with_a_missing_file_goes_on(tree):
     [
         ("in/aa.png", ["aa.png", "no such file", "'a.png'"]),
         ("gone/x.png", ["no such file"]),
-        ("empty", ["no pictures or videos"]),
-        ("in/notes.md", ["neither picture nor video", ".jpg"]),
-        ("in/*.tif", ["no picture or video matches"]),
-        ("only_deep", ["no pictures", "**/*.jpg"]),
+        ("empty", ["no images or videos"]),
+        ("in/notes.md", ["neither image nor video", ".jpg"]),
+        ("in/*.tif", ["no image or video matches"]),
+        ("only_deep", ["no images", "**/*.jpg"]),
         ("empty.txt", ["empty list"]),
         ("gone.txt", ["gone.txt", "no such file"]),
         ("bad.txt", ["no usable file", "nothing.png"]),
@@ -127,7 +127,7 @@ def test_errors_of_files(tree, text, parts):
         ("screen x", ["allowed", "left top width height"]),
         ("screen 1 2 3", ["allowed"]),
         ("screen 0 0 0 10", ["at least 1 pixel"]),
-        ("http://127.0.0.1:9/picture.jpg", ["cannot be fetched"]),
+        ("http://127.0.0.1:9/image.jpg", ["cannot be fetched"]),
         ("rtsp://user:secret@127.0.0.1:9/x", ["rtsp://***@127.0.0.1", "cannot be opened"]),
         ("99", ["99", "camera number"]),
     ],
@@ -174,7 +174,7 @@ def test_unreadable_files_are_reported_and_the_rest_goes_on(tmp_path, caplog):
 def test_every_nth_frame_of_a_video(tmp_path, stride, positions):
     frames = read_all(open_source(str(write_video(tmp_path / "v.avi")), stride))
     assert [f.frame for f in frames] == positions
-    assert [round((f.image.mean() - 20) / 10) + 1 for f in frames] == positions  # the pictures are those frames
+    assert [round((f.image.mean() - 20) / 10) + 1 for f in frames] == positions  # the images are those frames
     assert frames[0].frames == 8 and frames[0].kind == "video"
     assert frames[0].fps == pytest.approx(20 / stride)
 

@@ -100,6 +100,6 @@ def test_hyperparameters_report_all_mistakes_with_lines(tmp_path):
     with pytest.raises(ConfigError) as error:
         Hyperparameters.from_yaml(path)
     text = str(error.value)
-    assert "hyp.yaml:2: unknown hyper-parameter 'lrff'; did you mean 'lrf'?" in text
+    assert "hyp.yaml:2: unknown hyperparameter 'lrff'; did you mean 'lrf'?" in text
     assert "hyp.yaml:3: momentum is 'high'" in text
-    assert "missing hyper-parameter(s) lrf," in text
+    assert "missing hyperparameter(s) lrf," in text

@@ -18,7 +18,7 @@ from engine.compare import store
 from engine.compare.candidates import unique_labels, write_spec
 from engine.compare.config import CompareConfig
 from engine.compare.measure import rounds
-from engine.compare.measure.detector import SamplePictures, kept_for_backward, training_batch
+from engine.compare.measure.detector import SampleImages, kept_for_backward, training_batch
 from engine.compare.measure.rounds import Spread
 from engine.compare.measure.speed import groups_of_phases
 from engine.compare.pareto import Limits, Point, front, misses, pick
@@ -114,7 +114,7 @@ def test_seeds_have_a_mean_and_a_range():
     assert rounds.from_plain(json.loads(json.dumps(rounds.to_plain(found)))) == found
 
 
-def test_deployed_forms_come_first_and_small_batches_before_large_ones():
+def test_reparameterized_forms_come_first_and_small_batches_before_large_ones():
     config = CompareConfig(cfg=["x"], runtimes=["onnx", "pytorch"], batch=[8, 1])
     found = [[(p.runtime, p.form, p.batch) for p in group] for group in groups_of_phases(config, 2)]
     assert found == [
@@ -164,10 +164,10 @@ TIED = {
     [
         ({"a": point(9, 0.5), "b": point(5, 0.6)}, Limits(), "b", "best mAP50-95 (0.600) of all"),
         ({"a": point(9, 0.5), "b": point(50, 0.6)}, Limits(latency_ms=10), "a", "of the 1 that keep the limits"),
-        (TIED, Limits(), "near", "not told apart from best by 2 seeds"),
+        (TIED, Limits(), "near", "not reported apart from best by 2 seeds"),
         (TIED, Limits(latency_ms=10), "worse", "best mAP50-95 (0.400)"),
         ({"a": point(9, spread(0.5, seeds=1))}, Limits(), "a", "how much seeds differ is unknown"),
-        ({"a": point(9), "b": point(5)}, Limits(), "b", "fastest (5 ms per picture) of all; no accuracy"),
+        ({"a": point(9), "b": point(5)}, Limits(), "b", "fastest (5 ms per image) of all; no accuracy"),
         (
             {"a": point(spread(9, 8, 10), parameters=1), "b": point(spread(8.5, 8, 9), parameters=2)},
             Limits(), "a", "smallest of the fastest",
@@ -195,7 +195,7 @@ def test_every_limit_counts():
 
 
 @pytest.fixture
-def data_set(tmp_path: Path) -> Path:
+def dataset(tmp_path: Path) -> Path:
     for split in ("train", "val"):
         for kind in ("images", "labels"):
             (tmp_path / "set" / kind / split).mkdir(parents=True)
@@ -206,37 +206,37 @@ def data_set(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_key_of_a_data_set_changes_with_what_matters(data_set: Path):
+def test_the_key_of_a_dataset_changes_with_what_matters(dataset: Path):
     def key(*splits):
-        return store.data_key(load_data_config(data_set), splits)
+        return store.data_key(load_data_config(dataset), splits)
 
     first, validation = key("train", "val"), key("val")
     assert key("train", "val") == first
-    label = data_set.parent / "set/labels/train/a.txt"
+    label = dataset.parent / "set/labels/train/a.txt"
     label.write_text("1 .5 .5 .1 .1")
     os.utime(label, ns=(1, 1))
     assert key("train", "val") != first
     assert key("val") == validation  # the other split is as it was
-    os.utime(data_set.parent / "set/images/val/a.jpg", ns=(1, 1))
+    os.utime(dataset.parent / "set/images/val/a.jpg", ns=(1, 1))
     assert key("val") != validation
     validation = key("val")
-    data_set.write_text(data_set.read_text().replace("two", "three"))
+    dataset.write_text(dataset.read_text().replace("two", "three"))
     assert key("val") != validation
 
 
-def test_the_key_sees_labels_in_annotation_files(data_set: Path):
-    file = data_set.parent / "set/val.json"
+def test_the_key_sees_labels_in_annotation_files(dataset: Path):
+    file = dataset.parent / "set/val.json"
     content = {
         "images": [{"id": 1, "file_name": "images/val/a.jpg", "width": 30, "height": 20}],
         "categories": [{"id": 1, "name": "one"}, {"id": 2, "name": "two"}],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 2, 10, 10], "area": 100, "iscrowd": 0}],
     }
     file.write_text(json.dumps(content))
-    data_set.write_text(data_set.read_text().replace("val: images/val", "val: val.json"))
-    before = store.data_key(load_data_config(data_set), ["val"])
+    dataset.write_text(dataset.read_text().replace("val: images/val", "val: val.json"))
+    before = store.data_key(load_data_config(dataset), ["val"])
     content["annotations"][0]["category_id"] = 2
     file.write_text(json.dumps(content))
-    assert store.data_key(load_data_config(data_set), ["val"]) != before
+    assert store.data_key(load_data_config(dataset), ["val"]) != before
 
 
 def test_the_key_of_the_code_leaves_out_what_only_reports():
@@ -369,9 +369,9 @@ def test_bytes_kept_for_backward():
     assert kept_for_backward(lambda: linear(x).relu().square().sum(), skipped) == 5 * 10 * 4 + 5 * 20 * 4
 
 
-def test_labels_follow_the_pictures_into_the_square():
+def test_labels_follow_the_images_into_the_square():
     wide = np.zeros((50, 100, 3), np.uint8)
-    sample = SamplePictures((wide,), (np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32),))
+    sample = SampleImages((wide,), (np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32),))
     images, targets = training_batch(sample, 2, 64)
     assert images.shape == (2, 3, 64, 64)
     expected = [[0, 1, 0.5, 0.5, 0.2, 0.5], [1, 1, 0.5, 0.5, 0.2, 0.5]]  # half as high as the square, in its middle

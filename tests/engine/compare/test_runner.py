@@ -50,7 +50,7 @@ FILES = {"pareto.png", "latency.png", "memory.png", "results.json", "results.csv
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a data set of a few pictures, two small models, and one that cannot be built."""
+    """A folder with a dataset of a few images, two small models, and one that cannot be built."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "data.yaml").write_text(
         "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"

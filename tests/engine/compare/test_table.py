@@ -1,4 +1,4 @@
-"""Tables and pictures of a comparison."""
+"""Tables and images of a comparison."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.compare import plots as pictures
+from engine.compare import plots as images
 from engine.compare import table
 from engine.compare.candidates import Candidate
 from engine.compare.measure.rounds import Spread
@@ -71,7 +71,7 @@ def cells(found: table.Table) -> list[list[str]]:
 
 def test_summary(rows):
     found = table.summary(rows, chosen(rows), "pytorch", 1)
-    assert found.header[:7] == ("candidate", "", "mAP50-95", "place", "mAP50", "ms per picture", "place")
+    assert found.header[:7] == ("candidate", "", "mAP50-95", "place", "mAP50", "ms per image", "place")
     assert cells(found) == [
         ["good", "PICK", "0.425 ± 0.035", "1", "0.850 ± 0.071", "20.0 [19.0, 21.0]", "2", "1.50", "1.50", "250",
          "800", "100", "900", "200"],
@@ -99,7 +99,7 @@ def test_latency_is_ranked_within_runtime_form_and_batch(rows):
 
 def test_accuracy_table(rows):
     found = table.accuracy(rows)
-    assert found.header[-3:] == ("recall", "small objects", "large objects")  # nothing medium in the data set
+    assert found.header[-3:] == ("recall", "small objects", "large objects")  # nothing medium in the dataset
     assert cells(found)[0] == [
         "fast", "0, 1", "0.225 ± 0.035", "2", "0.450 ± 0.071", "0.500 ± 0.000", "0.500 ± 0.000", "0.450 ± 0.071",
         "0.000 ± 0.000",
@@ -133,7 +133,7 @@ def test_csv_has_one_line_per_candidate_with_full_numbers(rows):
     assert (found[2]["pick"], found[0]["qualifies"], found[2]["map_class_one"][:5]) == ("1", "0", "0.425")
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------------
+# ---- images -------------------------------------------------------------------------------------------------------
 
 
 def test_labels_do_not_overlap():
@@ -143,22 +143,22 @@ def test_labels_do_not_overlap():
     anchors[1] = anchors[0]  # two at one place
     sizes = [(float(w), 14.0) for w in rng.uniform(40, 150, 14)]
     inside = (0.0, 0.0, 700.0, 700.0)
-    found = pictures.place_labels(anchors, sizes, inside)
+    found = images.place_labels(anchors, sizes, inside)
     for k, box in enumerate(found):
         assert (box[2] - box[0], box[3] - box[1]) == pytest.approx(sizes[k])
-        assert pictures.outside(box, inside) == 0
-        assert all(pictures.overlap(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
+        assert images.outside(box, inside) == 0
+        assert all(images.overlap(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
 
 
 def test_labels_keep_off_lines():
     anchor = (100.0, 100.0, 110.0, 110.0)
     line = (110.0, 105.0, 300.0, 105.0)
-    (free,) = pictures.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0))
-    (off,) = pictures.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0), [line])
-    assert pictures.overlap(free, line) > 0
-    assert pictures.overlap(off, line) == 0
+    (free,) = images.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0))
+    (off,) = images.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0), [line])
+    assert images.overlap(free, line) > 0
+    assert images.overlap(off, line) == 0
 
 
 def test_disc_areas_are_proportional_to_parameters():
-    assert pictures.disc_area(5, 10) == pytest.approx(pictures.LARGEST / 2)
-    assert pictures.disc_area(0.001, 10) == pictures.SMALLEST
+    assert images.disc_area(5, 10) == pytest.approx(images.LARGEST / 2)
+    assert images.disc_area(0.001, 10) == images.SMALLEST

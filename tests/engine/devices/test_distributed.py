@@ -35,7 +35,7 @@ from engine.devices.distributed import (
     with_gradients,
     world_from_environment,
 )
-from engine.devices.sync_bn import synchronise
+from engine.devices.sync_bn import synchronize
 from engine.evaluate import evaluator
 from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, evaluate, measure
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -80,7 +80,7 @@ def loader_of(folder: Path, batch_size: int, world: World, *, rect: bool = False
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a data set of six pictures of different shapes."""
     folder = tmp_path_factory.mktemp("pictures")
     write_data(folder)
@@ -91,9 +91,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "options", [{"shuffle": True}, {"image_weights": [1.0, 5, 2, 0, 3, 1]}], ids=["plain", "weights"]
 )
 @pytest.mark.parametrize("size", [2, 3])
-def test_the_ranks_batches_of_a_step_are_the_batch_of_one_process(pictures, size, options) -> None:
-    one = loader_of(pictures, size, World(), seed=5, **options)
-    ranks = [loader_of(pictures, 1, World(rank, rank, size), seed=5, **options) for rank in range(size)]
+def test_the_ranks_batches_of_a_step_are_the_batch_of_one_process(images, size, options) -> None:
+    one = loader_of(images, size, World(), seed=5, **options)
+    ranks = [loader_of(images, 1, World(rank, rank, size), seed=5, **options) for rank in range(size)]
     for epoch in range(3):
         for loader in (one, *ranks):
             loader.set_epoch(epoch)
@@ -102,9 +102,9 @@ def test_the_ranks_batches_of_a_step_are_the_batch_of_one_process(pictures, size
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
-def test_a_validation_batch_belongs_to_one_rank(pictures, size) -> None:
-    whole = loader_of(pictures, 2, World(), rect=True).batches()
-    ranks = [loader_of(pictures, 2, World(k, k, size), rect=True, repeat=False) for k in range(size)]
+def test_a_validation_batch_belongs_to_one_rank(images, size) -> None:
+    whole = loader_of(images, 2, World(), rect=True).batches()
+    ranks = [loader_of(images, 2, World(k, k, size), rect=True, repeat=False) for k in range(size)]
     assert [len(loader) for loader in ranks] == [len(loader.batches()) for loader in ranks]
     found = {rank + turn * size: batch for rank in range(size) for turn, batch in enumerate(ranks[rank].batches())}
     assert [found[number] for number in range(len(found))] == whole
@@ -145,7 +145,7 @@ def same_results(a: EvalResult, b: EvalResult) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5], ids="{} ranks".format)
-def test_parts_of_a_validation_give_the_figures_of_the_whole(pictures, tmp_path, monkeypatch, size) -> None:
+def test_parts_of_a_validation_give_the_figures_of_the_whole(images, tmp_path, monkeypatch, size) -> None:
     runtime, criterion = judge()
     monkeypatch.setattr("engine.evaluate.plots.draw_charts", lambda *_: None)
     seen: dict[str, list[str]] = {"whole": [], "parts": []}
@@ -154,14 +154,14 @@ def test_parts_of_a_validation_give_the_figures_of_the_whole(pictures, tmp_path,
         (tmp_path / name).mkdir()
         return EvalOptions(NAMES, folder=tmp_path / name, plots=True, sinks=(lambda o: seen[name].append(o.path),))
 
-    whole = evaluate(runtime, loader_of(pictures, 2, World(), rect=True), options("whole"), criterion)
+    whole = evaluate(runtime, loader_of(images, 2, World(), rect=True), options("whole"), criterion)
     assert 0.001 < whole.map50 < 0.9 and min(whole.losses) > 0
     assert whole.confusion is not None and whole.confusion[:3].sum() > 9
     chosen = options("parts")
     parts = []
     for rank in range(size):
         world = World(rank, rank, size)
-        loader = loader_of(pictures, 2, world, rect=True, repeat=False)
+        loader = loader_of(images, 2, world, rect=True, repeat=False)
         parts.append(copy.deepcopy(measure(runtime, loader, chosen, criterion, world)))
     same_results(conclude(parts, chosen), whole)
     assert len(seen["whole"]) == 6 and seen["parts"] == seen["whole"]
@@ -216,7 +216,7 @@ def step(case: str, world: World) -> dict[str, Tensor]:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     elif world.size > 1:
-        synchronise(network, world, CPU)
+        synchronize(network, world, CPU)
     options = TrainConfig(imgsz=64)
     setup = SimpleNamespace(config=options, world=world, device=CPU, model=network, criterion=criterion)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -401,12 +401,12 @@ def test_too_few_gpus_are_named(monkeypatch) -> None:
     assert distributed.own_device("0", World()) == "0"
 
 
-def test_the_progress_bar_is_rank_zeros(pictures, monkeypatch) -> None:
+def test_the_progress_bar_is_rank_zeros(images, monkeypatch) -> None:
     shown = []
     monkeypatch.setattr(evaluator, "tqdm", lambda loader, *, disable, **_: (shown.append(not disable), loader)[1])
     for rank in (0, 1):
         world = World(rank, rank, 2)
-        measure(judge()[0], loader_of(pictures, 4, world, rect=True, repeat=False), EvalOptions(NAMES), world=world)
+        measure(judge()[0], loader_of(images, 4, world, rect=True, repeat=False), EvalOptions(NAMES), world=world)
     assert shown == [True, False]
 
 

@@ -1,4 +1,4 @@
-"""COCO result files: numbers of pictures and categories, corners, and the score of known answers."""
+"""COCO result files: numbers of images and categories, corners, and the score of known answers."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_score_from_a_file_and_its_errors(tmp_path):
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(ground_truth(IMAGES, IDS, (0, 1), NAMES)))
     assert score(path, perfect(), [1, 2])[0] == pytest.approx(1, abs=0.01)
-    with pytest.raises(DataError, match=r"truth\.json: does not know 1 of the pictures, such as id 3"):
+    with pytest.raises(DataError, match=r"truth\.json: does not know 1 of the images, such as id 3"):
         score(path, perfect(), [1, 3])
     for text in ("{", "[]", '{"images": []}'):
         path.write_text(text)

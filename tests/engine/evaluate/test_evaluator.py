@@ -36,12 +36,12 @@ SIDE = 64
 
 
 def boxes_of(number):
-    """Labels of a test picture, (n, 5) class, xywhn; the last picture has none."""
+    """Labels of a test image, (n, 5) class, xywhn; the last image has none."""
     rng = np.random.default_rng(number)
     count = 0 if number == len(SIZES) - 1 else 3
     wh = rng.uniform(0.15, 0.3, (count, 2))
-    centre = np.array([[0.2, 0.25], [0.7, 0.3], [0.4, 0.75]])[:count] + rng.uniform(-0.03, 0.03, (count, 2))
-    return np.concatenate((rng.permutation(3)[:count, None], centre, wh), 1)
+    center = np.array([[0.2, 0.25], [0.7, 0.3], [0.4, 0.75]])[:count] + rng.uniform(-0.03, 0.03, (count, 2))
+    return np.concatenate((rng.permutation(3)[:count, None], center, wh), 1)
 
 
 def write_data(folder, names=NAMES, splits=("train", "val"), labelled=True):
@@ -50,8 +50,8 @@ def write_data(folder, names=NAMES, splits=("train", "val"), labelled=True):
         (folder / "images" / split).mkdir(parents=True)
         (folder / "labels" / split).mkdir(parents=True)
         for number, (height, width) in enumerate(SIZES):
-            picture = rng.integers(0, 255, (height, width, 3)).astype(np.uint8)
-            cv2.imwrite(str(folder / f"images/{split}/p{number}.png"), picture)
+            image = rng.integers(0, 255, (height, width, 3)).astype(np.uint8)
+            cv2.imwrite(str(folder / f"images/{split}/p{number}.png"), image)
             if labelled and len(boxes_of(number)):
                 lines = [" ".join([str(int(c)), *(f"{v:.6f}" for v in box)]) for c, *box in boxes_of(number)]
                 (folder / f"labels/{split}/p{number}.txt").write_text("\n".join(lines) + "\n")
@@ -80,7 +80,7 @@ def weights(tmp_path_factory):
 
 
 class Oracle:
-    """A runtime that is told what to find: per picture number (n, 6) corners in original pixels, score, class."""
+    """A runtime that is reported what to find: per image number (n, 6) corners in original pixels, score, class."""
 
     names, stride, imgsz, fixed_batch, device = NAMES, 32, None, None, torch.device("cpu")
 
@@ -106,7 +106,7 @@ class Oracle:
 
 
 def truth(number):
-    """The labels of a picture as detections with score 0.9."""
+    """The labels of a image as detections with score 0.9."""
     height, width = SIZES[number]
     found = []
     for label, cx, cy, w, h in boxes_of(number):
@@ -147,7 +147,7 @@ FIGURES = [
     (moved, 0.995, 0.995 * 4 / 10, 1.0, "IoU 2 / 3 counts at 0.5, 0.55, 0.6 and 0.65"),
     (wrong_class, 0.0, 0.0, 0.0, "right boxes of the wrong class are wrong"),
     (lambda n: truth(n)[:0], 0.0, 0.0, 0.0, "nothing found"),
-    (lambda n: truth(n)[: n % 2 * 9], None, None, None, "some pictures without detections"),
+    (lambda n: truth(n)[: n % 2 * 9], None, None, None, "some images without detections"),
 ]
 
 
@@ -177,7 +177,7 @@ def test_hybrid_labels_are_found(data_file):
     assert result.map50 == pytest.approx(0.995, abs=2e-3)
 
 
-def test_max_det_cuts_each_picture(data_file):
+def test_max_det_cuts_each_image(data_file):
     result = judged(data_file, truth, max_det=1)
     assert result.mr <= 5 / 15 + 0.01
 
@@ -197,7 +197,7 @@ def test_table_is_logged(data_file, caplog):
     assert rows[0][1:3] == ["6", "15"]
 
 
-def test_pictures_and_charts(data_file, tmp_path):
+def test_images_and_charts(data_file, tmp_path):
     result = judged(data_file, moved, plots=True, folder=tmp_path)
     assert result.confusion.tolist() == (5 * np.eye(4) * [1, 1, 1, 0]).tolist()
     names = {p.name for p in tmp_path.iterdir()}
@@ -233,7 +233,7 @@ def test_criterion_stays_in_training_mode(data_file):
     assert criterion.training
 
 
-def test_deployed_form_gives_the_same_boxes(weights):
+def test_reparameterized_form_gives_the_same_boxes(weights):
     images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
     runtime = PyTorchRuntime([weights], torch.device("cpu"))
     assert not any(k.endswith("running_mean") for k in runtime.models[0].state_dict())

@@ -1,4 +1,4 @@
-"""Options of export.py one by one: operator sets, simplification, suppression, precision, the limit of one file."""
+"""Options of export.py one by one: operator sets, simplification, NMS, precision, the limit of one file."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch import nn
 import engine.export.formats.onnx as onnx_export
 import export
 from engine.cli.parser import run_main
-from engine.export.check_outputs import Suppression
+from engine.export.check_outputs import NmsRule
 from engine.export.config import ExportConfig
 from engine.export.formats.onnx_graph import opset_of
-from engine.export.samples import CALIBRATION_SPLITS, find_pictures
-from engine.export.wrapper import ExportGraph, deployed_form
+from engine.export.samples import CALIBRATION_SPLITS, find_images
+from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
 from tests.engine.detectors import build, save
@@ -47,13 +47,13 @@ def weights(trained, tmp_path):
 
 def eager(weights, images):
     with torch.no_grad():
-        return ExportGraph(deployed_form(load_detector(weights))).eval()(images)
+        return ExportGraph(reparameterized_copy(load_detector(weights))).eval()(images)
 
 
 def one(weights, include="onnx", imgsz=SIZE, **options):
     report = export.run(weights=[str(weights)], imgsz=imgsz, include=[include], **options)
     assert not report.failures, report.failures
-    return report.artefacts[0]
+    return report.exported_files[0]
 
 
 # ---- operator sets and simplification -------------------------------------------------------------------------------
@@ -83,14 +83,14 @@ def test_simplify(weights, dynamic, monkeypatch):
         return right(model)
 
     monkeypatch.setattr(onnxslim, "slim", counted)
-    artefact = one(weights, simplify=True, dynamic=dynamic)
-    model = onnx.load(str(artefact.path))
-    assert len(nodes) == 1 and len(model.graph.node) <= nodes[0]  # torch's own optimiser leaves little to do
-    assert "onnxslim" in json.loads(artefact.proof.read_text())["versions"]
+    exported_file = one(weights, simplify=True, dynamic=dynamic)
+    model = onnx.load(str(exported_file.path))
+    assert len(nodes) == 1 and len(model.graph.node) <= nodes[0]  # torch's own optimizer leaves little to do
+    assert "onnxslim" in json.loads(exported_file.verification.read_text())["versions"]
     texts = {p.key: p.value for p in model.metadata_props}
     assert "onnxslim" in json.loads(texts["versions"]) and texts["stride"] == "32"
     images = torch.rand(2 if dynamic else 1, 3, *SIZE)
-    found = open_runtime([str(artefact.path)], CPU)(images)
+    found = open_runtime([str(exported_file.path)], CPU)(images)
     torch.testing.assert_close(found, eager(weights, images), rtol=1e-4, atol=2e-3)
 
 
@@ -108,12 +108,12 @@ def test_a_simplifier_that_fails_fails_the_export(weights, monkeypatch, capsys):
     assert [p.name for p in weights.parent.iterdir()] == ["best.pt"]
 
 
-# ---- suppression ----------------------------------------------------------------------------------------------------
+# ---- NMS ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "free"])
-def test_boxes_of_a_file_with_suppression(weights, dynamic):
-    """(B, K, 6) from ONNX Runtime alone: the boxes of eager rows after our own suppression, then zeros."""
+def test_boxes_of_a_file_with_nms(weights, dynamic):
+    """(B, K, 6) from ONNX Runtime alone: the boxes of eager rows after our own NMS, then zeros."""
     path = one(weights, nms=True, conf_thres=0.02, iou_thres=0.5, topk_all=60, dynamic=dynamic).path
     session = onnxruntime.InferenceSession(str(path))
     (answer,) = session.get_outputs()
@@ -124,7 +124,7 @@ def test_boxes_of_a_file_with_suppression(weights, dynamic):
         images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
         found = session.run(None, {"images": images.numpy()})[0]
         assert found.shape == (batch, 60, 6)
-        wanted = Suppression(0.02, 0.5, per_class=100, per_picture=60).apply(eager(weights, images))
+        wanted = NmsRule(0.02, 0.5, per_class=100, per_image=60).apply(eager(weights, images))
         for boxes, same in zip(found, wanted, strict=True):
             torch.testing.assert_close(torch.from_numpy(boxes[: len(same)]), same, rtol=1e-4, atol=1e-2)
             assert not boxes[len(same) :].any()
@@ -134,16 +134,16 @@ def test_boxes_of_a_file_with_suppression(weights, dynamic):
 
 @needs_openvino
 @pytest.mark.slow
-def test_openvino_with_suppression(weights):
-    artefact = one(weights, "openvino", nms=True, conf_thres=0.02, dynamic=True)
-    assert artefact.comparison.matched > 20
-    assert open_runtime([str(artefact.path)], CPU)(torch.rand(2, 3, 96, 96)).shape == (2, 100, 8)
+def test_openvino_with_nms(weights):
+    exported_file = one(weights, "openvino", nms=True, conf_thres=0.02, dynamic=True)
+    assert exported_file.comparison.matched > 20
+    assert open_runtime([str(exported_file.path)], CPU)(torch.rand(2, 3, 96, 96)).shape == (2, 100, 8)
 
 
 @needs_openvino
 @pytest.mark.slow
-def test_a_proof_without_boxes_is_said(weights, caplog):
-    """OpenVINO's threshold cannot be lowered for the proof, as ONNX Runtime's can."""
+def test_a_verification_without_boxes_is_said(weights, caplog):
+    """OpenVINO's threshold cannot be lowered for the verification, as ONNX Runtime's can."""
     assert one(weights, "openvino", nms=True, conf_thres=0.999).comparison.reference == 0
     assert "no box scores above --conf-thres 0.999" in caplog.text
 
@@ -152,13 +152,13 @@ def test_a_proof_without_boxes_is_said(weights, caplog):
 
 
 def test_half_on_a_cpu(weights, caplog):
-    artefact = one(weights, half=True)
+    exported_file = one(weights, half=True)
     lines = [r.getMessage() for r in caplog.records if "--half" in r.getMessage()]
-    assert lines == ["--half on a CPU: float16 files are written and proved; they are smaller, not faster, on a CPU"]
-    model = onnx.load(str(artefact.path))
+    assert lines == ["--half on a CPU: float16 files are written and verified; they are smaller, not faster, on a CPU"]
+    model = onnx.load(str(exported_file.path))
     assert {i.data_type for i in model.graph.initializer if len(i.dims) == 4} == {onnx.TensorProto.FLOAT16}
     assert {v.type.tensor_type.elem_type for v in (*model.graph.input, *model.graph.output)} == {onnx.TensorProto.FLOAT}
-    assert json.loads(artefact.proof.read_text())["precision"] == "float16"
+    assert json.loads(exported_file.verification.read_text())["precision"] == "float16"
 
 
 @pytest.mark.slow
@@ -169,21 +169,21 @@ def test_half_with_free_sizes(weights, include):
     assert (runtime(images) - eager(weights, images))[..., 4:].abs().max() < 0.05
 
 
-def data_set(folder, splits):
-    """A data set YAML whose first split has two pictures, and each further one a picture more."""
-    pictures = sorted((ROOT / "data/images").glob("*.jpg"))
+def dataset(folder, splits):
+    """A dataset YAML whose first split has two images, and each further one a image more."""
+    images = sorted((ROOT / "data/images").glob("*.jpg"))
     lines = ["path: .", "names: [disc, bar, dot]"]
     for more, split in enumerate(splits):
         (folder / split).mkdir()
         for number in range(2 + more):
-            shutil.copy(pictures[number % len(pictures)], folder / split / f"{number}.jpg")
+            shutil.copy(images[number % len(images)], folder / split / f"{number}.jpg")
         lines.append(f"{split}: {split}")
     (folder / "set.yaml").write_text("\n".join(lines) + "\n")
     return str(folder / "set.yaml")
 
 
 @pytest.mark.parametrize(
-    ("splits", "calibration", "proof"),
+    ("splits", "calibration", "verification"),
     [
         (("train", "val"), "train", "val"),
         (("val", "test"), "val", "val"),
@@ -191,19 +191,21 @@ def data_set(folder, splits):
         (("train",), "train", "train"),
     ],
 )
-def test_ranges_come_from_the_training_split_and_proofs_from_the_validation_split(tmp_path, splits, calibration, proof):
-    data = data_set(tmp_path, splits)
+def test_ranges_come_from_the_training_split_and_verifications_from_the_validation_split(
+    tmp_path, splits, calibration, verification
+):
+    data = dataset(tmp_path, splits)
     for given in ((data, {}), ("", {"data": data})):
-        assert find_pictures(*given, CALIBRATION_SPLITS).origin == f"set.yaml, {calibration}"
-        assert find_pictures(*given).origin == f"set.yaml, {proof}"
+        assert find_images(*given, CALIBRATION_SPLITS).origin == f"set.yaml, {calibration}"
+        assert find_images(*given).origin == f"set.yaml, {verification}"
 
 
 def test_a_split_that_is_not_there_is_not_fetched(tmp_path):
-    data = data_set(tmp_path, ("train", "val"))
+    data = dataset(tmp_path, ("train", "val"))
     (tmp_path / "val").rename(tmp_path / "gone")
-    assert find_pictures("", {"data": data}).origin == "set.yaml, train"
+    assert find_images("", {"data": data}).origin == "set.yaml, train"
     (tmp_path / "train").rename(tmp_path / "gone too")
-    assert find_pictures("", {"data": data}).origin == "data/images (shipped)"
+    assert find_images("", {"data": data}).origin == "data/images (shipped)"
 
 
 def test_int8(weights, tmp_path, caplog, monkeypatch):
@@ -213,12 +215,12 @@ def test_int8(weights, tmp_path, caplog, monkeypatch):
     seen = []
     right = job.quantised
     monkeypatch.setattr(job, "quantised", lambda graph, batches: seen.extend(batches) or right(graph, batches))
-    artefact = one(weights, int8=True, data=data_set(tmp_path, ("val", "train")))
-    assert "--int8: calibrated on 3 pictures of set.yaml, train" in caplog.text
-    assert json.loads(artefact.proof.read_text())["inputs"]["pictures"] == "set.yaml, val"
+    exported_file = one(weights, int8=True, data=dataset(tmp_path, ("val", "train")))
+    assert "--int8: calibrated on 3 images of set.yaml, train" in caplog.text
+    assert json.loads(exported_file.verification.read_text())["inputs"]["images"] == "set.yaml, val"
     assert [batch.shape for batch in seen] == [(1, 3, *SIZE)] * 3  # val has two
-    assert artefact.path.name == "best_int8.onnx"
-    model = onnx.load(str(artefact.path))
+    assert exported_file.path.name == "best_int8.onnx"
+    model = onnx.load(str(exported_file.path))
     convolutions = sum(node.op_type == "Conv" for node in model.graph.node)
     int8 = [i for i in model.graph.initializer if i.data_type == onnx.TensorProto.INT8 and len(i.dims) == 4]
     assert len(int8) == convolutions > 10

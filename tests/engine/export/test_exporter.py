@@ -1,4 +1,4 @@
-"""export.py from checkpoint to file: what is written, proved and refused, and that nothing else is left."""
+"""export.py from checkpoint to file: what is written, verified and refused, and that nothing else is left."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ import export
 from engine.cli.config import DetectConfig
 from engine.cli.parser import run_main
 from engine.export.benchmark import time_in_turns
-from engine.export.check_outputs import Suppression
+from engine.export.check_outputs import NmsRule
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.formats.onnx_graph import lower_to_17, opset_of, reorder_gelu
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
-from engine.export.wrapper import ExportGraph, deployed_form
+from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
@@ -60,7 +60,7 @@ def cli(argv, capsys):
 
 def eager(weights, images):
     with torch.no_grad():
-        return ExportGraph(deployed_form(load_detector(weights))).eval()(images)
+        return ExportGraph(reparameterized_copy(load_detector(weights))).eval()(images)
 
 
 # ---- what is written ------------------------------------------------------------------------------------------------
@@ -68,10 +68,10 @@ def eager(weights, images):
 
 def test_every_format_computes_what_eager_does(weights, exported):
     report, _ = exported
-    assert [a.format for a in report.artefacts] == INSTALLED and not report.failures
+    assert [a.format for a in report.exported_files] == INSTALLED and not report.failures
     images = torch.rand(1, 3, *SIZE)
-    for artefact in report.artefacts:
-        runtime = open_runtime([str(artefact.path)], CPU)
+    for exported_file in report.exported_files:
+        runtime = open_runtime([str(exported_file.path)], CPU)
         assert (runtime.imgsz, runtime.fixed_batch, runtime.stride) == ((64, 96), 1, 32)
         assert runtime.names == {0: "disc", 1: "bar", 2: "dot"}
         torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-4, atol=2e-3)
@@ -80,22 +80,22 @@ def test_every_format_computes_what_eager_does(weights, exported):
 def test_checkpoint_is_untouched_and_nothing_else_lies_about(weights, exported):
     report, before = exported
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
-    names = {a.path.name for a in report.artefacts}
-    proofs = {f"{name}.proof.json" for name in names}
-    assert {p.name for p in weights.parent.iterdir()} == {"tiny.pt", *names, *proofs}
+    names = {a.path.name for a in report.exported_files}
+    verifications = {f"{name}.proof.json" for name in names}
+    assert {p.name for p in weights.parent.iterdir()} == {"tiny.pt", *names, *verifications}
 
 
-def test_proof_is_written_beside_the_file(exported):
-    for artefact in exported[0].artefacts:
-        proof = json.loads(artefact.proof.read_text())
-        assert [stage["problems"] for stage in proof["stages"]] == [[], []]
-        assert all(stage["matched"] == stage["reference"] > 20 for stage in proof["stages"])
-        assert proof["tolerance"]["file"]["row_px"] == 0.05 and proof["precision"] == "float32"
-        assert proof["inputs"]["shapes"][0][2:] == SIZE and "torch" in proof["versions"]
+def test_verification_is_written_beside_the_file(exported):
+    for exported_file in exported[0].exported_files:
+        verification = json.loads(exported_file.verification.read_text())
+        assert [stage["problems"] for stage in verification["stages"]] == [[], []]
+        assert all(stage["matched"] == stage["reference"] > 20 for stage in verification["stages"])
+        assert verification["tolerance"]["file"]["row_px"] == 0.05 and verification["precision"] == "float32"
+        assert verification["inputs"]["shapes"][0][2:] == SIZE and "torch" in verification["versions"]
 
 
 def test_onnx_interface(exported):
-    path = next(a.path for a in exported[0].artefacts if a.format == "onnx")
+    path = next(a.path for a in exported[0].exported_files if a.format == "onnx")
     model = onnx.load(str(path))
     texts = {p.key: p.value for p in model.metadata_props}
     assert opset_of(model) == 17
@@ -109,15 +109,15 @@ def test_onnx_interface(exported):
 
 
 def test_no_path_of_this_machine_is_in_the_files(exported):
-    for artefact in exported[0].artefacts:
-        files = [artefact.path] if artefact.path.is_file() else list(artefact.path.iterdir())
-        for file in (*files, artefact.proof):
-            if artefact.format != "torchscript":  # its archive keeps source file names for its own error messages
+    for exported_file in exported[0].exported_files:
+        files = [exported_file.path] if exported_file.path.is_file() else list(exported_file.path.iterdir())
+        for file in (*files, exported_file.verification):
+            if exported_file.format != "torchscript":  # its archive keeps source file names for its own error messages
                 assert str(ROOT).encode() not in file.read_bytes(), file
 
 
 def test_torchscript_is_what_yolov5_tools_read(exported):
-    path = next(a.path for a in exported[0].artefacts if a.format == "torchscript")
+    path = next(a.path for a in exported[0].exported_files if a.format == "torchscript")
     extra = {"config.txt": ""}
     module = torch.jit.load(str(path), _extra_files=extra)
     config = json.loads(extra["config.txt"])
@@ -127,21 +127,21 @@ def test_torchscript_is_what_yolov5_tools_read(exported):
 
 
 def test_opencv_gives_the_same_boxes(weights, exported):
-    path = next(a.path for a in exported[0].artefacts if a.format == "onnx")
+    path = next(a.path for a in exported[0].exported_files if a.format == "onnx")
     images = torch.rand(1, 3, *SIZE)
     found = open_runtime([str(path)], CPU, dnn=True)(images)
     torch.testing.assert_close(found, eager(weights, images), rtol=1e-4, atol=2e-3)
 
 
 def test_detect_gives_the_same_boxes_for_every_format(weights, exported, tmp_path):
-    """Files of one fixed size see the same letterboxed pictures."""
+    """Files of one fixed size see the same letterboxed images."""
     found = {}
-    for artefact in exported[0].artefacts:
-        folder = tmp_path / artefact.format
-        detect(DetectConfig(weights=[str(artefact.path)], source="data/images", project=str(folder), nosave=True,
+    for exported_file in exported[0].exported_files:
+        folder = tmp_path / exported_file.format
+        detect(DetectConfig(weights=[str(exported_file.path)], source="data/images", project=str(folder), nosave=True,
                             save_txt=True, save_conf=True, conf_thres=0.1))  # fmt: skip
         files = sorted((folder / "exp/labels").glob("*.txt"))
-        found[artefact.format] = [np.loadtxt(file, ndmin=2) for file in files]
+        found[exported_file.format] = [np.loadtxt(file, ndmin=2) for file in files]
     first, *others = found.values()
     assert sum(len(f) for f in first) > 10
     for other in others:
@@ -151,10 +151,10 @@ def test_detect_gives_the_same_boxes_for_every_format(weights, exported, tmp_pat
 
 @pytest.mark.slow
 def test_free_sizes(tmp_path):
-    """Batches 1 to 8 and sizes square and not, for a model that the proof has not seen at these sizes."""
+    """Batches 1 to 8 and sizes square and not, for a model that the verification has not seen at these sizes."""
     weights = save(build("riformer"), tmp_path / "r.pt")
     report = export.run(weights=[str(weights)], imgsz=[96, 128], include=["onnx"], dynamic=True)
-    runtime = open_runtime([str(report.artefacts[0].path)], CPU)
+    runtime = open_runtime([str(report.exported_files[0].path)], CPU)
     assert (runtime.imgsz, runtime.fixed_batch) == (None, None)
     for shape in [(1, 3, 32, 32), (8, 3, 64, 64), (1, 3, 256, 96), (3, 3, 96, 160)]:
         images = torch.rand(shape)
@@ -174,8 +174,8 @@ def test_families(tmp_path, family, dynamic):
     weights = save(build(family), tmp_path / "m.pt")
     report = export.run(weights=[str(weights)], imgsz=[128, 160], include=INSTALLED, dynamic=dynamic, batch_size=2)
     assert not report.failures
-    for artefact in report.artefacts:
-        runtime = open_runtime([str(artefact.path)], CPU)
+    for exported_file in report.exported_files:
+        runtime = open_runtime([str(exported_file.path)], CPU)
         for shape in FREE_SHAPES if dynamic else [(2, 3, 128, 160)]:
             images = torch.rand(shape)
             torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-3, atol=2e-2)
@@ -191,11 +191,11 @@ def test_a_model_that_cannot_have_free_sizes_is_told_so(tmp_path, capsys):
     assert cli(["--weights", weights, "--imgsz", 128, "--include", "torchscript"], capsys)[0] == 0
 
 
-# ---- suppression in the graph ---------------------------------------------------------------------------------------
+# ---- NMS in the graph ---------------------------------------------------------------------------------------
 
 
-def suppressing(count, columns, options):
-    """A session over a graph that has nothing but suppression: `images` are the rows."""
+def with_nms(count, columns, options):
+    """A session over a graph that has nothing but NMS: `images` are the rows."""
     rows = helper.make_tensor_value_info("images", 1, ["batch", count, columns])
     answer = helper.make_tensor_value_info("output0", 1, ["batch", count, columns])
     graph = helper.make_graph([helper.make_node("Identity", ["images"], ["output0"])], "g", [rows], [answer])
@@ -224,11 +224,11 @@ def random_rows(batch, count, columns, seed=0):
         NmsOptions(0.999, 0.45, 100, 100, agnostic=False),  # nothing is left
     ],
 )
-def test_suppression_equals_ours(options):
+def test_nms_equals_ours(options):
     rows = random_rows(3, 200, 9)
-    found = suppressing(200, 9, options).run(None, {"images": rows.numpy()})[0]
-    assert found.shape == (3, options.per_picture, 6)
-    same = Suppression(options.conf_thres, options.iou_thres, options.agnostic, options.per_class, options.per_picture)
+    found = with_nms(200, 9, options).run(None, {"images": rows.numpy()})[0]
+    assert found.shape == (3, options.per_image, 6)
+    same = NmsRule(options.conf_thres, options.iou_thres, options.agnostic, options.per_class, options.per_image)
     for boxes, wanted in zip(found, same.apply(rows)):
         torch.testing.assert_close(torch.from_numpy(boxes[boxes[:, 4] > 0]), wanted, rtol=1e-5, atol=1e-3)
         assert not boxes[len(wanted) :].any()  # zeros after the last box
@@ -236,22 +236,22 @@ def test_suppression_equals_ours(options):
 
 def test_thresholds_can_be_overridden():
     rows = random_rows(1, 200, 9)
-    session = suppressing(200, 9, NmsOptions(0.25, 0.45, 100, 100, agnostic=False))
+    session = with_nms(200, 9, NmsOptions(0.25, 0.45, 100, 100, agnostic=False))
     feed = {"images": rows.numpy(), "conf_thres": np.array([0.6], np.float32), "iou_thres": np.array([0.2], np.float32)}
     found = session.run(None, feed)[0][0]
-    torch.testing.assert_close(torch.from_numpy(found[found[:, 4] > 0]), Suppression(0.6, 0.2).apply(rows)[0])
+    torch.testing.assert_close(torch.from_numpy(found[found[:, 4] > 0]), NmsRule(0.6, 0.2).apply(rows)[0])
 
 
-def test_export_with_suppression(weights, tmp_path, caplog):
+def test_export_with_nms(weights, tmp_path, caplog):
     copy = tmp_path / "n.pt"
     copy.write_bytes(weights.read_bytes())
     report = export.run(weights=[str(copy)], imgsz=SIZE, include=["onnx"], nms=True, topk_all=50, conf_thres=0.3)
-    path = report.artefacts[0].path
-    assert report.artefacts[0].comparison.matched > 20
+    path = report.exported_files[0].path
+    assert report.exported_files[0].comparison.matched > 20
     session = onnxruntime.InferenceSession(str(path))
     assert session.get_outputs()[0].shape == [1, 50, 6]
     runtime = open_runtime([str(path)], CPU)
-    assert "suppresses by itself (score 0.3, IoU 0.45, 50 boxes per picture" in caplog.text
+    assert "suppresses by itself (score 0.3, IoU 0.45, 50 boxes per image" in caplog.text
     images = torch.rand(1, 3, *SIZE)
     assert runtime(images).shape == (1, 50, 8)
 
@@ -330,7 +330,7 @@ def test_a_file_that_computes_something_else_is_not_left(own_weights, monkeypatc
     monkeypatch.setattr(job, "save_torchscript", wrong)
     status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
     assert status == 1
-    assert "torchscript: proof failed at stage 2, deployed form -> exported file" in text
+    assert "torchscript: verification failed at stage 2, re-parameterized model -> exported file" in text
     assert os.listdir(own_weights.parent) == ["best.pt"]
 
 
@@ -351,7 +351,7 @@ def test_a_broken_fold_stops_everything(own_weights, monkeypatch, capsys):
     right = fuse._folded
     monkeypatch.setattr(fuse, "_folded", lambda conv, norm: (right(conv, norm)[0], -right(conv, norm)[1]))
     status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
-    assert status == 1 and text.count("\n") == 1 and "stage 1, training form -> deployed form" in text
+    assert status == 1 and text.count("\n") == 1 and "stage 1, training form -> re-parameterized model" in text
     assert os.listdir(own_weights.parent) == ["best.pt"]
 
 
@@ -425,7 +425,7 @@ def test_a_folder_that_cannot_be_written_to(own_weights, monkeypatch, capsys):
 def test_a_size_off_the_grid_is_rounded_with_a_message(own_weights, caplog):
     report = export.run(weights=[str(own_weights)], imgsz=[60, 70])
     assert "--imgsz 60 70: made 64 96, multiples of the stride 32" in caplog.text
-    assert open_runtime([str(report.artefacts[0].path)], CPU).imgsz == (64, 96)
+    assert open_runtime([str(report.exported_files[0].path)], CPU).imgsz == (64, 96)
 
 
 def test_formats_take_turns_when_they_are_timed():

@@ -1,4 +1,4 @@
-"""The proof: equal forms pass, and folds that are broken on purpose do not."""
+"""The verification: equal forms pass, and folds that are broken on purpose do not."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ import models.backbones.nextvit as nextvit
 import models.backbones.repmlp as repmlp
 import models.backbones.riformer as riformer
 import models.fuse as fuse
-from engine.export.check_outputs import TOLERANCES, Suppression, choose_conf, compare_boxes, compare_rows, match
-from engine.export.samples import SHIPPED, PictureSource, find_pictures, random_images
-from engine.export.verification import Proof, proof_inputs
-from engine.export.wrapper import GraphShape, deployed_form
+from engine.export.check_outputs import TOLERANCES, NmsRule, choose_conf, compare_boxes, compare_rows, match
+from engine.export.samples import SHIPPED, ImageSource, find_images, random_images
+from engine.export.verification import Verification, verification_inputs
+from engine.export.wrapper import GraphShape, reparameterized_copy
 from tests.engine.detectors import build
 from utils.errors import DataError, ExportError
 
 CPU = torch.device("cpu")
 SHAPE = GraphShape(1, 96, 128, False, 32)
 FP32 = TOLERANCES["float32"]
-PICTURES = PictureSource("shipped", tuple(sorted(SHIPPED.glob("*.jpg"))))
+IMAGES = ImageSource("shipped", tuple(sorted(SHIPPED.glob("*.jpg"))))
 
 
 def proved(model):
-    return Proof(model, deployed_form(model), proof_inputs(PICTURES, SHAPE), "shipped", CPU)
+    return Verification(model, reparameterized_copy(model), verification_inputs(IMAGES, SHAPE), "shipped", CPU)
 
 
 @pytest.mark.parametrize("family", ["yolov5", "riformer", "repmlp", "revvit", "nextvit", "timm-repvgg"])
 def test_the_right_fold_is_proved_and_the_model_left_alone(family):
     model = build(family)
     before = copy.deepcopy(model.state_dict())
-    proof = proved(model)
-    assert not proof.deployment.problems
-    assert proof.deployment.reference >= 20  # there was something to compare
-    assert proof.deployment.row_px < 0.02 and proof.deployment.row_score < 1e-4
+    verification = proved(model)
+    assert not verification.deployment.problems
+    assert verification.deployment.reference >= 20  # there was something to compare
+    assert verification.deployment.row_px < 0.02 and verification.deployment.row_score < 1e-4
     after = model.state_dict()
     assert list(before) == list(after)
     for key, value in before.items():
@@ -107,7 +107,7 @@ BREAKS = [
 def test_a_broken_fold_is_seen(monkeypatch, family, module, name, broken):
     model = build(family)
     monkeypatch.setattr(module, name, broken)
-    with pytest.raises(ExportError, match="stage 1, training form -> deployed form"):
+    with pytest.raises(ExportError, match="stage 1, training form -> re-parameterized model"):
         proved(model)
 
 
@@ -225,7 +225,7 @@ FAR = [50, 50, 70, 70, 0.6, 1]
     [
         ([A, FAR], [A, FAR], 0, True),
         ([A, NEAR_A, FAR], [NEAR_A, FAR], 2, True),  # a tie may fall either way
-        ([A, WEAKER], [A, WEAKER], 0, False),  # suppression was left out
+        ([A, WEAKER], [A, WEAKER], 0, False),  # NMS was left out
         ([A, WEAKER], [WEAKER], 0, False),  # the weaker one won
         ([A, FAR], [A], 0, False),  # lost
         ([A], [A, FAR], 0, False),  # invented
@@ -234,28 +234,28 @@ FAR = [50, 50, 70, 70, 0.6, 1]
 )
 def test_boxes(before, after, edge, same):
     reference = torch.tensor([[row(b) for b in before]], dtype=torch.float32)
-    found = compare_boxes("x", [reference], [[boxes(*after)]], FP32, Suppression(0.25, 0.45))
+    found = compare_boxes("x", [reference], [[boxes(*after)]], FP32, NmsRule(0.25, 0.45))
     assert (not found.problems) == same
     assert found.edge == edge or not same
 
 
 def test_boxes_without_height_are_no_false_alarm():
-    """They overlap nothing, not even themselves; a flat picture gives many."""
+    """They overlap nothing, not even themselves; a flat image gives many."""
     thin = [[10 + 30 * k, 20, 35 + 30 * k, 20, 0.9 - 0.1 * k, 0] for k in range(3)]
     reference = torch.tensor([[row(box) for box in thin]], dtype=torch.float32)
     found = boxes(*thin)
     found[:, :4] += 0.01
-    assert not compare_boxes("x", [reference], [[found]], FP32, Suppression(0.25, 0.45)).problems
+    assert not compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25, 0.45)).problems
     found[1, 1] += 0.2  # that is another one
-    assert compare_boxes("x", [reference], [[found]], FP32, Suppression(0.25, 0.45)).problems
+    assert compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25, 0.45)).problems
 
 
-def test_limits_of_suppression():
-    """Two boxes per class, three per picture."""
-    limited = Suppression(0.25, 0.45, per_class=2, per_picture=3).apply(rows(9))[0]
+def test_limits_of_nms():
+    """Two boxes per class, three per image."""
+    limited = NmsRule(0.25, 0.45, per_class=2, per_image=3).apply(rows(9))[0]
     assert limited[:, 5].tolist() == [0, 1, 2]
-    assert len(Suppression(0.25, 0.45, per_class=2).apply(rows(9))[0]) == 6
-    assert len(Suppression(0.25, 0.45, agnostic=True, per_class=2).apply(rows(9))[0]) == 2
+    assert len(NmsRule(0.25, 0.45, per_class=2).apply(rows(9))[0]) == 6
+    assert len(NmsRule(0.25, 0.45, agnostic=True, per_class=2).apply(rows(9))[0]) == 2
 
 
 def test_every_box_has_one_partner_at_most():
@@ -273,37 +273,37 @@ def test_threshold_leaves_enough_to_compare():
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def test_random_images_have_the_pictures_statistics():
-    pictures = PICTURES.load(4, 96, 128)
-    images = random_images(8, pictures, 96, 128)
-    wanted = torch.from_numpy(pictures).reshape(-1, 3).float() / 255
+def test_random_images_have_the_images_statistics():
+    samples = IMAGES.load(4, 96, 128)
+    images = random_images(8, samples, 96, 128)
+    wanted = torch.from_numpy(samples).reshape(-1, 3).float() / 255
     torch.testing.assert_close(images.mean((0, 2, 3)), wanted.mean(0), atol=0.06, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3)), wanted.std(0), atol=0.06, rtol=0)
     assert 0 <= images.min() and images.max() <= 1
 
 
 def test_free_sizes_are_tried_square_and_not():
-    shapes = [tuple(x.shape) for x in proof_inputs(PICTURES, GraphShape(1, 96, 128, True, 32))]
+    shapes = [tuple(x.shape) for x in verification_inputs(IMAGES, GraphShape(1, 96, 128, True, 32))]
     assert len({s[2:] for s in shapes}) >= 4 and {s[0] for s in shapes} >= {1, 2, 3}
     assert any(h == w for _, _, h, w in shapes) and any(h != w for _, _, h, w in shapes)
 
 
-def test_pictures_are_those_of_the_data_set_if_it_is_at_hand(tmp_path):
+def test_images_are_those_of_the_dataset_if_it_is_at_hand(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "set.yaml").write_text("path: .\nval: val\ntrain: val\nnames: [a]\n")
     data = str(tmp_path / "set.yaml")
-    with pytest.raises(DataError, match="no pictures"):
-        find_pictures(data, {})
-    assert find_pictures("", {"data": data}).origin == "data/images (shipped)"
+    with pytest.raises(DataError, match="no images"):
+        find_images(data, {})
+    assert find_images("", {"data": data}).origin == "data/images (shipped)"
     import cv2
 
     cv2.imwrite(str(tmp_path / "val/p.png"), np.zeros((20, 30, 3), np.uint8))
-    (tmp_path / "val/broken.png").write_bytes(b"no picture")
+    (tmp_path / "val/broken.png").write_bytes(b"no image")
     for source in (
-        find_pictures(data, {}),
-        find_pictures("", {"data": data}),
-        find_pictures("", {"opt": {"data": data}}),
+        find_images(data, {}),
+        find_images("", {"data": data}),
+        find_images("", {"opt": {"data": data}}),
     ):
         assert source.origin == "set.yaml, val"
         assert source.load(4, 32, 64).shape == (1, 32, 64, 3)
-    assert find_pictures("", {"data": str(tmp_path / "gone.yaml")}).origin == "data/images (shipped)"
+    assert find_images("", {"data": str(tmp_path / "gone.yaml")}).origin == "data/images (shipped)"

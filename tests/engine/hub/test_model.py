@@ -38,8 +38,8 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[Path]:
-    """Pictures of several shapes, without loss, one name used twice."""
-    folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    """Images of several shapes, without loss, one name used twice."""
+    folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     names = ("a.png", "b.png", "c.d.png", "größe.png", "more/a.png")
     (folder / "more").mkdir()
     out = []
@@ -96,18 +96,18 @@ def test_detections_are_those_of_detect_py(model, weights, files, tmp_path):
         pytest.param(lambda p: torch.from_numpy(rgb(p).copy()).permute(2, 0, 1) / 255, id="tensor"),
     ],
 )
-def test_kinds_of_pictures(model, files, convert):
+def test_kinds_of_images(model, files, convert):
     expected = model(files, size=160)
     close(model([convert(f) for f in files], size=160), expected)
     close(model(convert(files[1]), size=160), Results(expected._found[1:2], model.names, (0, 0, 0), (1,) * 4, "cpu"))
 
 
-def test_grey_is_repeated(model):
-    grey = cv2.resize(np.random.default_rng(1).integers(0, 255, (8, 8), np.uint8), (96, 64))
-    close(model([grey, grey[..., None]], size=96), model([np.dstack([grey] * 3)] * 2, size=96))
+def test_gray_is_repeated(model):
+    gray = cv2.resize(np.random.default_rng(1).integers(0, 255, (8, 8), np.uint8), (96, 64))
+    close(model([gray, gray[..., None]], size=96), model([np.dstack([gray] * 3)] * 2, size=96))
 
 
-def test_an_upright_picture_from_pil(model, files, tmp_path):
+def test_an_upright_image_from_pil(model, files, tmp_path):
     turned = Image.open(files[1]).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
@@ -133,20 +133,20 @@ def test_an_address(model, files):
 
 
 def test_a_batch_tensor_goes_in_as_it_is(model):
-    pictures = [cv2.resize(np.random.default_rng(i).integers(0, 255, (6, 8, 3), np.uint8), (96, 64)) for i in (1, 2)]
-    batch = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    expected = model(pictures, size=96)
+    images = [cv2.resize(np.random.default_rng(i).integers(0, 255, (6, 8, 3), np.uint8), (96, 64)) for i in (1, 2)]
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    expected = model(images, size=96)
     assert expected.s == (2, 3, 64, 96)
     close(model(batch), expected)
     results = model(batch.float() / 255)
     close(results, expected)
     assert results.files == ["image0.jpg", "image1.jpg"]
-    np.testing.assert_array_equal(results.ims[1], pictures[1])
-    cut = model(batch[..., :50, :90].float() / 255)  # padded at right and bottom; boxes stay within the picture
+    np.testing.assert_array_equal(results.ims[1], images[1])
+    cut = model(batch[..., :50, :90].float() / 255)  # padded at right and bottom; boxes stay within the image
     assert cut.s == (2, 3, 64, 96) and all(p[:, :4].max() <= 90 and p[:, 3].max() <= 50 for p in cut.pred)
 
 
-def test_pictures_do_not_depend_on_their_neighbours(model, files):
+def test_images_do_not_depend_on_their_neighbors(model, files):
     together = model(files, size=160)
     for number, file in enumerate(files):
         alone = model(file, size=160)
@@ -197,13 +197,13 @@ def test_results_say_the_same_in_all_forms(model, files):
     np.testing.assert_array_equal(results.ims[1], rgb(files[1]))
     assert len(results.t) == 3 and all(t > 0 for t in results.t)
     for (height, width), *forms in zip(SIZES, results.xyxy, results.xywh, results.xyxyn, results.xywhn, results.pred):
-        corners, centres, corners_n, centres_n, pred = (f[0].tolist() for f in forms)
+        corners, centers, corners_n, centers_n, pred = (f[0].tolist() for f in forms)
         left, top, right, bottom, *rest = corners
-        assert corners == pred and rest == centres[4:] == corners_n[4:]
-        assert centres[:4] == pytest.approx([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
+        assert corners == pred and rest == centers[4:] == corners_n[4:]
+        assert centers[:4] == pytest.approx([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
         sides = [width, height, width, height]
         assert corners_n[:4] == pytest.approx([v / s for v, s in zip(corners, sides)])
-        assert centres_n[:4] == pytest.approx([v / s for v, s in zip(centres, sides)])
+        assert centers_n[:4] == pytest.approx([v / s for v, s in zip(centers, sides)])
     singles = results.tolist()
     assert [s.files[0] for s in singles] == results.files and all(len(s) == 1 for s in singles)
     torch.testing.assert_close(singles[3].xywhn[0], results.xywhn[3])
@@ -280,7 +280,7 @@ def test_save_and_crop(model, files, tmp_path, monkeypatch):
     results = model(files, size=160)
     assert results.save() == Path("runs/detect/exp") and results.save() == Path("runs/detect/exp2")
     names = sorted(p.name for p in Path("runs/detect/exp").iterdir())
-    assert names == ["a.jpg", "a_2.jpg", "b.jpg", "c.d.jpg", "größe.jpg"], "no picture overwrites another"
+    assert names == ["a.jpg", "a_2.jpg", "b.jpg", "c.d.jpg", "größe.jpg"], "no image overwrites another"
     assert results.save(save_dir="here") == results.save(save_dir="here", exist_ok=True) == Path("here")
     crops = results.crop(save_dir="cut")
     assert len(crops) == sum(len(p) for p in results.pred) and not list(Path("runs/detect").glob("*/crops"))
@@ -296,8 +296,8 @@ def test_save_and_crop(model, files, tmp_path, monkeypatch):
 
 
 MISTAKES = [
-    ([], ConfigError, "no pictures given"),
-    (3.5, ConfigError, "picture 0: a float; allowed are a path"),
+    ([], ConfigError, "no images given"),
+    (3.5, ConfigError, "image 0: a float; allowed are a path"),
     ("nowhere.jpg", DataError, "nowhere.jpg: cannot be read"),
     (np.zeros((8, 8, 3)), ConfigError, "array of float64; uint8 in 0..255 is needed"),
     (np.zeros((8, 8, 2), np.uint8), ConfigError, r"shape \(8, 8, 2\)"),
@@ -311,10 +311,10 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("pictures", "error", "message"), MISTAKES, ids=lambda v: str(v)[:20].replace("\n", " "))
-def test_what_is_no_picture(model, pictures, error, message):
+@pytest.mark.parametrize(("images", "error", "message"), MISTAKES, ids=lambda v: str(v)[:20].replace("\n", " "))
+def test_what_is_no_image(model, images, error, message):
     with pytest.raises(error, match=message) as caught:
-        model(pictures)
+        model(images)
     assert isinstance(caught.value, UserError)
 
 
@@ -401,7 +401,7 @@ def test_a_network_by_name(caplog):
     caplog.clear()
     bare = torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1, autoshape=False, _verbose=False)
     assert bare.model[0].conv.in_channels == 1 and bare.nc == 80 and not caplog.text
-    with pytest.raises(ConfigError, match="pictures have 3"):
+    with pytest.raises(ConfigError, match="images have 3"):
         torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1)
     with pytest.raises(ConfigError, match=r"nothing is downloaded.*path='yolov5s6.pt'"):
         torch.hub.load(str(ROOT), "yolov5s6", True, source="local")

@@ -60,9 +60,9 @@ def test_values_as_a_program_writes_them(config, name, value, expected):
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("epochs", "3", r"epochs='3': a whole number is needed"),
-        ("epochs", 2.5, r"epochs=2.5: a whole number is needed"),
-        ("imgsz", (640, 640), r"imgsz=\(640, 640\): a whole number is needed"),
+        ("epochs", "3", r"epochs='3': an integer is needed"),
+        ("epochs", 2.5, r"epochs=2.5: an integer is needed"),
+        ("imgsz", (640, 640), r"imgsz=\(640, 640\): an integer is needed"),
         ("noplots", "yes", r"noplots='yes': True or False is needed"),
         ("label_smoothing", "0.1", r"a number is needed"),
         ("data", {"nc": 1}, r"a text or a path is needed"),
@@ -76,7 +76,7 @@ def test_values_of_another_type(name, value, message):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A data set of a few pictures, a small model, and a picture."""
+    """A dataset of a few images, a small model, and a image."""
     folder = tmp_path_factory.mktemp("python")
     (folder / "data.yaml").write_text(
         "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"
@@ -99,7 +99,7 @@ def test_train_val_detect_export(place):
     report = detect.run(weights=result.best, source=place / "a.png", imgsz=64, device="cpu", project=place / "detect")
     assert report.frames == 1 and (report.folder / "a.png").is_file() and not report.failures
     done = export.run(weights=result.best, include="torchscript", imgsz=64, data=place / "data.yaml")
-    assert [Path(a.path).suffix for a in done.artefacts] == [".torchscript"] and not done.failures
+    assert [Path(a.path).suffix for a in done.exported_files] == [".torchscript"] and not done.failures
     assert load_detector(result.best).names == {0: "circle", 1: "square", 2: "cross"}
 
 
@@ -112,7 +112,7 @@ def test_train_val_detect_export(place):
         (val.run, {"weights": "nowhere.pt"}, "nowhere.pt"),
         (val.run, {"task": "tests"}, "'tests' is not one of"),
         (detect.run, {"weights": "nowhere.pt"}, "nowhere.pt"),
-        (detect.run, {"imgsz": "big"}, "a whole number is needed"),
+        (detect.run, {"imgsz": "big"}, "an integer is needed"),
         (export.run, {"weights": "nowhere.pt"}, "nowhere.pt"),
         (export.run, {"include": "onyx"}, "did you mean 'onnx'"),
     ],

@@ -35,7 +35,7 @@ def epochs(folder):
 
 
 class Recorder(HostedLogger):
-    """A tracker that keeps what it is told."""
+    """A tracker that keeps what it is reported."""
 
     name = "recorder"
     package = pip = "recorder"
@@ -178,7 +178,7 @@ def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
     assert (run.project, run.options["epochs"], run.hyp, run.resume_id) == ("blood", 3, {"lr0": 0.01}, None)
     assert first == (0, dict(zip(COLUMNS[1:], row(0)[1:])))
     assert outcome.best == tmp_path / "weights/best.pt" and not failed
-    assert [p.name for p in (*outcome.pictures, *outcome.files)] == ["results.png", "results.csv"]
+    assert [p.name for p in (*outcome.images, *outcome.files)] == ["results.png", "results.csv"]
     assert epochs(tmp_path) == [0, 1]
 
 
@@ -244,5 +244,5 @@ def test_hidden_and_foreign_files_are_not_handed_over(tmp_path):
     for name in (".results.x.png", "results.png", "notes.txt", "opt.yaml"):
         (tmp_path / name).write_text("")
     outcome = outcome_of(tmp_path)
-    assert [p.name for p in (*outcome.pictures, *outcome.files)] == ["results.png", "opt.yaml"]
+    assert [p.name for p in (*outcome.images, *outcome.files)] == ["results.png", "opt.yaml"]
     assert outcome.best is None and json.dumps(dict(outcome.summary)) == "{}"

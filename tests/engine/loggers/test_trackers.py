@@ -20,7 +20,7 @@ HYP = {"lr0": 0.01, "momentum": 0.937}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder with weights, a picture and a report."""
+    """A run folder with weights, a image and a report."""
     place = tmp_path / "runs/blood/exp"
     (place / "weights").mkdir(parents=True)
     (place / "weights/best.pt").write_bytes(b"weights")
@@ -104,10 +104,10 @@ def test_wandb(folder, monkeypatch, tmp_path):
     ]  # fmt: skip
     values = [(int(h["_step"]), float(h["metrics/mAP_0.5"])) for h in history if "metrics/mAP_0.5" in h]
     assert values == [(0, 0.1), (1, 0.2), (2, 0.3)]
-    assert any("pictures/results" in key for h in history for key in h)
-    artefacts = [r.request.log_artifact.artifact if r.HasField("request") else r.artifact
+    assert any("images/results" in key for h in history for key in h)
+    exported_files = [r.request.log_artifact.artifact if r.HasField("request") else r.artifact
                  for r in records if r.WhichOneof("record_type") in ("artifact", "request")]  # fmt: skip
-    names = {entry.path for a in artefacts for entry in a.manifest.contents}
+    names = {entry.path for a in exported_files for entry in a.manifest.contents}
     assert {"best.pt", "results.csv", "report.html"} <= names, names
 
 

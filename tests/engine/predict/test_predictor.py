@@ -1,4 +1,4 @@
-"""Detection from source to files, with a runtime that sees coloured rectangles and with a real checkpoint."""
+"""Detection from source to files, with a runtime that sees colored rectangles and with a real checkpoint."""
 
 import csv
 import json
@@ -62,7 +62,7 @@ class ColorRuntime:
 
 
 def rectangles(size, *boxes):
-    """A grey BGR picture of (height, width) with (class, left, top, right, bottom) rectangles."""
+    """A gray BGR image of (height, width) with (class, left, top, right, bottom) rectangles."""
     image = np.full((*size, 3), 90, np.uint8)
     for c, left, top, right, bottom in boxes:
         image[top:bottom, left:right] = COLORS[c]
@@ -109,7 +109,7 @@ def test_label_files(runtime, tmp_path, options, expected):
     save(tmp_path / "a.png", ONE)
     report = run(tmp_path / "a.png", save_txt=True, **options)
     rows = label_rows(report.folder / "labels/a.txt")
-    # The input is 2/3 of the picture: linear interpolation moves an edge by at most 1.5 pixels.
+    # The input is 2/3 of the image: linear interpolation moves an edge by at most 1.5 pixels.
     assert [r[0] for r in rows] == [e[0] for e in expected]
     np.testing.assert_allclose([r[1:] for r in rows], [e[1:] for e in expected], atol=1.6 / 240)
     assert report.frames == 1 and report.detections == len(expected)
@@ -128,7 +128,7 @@ def test_agnostic_nms(runtime, tmp_path):
     assert run(tmp_path / "a.png", agnostic_nms=True).detections == 1
 
 
-def test_pictures_keep_their_names_and_show_boxes(runtime, tmp_path):
+def test_images_keep_their_names_and_show_boxes(runtime, tmp_path):
     save(tmp_path / "in/größe фото.png", ONE)
     save(tmp_path / "in/b.BMP", ONE)
     save(tmp_path / "in/c.jpg", rectangles((64, 64)))
@@ -215,8 +215,8 @@ def test_videos_keep_size_rate_and_order(runtime, tmp_path):
     shape = [capture.get(p) for p in (cv2.CAP_PROP_FRAME_WIDTH, cv2.CAP_PROP_FRAME_HEIGHT, cv2.CAP_PROP_FPS)]
     assert shape == [160, 96, 12.5]
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 12
-    centres = [label_rows(report.folder / f"labels/v_{i}.txt")[0][1] * 160 for i in range(1, 13)]
-    np.testing.assert_allclose(centres, [8 * i + 16 for i in range(12)], atol=2)
+    centers = [label_rows(report.folder / f"labels/v_{i}.txt")[0][1] * 160 for i in range(1, 13)]
+    np.testing.assert_allclose(centers, [8 * i + 16 for i in range(12)], atol=2)
     lines = (report.folder / "predictions.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == [f"v_{i}" for i in range(1, 13)]
     assert not list(report.folder.glob(".*"))  # no temporary file is left
@@ -258,7 +258,7 @@ def test_an_error_of_the_writer_surfaces(runtime, tmp_path, monkeypatch):
     def full(*_):
         raise DataError("disk full")
 
-    monkeypatch.setattr("engine.predict.writers.write_picture", full)
+    monkeypatch.setattr("engine.predict.writers.write_image", full)
     for i in range(20):
         save(tmp_path / f"in/{i}.png", ONE)
     with pytest.raises(DataError, match="disk full"):
@@ -345,7 +345,7 @@ def test_no_weights_and_no_trained_run(tmp_path, monkeypatch):
         detect(DetectConfig())
 
 
-def test_the_projects_own_pictures_are_the_default_source(tmp_path, monkeypatch):
+def test_the_projects_own_images_are_the_default_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert predictor.found_source("data/images") == str(ROOT / "data/images")
     (tmp_path / "data/images").mkdir(parents=True)

@@ -24,7 +24,7 @@ BOXES = [[10.4, 19.6, 50.4, 79.6, 0.87654321, 2], [0.4, 0.0, 33.3, 50.0, 0.25, 0
 @pytest.mark.parametrize(
     ("corners", "scores", "expected"),
     [
-        # (0, 0, 33, 50) and (10, 20, 50, 80) in a picture of 200 x 100
+        # (0, 0, 33, 50) and (10, 20, 50, 80) in a image of 200 x 100
         (False, False, "0 0.0825 0.25 0.165 0.5\n2 0.15 0.5 0.2 0.6\n"),
         (False, True, "0 0.0825 0.25 0.165 0.5 0.25\n2 0.15 0.5 0.2 0.6 0.876543\n"),
         (True, False, "0 0 0 0.165 0.5\n2 0.05 0.2 0.25 0.8\n"),
@@ -36,7 +36,7 @@ def test_label_text(tmp_path, corners, scores, expected):
     writer.write(detections([], "empty.jpg", number=2), None)
     writer.write(detections(BOXES, "v.mp4", "video", frame=12, number=3), None)
     assert (tmp_path / "a.txt").read_text() == expected == (tmp_path / "v_12.txt").read_text()
-    assert len(list(tmp_path.iterdir())) == writer.files == 2  # none for the picture without boxes
+    assert len(list(tmp_path.iterdir())) == writer.files == 2  # none for the image without boxes
 
 
 def test_file_names_are_given_once():

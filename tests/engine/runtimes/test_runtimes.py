@@ -237,7 +237,7 @@ def refused(tmp_path, case):
         "augment": (lambda: open_runtime([good], CPU, augment=True), "--augment: needs a .pt file"),
         "dnn without onnx": (lambda: open_runtime(["x.pt"], CPU, dnn=True), "--dnn: OpenCV runs one ONNX file"),
         "provider without onnx": (lambda: open_runtime(["x.pt"], CPU, provider="openvino"), "for one ONNX file only"),
-        "dnn with suppression": (lambda: open_runtime([nms], CPU, dnn=True), "with --nms, on which OpenCV crashes"),
+        "dnn with NMS": (lambda: open_runtime([nms], CPU, dnn=True), "with --nms, on which OpenCV crashes"),
         "dnn elsewhere": (lambda: OpenCvRuntime(good, torch.device("cuda")), "--dnn: OpenCV runs on the CPU"),
     }[case]  # fmt: skip
 
@@ -245,7 +245,7 @@ def refused(tmp_path, case):
 @pytest.mark.parametrize(
     "case",
     ["corrupt onnx", "corrupt torchscript", "no config", "no detector", "empty folder", "unknown kind", "missing",
-     "ensemble", "augment", "dnn without onnx", "provider without onnx", "dnn with suppression", "dnn elsewhere"],
+     "ensemble", "augment", "dnn without onnx", "provider without onnx", "dnn with NMS", "dnn elsewhere"],
 )  # fmt: skip
 def test_refused_in_one_line(tmp_path, case):
     call, words = refused(tmp_path, case)
@@ -265,7 +265,7 @@ def test_a_runtime_is_one_row_of_the_table(tmp_path, monkeypatch):
 # ---- files that suppress by themselves ------------------------------------------------------------------------------
 
 
-def test_boxes_after_suppression_pass_through_the_predictor_unchanged():
+def test_boxes_after_nms_pass_through_the_predictor_unchanged():
     boxes = torch.zeros(1, 5, 6)
     boxes[0, 0] = torch.tensor([10, 10, 30, 30, 0.9, 2.0])
     boxes[0, 1] = torch.tensor([14, 10, 34, 30, 0.8, 1.0])  # another class may overlap

@@ -57,11 +57,11 @@ def test_mistakes_name_file_and_key(given, words, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ([1, 2], "2 numbers; the data set has 3 classes"),
+        ([1, 2], "2 numbers; the dataset has 3 classes"),
         ({"circles": 2}, "no class 'circles'; .* did you mean 'circle'"),
     ],
 )
-def test_mistakes_about_the_data_set_leave_no_folder(given, words, place: Path) -> None:
+def test_mistakes_about_the_dataset_leave_no_folder(given, words, place: Path) -> None:
     with pytest.raises(ConfigError, match=rf"hyp\.yaml: class_weights: {words}"):
         train(config(place, hyp=hyp_file(place, given)))
     assert not (place / "runs").exists()

@@ -113,7 +113,7 @@ def test_detection_in_each_precision(family, tmp_path: Path) -> None:
         assert float(moved.median()) < 0.5, options  # centres, in pixels
 
 
-def test_pictures_arrive_whole() -> None:
+def test_images_arrive_whole() -> None:
     """Copies on their own stream, from page-locked memory, while the device is busy with the batch before."""
     made = [torch.full((4, 3, 256, 256), k, dtype=torch.uint8) for k in range(8)]
     batches = [Batch(images, torch.zeros(0, 6), ("",) * 4, (None,) * 4).pin_memory() for images in made]
@@ -128,7 +128,7 @@ def test_pictures_arrive_whole() -> None:
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_fused_optimiser_steps_as_the_plain_one(name) -> None:
+def test_fused_optimizer_steps_as_the_plain_one(name) -> None:
     """With frozen parameters, groups that are empty, and channels_last weights."""
     moved = []
     for device in (torch.device("cpu"), GPU):

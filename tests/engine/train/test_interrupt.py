@@ -98,7 +98,7 @@ def test_handlers_come_back(place) -> None:
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_changed_data_set_is_not_resumed(place, monkeypatch) -> None:
+def test_a_changed_dataset_is_not_resumed(place, monkeypatch) -> None:
     signal_at(monkeypatch, signal.SIGTERM, (1, 0))
     with pytest.raises(SystemExit):
         train(config(place))

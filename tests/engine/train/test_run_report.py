@@ -16,7 +16,7 @@ import torch
 
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.evaluate.accumulator import ImageOutcome, Tally, summarize
-from engine.evaluate.worst_images import PictureErrors, WorstPictures, picture_errors
+from engine.evaluate.worst_images import ImageErrors, WorstImages, image_errors
 from engine.loggers.run_logger import CsvLog
 from engine.report.html import embedded, line_chart, number, table, ticks
 from engine.train.run_report import RunFacts, environment, facts_of, git_commit, write_report
@@ -51,8 +51,8 @@ A, B, FAR = (10, 10, 30, 30), (50, 10, 80, 40), (120, 50, 150, 80)
         pytest.param([(*A, 0.9, 0), (*B, 0.9, 1)], [(1, *B), (0, *A), (1, *A)], (2, 0, 1), id="two labels in a place"),
     ],
 )
-def test_errors_of_a_picture(detections, labels, expected):
-    found = picture_errors(outcome(detections, labels))
+def test_errors_of_a_image(detections, labels, expected):
+    found = image_errors(outcome(detections, labels))
     assert (len(found.right), len(found.wrong), len(found.missed)) == expected
     assert found.errors == expected[1] + expected[2]
     assert len(found.right) + len(found.missed) == len(labels), "every label is either found or missed"
@@ -61,19 +61,19 @@ def test_errors_of_a_picture(detections, labels, expected):
 def test_errors_agree_with_the_count_of_the_evaluation():
     rng = np.random.default_rng(0)
     for _ in range(50):
-        centre, size = rng.uniform(20, 80, (12, 2)), rng.uniform(10, 30, (12, 2))
-        boxes = np.concatenate((centre - size / 2, centre + size / 2), 1)
+        center, size = rng.uniform(20, 80, (12, 2)), rng.uniform(10, 30, (12, 2))
+        boxes = np.concatenate((center - size / 2, center + size / 2), 1)
         labels = np.concatenate((rng.integers(0, 3, (12, 1)), boxes), 1)
         moved = boxes + rng.normal(0, 3, boxes.shape)
         scores = np.sort(rng.uniform(0, 1, (12, 1)), 0)[::-1]
         looked = outcome(np.concatenate((moved, scores, rng.integers(0, 3, (12, 1))), 1), labels)
-        found = picture_errors(looked, conf_thres=0.0)
+        found = image_errors(looked, conf_thres=0.0)
         assert len(found.right) == int(looked.correct[:, 0].sum())
         assert len(found.right) + len(found.missed) == 12
 
 
-def test_the_worst_pictures_come_first_and_good_ones_not_at_all():
-    worst = WorstPictures(count=3)
+def test_the_worst_images_come_first_and_good_ones_not_at_all():
+    worst = WorstImages(count=3)
     worst(outcome([(*A, 0.9, 0)], [(0, *A)], "good.jpg"))
     worst(outcome([], [(0, *A)], "one.jpg"))
     worst(outcome([(*A, 0.4, 0), (*B, 0.4, 0)], [], "two unsure.jpg"))
@@ -128,11 +128,11 @@ def run(tmp_path) -> Path:
 
 
 def facts(folder: Path, name: str = "disc", **changes) -> RunFacts:
-    picture = folder / "größe 'x'.png"
-    cv2.imencode(".png", np.full((1000, 2000, 3), 90, np.uint8))[1].tofile(picture)
+    image = folder / "größe 'x'.png"
+    cv2.imencode(".png", np.full((1000, 2000, 3), 90, np.uint8))[1].tofile(image)
     tally = Tally(3)
     boxes = torch.tensor([(*A, 0.9, 0.0), (*FAR, 0.75, 2.0)])
-    looked = tally.add(str(picture), (1000, 2000), boxes, torch.tensor([(0.0, *A), (1.0, *B)]))
+    looked = tally.add(str(image), (1000, 2000), boxes, torch.tensor([(0.0, *A), (1.0, *B)]))
     values = {
         "names": {0: name, 1: "bar", 2: "dot"},
         "options": {"cfg": "models/yolov5n.yaml", "data": "blood.yaml", "imgsz": 320, "note": name},
@@ -141,7 +141,7 @@ def facts(folder: Path, name: str = "disc", **changes) -> RunFacts:
         "model": "125 layers",
         "device": "cpu",
         "result": summarize(tally),
-        "worst": (picture_errors(looked),),
+        "worst": (image_errors(looked),),
     }
     return RunFacts(**{**values, **changes})
 
@@ -187,7 +187,7 @@ def test_text_of_the_user_is_no_markup(run):
 
 
 def test_a_file_name_that_is_no_utf8(run):
-    odd = PictureErrors("b\udcffd.jpg", (10, 10), torch.zeros(0, 6), torch.zeros(0, 6), torch.zeros(1, 5))
+    odd = ImageErrors("b\udcffd.jpg", (10, 10), torch.zeros(0, 6), torch.zeros(0, 6), torch.zeros(1, 5))
     page = Page(write_report(run, facts(run, worst=(odd,))).read_text(encoding="utf-8"))
     assert "b?d.jpg" in page.text and "cannot be read" in page.text
 
@@ -238,7 +238,7 @@ def test_facts_of_a_training():
 
 
 @pytest.mark.parametrize(("suffix", "side", "shape"), [(".jpg", 50, (25, 50)), (".png", 500, (60, 120))])
-def test_embedded_pictures(suffix, side, shape):
+def test_embedded_images(suffix, side, shape):
     image = np.full((60, 120, 3), (10, 20, 200), np.uint8)
     head, _, data = embedded(image, side, suffix).partition(",")
     assert head == f"data:image/{'jpeg' if suffix == '.jpg' else 'png'};base64"

@@ -65,7 +65,7 @@ def test_processes_share_a_study(tmp_path):
     with open(tmp_path / "runs/exp/evolve.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     states = [row["state"] for row in rows]
-    assert states[0] == "broken off" and states.count("broken off") == 1
+    assert states[0] == "interrupted" and states.count("interrupted") == 1
     assert len(rows) == 7 and set(states[1:]) <= {"complete", "pruned"}
     keys = list(rows[0])[8:]
     points = [tuple(row[key] for key in keys) for row in rows]

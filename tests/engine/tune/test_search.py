@@ -1,4 +1,4 @@
-"""Evolution: what is tried, written, repeated and refused. Trainings are stood in for, except in the last test."""
+"""Tests of the hyperparameter search. Trainings are replaced by functions, except in the last test."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Trainings:
     """Stands in for `engine.train.trainer.train`: remembers what it was asked for; the lower `scale`, the better.
 
     Attributes:
-        hyps: hyper-parameters by trial number.
+        hyps: hyperparameters by trial number.
         events: by trial number an exception to raise, the fitness to reach, or that of each epoch.
     """
 
@@ -93,7 +93,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_an_evolution_leaves_its_results(tmp_path, trainings, monkeypatch):
+def test_an_search_leaves_its_results(tmp_path, trainings, monkeypatch):
     monkeypatch.setattr(outputs, "IMPORTANCE_FROM", 3)
     result = evolve(config(tmp_path, noplots=False, batch_size=8))
     folder = tmp_path / "runs/exp"
@@ -115,8 +115,8 @@ def test_an_evolution_leaves_its_results(tmp_path, trainings, monkeypatch):
     for word in (f"trial {result.best_trial}", f"fitness {result.fitness:.5g}", "--evolve 3", "--batch-size 8"):
         assert word in head
     for name in ("evolve.png", "importance.png"):
-        picture = cv2.imread(str(folder / name))
-        assert picture.shape[0] > 300 and picture.std() > 10
+        image = cv2.imread(str(folder / name))
+        assert image.shape[0] > 300 and image.std() > 10
     assert not list(folder.glob("trial*/weights")), "weights of trials are not kept"
     for number, made in trainings.configs.items():
         assert (made.evolve, made.resume_evolve, made.batch_size) == (None, None, 8)
@@ -164,7 +164,7 @@ def test_what_broke_off_is_repeated(tmp_path, trainings, event):
         evolve(config(tmp_path))
     assert [r["state"] for r in table(tmp_path / "runs/exp")] == ["complete"]
     result = evolve(TrainConfig.from_keywords(resume_evolve=tmp_path / "runs/exp", noplots=True))
-    assert [r["state"] for r in table(result.folder)] == ["complete", "broken off", "complete", "complete"]
+    assert [r["state"] for r in table(result.folder)] == ["complete", "interrupted", "complete", "complete"]
     assert trainings.hyps[2] == trainings.hyps[1]
     assert trainings.hyps[3] not in (trainings.hyps[1], trainings.hyps[0])
 
@@ -183,12 +183,12 @@ def test_a_killed_trial_is_found_by_its_silence(tmp_path, trainings, monkeypatch
     begin = time.time()
     result = evolve(TrainConfig.from_keywords(resume_evolve=tmp_path / "runs/exp", noplots=True))
     assert time.time() - begin > 1, "a trial in work counts: its process may still be alive"
-    assert [r["state"] for r in table(result.folder)] == ["complete", "broken off", "complete"]
+    assert [r["state"] for r in table(result.folder)] == ["complete", "interrupted", "complete"]
     assert list(point_of(trainings.hyps[2], "").values()) == killed
     assert not (tmp_path / "runs/exp/trial1/weights").exists()
 
 
-def test_failed_trials_do_not_end_the_evolution(tmp_path, trainings):
+def test_failed_trials_do_not_end_the_search(tmp_path, trainings):
     trainings.events = {0: TrainingError("diverged\nfar"), 2: float("nan")}
     result = evolve(config(tmp_path, evolve=2))
     assert [r["state"] for r in table(result.folder)] == ["failed", "complete", "failed", "complete"]
@@ -283,7 +283,7 @@ def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with an evolution of one trial, a text and a database of another kind."""
+    """A folder with an hyperparameter search of one trial, a text and a database of another kind."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evolve_module, "train", Trainings())
@@ -300,14 +300,14 @@ def finished(tmp_path_factory) -> Path:
     [
         ({"resume": "last.pt"}, ["--evolve: cannot be combined with --resume"]),
         ({"resume_evolve": "nowhere"}, ["--resume_evolve nowhere: no such study", "study.db"]),
-        ({"resume_evolve": "text.db"}, ["text.db: is not the study of an evolution"]),
-        ({"resume_evolve": "other.db"}, ["other.db: is not the study of an evolution"]),
+        ({"resume_evolve": "text.db"}, ["text.db: is not the study of an hyperparameter search"]),
+        ({"resume_evolve": "other.db"}, ["other.db: is not the study of an hyperparameter search"]),
         ({"resume_evolve": "runs/exp", "epochs": 9, "seed": 1},
          ["--epochs is 9, the study was begun with 3", "--seed is 1, the study was begun with 0"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
         ({"evolve_population": "runs"}, ["holds no *.yaml file"]),
         ({"hyp": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
-        ({"exist_ok": True}, ["runs/exp holds an evolution", "--resume_evolve"]),
+        ({"exist_ok": True}, ["runs/exp holds an hyperparameter search", "--resume_evolve"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(finished, trainings, monkeypatch, options, words):

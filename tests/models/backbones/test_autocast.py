@@ -33,7 +33,7 @@ def backbone_of(family: str) -> Backbone:
     return row
 
 
-def picture() -> Tensor:
+def sample_image() -> Tensor:
     return torch.rand(1, 3, 64, 96, generator=torch.Generator().manual_seed(1))
 
 
@@ -58,7 +58,7 @@ def test_norms_are_computed_in_float32(family: str) -> None:
     norms = [(n, m) for n, m in backbone.named_modules() if "Norm" in type(m).__name__]
     handles = [module.register_forward_hook(record(name)) for name, module in norms]
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        backbone(picture())
+        backbone(sample_image())
     for handle in handles:
         handle.remove()
     assert len(calls) >= len(norms) > 0
@@ -94,14 +94,14 @@ class Softmaxes(TorchDispatchMode):
 def test_softmax_is_computed_in_float32(family: str) -> None:
     backbone, mode = backbone_of(family), Softmaxes()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), mode:
-        backbone(picture())
+        backbone(sample_image())
     assert mode.seen > 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_maps_stay_close_to_float32(family: str) -> None:
     """bfloat16 has 8 bits; errors of the layers add up to a few hundredths of the spread of a map."""
-    backbone, image = backbone_of(family), picture()
+    backbone, image = backbone_of(family), sample_image()
     with torch.no_grad():
         wanted = backbone(image)
         with torch.autocast("cpu", torch.bfloat16):

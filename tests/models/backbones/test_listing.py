@@ -32,7 +32,7 @@ def test_a_name_lists_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["riformer_s1"], "did you mean 'riformer_s12'?"), (["--imgsz", "8"], "--imgsz 8: allowed are whole numbers")],
+    [(["riformer_s1"], "did you mean 'riformer_s12'?"), (["--imgsz", "8"], "--imgsz 8: allowed are integers")],
 )
 def test_errors_are_one_line_and_status_two(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]

@@ -20,7 +20,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> None:
-    """Parameters and statistics away from the zeros and ones of their initialisation."""
+    """Parameters and statistics away from the zeros and ones of their initialization."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.state_dict().items():
@@ -112,7 +112,8 @@ def test_published_pooling_drops_the_tail_and_mixes_rows() -> None:
     assert EMHSA2d(32, 2, 0.0, 0.0).pooled(x)[0, 0].tolist() == [3.0, 5.0, 6.5, 10.5, 12.5, 14.0]
 
 
-# ---- deployed form --------------------------------------------------------------------------------------------------
+# ---- re-parameterized model
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -144,7 +145,7 @@ def test_deployed_weights_cannot_be_loaded_into_the_training_form() -> None:
         deployed.load_state_dict(trained.state_dict())
 
 
-def test_deployed_form_learns_on() -> None:
+def test_reparameterized_form_learns_on() -> None:
     model = build().train()
     model.reparameterize()
     sum(y.pow(2).mean() for y in model(image())).backward()  # type: ignore[union-attr]
@@ -227,7 +228,7 @@ def test_param_depth() -> None:
     assert all(name in dict(model.named_parameters()) for name in wanted)
 
 
-def test_input_is_normalised() -> None:
+def test_input_is_normalized() -> None:
     model = build().eval()
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():

@@ -80,7 +80,7 @@ def test_fusion_modes(mode: str) -> None:
     torch.testing.assert_close(found, wanted, rtol=0, atol=0)
 
 
-def test_padding_is_zero_in_normalised_pixels_at_right_and_bottom() -> None:
+def test_padding_is_zero_in_normalized_pixels_at_right_and_bottom() -> None:
     model = build().eval()
     x = model.normalized(image(shape=(1, 3, 40, 50)))
     padded = torch.zeros(1, 3, 48, 64)

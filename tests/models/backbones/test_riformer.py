@@ -15,13 +15,14 @@ TINY = {"layers": [1, 1, 2, 1], "embed_dims": [8, 16, 24, 32]}
 def tiny(**arguments: object) -> RIFormer:
     torch.manual_seed(0)
     model = RIFormer(TINY, **arguments)
-    with torch.no_grad():  # off the initial values, where folding an identity proves nothing
+    with torch.no_grad():  # off the initial values, where folding an identity verifies nothing
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model.eval()
 
 
-# parameters of the deployed form as published, without the classifier of 1000 classes and without norm0, norm2, norm4
+# parameters of the re-parameterized model as published, without the classifier of 1000 classes and without norm0,
+# norm2, norm4
 @pytest.mark.parametrize(
     ("arch", "published"),
     [("s12", 11_915_000), ("s24", 21_389_000), ("s36", 30_863_000), ("m36", 56_173_000), ("m48", 73_473_000)],

@@ -141,8 +141,8 @@ def test_rows(name: str, args: Any, blocks: int, dims: int) -> None:
         ("timm/resnet5O", [], "did you mean 'resnet50'?"),
         ("RIFormer", {"drop_path_rate": "a"}, "RIFormer: drop_path_rate is 'a'; allowed: a number"),
         ("RevViT", {"strides": 8}, "RevViT: strides is 8; allowed: a list of numbers"),
-        ("RevViT", {"widths": "a"}, "RevViT: widths is 'a'; allowed: a whole number or a list of numbers"),
-        ("NextViT", {"frozen_stages": None}, "NextViT: frozen_stages is None; allowed: a whole number"),
+        ("RevViT", {"widths": "a"}, "RevViT: widths is 'a'; allowed: an integer or a list of numbers"),
+        ("NextViT", {"frozen_stages": None}, "NextViT: frozen_stages is None; allowed: an integer"),
         ("NextViT", {"arch": 3}, "NextViT: arch is 3; allowed: a text or a mapping"),
     ],
 )
@@ -313,7 +313,7 @@ def test_a_deployed_file_is_refused(tmp_path: Path) -> None:
     torch.save(deployed.state_dict(), tmp_path / "deployed.pth")
     with pytest.raises(
         CheckpointError,
-        match=r"holds the deployed form \(network.0.0.norm_reparam.weight, .* the training form is needed",
+        match=r"holds the re-parameterized model \(network.0.0.norm_reparam.weight, .* the training form is needed",
     ):
         create_backbone("RIFormer", weights=tmp_path / "deployed.pth", arch=TINY)
 

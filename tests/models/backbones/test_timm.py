@@ -26,7 +26,7 @@ KINDS = [
     ("swin_tiny_patch4_window7_224", (4, 8, 16, 32), 32),  # NHWC, native size only unless freed
     ("test_maxvit", (2, 4, 8, 16, 32), 160),  # multiples of its native size
     ("test_vit", (8, 16, 32), 32),  # plain: one stride, through the pyramid
-    ("mvitv2_tiny", (4, 8, 16, 32), 224),  # looks beyond its tables on larger pictures: tiles
+    ("mvitv2_tiny", (4, 8, 16, 32), 224),  # looks beyond its tables on larger images: tiles
     ("visformer_tiny", (8, 16, 32), 224),  # its native size only: tiles
     ("pit_ti_224", (8, 16, 32), 224),
     ("convmixer_768_32", (8, 16, 32), 32),  # stride 7, plain
@@ -82,7 +82,7 @@ def test_tiles_are_independent_and_in_place() -> None:
                     torch.testing.assert_close(part, b, rtol=1e-4, atol=1e-4)
 
 
-def test_strides_of_seven_pixels_take_a_shrunk_picture() -> None:
+def test_strides_of_seven_pixels_take_a_shrunk_image() -> None:
     found = measure("pit_b_224")  # strides 7, 14, 28, and 224 pixels only: tiles of 256 pixels, shrunk to 224
     assert (found.strides, found.size_divisor, found.tile, found.shrink) == ((8, 16, 32), 256, 256, 0.875)
 
@@ -144,7 +144,7 @@ def test_construction_moves_no_statistics_and_no_random_numbers() -> None:
             assert (m.eps, m.momentum) == (1e-5, 0.1)
 
 
-def test_normalisation_is_timms() -> None:
+def test_normalization_is_timms() -> None:
     backbone = TimmBackbone("mixer_s32_224")
     assert backbone.pixel_mean.flatten().tolist() == [0.5, 0.5, 0.5]
     own = TimmBackbone("mixer_s32_224", mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
@@ -241,7 +241,7 @@ def test_no_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(CheckpointError) as caught:
         backbone_from_row("timm/resnet18", [True])
     text = str(caught.value)
-    assert "timm/resnet18: its pretrained weights cannot be had (http://127.0.0.1:9" in text
+    assert "timm/resnet18: its pretrained weights is not available (http://127.0.0.1:9" in text
     assert "weights: <path>" in text and "\n" not in text
 
 

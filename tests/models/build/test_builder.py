@@ -28,7 +28,7 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @register_backbone("TinyBackbone")
     class _Tiny(Backbone):
-        """Average pools by stride; gives the levels it is told."""
+        """Average pools by stride; gives the levels it is reported."""
 
         def __init__(self, strides: Sequence[int] = (8, 16, 32), size_divisor: int = 32) -> None:
             super().__init__(normalize=False)
@@ -133,7 +133,7 @@ def test_a_backbone_row_owns_five_slots() -> None:
 @pytest.mark.parametrize(
     ("strides", "source", "slot"),
     [
-        ((4, 8, 16), -1, 3),  # P5 is empty: the deepest level at hand
+        ((4, 8, 16), -1, 3),  # P5 is empty: the deepest level available
         ((4, 8, 16), -2, 3),  # by number: the slot itself
         ((8, 16, 32), -3, 2),
         ((16, 32), "P4", 3),  # keyed by stride, not by position
@@ -153,7 +153,7 @@ def test_sources_after_a_backbone(strides: Sequence[int], source: int | str, slo
     torch.testing.assert_close(received[0], expected, rtol=0, atol=1e-6)
 
 
-def test_level_names_are_those_of_the_latest_backbone_and_image_is_the_picture() -> None:
+def test_level_names_are_those_of_the_latest_backbone_and_image_is_the_image() -> None:
     rows, _ = build(
         [[-1, 1, "TinyBackbone", {"strides": [8]}], ["image", 1, "TinyBackbone", {"strides": [8, 16]}]],
         [["P3", 1, "Conv", [8]], [2, 1, "Conv", [8]], HEAD],
@@ -209,7 +209,7 @@ def test_padding_follows_the_neck_too() -> None:
 @pytest.mark.parametrize(("height", "width"), [(96, 100), (100, 96), (1, 1)])
 def test_plain_models_refuse_other_sizes(height: int, width: int) -> None:
     rows = one_row("Conv", [8, 32, 32, 0], channels=3)
-    with pytest.raises(ConfigError, match=f"picture of {height} x {width} pixels: .* stride is 32, .*nearest: "):
+    with pytest.raises(ConfigError, match=f"image of {height} x {width} pixels: .* stride is 32, .*nearest: "):
         rows(torch.zeros(1, 3, height, width))
     check_size(96, 64, 32)
 
@@ -251,7 +251,7 @@ def test_the_file_without_a_mistake_builds(tmp_path: Path) -> None:
 
 CONV_FORM = "it takes [c2, k=1, s=1, p=None, g=1, d=1, act=True]"
 CASES = [
-    # (what is replaced, by what, what is said)
+    # (what is replaced, by what, what is logged)
     (C3, "[-1, 3, C33, [16]]", "my.yaml:6: row 2 (C33): unknown module 'C33'; did you mean 'C3'?"),
     (CONV0, "[-1, 1, riformer_s13, []]", "my.yaml:4: row 0 (riformer_s13): unknown module 'riformer_s13'; "
      "did you mean 'riformer_s"),
@@ -259,11 +259,11 @@ CASES = [
     (CONV0, "[-1, 1, Conv, [8, 1, 1, 0, 1, 1, True, 5]]",
      f"my.yaml:4: row 0 (Conv): 8 arguments are given; {CONV_FORM}"),
     (CONV0, "[-1, 1, Conv, [8, 3, two]]", "my.yaml:4: row 0 (Conv): argument 3 (s) is 'two'; "
-     "allowed: a whole number or a list of 2 numbers"),
+     "allowed: an integer or a list of 2 numbers"),
     (CONV0, "[-1, 1, Conv, [8, [3, 3, 3]]]", "my.yaml:4: row 0 (Conv): argument 2 (k) is [3, 3, 3]; "
-     "allowed: a whole number or a list of 2 numbers"),
+     "allowed: an integer or a list of 2 numbers"),
     (CONV0, "[-1, 1, Conv, [0]]",
-     "my.yaml:4: row 0 (Conv): argument 1 (c2) is 0; a whole number of at least 1 is needed"),
+     "my.yaml:4: row 0 (Conv): argument 1 (c2) is 0; an integer of at least 1 is needed"),
     (CONV0, "[-1, 1, Conv, [8, 3, [1, 2]]]", "my.yaml:4: row 0 (Conv): s is [1, 2]; both directions need the same"),
     (CONV0, "[-1, 1, Conv, [8, 3, 0]]", "my.yaml:4: row 0 (Conv): s is 0; a number above 0 is needed"),
     (CONV0, "[-1, 1, Conv, [8, 3, 1, None, 2]]", "my.yaml:4: row 0 (Conv): cannot be built with "
@@ -279,9 +279,9 @@ CASES = [
     (C3, "[-1, 1, nn.BatchNorm2d, [1, 2]]", "my.yaml:6: row 2 (nn.BatchNorm2d): 2 arguments are given; it takes none: "
      "its channels are the input's"),
     (C3, "[[-1, 0], 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names 2 slots; it reads one"),
-    (C3, "[5, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot 5; at hand: 0 to 1, or -1 to -2"),
-    (C3, "[-3, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot -3; at hand: 0 to 1, or -1 to -2"),
-    (CONV0, "[0, 1, Conv, [8, 3, 2]]", "my.yaml:4: row 0 (Conv): from names slot 0; at hand: -1, the picture"),
+    (C3, "[5, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot 5; available: 0 to 1, or -1 to -2"),
+    (C3, "[-3, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot -3; available: 0 to 1, or -1 to -2"),
+    (CONV0, "[0, 1, Conv, [8, 3, 2]]", "my.yaml:4: row 0 (Conv): from names slot 0; available: -1, the image"),
     (C3, "[P4, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names level P4, and no row above is a backbone; "
      "use a slot number"),
     (C3, "[p3, 3, C3, [16]]",
@@ -316,13 +316,13 @@ CASES = [
     (CONV0, "[-1, 1, TinyBackbone, {strides: 8}]",
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: strides is 8; allowed: a list of numbers"),
     (CONV0, "[-1, 1, NeedyBackbone, []]", "my.yaml:4: row 0 (NeedyBackbone): cannot be built with []: "),
-    (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): from is -1; a backbone reads the picture: "
+    (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): from is -1; a backbone reads the image: "
      "-1 in row 0, or image"),
     (CONV0, "[-1, 1, TinyBackbone, []]\n  - [P2, 1, Conv, [8]]", "my.yaml:5: row 1 (Conv): from names P2, P2 of row 0 "
-     "(TinyBackbone), which is empty; at hand: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
+     "(TinyBackbone), which is empty; available: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
     (CONV0, "[-1, 1, TinyBackbone, []]\n  - [0, 1, Conv, [8]]",
      "my.yaml:5: row 1 (Conv): from names slot 0, P1 of row 0 "
-     "(TinyBackbone), which is empty; at hand: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
+     "(TinyBackbone), which is empty; available: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
 ]  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def test_a_mistake_is_told_with_line_and_row(old: str, new: str, said: str, tmp_
 
 def test_a_backbone_takes_three_channels(tmp_path: Path) -> None:
     said = mistakes(tmp_path, FILE.replace(CONV0, "[-1, 1, TinyBackbone, []]"), channels=1)
-    assert said[0] == "my.yaml:4: row 0 (TinyBackbone): the picture has 1 channels; a backbone takes 3"
+    assert said[0] == "my.yaml:4: row 0 (TinyBackbone): the image has 1 channels; a backbone takes 3"
 
 
 def test_mistakes_of_form_and_of_meaning_are_told_together(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Model YAML -> ModelSpec: what is read, and what is said about each mistake."""
+"""Model YAML -> ModelSpec: what is read, and what is logged about each mistake."""
 
 from __future__ import annotations
 
@@ -92,25 +92,25 @@ def test_official_files_are_found_by_name(
 
 ROW = "[-1, 3, C3, [128, False]]"  # line 10
 CASES = [
-    # (what is replaced, by what, what is said)
+    # (what is replaced, by what, what is logged)
     ("nc: 3", "nc: 3\nwidth_multiplier: 1",
      ["my.yaml:2: unknown key 'width_multiplier'; allowed: nc, ch, depth_multiple,"
      " width_multiple, channel_multiple, activation, inplace, anchors, backbone, head; "
      "did you mean 'width_multiple'?"]),
     ("nc: 3\n", "", ["my.yaml: key 'nc' is missing"]),
-    ("nc: 3", "nc: 0", ["my.yaml:1: nc is 0; a whole number of at least 1 is needed"]),
-    ("nc: 3", "nc: yes", ["my.yaml:1: nc is True; a whole number of at least 1 is needed"]),
+    ("nc: 3", "nc: 0", ["my.yaml:1: nc is 0; an integer of at least 1 is needed"]),
+    ("nc: 3", "nc: yes", ["my.yaml:1: nc is True; an integer of at least 1 is needed"]),
     ("0.25", "wide", ["my.yaml:3: width_multiple is 'wide'; a number above 0 is needed"]),
     ("nn.LeakyReLU(0.1)", "[a]", ["my.yaml:4: activation is ['a']; a text such as nn.LeakyReLU(0.1) is needed"]),
     ("[10, 13, 16, 30]", "[10, 13, 16]",
      ["my.yaml:5: anchors have rows of 3, 4 numbers; an equal and even count is needed"]),
     ("[10, 13, 16, 30]", "[10, 13, x, 30]", ["my.yaml:5: anchors hold something that is not a size in pixels; allowed: "
-     "one list of width, height, width, height ... in pixels per level, or a whole number of at least 1"]),
+     "one list of width, height, width, height ... in pixels per level, or an integer of at least 1"]),
     (ROW, "[-1, 3, C3]", ["my.yaml:10: row 1 is [-1, 3, 'C3']; a row is [from, number, module, arguments]"]),
     (ROW, "[-1, 3, C3, [128], x]",
      ["my.yaml:10: row 1 is [-1, 3, 'C3', [128], 'x']; a row is [from, number, module, arguments]"]),
     (ROW, "C3", ["my.yaml:10: row 1 is 'C3'; a row is [from, number, module, arguments]"]),
-    (ROW, "[-1, 0, C3, [128]]", ["my.yaml:10: row 1 (C3): number is 0; a whole number of at least 1 is needed"]),
+    (ROW, "[-1, 0, C3, [128]]", ["my.yaml:10: row 1 (C3): number is 0; an integer of at least 1 is needed"]),
     (ROW, "[-1, 3, C3, 128]", ["my.yaml:10: row 1 (C3): arguments are 128; a list is needed, such as [128]"]),
     (ROW, "[1.5, 3, C3, [128]]",
      ["my.yaml:10: row 1 (C3): from is 1.5; allowed: slot numbers and level names such as P4"]),
@@ -143,7 +143,7 @@ def test_a_missing_file_names_the_nearest_one() -> None:
     [
         (3, None, None, (3, 3, ((10, 13, 16, 30), (30, 61, 62, 45)))),
         (1, 7, 4, (1, 7, 4)),
-        (3, None, 5.0, (3, 3, 5)),  # as in a hyper-parameter file
+        (3, None, 5.0, (3, 3, 5)),  # as in a hyperparameter file
         (3, None, [[1, 2], [3, 4]], (3, 3, ((1, 2), (3, 4)))),
         (3, None, [[[1, 2], [5, 6]], [[3, 4], [7, 8]]], (3, 3, ((1, 2, 5, 6), (3, 4, 7, 8)))),  # pairs
     ],

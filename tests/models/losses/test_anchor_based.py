@@ -51,7 +51,7 @@ def test_each_gain_scales_its_part(part, gain):
     assert two[part] == pytest.approx(2 * one[part].item(), rel=1e-6)
 
 
-def test_total_is_the_sum_times_the_pictures():
+def test_total_is_the_sum_times_the_images():
     output = criterion()(raw_outputs(), TARGETS)
     assert output.total.shape == () and output.parts.shape == (3,)
     assert not output.parts.requires_grad
@@ -146,23 +146,23 @@ def test_wrong_heads(anchors, strides, changes, words):
 # ---- assignment -----------------------------------------------------------------------------------------------------
 
 CLAIMS = [
-    # centre in cells of an 8 x 8 map, cells (x, y) claimed, what it is
+    # center in cells of an 8 x 8 map, cells (x, y) claimed, what it is
     ((3.5 + 1e-3, 3.5 + 1e-3), {(3, 3), (4, 3), (3, 4)}, "right and lower half"),
     ((3.25, 3.25), {(3, 3), (2, 3), (3, 2)}, "left and upper half"),
-    ((0.25, 3.25), {(0, 3), (0, 2)}, "no neighbour beyond the left border"),
-    ((7.75, 7.75), {(7, 7)}, "no neighbour beyond the corner"),
+    ((0.25, 3.25), {(0, 3), (0, 2)}, "no neighbor beyond the left border"),
+    ((7.75, 7.75), {(7, 7)}, "no neighbor beyond the corner"),
     ((1.0, 3.25), {(1, 3), (1, 2)}, "exactly one cell away is not more than one"),
     ((8.0, 3.25), {(7, 3), (7, 2)}, "on the right border: limited to the map"),
 ]
 
 
-@pytest.mark.parametrize(("centre", "cells", "text"), CLAIMS)
-def test_claimed_cells(centre, cells, text):
-    targets = torch.tensor([[0, 0, centre[0] / 8, centre[1] / 8, 0.25, 0.25]])
+@pytest.mark.parametrize(("center", "cells", "text"), CLAIMS)
+def test_claimed_cells(center, cells, text):
+    targets = torch.tensor([[0, 0, center[0] / 8, center[1] / 8, 0.25, 0.25]])
     (rows,) = build_targets(targets, torch.tensor([[[2.0, 2.0]]]), [(8, 8)], 4.0)
     assert set(zip(rows.gx.tolist(), rows.gy.tolist())) == cells
     corner = torch.stack((rows.gx, rows.gy), 1)
-    torch.testing.assert_close(rows.box[:, :2] + corner, torch.tensor([centre] * len(corner)), rtol=0, atol=1e-5)
+    torch.testing.assert_close(rows.box[:, :2] + corner, torch.tensor([center] * len(corner)), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("side", "matches"), [(2.0, True), (7.99, True), (8.0, False), (0.51, True), (0.5, False)])

@@ -1,4 +1,4 @@
-"""Small picture sets for the data tests."""
+"""Small image sets for the data tests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from data.labels.labels import ImageRecord
 
 
 def write_set(folder, count, sizes=((48, 64), (64, 48), (64, 64), (30, 64)), boxes=2, suffix=".png"):
-    """Write `count` random pictures and return their records; picture i has boxes of class i % 3."""
+    """Write `count` random images and return their records; image i has boxes of class i % 3."""
     records = []
     for i in range(count):
         height, width = sizes[i % len(sizes)]
