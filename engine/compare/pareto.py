@@ -125,8 +125,8 @@ def _excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
 def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
     """The candidate to take.
 
-    With accuracy: the best mAP50-95 among those that qualify; where others are not reported apart from it (their ranges
-    over the seeds overlap), the fastest of these; where latencies are not reported apart either, the smallest. Without
+    With accuracy: the best mAP50-95 among those that qualify; where others tie with it (their ranges
+    over the seeds overlap), the fastest of these; where latencies tie as well, the smallest. Without
     accuracy: the fastest that qualifies.
 
     Args:
@@ -164,7 +164,7 @@ def _best(judged: Mapping[str, Point], among: str) -> tuple[str, str]:
     name, why = _fastest(tied)
     others = ", ".join(sorted(set(tied) - {name}))
     return name, (
-        f"{why} of those with the best mAP50-95 {among}: {accuracy[name].middle:.3f} is not distinguishable from {others} "
+        f"{why} of those with the best mAP50-95 {among}: {accuracy[name].middle:.3f} is a tie with {others} "
         f"by {seeds} seeds"
     )
 

@@ -127,8 +127,8 @@ def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Tabl
         "training images/s", "inference peak, MB", "of it model", "training peak, MB", "of it model",
     )  # fmt: skip
     note = (
-        f"Latency: {runtime}, re-parameterized, batch {batch}, preprocessing + network + NMS, median and quartiles of the "
-        "rounds. Places marked = are ties: the ranges overlap. ± is the standard deviation over the seeds. "
+        f"Latency: {runtime}, re-parameterized, batch {batch}, preprocessing, inference and NMS, median and quartiles "
+        "of the rounds. Places marked = are ties: the ranges overlap. ± is the standard deviation over the seeds. "
         "Of it model: what Python and libraries held before is taken off."
     )
     return _without_empty("Summary", header, lines, note)

@@ -164,7 +164,7 @@ TIED = {
     [
         ({"a": point(9, 0.5), "b": point(5, 0.6)}, Limits(), "b", "best mAP50-95 (0.600) of all"),
         ({"a": point(9, 0.5), "b": point(50, 0.6)}, Limits(latency_ms=10), "a", "of the 1 that keep the limits"),
-        (TIED, Limits(), "near", "not reported apart from best by 2 seeds"),
+        (TIED, Limits(), "near", "a tie with best by 2 seeds"),
         (TIED, Limits(latency_ms=10), "worse", "best mAP50-95 (0.400)"),
         ({"a": point(9, spread(0.5, seeds=1))}, Limits(), "a", "how much seeds differ is unknown"),
         ({"a": point(9), "b": point(5)}, Limits(), "b", "fastest (5 ms per image) of all; no accuracy"),
