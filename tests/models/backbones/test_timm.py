@@ -241,7 +241,7 @@ def test_no_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(CheckpointError) as caught:
         backbone_from_row("timm/resnet18", [True])
     text = str(caught.value)
-    assert "timm/resnet18: its pretrained weights is not available (http://127.0.0.1:9" in text
+    assert "timm/resnet18: pretrained weights not available (http://127.0.0.1:9" in text
     assert "weights: <path>" in text and "\n" not in text
 
 
