@@ -10,7 +10,7 @@ dependencies = ["torch", "torchvision", "cv2", "numpy", "PIL", "yaml", "tqdm", "
 
 
 def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bool = True, device: _Any = None) -> _Any:
-    """A model file: checkpoint (ours or an official one), a list of them (ensemble), .onnx, .torchscript, ...
+    """Open a model file: a checkpoint (ours or official), a list of them (ensemble), .onnx, .torchscript, ...
 
     Arguments:
         path: the file.
@@ -23,7 +23,7 @@ def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bo
 
 
 def _entry(name: str, cfg: str) -> _Any:
-    """The function that builds the network of a YAML."""
+    """Return the function that builds the network of a YAML."""
 
     def build(
         pretrained: bool = False,

@@ -21,7 +21,7 @@ def start(config: TrainConfig) -> Any:
 
 
 def work(config: TrainConfig) -> None:
-    """What the command does."""
+    """Run the command."""
     start(config)
 
 

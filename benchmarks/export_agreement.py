@@ -173,7 +173,7 @@ class Bench:
         return self._measured(result, report.folder)
 
     def on_squares(self) -> Measured:
-        """The same for the checkpoint, with the images that a file of one size gets."""
+        """Return the same values of the checkpoint, on the images that a file of fixed size gets."""
         runtime, data = FixedSize(self.weights, self.val.imgsz), load_data_config(self.val.data)
         loader = build_loader(self.val, split_annotations(self.val, data), runtime, rect=True)
         result = evaluate(runtime, loader, EvalOptions(names=data.names))
@@ -199,7 +199,7 @@ class Bench:
 
 
 def verification_values(exported_file: ExportedFile) -> dict[str, Any]:
-    """The figures of a file's verification."""
+    """Return the verification values of a file."""
     verification = json.loads(exported_file.verification.read_text(encoding="utf-8"))
     keys = ("row_px", "row_score", "mean_px", "reference", "found", "matched", "edge")
     stages = [{key: stage[key] for key in keys} for stage in verification["stages"]]
@@ -242,7 +242,7 @@ def compare_frames(own: Boxes, found: Boxes, precision: str, conf: float) -> dic
 
 
 def text(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Return the results as Markdown."""
     files = [(name, file) for name, row in results["detectors"].items() for file in row["files"]]
     made = [(name, file) for name, file in files if "failure" not in file]
     imgsz, data, source = (results[key] for key in ("imgsz", "data", "source"))
@@ -272,7 +272,7 @@ def verification_table(made: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def val_table(detectors: Mapping[str, Any]) -> str:
-    """mAP of checkpoint and files."""
+    """MAP of checkpoint and files."""
     lines = []
     for name, row in detectors.items():
         for images, own in row["checkpoint"].items():

@@ -48,7 +48,7 @@ CPU = torch.device("cpu")
 
 
 def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[str, Runtime]:
-    """The forms of one detector, ready to run."""
+    """Return the training, re-parameterized and exported forms of a detector."""
     torch.manual_seed(0)
     model = DetectionModel(cfg, nc=3).eval().requires_grad_(False)
     deployed = reparameterized_copy(model)

@@ -65,7 +65,7 @@ class DataConfig:
         return len(self.names)
 
     def split(self, name: str) -> tuple[Source, ...]:
-        """Sources of one split, all of them there: drawn or downloaded first where the YAML says how.
+        """Return the sources of a split; missing ones are generated or downloaded first where the YAML says how.
 
         Args:
             name: 'train', 'val' or 'test'.
@@ -185,7 +185,7 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
 
 
 def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path]) -> list[AnnotatedSource]:
-    """Sources that say themselves what their classes are called."""
+    """Yield sources whose annotations name their classes."""
     found = [
         recognise(path, None, [images[name]] if name in images else ()) for name in splits for path in splits[name]
     ]

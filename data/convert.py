@@ -111,7 +111,7 @@ class _ImageReader:
     progress: bool
 
     def put(self, record: ImageRecord, place: str) -> None:
-        """Copy (or link) a image to `place` below the root."""
+        """Copy (or link) an image to `place` below the root."""
         target = self.root / place
         target.parent.mkdir(parents=True, exist_ok=True)
         if self.link:
@@ -126,7 +126,7 @@ class _ImageReader:
         target.write_text(text, encoding="utf-8")
 
     def bar(self, records: Sequence[ImageRecord], split: str) -> Iterable[ImageRecord]:
-        """The records, with a progress bar."""
+        """Iterate over the records with a progress bar."""
         return tqdm(records, desc=f"converting {split}", unit="image", mininterval=0.5, disable=not self.progress)
 
     def describe(self, names: Sequence[str], splits: Mapping[str, str]) -> None:
@@ -186,7 +186,7 @@ _WRITERS: Mapping[str, Callable[[LoadedSet, _ImageReader], None]] = {
 
 
 def label_rows(record: ImageRecord) -> str:
-    """A YOLO label file that reads back as the same float32 numbers; polygons where the record has outlines."""
+    """Write a YOLO label file that reads back as the same float32 values; polygons where the record has them."""
     lines = []
     for i, row in enumerate(record.labels):
         values = record.segments[i].reshape(-1) if record.segments else row[1:]
@@ -206,7 +206,7 @@ def pixel_objects(record: ImageRecord) -> list[tuple[int, list[float], NDArray[n
 
 
 def coco_annotations(record: ImageRecord, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of a image; category ids are class numbers + 1."""
+    """COCO annotations of an image; category ids are class numbers + 1."""
     found = []
     for i, (number, (left, top, right, bottom), polygon) in enumerate(pixel_objects(record)):
         points = [] if polygon is None else [[round(float(v), 4) for v in polygon.reshape(-1)]]
@@ -226,7 +226,7 @@ def _area(polygon: NDArray[np.float64]) -> float:
 
 
 def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
-    """A file name for each image, different without suffix too: its own, or with its folders in front.
+    """Return a unique file name for each image: its own, or with its folders as prefix.
 
     Args:
         paths: the images.
@@ -251,7 +251,7 @@ def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = command.Parser(prog="convert", description="convert a dataset between YOLO, COCO and Pascal VOC")
     parser.add_argument("source", help="dataset YAML, COCO .json file or VOC folder")
     parser.add_argument("target", help="new folder")

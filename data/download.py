@@ -96,7 +96,7 @@ class DownloadRecipe:
 
 
 def recipe_from_url(text: str) -> DownloadRecipe | None:
-    """The recipe for a `download:` that is nothing but the address of an archive; None for anything else."""
+    """Return the recipe for a `download:` that is only the URL of an archive, else None."""
     url = text.strip()
     if len(url.split()) == 1 and urlparse(url).scheme in ("http", "https") and _kind(urlparse(url).path):
         return DownloadRecipe((RemoteFile(url, strip=-1),))
@@ -330,7 +330,7 @@ def _only(table: Mapping[str, Any], allowed: tuple[str, ...], where: str, proble
 
 
 def _record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """A frozen dataclass from a mapping, its keys and the types of its values checked."""
+    """Build a frozen dataclass from a mapping after checking its keys and value types."""
     if not isinstance(value, dict):
         problems.append(f"{where}: {value!r}; a mapping is needed")
         return None

@@ -52,7 +52,7 @@ def read(path: str | Path) -> NDArray[np.uint8]:
         (H, W, 3) uint8 BGR, C-contiguous, upright (EXIF orientation applied).
 
     Raises:
-        DataError: no such file, not readable, empty, not a image, interrupted, or with floating-point pixels.
+        DataError: no such file, not readable, empty, not an image, interrupted, or with floating-point pixels.
     """
     try:
         data = np.fromfile(path, np.uint8)
@@ -75,7 +75,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
         DataError: see `read`.
     """
     if data.size == 0:
-        raise DataError(f"{name}: empty file (0 bytes); a image is needed")
+        raise DataError(f"{name}: empty file (0 bytes); an image is needed")
     head = data[:16].tobytes()
     if head.startswith(_JPEG_START) and not _jpeg_is_whole(data.data):
         raise DataError(f"{name}: {_CUT}")
@@ -91,7 +91,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 
 def probe(path: str | Path) -> tuple[int, int]:
-    """Size of a image as `read` gives it, without decoding JPEG and PNG files.
+    """Size of an image as `read` gives it, without decoding JPEG and PNG files.
 
     Checks what can be checked cheaply: JPEG header and end, PNG checksums. Other formats are decoded in full.
 

@@ -1,4 +1,4 @@
-"""Fitting a image into a rectangle without distortion: resize, then gray on both sides, in YOLOv5's rounding."""
+"""Fitting an image into a rectangle without distortion: resize, then gray on both sides, in YOLOv5's rounding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FILL = 114
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a image lies in the rectangle it is fitted into, in pixels.
+    """Where an image lies in the rectangle it is fitted into, in pixels.
 
     Attributes:
         size: (height, width) of the resized image.
@@ -38,7 +38,7 @@ class Fit:
 def fit(
     size: HW, new_shape: HW, auto: bool = False, scaleFill: bool = False, scaleup: bool = True, stride: int = 32
 ) -> Fit:
-    """The arithmetic of `letterbox`, for a image of (height, width) `size`."""
+    """Return the geometry of `letterbox` for an image of (height, width) `size`."""
     (h, w), (new_h, new_w) = size, new_shape
     scale = min(new_h / h, new_w / w)
     if not scaleup:
@@ -66,7 +66,7 @@ def letterbox(
     scaleup: bool = True,
     stride: int = 32,
 ) -> tuple[Image, tuple[float, float], tuple[float, float]]:
-    """Resize a image to fit a rectangle, keep its shape, and fill the rest with one color.
+    """Resize an image to fit a rectangle, keep its shape, and fill the rest with one color.
 
     Args:
         im: (H, W, 3) uint8.
@@ -87,7 +87,7 @@ def letterbox(
 
 
 def place(im: Image, f: Fit, color: tuple[int, int, int] = (FILL, FILL, FILL)) -> Image:
-    """Draw a image into a new rectangle as `f` says; linear interpolation."""
+    """Draw an image into a new rectangle as `f` says; linear interpolation."""
     gray = color[0] == color[1] == color[2]
     out = np.full((*f.shape, 3), color[0] if gray else color, np.uint8)  # one value fills a hundred times faster
     (left, top), (h, w) = f.offset, f.size

@@ -34,7 +34,7 @@ from utils.files import make_folder
 LOGGER = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raise it whenever a image would come out differently: sets drawn by an older version are then drawn again."""
+"""Raise it whenever an image would come out differently: sets drawn by an older version are then drawn again."""
 
 MANIFEST = "shapes.json"
 
@@ -259,7 +259,7 @@ def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[
 
 
 def _saturated(rng: np.random.Generator) -> NDArray[np.float64]:
-    """A color of any hue, BGR 0..255."""
+    """Return a color of any hue, BGR 0..255."""
     return rng.permutation(np.array([rng.uniform(0, 60), rng.uniform(0, 255), rng.uniform(190, 255)]))
 
 
@@ -323,7 +323,7 @@ def _cross() -> NDArray[np.float64]:
 
 
 def _ring() -> NDArray[np.float64]:
-    """A circle, then a smaller one backwards: filled by the even-odd rule, the inside stays empty."""
+    """Return a circle and a smaller one backwards; filled by the even-odd rule this is a ring."""
     circle = _polygon(72)
     closed = np.concatenate([circle, circle[:1]])
     return np.concatenate([closed, 0.6 * closed[::-1]])

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def activation_from_text(text: str) -> nn.Module:
-    """An activation from text such as `nn.LeakyReLU(0.1)`, looked up in a fixed table.
+    """Return the activation for a string such as `nn.LeakyReLU(0.1)`, looked up in a fixed table.
 
     Raises:
         SpecError: not of that form, an unknown name, or arguments that it does not take.
@@ -69,7 +69,7 @@ def _number(text: str, whole: str) -> float | bool:
 
 
 def parameters(layer: type[nn.Module]) -> tuple[tuple[inspect.Parameter, Any], ...]:
-    """Constructor parameters without `self`, each with its resolved annotation."""
+    """Return the constructor parameters without `self`, with resolved annotations."""
     constructor = layer.__init__
     hints = typing.get_type_hints(constructor)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]

@@ -25,7 +25,7 @@ def batch_norm(channels: int) -> nn.BatchNorm2d:
 
 
 def autopad(k: Size, p: Size | None = None, d: int = 1) -> Size:
-    """Padding that keeps the size at stride 1 (half of the dilated kernel), unless `p` is given."""
+    """Return the padding that keeps the size at stride 1 (half of the dilated kernel), unless `p` is given."""
     if p is not None:
         return p
     if isinstance(k, int):

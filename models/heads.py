@@ -49,8 +49,9 @@ class Detect(nn.Module):
         return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
 
     def reset_biases(self) -> None:
-        """Add to the biases what makes the first predictions rare: 8 objects in a image of 640 x 640 pixels, and
-        class scores of 0.6 / classes (RetinaNet's prior, https://arxiv.org/abs/1708.02002, section 3.3)."""
+        """Add to the biases what makes the first predictions rare: 8 objects in an image of 640 x 640 pixels, and
+        class scores of 0.6 / classes (RetinaNet's prior, https://arxiv.org/abs/1708.02002, section 3.3).
+        """
         for conv, stride in zip(self.m, self.strides, strict=True):
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None
             with torch.no_grad():
@@ -107,7 +108,7 @@ def cell_offsets(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def ordered_anchors(anchors: Sequence[Sequence[float]], strides: Sequence[int]) -> list[Sequence[float]]:
-    """The levels' anchors in the order of the strides: reversed if they get smaller while the stride grows."""
+    """Return the anchors in the order of the strides: reversed if they shrink while the stride grows."""
 
     def mean_area(row: Sequence[float]) -> float:
         return sum(w * h for w, h in zip(row[::2], row[1::2], strict=True)) / (len(row) // 2)

@@ -32,7 +32,7 @@ class Registry(Generic[T]):
         return obj
 
     def get(self, name: str) -> T:
-        """The entry of that name.
+        """Return the entry of that name.
 
         Raises:
             SpecError: there is none; the nearest name is suggested.

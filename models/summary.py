@@ -73,7 +73,7 @@ class ModelInfo(NamedTuple):
 
 
 def summarize(model: nn.Module, channels: int, height: int, width: int, rows: Rows | None = None) -> ModelInfo:
-    """Count modules, parameters and the operations for a image of height x width pixels.
+    """Count modules, parameters and the operations for an image of height x width pixels.
 
     Args:
         model: takes one image batch.
@@ -116,7 +116,8 @@ def _gflops(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]
 
 def _count_layers(model: nn.Module) -> int:
     """Modules without submodules, as YOLOv5 counts them: its convolutions share one default activation, and a folded
-    norm is no module any more."""
+    norm is no module any more.
+    """
     convs = [module for module in model.modules() if isinstance(module, Conv)]
     shared = sum(conv.has_default_act for conv in convs)
     folded = sum(isinstance(conv.bn, nn.Identity) for conv in convs)
@@ -151,7 +152,7 @@ def _count(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module])
 
 @contextmanager
 def _counting(modules: Sequence[nn.Module], total: Callable[[], int]) -> Iterator[list[int]]:
-    """A list that fills, while the model runs, with the operations of each module; `total` returns those so far."""
+    """Collect the operations of each module while the model runs; `total` returns those so far."""
     counts = [0] * len(modules)
 
     def before(place: int) -> None:
@@ -193,7 +194,7 @@ class _NormCounter(TorchFunctionMode):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for the length of a block; every module gets its own mode back."""
+    """Switch to evaluation mode inside the block and restore each module's mode afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -127,7 +127,7 @@ class DetectionModel(nn.Module):
         return self
 
     def info(self, imgsz: int | Sequence[int] = 640) -> ModelInfo:
-        """Number of layers, parameters, gradients and GFLOPs; as text it is the usual summary line, and the parts.
+        """Return the number of layers, parameters, gradients and GFLOPs; as a string, the summary line.
 
         Args:
             imgsz: side of a square image in pixels, or (height, width); rounded up to the stride.
@@ -142,7 +142,7 @@ class DetectionModel(nn.Module):
         return layer_table(self.model)
 
     def feature_maps(self, x: Tensor) -> dict[str, Tensor]:
-        """The map of every slot but the head's: (B, C, H, W) by row, module and level (`17_C3_P3`).
+        """Return the feature map (B, C, H, W) of every slot but the head's, by row, module and level (`17_C3_P3`).
 
         Args:
             x: as for `forward`.
@@ -182,7 +182,7 @@ def scaled_image(image: Tensor, scale: float, multiple: int) -> Tensor:
 
 
 def unscaled_boxes(decoded: Tensor, scale: float, flipped_width: int | None) -> Tensor:
-    """Decoded rows (B, N, 5 + nc) of a scaled image in the frame of the unscaled one.
+    """Return decoded rows (B, N, 5 + nc) of a scaled image in the coordinates of the unscaled one.
 
     Args:
         scale: factor between them.

@@ -170,7 +170,7 @@ def test_copies_compute_the_same(factory: Factory) -> None:
     image = image_for(backbone)
     wanted = outputs_of(backbone, image)
     assert_same(outputs_of(copy.deepcopy(backbone), image), wanted)
-    assert_same(outputs_of(pickle.loads(pickle.dumps(backbone)), image), wanted)  # noqa: S301  our own bytes
+    assert_same(outputs_of(pickle.loads(pickle.dumps(backbone)), image), wanted)
 
 
 def test_state_dict_round_trip(factory: Factory) -> None:

@@ -50,7 +50,7 @@ def xywh2xyxy(x: Array) -> Array:
 
 
 def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Normalized center and size to pixel corners.
+    """Convert normalized cxcywh boxes (n, 4) to pixel xyxy.
 
     Args:
         x: (..., 4) center x, center y, width, height as parts of the sides.
@@ -78,7 +78,7 @@ def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps
 
 
 def xyn2xy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Normalized points (..., 2) to pixels: sides `w`, `h`, padding `padw` at the left and `padh` at the top."""
+    """Convert normalized points (..., 2) to pixels: image size `w`, `h`, padding `padw` left and `padh` top."""
     return _stack((w * x[..., 0] + padw, h * x[..., 1] + padh), x)
 
 
@@ -105,7 +105,7 @@ def segments2boxes(segments: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.ndarray]:
-    """Closed polygons of (k, 2) points to `n` points each, linear between the corners; (n, 2) float32."""
+    """Resample closed polygons (k, 2) to `n` points each by linear interpolation; (n, 2) float32."""
     resampled = []
     for segment in segments:
         closed = np.concatenate((segment, segment[:1]), 0)
@@ -116,7 +116,7 @@ def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.
 
 
 def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
-    """Corners (..., 4) limited to a image of `shape` (height, width, ...)."""
+    """Corners (..., 4) limited to an image of `shape` (height, width, ...)."""
     height, width = float(shape[0]), float(shape[1])
     x1, y1, x2, y2 = _columns(boxes)
     limited = (_clamp(x1, 0, width), _clamp(y1, 0, height), _clamp(x2, 0, width), _clamp(y2, 0, height))

@@ -18,7 +18,7 @@ BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86-64 and Arm, as Linux 
 
 
 def select_device(text: str = "", batch_size: int = 0) -> torch.device:
-    """The device that `--device` names.
+    """Return the device that `--device` names.
 
     Args:
         text: `''` = first CUDA GPU, else the CPU; `'cpu'`; a GPU number such as `'0'` or `'cuda:1'`; `'mps'`.

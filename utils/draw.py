@@ -28,7 +28,7 @@ _LONGEST_CAPTION = 60
 
 
 def class_color(index: int) -> Color:
-    """The color (B, G, R; 0..255) of a class, the same in every image; neighbors in number differ widely in hue."""
+    """Return the fixed BGR color (0..255) of a class; neighboring indices differ widely in hue."""
     number = abs(int(index))
     hue = (0.02 + number * _GOLDEN_ANGLE) % 1.0
     saturation, value = ((0.85, 1.0), (0.6, 0.9), (1.0, 0.75))[number // 8 % 3]
@@ -37,7 +37,7 @@ def class_color(index: int) -> Color:
 
 
 def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGEST_CAPTION) -> str:
-    """The text as OpenCV can draw it: one line, no lone surrogates (OpenCV 5 crashes on them), not too long.
+    """Return text that OpenCV can draw: one line, limited length, no lone surrogates (OpenCV 5 crashes on them).
 
     Args:
         text: anything.
@@ -86,7 +86,7 @@ def draw_boxes(
 
 
 def _draw_caption(out: LabeledImage, text: str, place: tuple[int, int], color: Color, width: int) -> None:
-    """A plate with text at the box's upper edge: above it where there is room, else inside; within the image."""
+    """Draw a label above the box where there is room, else inside it, always within the image."""
     left, top = place
     text = drawable(text)
     scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
@@ -127,10 +127,10 @@ def image_grid(
         max_side: the grid is scaled down to at most this many pixels a side.
 
     Returns:
-        (rows * h, columns * w, 3) uint8 BGR; places without a image are white.
+        (rows * h, columns * w, 3) uint8 BGR; places without an image are white.
     """
     pixels = images.detach().cpu().float().numpy() if isinstance(images, torch.Tensor) else np.asarray(images)
-    if isinstance(images, torch.Tensor) and images.dtype == torch.uint8 or pixels.dtype == np.uint8:
+    if (isinstance(images, torch.Tensor) and images.dtype == torch.uint8) or pixels.dtype == np.uint8:
         pixels = pixels.astype(np.uint8)
     else:
         pixels = (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
@@ -174,7 +174,7 @@ def _labelled_cell(
 
 
 def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> str:
-    """The name of a class, or its number where it has none."""
+    """Return the name of a class, or its index if it has none."""
     if names is None or (isinstance(names, Mapping) and index not in names) or (
         not isinstance(names, Mapping) and not 0 <= index < len(names)
     ):  # fmt: skip
@@ -183,7 +183,7 @@ def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> s
 
 
 def _write_corner(cell: LabeledImage, text: str) -> None:
-    """A file name in the upper left corner, dark-edged so that it can be read on any image; changes `cell`."""
+    """Draw a file name with a dark outline into the upper left corner of `cell`, in place."""
     text = drawable(text)
     scale = min(max(cell.shape[1] / 900, 0.35), 0.7)
     at = (5, round(28 * scale) + 2)

@@ -35,7 +35,7 @@ class TrainingError(RuntimeError):
 
 
 def did_you_mean(found: object, allowed: Iterable[str]) -> str:
-    """The ending of an error sentence that names the allowed word nearest to `found`.
+    """Return the ending of an error message that suggests the allowed word nearest to `found`.
 
     Returns:
         `"; did you mean 'C3'?"`, or an empty text when nothing is near.

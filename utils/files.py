@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
-    """The first of `exp`, `exp2`, `exp3`, ... that is not there yet (one past the highest number in use).
+    """Return the next free path of `exp`, `exp2`, `exp3`, ... (one past the highest number in use).
 
     Args:
         path: wanted path; it need not exist, and is not created.
@@ -95,7 +95,7 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
 
 
 def newest_file(folder: str | Path, pattern: str) -> Path | None:
-    """The file below `folder` that matches `pattern` and was written last; None when there is none."""
+    """Return the newest file below `folder` that matches `pattern`, or None."""
     found = [p for p in Path(folder).glob(pattern) if p.is_file()]
     return max(found, key=lambda p: p.stat().st_mtime) if found else None
 

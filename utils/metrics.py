@@ -209,7 +209,7 @@ class ConfusionMatrix:
 
 
 def fitness(x: np.ndarray) -> np.ndarray:
-    """What picks the best checkpoint: 0.1 * mAP50 + 0.9 * mAP50-95.
+    """Return the fitness that selects the best checkpoint: 0.1 * mAP50 + 0.9 * mAP50-95.
 
     Args:
         x: (..., 4 or more) precision, recall, mAP50, mAP50-95, anything.

@@ -46,7 +46,7 @@ MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure (inches) on the Agg canvas."""
+    """Return an empty figure (size in inches) on the Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -63,7 +63,7 @@ def _save(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
 
 
 def _name(names: Names, number: int) -> str:
-    """A class name that matplotlib shows as it is: `$` is no formula, a leading `_` hides nothing."""
+    """Return a class name that matplotlib shows literally: `$` escaped, a leading `_` visible."""
     text = str(names.get(number, number)).replace("$", r"\$")
     return " " + text if text.startswith("_") else text
 
@@ -117,7 +117,7 @@ def plot_score_curve(
 
 
 def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[str], mean_label: str) -> None:
-    """A thin line per class (named while there are few), the mean as a thick one, and the legend beside the plot."""
+    """Draw a thin line per class (named if few), a thick one for the mean, and a legend beside the plot."""
     few = len(lines) <= LEGEND_CLASSES
     for k, (line, label) in enumerate(zip(lines, labels)):
         color = f"C{k % 10}" if few else GRAY
@@ -242,7 +242,7 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
         shown = np.where(counts > 0, counts, np.nan).T
         axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
         axes.set(xlabel=words[0], ylabel=words[1])
-    centers.invert_yaxis()  # as in a image: y grows downwards
+    centers.invert_yaxis()  # as in an image: y grows downwards
     centers.set_title("centers (parts of the sides)", fontsize=11)
     sizes.set_title("sizes (parts of the sides)", fontsize=11)
     _save(figure, path)
@@ -260,7 +260,7 @@ def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
 
 
 def _box_polygons(axes: Axes, labels: np.ndarray) -> None:
-    """The first boxes, moved to a common center, so that their shapes can be compared."""
+    """Draw the first boxes around a common center, so that their shapes can be compared."""
     from matplotlib.collections import LineCollection
 
     centerd = labels[:DRAWN_BOXES].copy()

@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ImageShapes:
-    """How a image was fitted into the network's input.
+    """How an image was fitted into the network's input.
 
     Attributes:
         original: (height, width) of the file, in pixels.
@@ -64,11 +64,11 @@ class Batch:
     shapes: tuple[ImageShapes | None, ...]
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory (called by the loader's pin thread)."""
+        """Return the batch in page-locked memory (called by the loader's pin thread)."""
         return replace(self, images=self.images.pin_memory(), targets=self.targets.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`; the copy does not block when the memory is pinned."""
+        """Return the batch on `device`; the copy does not block if the memory is pinned."""
         return replace(
             self,
             images=self.images.to(device, non_blocking=True),

@@ -92,7 +92,7 @@ def load_yaml(path: str | Path, error: type[UserError] = ConfigError) -> LineDic
 
 
 def plain(value: Any) -> Any:
-    """The same data as ordinary dicts and lists, without line numbers."""
+    """Return the data as plain dicts and lists without line numbers."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

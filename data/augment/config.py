@@ -41,5 +41,5 @@ class AugmentConfig:
 
     @classmethod
     def from_hyp(cls, hyp: Mapping[str, float]) -> AugmentConfig:
-        """The part of a hyperparameter mapping that is about augmentation; other keys are left alone."""
+        """Return the augmentation keys of a hyperparameter mapping; other keys are ignored."""
         return cls(**{f.name: float(hyp[f.name]) for f in fields(cls) if f.name in hyp})

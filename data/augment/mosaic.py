@@ -100,7 +100,7 @@ def _assemble(images: Sequence[LabeledImage], offsets: Offsets, shape: HW) -> tu
 
 
 def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float, float]) -> Labels:
-    """(n, 5) normalized center and size to corners in pixels, for a image of `size` at (x, y) `offset`."""
+    """(n, 5) normalized center and size to corners in pixels, for an image of `size` at (x, y) `offset`."""
     h, w = size
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
@@ -112,7 +112,7 @@ def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float,
 
 
 def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
-    """Outlines of a image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
+    """Outlines of an image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
     if not image.segments:
         return [np.zeros((0, 2), np.float32)] * len(image.labels)
     h, w = image.size

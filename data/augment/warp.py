@@ -31,7 +31,7 @@ SEGMENT_POINTS = 1000  # an outline is resampled to that many points, so that it
 
 @dataclass(frozen=True)
 class Tile:
-    """A image with its place on a canvas, in canvas pixels.
+    """An image with its place on a canvas, in canvas pixels.
 
     Attributes:
         image: (h, w, 3) uint8, of any size: it is scaled to `size` on the way to the output.
@@ -143,7 +143,7 @@ def _covered(a: float, b: float, low: float, high: float, side: int) -> tuple[in
 
 
 def _paint_upright(out: Image, tile: Tile, matrix: Matrix, place: Matrix) -> None:
-    """A tile that stays a rectangle: exactly the output pixels it covers are computed, with its edge repeated."""
+    """Render an axis-aligned tile: exactly the output pixels it covers, with its border replicated."""
     x1, y1, x2, y2 = tile.visible
     left, right = _covered(matrix[0, 0], matrix[0, 2], x1, x2, out.shape[1])
     top, bottom = _covered(matrix[1, 1], matrix[1, 2], y1, y2, out.shape[0])
@@ -174,7 +174,7 @@ def _paint_whole(part: Image, tile: Tile, place: Matrix, corner: tuple[int, int]
 
 
 def _paint_slanted(out: Image, tile: Tile, place: Matrix) -> None:
-    """A turned, sheared or tilted tile: only the bounding box of what it covers is visited, pixels outside stay."""
+    """Render a rotated, sheared or perspective tile within the bounding box of the pixels it covers."""
     (h, w), (ih, iw) = tile.size, tile.image.shape[:2]
     (ox, oy), (vx1, vy1, vx2, vy2) = tile.offset, tile.visible
     x1, x2 = max(math.floor((vx1 - ox) * iw / w), 0), min(math.ceil((vx2 - ox) * iw / w), iw)

@@ -45,7 +45,7 @@ class Section:
     findings: tuple[str, ...] = ()
 
     def text(self, most: int | None = None) -> str:
-        """The part as text, with at most `most` findings."""
+        """Return the section as text, with at most `most` findings."""
         shown = self.findings if most is None else self.findings[:most]
         rest = len(self.findings) - len(shown)
         more = [f"  ... and {rest} more"] if rest else []
@@ -249,7 +249,7 @@ def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Sec
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = command.Parser(prog="check", description="statistics of a dataset, and what is wrong with it")
     parser.add_argument("data", help="dataset YAML")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
@@ -273,4 +273,4 @@ def _check(arguments: argparse.Namespace) -> None:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
     print("\n\n".join(section.text(SHOWN) for section in sections))
-    print(f"\nAll of it: {folder / 'check.txt'}; a image: {folder / 'check.png'}")
+    print(f"\nAll of it: {folder / 'check.txt'}; an image: {folder / 'check.png'}")

@@ -1,6 +1,6 @@
 """Images that are nearly the same although they are in different splits: a detector is then tested on what it saw.
 
-A image becomes a thumbnail of 32 x 32 gray values, and 128 bits that say where brightness rises to the right and
+An image becomes a thumbnail of 32 x 32 gray values, and 128 bits that say where brightness rises to the right and
 downwards (difference hash). Pairs with few differing bits are compared by the correlation of their thumbnails, as they
 are and mirrored left-right, since exported sets often hold augmented copies.
 """
@@ -65,7 +65,7 @@ def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str 
         (n, 32, 32) uint8.
 
     Raises:
-        DataError: a image cannot be read.
+        DataError: an image cannot be read.
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         made: Iterable[Thumbnails] = pool.map(_thumbnail, records)

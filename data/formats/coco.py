@@ -117,7 +117,7 @@ def class_numbers(coco: CocoFile, classes: Sequence[str] | None) -> dict[Any, in
 def image_labels(
     coco: CocoFile, image: CocoImage, others: Iterable[Any], numbers: Mapping[Any, int], size: tuple[int, int]
 ) -> LabelFile:
-    """The objects of one image; groups (`iscrowd`) are left out and counted.
+    """Return the objects of one image; groups (`iscrowd`) are left out and counted.
 
     Args:
         image: entry of the image.

@@ -1,6 +1,6 @@
 """Which images a source holds and where their labels are: YOLO text, COCO JSON, Pascal VOC XML.
 
-A source is a folder of images, a .txt list of images or a image (YOLO text beside them), or an annotated one:
+A source is a folder of images, a .txt list of images or an image (YOLO text beside them), or an annotated one:
 
 - COCO: a .json file. `file_name` is looked for in the file's folder (and in the one above, where it is called
   `annotations`), in the dataset's `path`, in `images` of these, and in folders below that are called as the split or
@@ -59,7 +59,7 @@ Source = Path | AnnotatedSource
 
 @dataclass(frozen=True)
 class Listed:
-    """A image of a source.
+    """An image of a source.
 
     Attributes:
         origin: place that names it, '' for a file found in a folder.
@@ -79,7 +79,7 @@ def recognise(
     root: Path | None = None,
     split: str = "",
 ) -> Source:
-    """What a path of a dataset YAML is.
+    """Return the kind of source that a path of a dataset YAML names.
 
     Args:
         path: file or folder.
@@ -106,7 +106,7 @@ def recognise(
 
 
 def plain(path: Path) -> Listed:
-    """A image with a YOLO label file."""
+    """Return an image with its YOLO label file."""
     label = label_path(path)
     return Listed("", label, lambda _: read_labels(label))
 
@@ -158,7 +158,7 @@ class CocoTruth:
 
 
 def coco_truth(source: AnnotatedSource) -> CocoTruth:
-    """What `val --save-json` needs to write results under the ids of a COCO file.
+    """Return what `val --save-json` needs to write results under the ids of a COCO file.
 
     Raises:
         DataError: annotations that cannot be read, or with classes that the dataset does not name.
@@ -207,7 +207,7 @@ def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tu
 
 
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
-    """The path of each image; one that is nowhere gets the path at which it was looked for first."""
+    """Return the path of each image; a missing one gets the first path that was tried."""
     folders = [folder for folder in source.folders if folder.is_dir()] or list(source.folders[:1])
     for image in images:
         name = image.file_name.replace("\\", "/")
@@ -221,7 +221,7 @@ def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterat
 
 
 def _voc_base(path: Path) -> Path | None:
-    """The folder that VOC's sub-folders are in; None when the path is not VOC."""
+    """Return the folder that holds VOC's subfolders, or None if the path is not VOC."""
     if path.suffix.lower() == ".txt":
         parents = path.parents
         inside = len(parents) > 2 and parents[1].name == "ImageSets" and (parents[2] / "Annotations").is_dir()
@@ -270,7 +270,7 @@ def _backgrounds(source: AnnotatedSource, at_hand: Mapping[str, Path]) -> tuple[
 
 
 def _named_image(xml: Path, folders: Sequence[Path]) -> Path:
-    """The image that the XML itself names; where it should be when there is none."""
+    """Return the image that the XML names, or the path where it was expected."""
     name = Path((voc.file_name(xml) if xml.is_file() else "").replace("\\", "/")).name or f"{xml.stem}.jpg"
     return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
 

@@ -1,4 +1,4 @@
-"""Pascal VOC XML: objects of a image with name, box and, where a tool wrote it, an outline.
+"""Pascal VOC XML: objects of an image with name, box and, where a tool wrote it, an outline.
 
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. Corners count in pixels from 0, as
 labelling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) the first pixel has number 1, so
@@ -70,7 +70,7 @@ def class_names(files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def file_name(path: Path) -> str:
-    """The image that an annotation names; '' if none."""
+    """Return the image file that an annotation names, or ''."""
     return (_parse(path).findtext("filename") or "").strip()
 
 
@@ -92,7 +92,7 @@ def identifiers(listing: Path) -> dict[str, int]:
 
 
 def element(name: str, text: object = "", children: Iterable[ElementTree.Element] = ()) -> ElementTree.Element:
-    """An XML element, for writing."""
+    """Return an XML element for writing."""
     out = ElementTree.Element(name)
     out.text = str(text) or None
     out.extend(children)
@@ -102,7 +102,7 @@ def element(name: str, text: object = "", children: Iterable[ElementTree.Element
 def annotation(
     image: str, size: tuple[int, int], objects: Iterable[tuple[str, Sequence[float], NDArray[np.floating] | None]]
 ) -> str:
-    """The XML of one image.
+    """Return the XML annotation of one image.
 
     Args:
         image: file name.

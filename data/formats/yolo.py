@@ -43,7 +43,7 @@ class LabelFile:
 
 
 def label_path(image: str | Path) -> Path:
-    """Where the labels of a image are: the last folder `images` becomes `labels`, the suffix `.txt`."""
+    """Where the labels of an image are: the last folder `images` becomes `labels`, the suffix `.txt`."""
     head, found, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
     return Path(f"{head}{os.sep}labels{os.sep}{tail}" if found else image).with_suffix(".txt")
 
@@ -127,7 +127,7 @@ def enclosing_box(points: NDArray[np.float32]) -> tuple[np.float32, ...]:
 
 
 def corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The four corners of a box, clockwise from the upper left."""
+    """Return the four corners of a box, clockwise from the upper left."""
     return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
 
 

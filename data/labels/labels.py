@@ -3,8 +3,8 @@
 Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
 `data.formats.detect_format` determines which. All pass the same checks.
 
-What happens to mistakes, as in YOLOv5: a image that cannot be used, or that has a wrong row, is left out and
-reported; repeated rows count once; a image without labels is background. A class that the dataset has no name for is
+What happens to mistakes, as in YOLOv5: an image that cannot be used, or that has a wrong row, is left out and
+reported; repeated rows count once; an image without labels is background. A class that the dataset has no name for is
 an error for the whole set. COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
 """
 
@@ -99,7 +99,7 @@ class LabelReport:
     difficult: int = 0
 
     def summary(self) -> str:
-        """The counts in one line, then the first problems, one line each."""
+        """Return the counts in one line, then the first problems, one line each."""
         background = self.missing + self.empty
         lines = [
             f"{self.images} images: {self.labelled} with labels ({self.boxes} boxes), {background} backgrounds"
@@ -184,7 +184,7 @@ def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
         ({path: where it is listed, '' for a folder}, number of repetitions left out).
 
     Raises:
-        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor a image.
+        DataError: a source is missing, not readable, or neither a folder, a list, annotations nor an image.
     """
     found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognise(Path(s)) for s in sources])
     return {path: listed.origin for path, listed in found.items()}, repeated
@@ -216,7 +216,7 @@ def _plain_images(source: Path) -> Iterator[tuple[Path, Listed]]:
     if source.is_file() and source.suffix.lower() == ".txt":
         return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source))
     if source.exists():
-        raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor a image")
+        raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor an image")
     raise DataError(f"{source}: no such folder, list of images or annotation file")
 
 

@@ -55,7 +55,7 @@ def collate_quad(samples: Sequence[Sample], rng: np.random.Generator) -> Batch:
 
 
 def _empty(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialized uint8 tensor; in a worker it lies in shared memory at once, to be sent without a copy."""
+    """Return an uninitialized uint8 tensor; in a worker it is allocated in shared memory, to be sent without a copy."""
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as PyTorch's own collate function does it

@@ -1,4 +1,4 @@
-"""DetectionDataset: from the number of a image to a training or validation sample.
+"""DetectionDataset: from the number of an image to a training or validation sample.
 
 What sample i looks like in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of
 the epoch's order that holds i, so that a process that makes the samples of a block decodes each of its images once.
@@ -50,7 +50,7 @@ class DetectionDataset:
             epoch comes with each key, so worker processes need not be reported.
 
     Raises:
-        DataError: at once when the cache cannot be filled; on access when a image cannot be read.
+        DataError: at once when the cache cannot be filled; on access when an image cannot be read.
     """
 
     records: Sequence[ImageRecord]
@@ -139,7 +139,7 @@ class DetectionDataset:
         return place_of
 
     def shape_of(self, index: int) -> HW:
-        """(height, width) of a image's sample."""
+        """(height, width) of an image's sample."""
         if not self.rect:
             return self.imgsz, self.imgsz
         return self.batch_shapes[self._place_in_order[index] // self.batch_size]

@@ -37,12 +37,12 @@ class ImageStore:
         records: the images.
         imgsz: longest side kept, in pixels.
         smooth: shrink by area averaging (validation) instead of linear interpolation.
-        mode: None reads a image each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
+        mode: None reads an image each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
         folder: of the .npy files; None: each lies beside its image.
         recent_bytes: how much of what was read last is kept, in bytes.
 
     Raises:
-        DataError: a image cannot be read, is not of the size its record says, or a .npy file cannot be written.
+        DataError: an image cannot be read, is not of the size its record says, or a .npy file cannot be written.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class ImageStore:
     # ---- disk
 
     def file_of(self, index: int) -> Path:
-        """The .npy file of a image."""
+        """Return the .npy cache file of an image."""
         path = self._records[index].path
         if self._folder is None:
             return path.with_suffix(".npy")
@@ -126,7 +126,7 @@ class ImageStore:
         return self._folder / f"{path.stem}-{name}.npy"
 
     def _is_fresh(self, index: int) -> bool:
-        """A .npy file carries the time stamp of the image it was made from."""
+        """Give the .npy file the time stamp of its image."""
         try:
             return self.file_of(index).stat().st_mtime_ns == self._records[index].path.stat().st_mtime_ns
         except OSError:
@@ -155,7 +155,7 @@ class ImageStore:
 
 
 def enlarged(image: Image, size: HW) -> Image:
-    """The image at (height, width) `size`, linear interpolation; itself when it has that size."""
+    """Return the image resized linearly to (height, width) `size`, or the same array if it has that size."""
     if image.shape[:2] == size:
         return image
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
@@ -187,7 +187,7 @@ def _cgroup_available() -> int | None:
 
 
 def bytes_kept(size: HW, imgsz: int) -> int:
-    """Memory of a image of (height, width) once its longer side is no more than `imgsz`."""
+    """Memory of an image of (height, width) once its longer side is no more than `imgsz`."""
     height, width = fit_long_side(*size, imgsz) if max(size) > imgsz else size
     return height * width * 3
 

@@ -30,7 +30,7 @@ TASK_BYTES = 96 * 2**20
 GRACE_SECONDS = 30
 """How long a worker lives on after SIGTERM; torchrun and SLURM give a process as long before they kill it."""
 
-_QUAD_STREAM = 2**33  # added to a image's number: the random numbers of the four-in-one collate
+_QUAD_STREAM = 2**33  # added to an image's number: the random numbers of the four-in-one collate
 
 Keys = Sequence[Key]
 
@@ -77,7 +77,7 @@ class DetectionLoader:
         self._loader: DataLoader | None = None
 
     def __len__(self) -> int:
-        """Number of batches of this process in one epoch."""
+        """Return the number of batches of this process per epoch."""
         n, size = len(self.dataset), self.batch_size
         if self.dataset.rect:
             return len(self._shard(-(-n // size)))
@@ -206,7 +206,7 @@ def _start_worker(_: int) -> None:
 
 
 def _last_seconds(*_: object) -> None:
-    """A scheduler's SIGTERM goes to all processes: serve the main one until it has saved its state, then end."""
+    """Ignore a scheduler's SIGTERM, so that the main process can save its state before the worker ends."""
     signal.alarm(GRACE_SECONDS)
 
 
@@ -218,5 +218,5 @@ def _processors() -> int:
 
 
 def _neighbors(world_size: int) -> int:
-    """Processes of a training that share this machine; torchrun tells how many of all they are."""
+    """Return the number of training processes on this machine, as torchrun sets it."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", world_size)) if world_size > 1 else 1

@@ -51,7 +51,7 @@ def as_key(key: Key) -> SampleKey:
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Index:
-    """The shuffled order of `n` images in one epoch, a function of (n, seed, epoch)."""
+    """Return the shuffled order of `n` images in one epoch, a function of (n, seed, epoch)."""
     return sample_rng(seed, epoch, _ORDER_STREAM).permutation(n)
 
 
@@ -72,7 +72,7 @@ def weighted_order(weights: Sequence[float] | NDArray[np.floating], seed: int, e
 
 
 def window_at(order: Index, position: int, size: int = WINDOW) -> Index:
-    """The block of `size` places of `order` that holds `position`; the last block reaches back to be as long.
+    """Return the block of `size` entries of `order` that holds `position`; the last block starts earlier to be as long.
 
     Blocks, not sliding windows: a worker that makes all samples of a block decodes each of its images once.
     """

@@ -49,7 +49,7 @@ def class_loss_weights(
     labels: Sequence[NDArray[np.floating]],
     where: str,
 ) -> tuple[float, ...] | None:
-    """The hyperparameter `class_weights` for the classes of a dataset.
+    """Resolve the hyperparameter `class_weights` for the classes of a dataset.
 
     Args:
         wanted: None, `'balanced'`, a number per class, or numbers by class name or number (1 for the others).

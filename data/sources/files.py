@@ -36,7 +36,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
 
     Args:
         text: image or video file, folder (not its subfolders), glob (`**` reaches into subfolders), `.txt` list of
-            files, `.streams` list of addresses, camera number, URL (of a image or video file, which is fetched first,
+            files, `.streams` list of addresses, camera number, URL (of an image or video file, which is fetched first,
             or of a stream), or `screen [N] [left top width height]`.
         vid_stride: use every n-th frame of videos and streams.
 
@@ -80,7 +80,7 @@ class FoundFiles:
 
 
 def find_files(path: Path) -> FoundFiles:
-    """The images and videos that a file, folder, glob or `.txt` list names; folders and globs in sorted order.
+    """Return the images and videos that a file, folder, glob or `.txt` list names; folders and globs sorted.
 
     Raises:
         DataError: nothing there, or nothing usable in it.
@@ -108,7 +108,7 @@ def _allowed() -> str:
 
 
 def _sift(files: Sequence[Path], where: str) -> list[Path]:
-    """The images and videos among the files; says what was left out."""
+    """Return the images and videos among the files and log what was left out."""
     good = [f for f in files if _usable(f)]
     other = [f.name for f in files if not _usable(f)]
     if other and good:
@@ -136,7 +136,7 @@ def _of_glob(pattern: str) -> list[Path]:
 
 
 def _of_list(path: Path) -> FoundFiles:
-    """The files that a list names, one entry per line, relative to the list's folder or else the current folder."""
+    """Return the files of a list, one per line, relative to the list's folder or else the working directory."""
     found = FoundFiles()
     seen: set[Path] = set()
     for entry in _list_entries(path):
@@ -154,7 +154,7 @@ def _of_list(path: Path) -> FoundFiles:
 
 
 def _list_entries(path: Path) -> list[str]:
-    """The lines of a list file; empty ones and those that begin with # do not count."""
+    """Return the lines of a list file without empty lines and comments."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -218,7 +218,7 @@ class FileSource(Source):
 
 
 class DownloadedSource(Source):
-    """A image or video behind an http address, fetched into a temporary folder that goes away with the source."""
+    """An image or video behind an http address, fetched into a temporary folder that goes away with the source."""
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
         super().__init__()

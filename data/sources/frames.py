@@ -26,10 +26,10 @@ class Frame:
         image: (H, W, 3) uint8, BGR, upright.
         path: the file, or for a stream a name that is fit for a file.
         origin: what to call the input in messages (the file's path, the stream's address).
-        kind: a image file, a frame of a video file, or a frame of something live.
+        kind: an image file, a frame of a video file, or a frame of something live.
         number: which input this is, counted from 1.
         total: number of inputs.
-        frame: position in the video, counted from 1 (live: number of frames received); 0 for a image file.
+        frame: position in the video, counted from 1 (live: number of frames received); 0 for an image file.
         frames: number of frames that the video's header promises; 0 = not known.
         fps: frames per second, `vid_stride` taken into account, so that what is written plays at the true speed.
     """

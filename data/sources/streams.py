@@ -30,7 +30,7 @@ BATCH_PATIENCE_S = 0.5
 
 
 def stream_name(address: str) -> str:
-    """A file name for a stream's address: everything but letters, digits, dots and dashes becomes `_`; no password.
+    """Return a name for a stream URL: without password, characters other than letters, digits, dots and dashes as `_`.
 
     >>> stream_name("rtsp://user:secret@10.0.0.8:554/live/1")
     '10.0.0.8_554_live_1'
@@ -40,7 +40,7 @@ def stream_name(address: str) -> str:
 
 
 def without_password(address: str) -> str:
-    """The address with its user and password hidden, for messages."""
+    """Return the address with its user and password hidden, for messages."""
     return re.sub(r"(://)[^/@]+@", r"\1***@", address)
 
 
@@ -87,7 +87,7 @@ class StreamReader(threading.Thread):
         self._stop_asked.set()
 
     def take(self) -> tuple[NDArray[np.uint8], int] | None:
-        """The newest frame and its number, once; None when there is nothing new. Call with `news` held."""
+        """Return the newest frame and its number once, or None if there is no new one. Requires the lock `news`."""
         newest, self._newest = self._newest, None
         return newest
 
@@ -200,7 +200,7 @@ class StreamSource(Source):
                 return
 
     def _next_batch(self) -> tuple[Frame, ...]:
-        """The newest frames; waits for the first one, then a little for the other streams that are connected."""
+        """Return the newest frames; wait for the first one, then briefly for the other connected streams."""
         with self._news:
             self._news.wait_for(self._something, 1.0)
             self._news.wait_for(self._everything, BATCH_PATIENCE_S)
@@ -308,7 +308,7 @@ def parse_screen(text: str) -> tuple[int, tuple[int, int, int, int] | None]:
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names with _2, _3 ... added to those that come again."""
+    """Return the names with _2, _3 ... appended to repeated ones."""
     seen: dict[str, int] = {}
     out = []
     for name in names:

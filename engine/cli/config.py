@@ -333,7 +333,7 @@ class Hyperparameters:
 
 
 def _problems_of_class_weights(value: Any) -> list[str]:
-    """What is wrong with the form of `class_weights`; classes are looked up when the dataset is known."""
+    """Return what is wrong with the form of `class_weights`; classes are looked up when the dataset is known."""
     if value is None or value in ("none", "balanced"):
         return []
     if not isinstance(value, (list, dict)):

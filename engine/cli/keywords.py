@@ -51,7 +51,7 @@ def _settled(f: Field[Any], value: Any) -> Any:
 
 
 def _one(kind: type, value: Any) -> Any:
-    """A single value in its type; TypeError with what is needed."""
+    """Return a single value converted to its type, or raise TypeError."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool and isinstance(value, bool):
         return value

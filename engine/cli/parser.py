@@ -41,7 +41,7 @@ def _spelling(name: str) -> str:
 
 
 def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
-    """The arguments with each option name in the spelling that the parser knows."""
+    """Return the arguments with each option name in the parser's spelling."""
     known = {_spelling(f.name).replace("_", "-"): _spelling(f.name) for f in fields(config)}  # type: ignore[arg-type]
     out = []
     for argument in argv:
@@ -54,7 +54,7 @@ def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
 
 
 def build_parser(config: type[Options], prog: str, description: str) -> argparse.ArgumentParser:
-    """The parser of a command; options may be shortened to a unique prefix."""
+    """Return the parser of a command; options may be shortened to a unique prefix."""
     parser = Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     for f in fields(config):  # type: ignore[arg-type]
         m = f.metadata
@@ -77,7 +77,7 @@ def build_parser(config: type[Options], prog: str, description: str) -> argparse
 
 
 def _rank() -> int:
-    """Number of this process among those that torchrun started; -1 alone."""
+    """Return the rank that torchrun gave this process, or -1."""
     return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else -1
 
 

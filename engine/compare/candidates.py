@@ -52,7 +52,7 @@ class Candidate:
 
 
 def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candidate]:
-    """The candidates that the options name, in their order.
+    """Return the candidates that the options name, in order.
 
     A YAML is only looked for, not read: one that is broken becomes a row that says so.
 
@@ -86,7 +86,7 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
 
 
 def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
-    """The shortest name of each that no other one has.
+    """Return the shortest unique name of each.
 
     Args:
         names: per candidate, from short to long.

@@ -95,7 +95,7 @@ class CompareConfig(Options):
                 require_packages(f"--runtimes {name}", FORMATS[name].packages)
 
     def command_words(self) -> list[str]:
-        """The command that gives these options, without those that have their default value."""
+        """Return the command line of these options without those at their default value."""
         words = ["python", "compare.py"]
         for f in fields(self):
             value = getattr(self, f.name)

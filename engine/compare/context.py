@@ -121,7 +121,7 @@ class Context:
         }  # fmt: skip
 
     def worker(self, row: Row) -> Worker:
-        """A new process for a candidate."""
+        """Start a new process for a candidate."""
         setting = Setting(
             str(row.candidate.file), tuple(self.data.names[i] for i in range(len(self.data.names))), str(self.device),
             self.config.threads, self.memory, tuple(self.config.plugin),
@@ -139,7 +139,7 @@ def cache_folder(config: CompareConfig) -> Path:
 
 
 def safe(label: str) -> str:
-    """A label as part of a file name."""
+    """Return a label as part of a file name."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "candidate"
 
 

@@ -64,14 +64,14 @@ class Findings:
         return all_tables(self.rows, self.chosen, *self.reference)
 
     def verdict(self) -> str:
-        """The pick in one sentence."""
+        """Return the pick in one sentence."""
         if self.chosen.label is None:
             return f"No pick: {self.chosen.reason}."
         return f"Pick: {self.chosen.label}: {self.chosen.reason}."
 
 
 def how_measured(found: Findings) -> list[str]:
-    """What was done, in sentences."""
+    """Return sentences about what was done."""
     c = found.config
     cuda = found.machine.get("device") == "cuda"
     memory = (
@@ -255,7 +255,7 @@ def as_html(found: Findings, folder: Path, drawn: Sequence[str]) -> str:
 
 
 def html_table(table: Table, picked: str | None) -> str:
-    """A table whose columns sort at a click; the line of the pick stands out."""
+    """Return a sortable HTML table with the row of the pick highlighted."""
     head = "".join(f"<th>{html.escape(name)}</th>" for name in table.header)
     lines = []
     for row in table.rows:

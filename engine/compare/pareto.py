@@ -63,7 +63,7 @@ class Pick:
 
 
 def points_of(rows: Sequence[Row], runtime: str, batch: int) -> dict[str, Point]:
-    """What counts of each measured candidate.
+    """Return the compared values of each measured candidate.
 
     Args:
         rows: of the comparison.
@@ -99,7 +99,7 @@ def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def misses(point: Point, limits: Limits) -> tuple[str, ...]:
-    """What keeps a candidate from qualifying, in words."""
+    """Return the reasons why a candidate does not qualify."""
     return tuple(text for text, _ in _excesses(point, limits))
 
 
@@ -123,7 +123,7 @@ def _excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
 
 
 def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
-    """The candidate to take.
+    """Return the recommended candidate.
 
     With accuracy: the best mAP50-95 among those that qualify; where others tie with it (their ranges
     over the seeds overlap), the fastest of these; where latencies tie as well, the smallest. Without

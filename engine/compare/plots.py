@@ -150,7 +150,7 @@ def pareto_image(path: Path, points: Mapping[str, Point], chosen: Pick, limits: 
 
 
 def _draw_front(axes: Axes, places: Sequence[tuple[float, float]]) -> list[Box]:
-    """Steps from one candidate of the front to the next. Returns the ends of the lines."""
+    """Draw steps between the candidates of the front and return the ends of the lines."""
     xs, ys = zip(*places)
     axes.step(xs, ys, where="post", color=FRONT, lw=1.2, zorder=1, label="front")
     flat = [(x, y, next_x, y) for x, y, next_x in zip(xs, ys, xs[1:])]
@@ -251,7 +251,7 @@ def _write_labels(
 
 
 def _upright(ends: NDArray[np.floating]) -> Box:
-    """The box between two corners (2, 2)."""
+    """Return the box between two corners (2, 2)."""
     (left, bottom), (right, top) = ends.min(0).tolist(), ends.max(0).tolist()
     return left, bottom, right, top
 
@@ -338,7 +338,7 @@ def _bars(axes: Axes, labels: Sequence[str], named: bool) -> None:
 
 
 def _plain(label: str) -> str:
-    """A name that matplotlib shows as it is; long ones keep their end."""
+    """Return a name that matplotlib shows literally; long ones are cut at the start."""
     text = label if len(label) <= 34 else "..." + label[-31:]
     return text.replace("$", r"\$")
 

@@ -51,7 +51,7 @@ class Latency:
 
     @classmethod
     def from_plain(cls, content: Mapping[str, Any]) -> Latency:
-        """What `to_plain` gave."""
+        """Rebuild from the output of `to_plain`."""
         times = {name: from_plain(spread) for name, spread in content["times"].items()}
         return cls(**{**content, "times": times})
 
@@ -82,7 +82,7 @@ class Accuracy:
         return None if any(v is None for v in values) else over_seeds([float(v) for v in values])
 
     def classes(self, figure: str = "map") -> dict[str, Spread]:
-        """mAP by class name."""
+        """MAP by class name."""
         names = self.results[0]["classes"]
         return {name: over_seeds([r["classes"][name][figure] for r in self.results]) for name in names}
 
@@ -129,7 +129,7 @@ class Row:
         return self.candidate.label
 
     def latency(self, runtime: str, batch: int, form: str = DEPLOYED) -> Latency | None:
-        """What was measured, if it was."""
+        """Return the measurement, if there is one."""
         for found in self.latencies:
             if (found.runtime, found.batch, found.form) == (runtime, batch, form):
                 return found
@@ -164,7 +164,7 @@ class Row:
 
 
 def measured(rows: Sequence[Row]) -> list[Row]:
-    """The rows that did not fail."""
+    """Return the rows without failures."""
     return [row for row in rows if row.failure is None]
 
 

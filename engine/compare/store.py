@@ -81,7 +81,7 @@ class Store:
         self.folder, self.fresh = folder, fresh
 
     def find(self, kind: str, key: str) -> Any | None:
-        """What was kept under a key; None when there is nothing, or nothing that can be read."""
+        """Return the result stored under a key, or None if there is no readable one."""
         path = self._path(kind, key)
         if self.fresh or not path.is_file():
             return None

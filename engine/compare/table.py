@@ -44,7 +44,7 @@ class Table:
 
 
 def number(value: float | None, digits: int = 3) -> Cell:
-    """A number with so many significant digits, never in powers of ten; integers (`int`) as they are."""
+    """Format a number with some significant digits and without exponent; `int` values in full."""
     if value is None:
         return Cell(NOTHING)
     return Cell(str(value) if isinstance(value, int) else significant(value, digits), float(value))
@@ -75,13 +75,13 @@ def mean(found: Spread | None, deviation: float | None) -> Cell:
 
 
 def place(found: Mapping[str, str], label: str) -> Cell:
-    """A rank such as `2=`."""
+    """Format a rank such as `2=`."""
     text = found.get(label)
     return Cell(NOTHING) if text is None else Cell(text, float(text.rstrip("=")))
 
 
 def word(text: Any) -> Cell:
-    """A text that is sorted as such."""
+    """Return a cell that is sorted by its text."""
     return Cell(str(text), str(text).lower()) if text not in (None, "") else Cell(NOTHING)
 
 
@@ -140,7 +140,7 @@ def _sort_key(row: Row, accuracy: Spread | None, latency: Spread | None) -> tupl
 
 
 def _memory(peak: float | None, baseline: float | None) -> tuple[Cell, Cell]:
-    """The peak, and how much of it came with the model."""
+    """Return cells for the peak memory and the model's part of it."""
     return number(peak), number(None if peak is None or baseline is None else max(peak - baseline, 0.0))
 
 
@@ -179,7 +179,7 @@ def structure(rows: Sequence[Row]) -> Table:
 
 
 def latency(rows: Sequence[Row]) -> Table:
-    """A line per candidate, runtime, form and batch; places within each of the latter three."""
+    """Return a row per candidate, runtime, form and batch; ranks are within each of the latter three."""
     places: dict[tuple[str, str, int], dict[str, str]] = {}
     for key in {_phase(x) for row in measured(rows) for x in row.latencies}:
         times = {r.label: found.total for r in measured(rows) if (found := r.latency(key[0], key[2], key[1]))}
@@ -285,7 +285,7 @@ def classes(rows: Sequence[Row]) -> Table:
 
 
 def failures(rows: Sequence[Row]) -> Table:
-    """What could not be done, and why."""
+    """Return the failures and their reasons."""
     lines = [(word(row.label), Cell("not measured"), Cell(row.failure)) for row in rows if row.failure is not None]
     lines += [(word(row.label), Cell("in part"), Cell(note)) for row in rows for note in row.notes]
     return Table("What failed", ("candidate", "", "reason"), tuple(lines))

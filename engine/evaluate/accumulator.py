@@ -145,7 +145,7 @@ def merge(parts: Sequence[Tally]) -> Tally:
 
 
 def summarize(tally: Tally) -> EvalResult:
-    """The figures of what was counted; zeros where there is nothing to take a mean of."""
+    """Compute the metrics of the accumulated detections; zeros where a mean is empty."""
     share = 1000 / max(tally.images, 1)
     preparation, inference, nms_time = tally.seconds
     losses = sum(tally.losses.values(), torch.zeros(3)) / max(len(tally.losses), 1)
@@ -177,7 +177,7 @@ def summarize(tally: Tally) -> EvalResult:
 
 
 def table_head() -> str:
-    """The head of the table that `log_table` writes."""
+    """Return the head of the table that `log_table` writes."""
     return f"{COLUMNS[0]:>22}" + "".join(f"{word:>11}" for word in COLUMNS[1:])
 
 

@@ -62,7 +62,7 @@ def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
 
 
 def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry per detection of a image.
+    """One entry per detection of an image.
 
     Args:
         detections: (n, 6) left, top, right, bottom in pixels of the original image, score, class.
@@ -85,7 +85,7 @@ def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[in
 def ground_truth(
     images: Sequence[CocoImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
 ) -> dict[str, Any]:
-    """The labels of a dataset in COCO's format: images, annotations, categories."""
+    """Return the labels of a dataset in COCO's format: images, annotations, categories."""
     entries: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for image in images:

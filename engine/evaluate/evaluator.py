@@ -93,7 +93,7 @@ def measure(
     criterion: DetectionLoss | None = None,
     world: World = SINGLE,
 ) -> Tally:
-    """The part of an evaluation that every process does for its own batches: detect and count; see `evaluate`."""
+    """Detect and accumulate over the batches of this process; see `evaluate`."""
     tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
     timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
     bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not world.is_main)
@@ -116,7 +116,7 @@ def measure(
 
 
 def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
-    """The part of an evaluation that one process does: figures, table, images; see `evaluate`.
+    """Compute metrics, log the table and draw the plots; see `evaluate`.
 
     Args:
         parts: what the processes measured, by rank.
@@ -274,7 +274,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
 
 
 def split_name(config: ValConfig, data: DataConfig) -> str:
-    """The split that a task looks at; DataError when the YAML has none of that name."""
+    """Return the split of a task, or raise DataError if the YAML has none of that name."""
     name = config.task if config.task in ("train", "test") else "val"
     if name not in data.splits:
         has = ", ".join(data.splits) or "none"
@@ -304,7 +304,7 @@ def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, 
 
 
 def input_side(wanted: int, runtime: Runtime) -> int:
-    """The side of the input that the detector can take: its own where that is fixed, else rounded up to its grid."""
+    """Return the input side that the detector takes: its own if fixed, else rounded up to a multiple of the stride."""
     if runtime.imgsz is not None:
         height, width = runtime.imgsz
         if height != width:

@@ -108,7 +108,7 @@ class TextSink:
 
 
 def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """A file name without suffix per path: its own, or, where two images share theirs, with the folders in front."""
+    """Return a unique stem per path: its own, or with the folders as prefix where two images share it."""
     stems = [Path(path).stem for path in paths]
     if len(set(stems)) == len(stems):
         return dict(zip(paths, stems))
@@ -141,7 +141,7 @@ class CocoSink:
 
     @classmethod
     def for_data(cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str]) -> CocoSink:
-        """The sink of a dataset: COCO's own numbers and annotations for COCO, made from the labels for any other."""
+        """Return the sink of a dataset: COCO's own ids and annotations for COCO, generated ones otherwise."""
         records = annotations.records
         ids = coco_eval.image_numbers([record.path for record in records])
         is_coco = data.file.name == "coco.yaml" and len(names) == len(coco_eval.COCO_CATEGORIES)

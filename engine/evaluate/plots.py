@@ -33,7 +33,7 @@ def draw_batch(
 
 
 def detection_targets(found: Sequence[torch.Tensor], shape: tuple[int, int]) -> torch.Tensor:
-    """Detections of a batch as targets with a score.
+    """Return the detections of a batch as targets with a confidence column.
 
     Args:
         found: per image (n, 6) corners in pixels, score, class.

@@ -84,7 +84,7 @@ def _rows(config: ValConfig, sides: tuple[int, ...]) -> tuple[np.ndarray, np.nda
 
 
 def _short(path: str, others: list[str]) -> str:
-    """The file's name without suffix; with its folders in front where several are called alike (best.pt)."""
+    """Return the file's stem, with its folders as prefix where several are equal (best.pt)."""
     stem = Path(path).stem
     alike = sum(Path(other).stem == stem for other in others) > 1
     return "_".join(Path(path).with_suffix("").parts[-3:]).strip("/") if alike else stem

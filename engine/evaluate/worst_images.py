@@ -56,7 +56,7 @@ class WorstImages:
             self._kept = sorted([*self._kept, found], key=_worse_first)[: self.count]
 
     def found(self) -> tuple[ImageErrors, ...]:
-        """The images, the worst first; those without an error are left out."""
+        """Return the images with errors, worst first."""
         return tuple(self._kept)
 
 

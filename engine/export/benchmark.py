@@ -55,7 +55,7 @@ class BenchmarkRow:
     ratio: float
 
     def cells(self) -> tuple[str, ...]:
-        """The line as texts."""
+        """Return the row as strings."""
         numbers = f"{self.megabytes:.1f}", f"{self.map50:.4f}", f"{self.map:.4f}", f"{self.milliseconds:.2f}"
         return self.format, self.file, *numbers, f"{self.ratio:.2f}"
 

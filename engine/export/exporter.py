@@ -212,7 +212,7 @@ class Job:
         return ExportGraph(model, torch.float16 if half else torch.float32).eval()
 
     def _onnx(self, half: bool) -> Any:
-        """The ONNX graph with all that the options ask for; float32 ones are traced once."""
+        """Return the ONNX graph for the options; float32 graphs are traced once."""
         if half or self._graph is None:
             graph = onnx_model(self._traceable(half), self.shape, self.config.opset)
             if half:
@@ -250,7 +250,7 @@ def input_shape(config: ExportConfig, model: DetectionModel) -> GraphShape:
 
 
 def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
-    """What an exported file says about its origin; no paths of this machine."""
+    """Return the metadata of an exported file, without local paths."""
     first = model.spec.layers[0]
     name = first.module
     if model.model.routes[0].gives_levels:
@@ -299,7 +299,7 @@ def _megabytes(path: Path) -> float:
 
 
 def summary(exported_files: Sequence[ExportedFile]) -> str:
-    """The table at the end, and how to run each file."""
+    """Log the final table and how to run each file."""
     if not exported_files:
         return "nothing was exported"
     lines = [f"{'format':<12} {'MB':>7} {'seconds':>8} {'px apart':>9} {'score apart':>12} {'boxes matched':>14}  file"]

@@ -30,7 +30,7 @@ class _Feed:
 
 
 def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
-    """The graph with int8 convolutions and matrix products, as pairs of QuantizeLinear and DequantizeLinear.
+    """Quantize convolutions and matrix products to int8 with QuantizeLinear and DequantizeLinear pairs.
 
     Weights get a scale per output channel, activations one per tensor, from the extremes over the images. What
     follows the head's last convolutions stays float32: pixel positions need more than 8 bits.

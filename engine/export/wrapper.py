@@ -56,7 +56,7 @@ class TupleGraph(nn.Module):
 
 
 def reparameterized_copy(model: DetectionModel) -> DetectionModel:
-    """A copy with re-parameterized backbone and folded batch norms; `model` itself is left as it is."""
+    """Return a copy with re-parameterized backbone and folded batch norms; `model` is unchanged."""
     copy = deepcopy(model).eval()
     reparameterize(copy)
     copy.fuse()

@@ -25,7 +25,7 @@ ALLOWED = (
 
 
 def as_list(images: Any) -> list[Any]:
-    """The images one by one.
+    """Yield the images one by one.
 
     Raises:
         ConfigError: there are none.

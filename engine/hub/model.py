@@ -92,7 +92,7 @@ class HubModel(nn.Module):
         return super().train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HubModel:
-        """Moving or converting the weights (`to`, `cuda`, `half`, ...) moves the inputs too."""
+        """Convert the weights and remember device and dtype for the inputs."""
         if not isinstance(self.runtime, PyTorchRuntime):
             raise ConfigError("an exported file stays where it was opened; give device=... when it is loaded")
         super()._apply(fn, recurse)
@@ -116,7 +116,7 @@ class HubModel(nn.Module):
 
         Raises:
             ConfigError: a value that is not allowed.
-            DataError: a image that cannot be read.
+            DataError: an image that cannot be read.
         """
         check_classes(self.classes, self.runtime.names)
         if augment and not isinstance(self.runtime, PyTorchRuntime):
@@ -152,7 +152,7 @@ class HubModel(nn.Module):
             return [(group, False) for group in groups]
 
     def _batch(self, images: torch.Tensor, timer: Profile) -> tuple[Prepared, bool]:
-        """A tensor as the network's input: gray at right and bottom up to whole strides."""
+        """Pad a tensor with gray at the right and bottom to a multiple of the stride."""
         with timer:
             pixels = pixels_of(images)
             names = (Path(f"image{i}.jpg") for i in range(len(pixels)))

@@ -82,7 +82,7 @@ class Results:
         print(self)
 
     def pandas(self) -> Results:
-        """A copy whose xyxy, xyxyn, xywh and xywhn are lists of data frames.
+        """Return a copy whose xyxy, xyxyn, xywh and xywhn are lists of data frames.
 
         Columns are xmin, ymin, xmax, ymax (xcenter, ycenter, width, height), confidence, class, name.
 

@@ -75,7 +75,7 @@ def _header() -> str:
 
 
 def _epoch_of(line: str) -> int:
-    """The epoch of a row of results.csv; -1 for a row that is not whole."""
+    """Return the epoch of a row of results.csv, or -1 for an incomplete row."""
     cells = line.split(",")
     if len(cells) != len(COLUMNS) or any(len(cell) < 20 for cell in cells):
         return -1
@@ -228,13 +228,13 @@ def make_logs(
 
 
 def project_name(options: Mapping[str, Any]) -> str:
-    """The name under which trackers group runs: the last folder of `--project`; `detector` for `runs/train`."""
+    """Return the tracker's project name: the last folder of `--project`, or `detector` for `runs/train`."""
     name = Path(str(options.get("project", ""))).name
     return name if name and name != "train" else "detector"
 
 
 def outcome_of(folder: Path) -> Outcome:
-    """What is in a run folder, with the metrics of its best epoch."""
+    """Collect the files of a run folder and the metrics of its best epoch."""
     best = folder / "weights" / "best.pt"
     images = sorted(p for p in folder.iterdir() if p.suffix in (".png", ".jpg") and not p.name.startswith("."))
     files = tuple(folder / name for name in FILES if (folder / name).is_file())
@@ -243,7 +243,7 @@ def outcome_of(folder: Path) -> Outcome:
 
 
 def best_epoch(folder: Path) -> tuple[dict[str, float], int]:
-    """Number and metrics of the epoch with the best fitness as `best/...`, and the last epoch; empty without epochs."""
+    """Return the metrics of the best epoch as `best/...`, and the last epoch; empty without epochs."""
     try:
         history = read_history(folder / "results.csv")
     except DataError:

@@ -1,4 +1,4 @@
-"""What was found in a image, in words and as a image."""
+"""What was found in an image, in words and as an image."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class DrawStyle:
 
 
 def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
-    """The image with its boxes, (H, W, 3) uint8 BGR, a new array; surer boxes lie on top."""
+    """Return a copy of the image (H, W, 3) uint8 BGR with its boxes, the most confident drawn last."""
     rows = found.boxes[::-1]
     classes = rows[:, 5].astype(int)
     captions = None

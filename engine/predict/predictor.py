@@ -110,7 +110,7 @@ def detect(config: DetectConfig) -> DetectReport:
 
 
 def found_source(text: str) -> str:
-    """The source as given; the project's own `data/images` when the current folder has none."""
+    """Return the source as given, or the project's `data/images` if the working directory has none."""
     default = DetectConfig.source
     own = ROOT / default
     return str(own) if text == default and not Path(text).exists() and own.exists() else text
@@ -130,7 +130,7 @@ def check_display() -> None:
 
 
 def class_names(runtime: Runtime, data: str) -> Mapping[int, str]:
-    """The model's class names; those of the data YAML where the model has numbers only.
+    """Return the model's class names, or those of the dataset YAML if the model has none.
 
     Raises:
         ConfigError: the YAML has another number of classes.
@@ -294,7 +294,7 @@ class Predictor:
         return out
 
     def _outputs(self) -> Outputs:
-        """The writers that the options ask for, and the run's folder if there are any."""
+        """Return the writers that the options ask for, and the run folder if there are any."""
         c = self.config
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
@@ -313,7 +313,7 @@ class Predictor:
         return Outputs(writers)
 
     def _show_features(self, frame: Frame, image: torch.Tensor) -> None:
-        """features/<stem>/<slot>.png for a image, or for the first frame of a video or stream."""
+        """features/<stem>/<slot>.png for an image, or for the first frame of a video or stream."""
         assert isinstance(self.runtime, PyTorchRuntime) and self.folder is not None
         if frame.number in self._features_shown:
             return
@@ -348,6 +348,6 @@ class Predictor:
 
 
 def show(frame: Frame, drawn: NDArray[np.uint8]) -> bool:
-    """Show a frame in its window (a image until a key is pressed); True when `q` or Escape asks to stop."""
+    """Show a frame in its window (an image until a key is pressed); True when `q` or Escape asks to stop."""
     cv2.imshow(frame.path.name if frame.kind == "live" else "detect", drawn)
     return cv2.waitKey(0 if frame.kind == "image" else 1) & 0xFF in (ord("q"), 27)

@@ -94,9 +94,9 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
     try:
         good, data = cv2.imencode(path.suffix, image)
     except cv2.error as error:
-        raise DataError(f"{path}: a image of {image.shape[1]} x {image.shape[0]} cannot be encoded") from error
+        raise DataError(f"{path}: an image of {image.shape[1]} x {image.shape[0]} cannot be encoded") from error
     if not good:
-        raise DataError(f"{path}: a image of {image.shape[1]} x {image.shape[0]} cannot be encoded")
+        raise DataError(f"{path}: an image of {image.shape[1]} x {image.shape[0]} cannot be encoded")
     write_whole(path, data.tobytes())
 
 
@@ -221,7 +221,7 @@ class LabelWriter:
 
 
 class CsvWriter:
-    """predictions.csv: image, class, score, one line per box, lowest score of a image first.
+    """predictions.csv: image, class, score, one line per box, lowest score of an image first.
 
     The image is named as its file; a frame of a video as `<stem>_<frame>`.
     """
@@ -284,7 +284,7 @@ class JsonWriter:
 
 
 def cut_out(image: NDArray[np.uint8], box_xyxy: NDArray[np.floating]) -> NDArray[np.uint8]:
-    """The part of a image (H, W, 3) in a box, with the margin that YOLOv5 users know: a view, perhaps empty.
+    """Return the crop of an image (H, W, 3) around a box with YOLOv5's margin, as a view (may be empty).
 
     Args:
         box_xyxy: (4,) corners in pixels.
@@ -330,7 +330,7 @@ def _stem(frame: Frame) -> str:
 
 
 def _folder_name(name: str) -> str:
-    """A class name as the name of a folder: no separators, no dots at the ends, never empty."""
+    """Return a class name as a folder name: no separators, no dots at the ends, never empty."""
     return re.sub(r'[\\/:*?"<>|\x00-\x1f]', "_", name.encode("utf-8", "replace").decode()).strip(" .") or "_"
 
 

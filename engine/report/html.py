@@ -26,12 +26,12 @@ CHART_SIDE = 1200
 
 
 def text(value: Any) -> str:
-    """A value as HTML text; file names that are no UTF-8 lose the odd bytes."""
+    """Escape a value as HTML text; bytes of file names that are not UTF-8 are dropped."""
     return escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
 
 
 def number(value: float) -> str:
-    """A number with up to four digits; `-` for what is none."""
+    """Format a number with up to four digits, or `-`."""
     return f"{value:.4g}" if math.isfinite(value) else "-"
 
 
@@ -133,7 +133,7 @@ def embedded(image: NDArray[np.uint8], side: int, suffix: str = ".jpg") -> str:
 
 
 def image_file(path: Path, caption: str) -> str:
-    """A image file of the run with a caption; '' where there is none."""
+    """Return an image file of the run with a caption, or '' if it does not exist."""
     try:
         image = read(path)
     except DataError:
@@ -146,7 +146,7 @@ def image_file(path: Path, caption: str) -> str:
 
 
 def worst_image(found: ImageErrors, names: Mapping[int, str]) -> str:
-    """A validation image with its boxes; a line of text where the file cannot be read any more."""
+    """Return a validation image with its boxes, or a line of text if the file is no longer readable."""
     counts = f"{len(found.wrong)} false positive(s), {len(found.missed)} missed, {len(found.right)} right"
     caption = f"<figcaption>{counts} <code>{text(Path(found.path).name)}</code></figcaption>"
     try:

@@ -59,7 +59,7 @@ class ExportedRuntime(ABC):
         return rows_from_boxes(self.output(images), len(self.names)) if self.metadata.nms else self.output(images)
 
     def output(self, images: torch.Tensor) -> torch.Tensor:
-        """What the file itself gives, float32, on `device`; a batch below the fixed one is filled up and cut again."""
+        """Run the file and return its float32 output on `device`; a batch below the fixed size is padded and cut."""
         count, _, height, width = images.shape
         self._check_size(count, height, width)
         pixels = to_unit(images.to(self.device))

@@ -77,7 +77,7 @@ class Metadata:
             raise CheckpointError(f"{where}: its metadata cannot be understood: {error}") from error
 
     def to_json(self, shape: tuple[int, int, int, int]) -> str:
-        """The JSON text that TorchScript files carry as `config.txt`: YOLOv5's three keys, and ours beside them."""
+        """Return the JSON of a TorchScript file's `config.txt`: YOLOv5's three keys and additional ones."""
         extra = {"dynamic": self.dynamic, **self.about}
         return json.dumps({"shape": list(shape), "stride": self.stride, "names": dict(self.names), **extra})
 

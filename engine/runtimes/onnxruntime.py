@@ -74,7 +74,7 @@ def onnxruntime_package() -> Any:
 
 
 def choose_providers(available: list[str], device: torch.device, provider: str, model: Path) -> list[Any]:
-    """Execution providers in order of preference, the CPU last.
+    """Return the execution providers in order of preference, the CPU last.
 
     Args:
         available: those that this ONNX Runtime was built with.

@@ -54,7 +54,7 @@ class OpenVinoRuntime(ExportedRuntime):
 
 
 def model_file(path: Path) -> Path:
-    """The .xml file that `path` is, or holds."""
+    """Return the .xml file at or below `path`."""
     if path.is_file():
         return path
     found = sorted(path.glob("*.xml"))

@@ -122,7 +122,7 @@ class PyTorchRuntime:
 
 
 def grid_of(model: DetectionModel) -> int:
-    """What the sides of a model's input must be multiples of."""
+    """Return the number that input height and width must be multiples of."""
     return max(int(model.stride.max()), model.model.size_multiple, SMALLEST_GRID)
 
 

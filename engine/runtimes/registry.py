@@ -33,7 +33,7 @@ OPENERS: Mapping[str, Opener] = {
 
 
 def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
-    """The given weights; where none are given, those of the newest trained run, which is logged.
+    """Return the given weights, or those of the newest trained run, which are logged.
 
     Raises:
         CheckpointError: none given, and nothing was trained here.
@@ -107,7 +107,7 @@ def open_runtime(
 
 
 def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:
-    """What `--amp` of val.py and detect.py means: the type to compute in under autocast, None for no autocast.
+    """Return the autocast dtype of `--amp` in val.py and detect.py, or None for no autocast.
 
     Unlike in training `auto` never narrows anything: figures stay comparable, unless `--half` asks for it.
 

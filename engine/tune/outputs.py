@@ -56,7 +56,7 @@ class Row:
 
 
 def rows_of(study: Study) -> list[Row]:
-    """The trials that are over, by number."""
+    """Return the finished trials by number."""
     words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     rows = []
     for trial in trials_of(study):
@@ -71,19 +71,19 @@ def rows_of(study: Study) -> list[Row]:
 
 
 def best_of(rows: Sequence[Row]) -> Row | None:
-    """The complete trial of the highest fitness, the first of equals; None when none is complete."""
+    """Return the completed trial of the highest fitness (the first of equals), or None."""
     complete = [r for r in rows if r.state == "complete" and r.fitness is not None]
     return max(complete, key=lambda r: (r.fitness or 0.0, -r.number), default=None)
 
 
 def command_of(plan: Plan, folder: Path) -> str:
-    """The command line that takes part in the hyperparameter search."""
+    """Return the command line that joins the hyperparameter search."""
     words = ["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)]
     return shlex.join(words)
 
 
 def first_command(plan: Plan) -> str:
-    """The command line that began the hyperparameter search, in one line."""
+    """Return the command line that started the hyperparameter search."""
     defaults = TrainConfig()
     words = ["python", "train.py", "--evolve", str(plan.target)]
     for f in fields(TrainConfig):
@@ -126,7 +126,7 @@ def write_csv(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> No
 
 
 def write_hyp(path: Path, best: Row, plan: Plan, count: int) -> None:
-    """The best hyperparameters as a file for `--hyp`, with where they come from."""
+    """Return the best hyperparameters as a YAML for `--hyp`, with their origin as comments."""
     names = ("precision", "recall", "mAP50", "mAP50-95")
     head = [
         f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",

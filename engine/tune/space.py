@@ -71,13 +71,13 @@ SPACE_ADAM: tuple[SearchRow, ...] = (
 
 
 def space_for(optimizer: str) -> tuple[SearchRow, ...]:
-    """The rows for trainings with this optimizer."""
+    """Return the search space for an optimizer."""
     other = {row.key: row for row in SPACE_ADAM} if optimizer.startswith("Adam") else {}
     return tuple(other.get(row.key, row) for row in SPACE)
 
 
 def point_of(hyp: Hyperparameters, where: str) -> Point:
-    """The varied part of hyperparameters.
+    """Return the varied hyperparameters.
 
     Raises:
         ConfigError: a value that is not finite.
@@ -93,7 +93,7 @@ def point_of(hyp: Hyperparameters, where: str) -> Point:
 
 
 def widened(points: Sequence[Point], space: Sequence[SearchRow]) -> tuple[SearchRow, ...]:
-    """The rows with bounds that hold every starting point, too (a zero has no place on a log scale and is left out)."""
+    """Widen the bounds to include every starting point (zeros have no place on a log scale and are left out)."""
     rows = []
     for row in space:
         values = [p[row.key] for p in points if p[row.key] > 0 or not row.log]
@@ -105,12 +105,12 @@ def widened(points: Sequence[Point], space: Sequence[SearchRow]) -> tuple[Search
 
 
 def inside(point: Point, space: Sequence[SearchRow]) -> Point:
-    """The nearest point within the bounds."""
+    """Clip a point to the bounds."""
     return {row.key: min(max(point[row.key], row.low), row.high) for row in space}
 
 
 def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
-    """The starting points of a folder of hyperparameter files (*.yaml), by file name in alphabetic order.
+    """Read the starting points from a folder of hyperparameter files (*.yaml) in alphabetical order.
 
     Args:
         folder: where they are.

@@ -105,7 +105,7 @@ class StudyLock:
 
 
 def _storage(path: Path) -> RDBStorage:
-    """The sqlite file as optuna's storage.
+    """Open the SQLite file as Optuna storage.
 
     sqlite knows no row locks: with its usual transactions, two processes could take the same waiting trial. Each
     transaction therefore begins as a writing one, and waits for its turn.
@@ -124,7 +124,7 @@ def _storage(path: Path) -> RDBStorage:
 
 
 def pruner(epochs: int) -> Any:
-    """Stops trials below the median of the others, not before a third of the epochs is over."""
+    """Return a pruner that stops trials below the median after a third of the epochs."""
     from optuna.pruners import MedianPruner
 
     return MedianPruner(n_startup_trials=PRUNE_AFTER, n_warmup_steps=epochs // 3)
@@ -156,7 +156,7 @@ def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
 
 
 def find(text: str) -> Path:
-    """The study.db that `--resume_evolve` means: the file itself, or the folder that it is in.
+    """Return the study.db that `--resume_evolve` names, as a file or its folder.
 
     Raises:
         ConfigError: there is none, it holds something else, or it cannot be written.

@@ -6,7 +6,7 @@ Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it take
   for the size available): sides are multiples of 32;
 - networks that take multiples of their native size only (MaxViT): `size_divisor` is that size, the caller pads;
 - networks that take their native size only (MLP-Mixer): the padded image is cut into tiles of that size, each tile
-  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile a image;
+  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile an image;
 - strides 7, 14, 28 (patch size 14): the image is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
 
 Parameters that no map depends on (the tail that some of timm's extractors keep) are frozen.

@@ -142,7 +142,7 @@ def build_layers(spec: ModelSpec, problems: Sequence[str] = ()) -> tuple[Rows, l
 
 
 def with_backbone_weights(spec: ModelSpec, weights: str) -> ModelSpec:
-    """The spec with other weights for its backbone row.
+    """Return the spec with other weights for its backbone row.
 
     Raises:
         SpecError: there is not exactly one backbone row.
@@ -223,7 +223,7 @@ class _Builder:
             self.slots += [_UNKNOWN] * (1 if is_plain else len(LEVEL_STRIDES))
 
     def finish(self) -> tuple[Rows, list[int]]:
-        """The rows, once all are added."""
+        """Return the rows after all were added."""
         last = self.spec.layers[-1] if self.spec.layers else None
         heads = [layer for layer in self.spec.layers if layer.module == "Detect"]
         if last is not None and last.repeats and (last.module != "Detect" or len(heads) != 1):

@@ -29,7 +29,8 @@ Layers = tuple[type[nn.Module], ...]
 @dataclass(frozen=True)
 class Row:
     """What a rule sees of a YAML row: the model's spec, positional arguments (`nc` and `anchors` filled in), and the
-    number of repeats after `depth_multiple`."""
+    number of repeats after `depth_multiple`.
+    """
 
     spec: ModelSpec
     args: tuple[Any, ...]
@@ -71,7 +72,7 @@ class Rule(Protocol):
 
 
 def _one(value: Any, name: str) -> Fraction:
-    """A stride or factor that is the same in both directions."""
+    """Return a stride or factor that must be equal in both directions."""
     if isinstance(value, tuple):
         if len(set(value)) != 1:
             raise SpecError(f"{name} is {list(value)}; both directions need the same")

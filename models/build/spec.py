@@ -95,7 +95,7 @@ class ModelSpec:
         return self.where(self.key_lines.get(key, 0))
 
     def replaced(self, channels: int, num_classes: int | None, anchors: Any) -> ModelSpec:
-        """The spec for another input, number of classes or anchors.
+        """Return the spec with another number of input channels, classes or anchors.
 
         Args:
             channels: of the input image; the file's own `ch` wins.
@@ -282,7 +282,7 @@ def _layer(row: Any, index: int, line: int, section: str, place: str, problems: 
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, and the words None, True and False (as YOLOv5's files write them) as what they mean."""
+    """Convert lists to tuples and the words None, True and False of YOLOv5's files to their values."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -271,7 +271,7 @@ class DetectionLoss(nn.Module):
 
 
 def _to(rows: LevelTargets, device: torch.device) -> LevelTargets:
-    """The same rows on `device`; from page-locked memory, since other copies wait for all that the GPU has to do."""
+    """Copy rows to `device` from page-locked memory; other copies would wait for the GPU's queue."""
     if rows.image.device == device:
         return rows
     places, boxes = torch.stack(rows[:5]), torch.cat(rows[5:], 1)  # (5, M), (M, 6)

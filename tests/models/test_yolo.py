@@ -308,7 +308,7 @@ def test_copies_and_pickles_compute_the_same() -> None:
     buffer = io.BytesIO()
     torch.save(model, buffer)
     buffer.seek(0)
-    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):  # noqa: S301
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(buffer, weights_only=False)):
         torch.testing.assert_close(other(x)[0], expected, rtol=0, atol=0)
         assert other.yaml == model.yaml and other.names == model.names
 
@@ -362,11 +362,33 @@ def test_table_of_layers() -> None:
     table = DetectionModel(spec, nc=3).layer_table().splitlines()
     assert table[0].split() == ["slot", "from", "n", "params", "module", "arguments", "output"]
     assert table[1].split() == (
-        "0-4 -1 1 11409856 RIFormer {arch: s12, normalize: False} 64 @ 4, 128 @ 8, 320 @ 16, 512 @ 32".split()
+        [
+            "0-4",
+            "-1",
+            "1",
+            "11409856",
+            "RIFormer",
+            "{arch:",
+            "s12,",
+            "normalize:",
+            "False}",
+            "64",
+            "@",
+            "4,",
+            "128",
+            "@",
+            "8,",
+            "320",
+            "@",
+            "16,",
+            "512",
+            "@",
+            "32",
+        ]
     )
-    assert table[4].split() == "7 -1 1 0 nn.Upsample [None, 2, nearest] 128 @ 16".split()
-    assert table[6].split()[:6] == "9 -1 1 115456 C3 [448,".split()
-    assert table[-1].split()[:7] == "20 [13, 16, 19] 1 10824 Detect".split()
+    assert table[4].split() == ["7", "-1", "1", "0", "nn.Upsample", "[None,", "2,", "nearest]", "128", "@", "16"]
+    assert table[6].split()[:6] == ["9", "-1", "1", "115456", "C3", "[448,"]
+    assert table[-1].split()[:7] == ["20", "[13,", "16,", "19]", "1", "10824", "Detect"]
     assert table[-1].endswith("predictions")
 
 

@@ -94,7 +94,7 @@ def test_anchor_fit(case):
     names = ("anchors_past_thr_per_label", "best_possible_recall", "evolve_fitness", "mean_best", "mean_all")
     assert found == pytest.approx([case[name] for name in names], rel=1e-6)
     assert fit.is_poor == case["recompute"]
-    assert RECALL_NEEDED == RECIPE["anchor_fit"]["bpr_needed"]
+    assert RECIPE["anchor_fit"]["bpr_needed"] == RECALL_NEEDED
 
 
 def test_weights():

@@ -57,7 +57,7 @@ def test_scale_boxes_undoes_a_letterbox():
 
 
 SEGMENTS = [
-    # polygon, expected box in a image of 100 x 50 (width x height)
+    # polygon, expected box in an image of 100 x 50 (width x height)
     ([[10, 10], [30, 5], [20, 40]], [10, 5, 30, 40]),
     ([[10, 10], [300, 5], [20, 40]], [10, 10, 20, 40]),  # one point outside
     ([[0, 0], [100, 50]], [0, 0, 100, 50]),  # on the border is inside

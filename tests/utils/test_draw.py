@@ -41,7 +41,7 @@ def test_captions_stay_in_the_image(box, plate):
     image = _gray()
     bare = draw_boxes(image, np.array([box], float), [1], None, 2)
     left, top, right, bottom = _changed(bare, draw_boxes(image, np.array([box], float), [1], ["cat 0.5"], 2))
-    assert 0 <= left and right <= 159 and right - left > 25  # all of the text is there
+    assert left >= 0 and right <= 159 and right - left > 25  # all of the text is there
     assert (bottom <= box[1] + 2) if plate == "above" else (top <= box[1] + 2 and bottom < box[3])
 
 

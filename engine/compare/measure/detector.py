@@ -63,7 +63,7 @@ class SampleImages:
 
 
 def preprocess(images: Sequence[LabeledImage], side: int) -> Tensor:
-    """Decoded images as the network's input: fitted into a square, RGB.
+    """Return decoded images as network input: letterboxed into a square, RGB.
 
     Args:
         images: (H, W, 3) uint8 BGR each.
@@ -152,7 +152,7 @@ class TrainingStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
 
     def restart(self) -> None:
-        """The batch is always the same."""
+        """Do one training step on the fixed batch."""
 
     def loss(self) -> Tensor:
         """Forward pass and loss of the batch, 0-d."""

@@ -42,7 +42,7 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """What the machine does at this moment: load, clock of each core in MHz, governor; of a GPU clocks and heat."""
+    """Return the current load, core clocks in MHz and governor, and a GPU's clocks and temperature."""
     found: dict[str, Any] = {"load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
     mhz = [float(v) for v in _all_cpuinfo("cpu MHz")]
     if mhz:

@@ -47,12 +47,12 @@ def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
 
 
 def calls_per_visit(call_s: float) -> int:
-    """Calls that count in one turn of a candidate whose call takes so many seconds."""
+    """Return how many calls are timed per turn of a candidate whose call takes `seconds`."""
     return max(1, min(MOST_CALLS, int(VISIT_S / max(call_s, 1e-9))))
 
 
 def rounds_that_fit(call_s: Mapping[str, float], seconds: float, most: int) -> int:
-    """Rounds to make within a time.
+    """Return how many rounds fit into a time.
 
     Args:
         call_s: seconds of a call by candidate.
@@ -118,7 +118,7 @@ def to_plain(spread: Spread) -> dict[str, Any]:
 
 
 def from_plain(content: Mapping[str, Any]) -> Spread:
-    """What `to_plain` gave."""
+    """Rebuild from the output of `to_plain`."""
     return Spread(content["middle"], content["low"], content["high"], tuple(content["values"]))
 
 

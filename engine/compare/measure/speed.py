@@ -140,7 +140,7 @@ class Speed:
                 self._measure(phase, files[phase], workers)
 
     def _files(self, phase: Phase) -> list[Turn]:
-        """What each candidate runs in a phase; exported now where the runtime needs that."""
+        """Return what each candidate runs in a phase, exporting it first where the runtime needs it."""
         if phase.runtime == PYTORCH:
             return [Turn(row, str(row.weights), {"disk_mb": _size_mb(row.weights)}) for row in self.rows]
         turns = []
@@ -196,7 +196,7 @@ class Speed:
         self._finish(phase, turns, spreads, conditions)
 
     def _start(self, turn: Turn, workers: dict[str, Worker]) -> None:
-        """A process for the candidate, unless it has one; all are started before the first is waited for."""
+        """Start a process for the candidate unless it has one; all are started before the first is waited for."""
         label = turn.row.label
         if turn.reason or (label in workers and workers[label].is_alive):
             return
@@ -240,7 +240,7 @@ class Speed:
 
 
 def _result(turn: Turn, spreads: Mapping[str, Spread] | None) -> dict[str, Any]:
-    """A turn as plain values, to be kept."""
+    """Return a turn as plain values for storage."""
     if spreads is None or turn.opened is None:
         return {"failure": turn.reason}
     times = {name: to_plain(spread) for name, spread in spreads.items()}

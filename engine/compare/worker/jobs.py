@@ -96,7 +96,7 @@ def setup(
 
 
 def build(state: State) -> DetectionModel:
-    """The candidate's detector: as the YAML says with random weights (always the same), or that of the checkpoint."""
+    """Return the candidate's detector: from its YAML with fixed random weights, or from its checkpoint."""
     assert state.names is not None
     if state.file.suffix.lower() in (".yaml", ".yml"):
         seed_everything(0)
@@ -158,12 +158,12 @@ def levels_read(model: DetectionModel) -> list[list[int]]:
 
 
 def finite(value: float) -> float | None:
-    """The number; None for what JSON cannot hold."""
+    """Return the number, or None for values that JSON cannot represent."""
     return float(value) if math.isfinite(value) else None
 
 
 def on_grid(imgsz: int, model: DetectionModel) -> int:
-    """The size rounded up to the model's grid, at least two cells of it, as train.py does."""
+    """Round the size up to a multiple of the model's stride, at least two cells, as train.py does."""
     grid = grid_of(model)
     return max(-(-imgsz // grid) * grid, 2 * grid)
 
@@ -364,7 +364,7 @@ def coco_is_there() -> bool:
 
 
 def objects_by_area(records: Any) -> dict[str, int]:
-    """Number of labelled objects that are small, medium and large."""
+    """Count small, medium and large labeled objects."""
     areas = [r.labels[:, 3] * r.labels[:, 4] * r.height * r.width for r in records]
     together = np.concatenate([np.zeros(0), *areas])
     return {name: int(((low <= together) & (together < high)).sum()) for name, (low, high) in AREAS.items()}

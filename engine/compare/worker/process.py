@@ -66,7 +66,7 @@ def answer(work: Callable[..., Any], state: Any, arguments: dict[str, Any]) -> d
 
 
 def classify(error: BaseException) -> tuple[str, str]:
-    """What kind of failure an error is, and the one line that tells it."""
+    """Return the kind of failure of an exception, and a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = "; ".join(lines) if isinstance(error, UserError) else (lines[0] if lines else "")
     text = text if len(text) <= LONGEST or isinstance(error, UserError) else text[: LONGEST - 3] + "..."
@@ -92,7 +92,7 @@ def _where(text: str) -> str:
 
 
 def exit_reason(status: int) -> tuple[str, str]:
-    """What the exit status of a process that did not answer means."""
+    """Describe the exit status of a process that did not answer."""
     if status >= 0:
         return CRASH, f"its process ended with status {status}"
     name = signal.Signals(-status).name if -status in {s.value for s in signal.Signals} else f"signal {-status}"

@@ -25,7 +25,7 @@ GRAPH_BYTES = 2**26  # what the nodes beside the weights may take, at most
 
 
 def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
-    """A detector as an ONNX `ModelProto` without stack traces: input `images`, output `output0`.
+    """Return a detector as an ONNX `ModelProto` without stack traces: input `images`, output `output0`.
 
     Args:
         graph: on the CPU or a GPU, in evaluation mode.
@@ -112,7 +112,7 @@ def _exporter_problem(error: Exception, dynamic: bool) -> str:
 
 
 def simplified(model: Any) -> Any:
-    """The same graph after onnxslim.
+    """Simplify the graph with onnxslim.
 
     Raises:
         ExportError: it failed; nothing is exported then, instead of an unsimplified file under the same name.

@@ -54,7 +54,7 @@ def reorder_gelu(model: Any) -> None:
 
 
 def _only(readers: dict[str, list[Any]], node: Any | None, op_type: str) -> Any | None:
-    """The one node that reads what `node` gives, if it is of that type."""
+    """Return the only consumer of `node` if it has that type."""
     found = [] if node is None else readers.get(node.output[0], [])
     return found[0] if len(found) == 1 and found[0].op_type == op_type else None
 

@@ -113,7 +113,7 @@ def _suppressed(n: _Nodes, boxes: str, score: str, label: str, options: NmsOptio
 
 
 def _best(n: _Nodes, boxes: str, kept: str, label: str, count: int, output: str) -> None:
-    """The `count` best as (B, count, 6); where there are fewer rows than that, zeros fill up."""
+    """Emit the `count` best boxes as (B, count, 6), padded with zeros."""
     corners_BN4 = _corners(n, boxes)
     pads_2, pads_3 = n.constant([0, 0, 0, count], np.int64), n.constant([0, 0, 0, 0, count, 0], np.int64)
     k = n.constant([count], np.int64)

@@ -44,7 +44,7 @@ def test_a_sample_is_a_function_of_seed_epoch_and_index(records):
     other = DetectionDataset(records, 64, augment=RECIPE, seed=4)
     assert not any(same(forward[0, i], other[0, i]) for i in range(20))
     assert same(first[5], forward[0, 5])
-    assert not same(first[SampleKey(0, 5, repeat=1)], forward[0, 5])  # a image drawn twice differs
+    assert not same(first[SampleKey(0, 5, repeat=1)], forward[0, 5])  # an image drawn twice differs
 
 
 def test_training_samples_are_well_formed(records):
@@ -143,7 +143,7 @@ def test_mosaics_end_with_the_epoch_they_are_closed_from(records):
     always = AugmentConfig(hsv_v=0.4, scale=0.5, fliplr=0.5, mosaic=1.0, mixup=1.0, copy_paste=1.0)
     plain = DetectionDataset(records, 64, augment=always, seed=3)
     closing = DetectionDataset(records, 64, augment=always, seed=3, close_mosaic_from=2)
-    copy = pickle.loads(pickle.dumps(closing))  # noqa: S301 -- what a worker that is started afresh gets
+    copy = pickle.loads(pickle.dumps(closing))
     for i in range(6):
         assert all(same(plain[epoch, i], closing[epoch, i]) for epoch in (0, 1))
         assert plain[2, i].shapes is None
@@ -187,7 +187,7 @@ def test_caches_do_not_change_samples(tmp_path, cache, augment):
     records = write_set(tmp_path, 8, sizes=((48, 64), (100, 60)))
     plain = DetectionDataset(records, 64, augment=augment)
     cached = DetectionDataset(records, 64, augment=augment, cache=cache, cache_folder=tmp_path / "cache")
-    copy = pickle.loads(pickle.dumps(cached))  # noqa: S301 -- what a worker that is started afresh gets
+    copy = pickle.loads(pickle.dumps(cached))
     for i in range(8):
         assert same(plain[1, i], cached[1, i]) and same(plain[1, i], copy[1, i])
 

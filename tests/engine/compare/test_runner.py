@@ -203,7 +203,25 @@ def test_train_py_shows_the_parts():
 def test_training_is_taken_up_after_a_kill(place, tmp_path):
     """Two models, two seeds, ONNX: killed in the second training, gone on with, and not done again a third time."""
     words = ["--cfg", str(place / "tiny.yaml"), str(place / "small.yaml"), "--data", str(place / "data.yaml")]
-    words += "--imgsz 64 --epochs 6 --seeds 0 1 --runtimes onnx pytorch --batch 1 2 --rounds 3 --seconds 0".split()
+    words += [
+        "--imgsz",
+        "64",
+        "--epochs",
+        "6",
+        "--seeds",
+        "0",
+        "1",
+        "--runtimes",
+        "onnx",
+        "pytorch",
+        "--batch",
+        "1",
+        "2",
+        "--rounds",
+        "3",
+        "--seconds",
+        "0",
+    ]
     words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
     own = tmp_path / "project"  # a copy: a change of the sources in between is a reason to train again
     for name in ("models", "data", "engine", "utils"):

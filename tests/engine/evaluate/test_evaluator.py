@@ -90,7 +90,7 @@ class Oracle:
 
     def __call__(self, images):
         batch = next(self.batches)
-        assert images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+        assert images.dtype == torch.float32 and images.min() >= 0 and images.max() <= 1
         decoded = torch.zeros(len(images), 20, 8)
         for k, (path, fit) in enumerate(zip(batch.paths, batch.shapes)):
             rows = torch.as_tensor(self.answers(int(path[-5])), dtype=torch.float32).reshape(-1, 6)
@@ -106,7 +106,7 @@ class Oracle:
 
 
 def truth(number):
-    """The labels of a image as detections with score 0.9."""
+    """The labels of an image as detections with score 0.9."""
     height, width = SIZES[number]
     found = []
     for label, cx, cy, w, h in boxes_of(number):
@@ -330,7 +330,7 @@ def test_a_whole_run(command, tmp_path):
         assert (folder / name).is_file()
     assert len(list((folder / "labels").iterdir())) == 6
     rows = np.loadtxt(folder / "labels/p0.txt", ndmin=2)
-    assert rows.shape[1] == 6 and 0 <= rows[:, 1:].min() and rows[:, 1:].max() <= 1
+    assert rows.shape[1] == 6 and rows[:, 1:].min() >= 0 and rows[:, 1:].max() <= 1
     assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["exp"]
     results = json.loads((folder / "tiny_predictions.json").read_text())
     assert {r["image_id"] for r in results} == {1, 2, 3, 4, 5, 6}

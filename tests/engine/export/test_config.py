@@ -170,7 +170,7 @@ def test_half_with_free_sizes(weights, include):
 
 
 def dataset(folder, splits):
-    """A dataset YAML whose first split has two images, and each further one a image more."""
+    """A dataset YAML whose first split has two images, and each further one an image more."""
     images = sorted((ROOT / "data/images").glob("*.jpg"))
     lines = ["path: .", "names: [disc, bar, dot]"]
     for more, split in enumerate(splits):

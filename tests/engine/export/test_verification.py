@@ -279,7 +279,7 @@ def test_random_images_have_the_images_statistics():
     wanted = torch.from_numpy(samples).reshape(-1, 3).float() / 255
     torch.testing.assert_close(images.mean((0, 2, 3)), wanted.mean(0), atol=0.06, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3)), wanted.std(0), atol=0.06, rtol=0)
-    assert 0 <= images.min() and images.max() <= 1
+    assert images.min() >= 0 and images.max() <= 1
 
 
 def test_free_sizes_are_tried_square_and_not():

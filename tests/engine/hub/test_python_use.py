@@ -76,7 +76,7 @@ def test_values_of_another_type(name, value, message):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A dataset of a few images, a small model, and a image."""
+    """A dataset of a few images, a small model, and an image."""
     folder = tmp_path_factory.mktemp("python")
     (folder / "data.yaml").write_text(
         "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"

@@ -20,7 +20,7 @@ HYP = {"lr0": 0.01, "momentum": 0.937}
 
 @pytest.fixture
 def folder(tmp_path):
-    """A run folder with weights, a image and a report."""
+    """A run folder with weights, an image and a report."""
     place = tmp_path / "runs/blood/exp"
     (place / "weights").mkdir(parents=True)
     (place / "weights/best.pt").write_bytes(b"weights")

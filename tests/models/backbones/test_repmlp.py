@@ -35,7 +35,7 @@ def test_any_size_gives_the_declared_levels(size):
 
 
 def test_a_tile_depends_on_its_own_cells_alone_when_spatial():
-    """Padding adds nothing: a image of one and a half tiles equals the same image padded to two by hand."""
+    """Padding adds nothing: an image of one and a half tiles equals the same image padded to two by hand."""
     block = make().stages[0][0].repmlp_block
     x = torch.randn(1, 8, 16, 24)
     padded = nn.functional.pad(x, (0, 8))
