@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 from data import command
 from data.config import load_data_config
-from data.formats.detect_format import AnnotatedSource, class_names, recognise, voc
+from data.formats import voc
+from data.formats.detect_format import AnnotatedSource, class_names, recognise
 from data.labels.labels import Annotations, ImageRecord, load_annotations
 from utils.errors import DataError
 from utils.files import make_folder

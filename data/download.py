@@ -203,7 +203,7 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
         DataError: broken archive, or an unsafe name in it.
     """
     try:
-        with _members(archive) as members:
+        with _ArchiveMembers(archive) as members:
             names = [name for name, _ in members.entries]
             if strip < 0:
                 tops = {PurePosixPath(name).parts[0] for name in names}
@@ -222,7 +222,7 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
         raise DataError(f"{archive}: cannot be unpacked: {error}; delete it and try again") from error
 
 
-class _members:
+class _ArchiveMembers:
     """The regular files of an archive, as (name, key) pairs; opens them by key."""
 
     def __init__(self, path: Path) -> None:
@@ -232,7 +232,7 @@ class _members:
             self._archive = zipfile.ZipFile(path)
             self.entries = [(info.filename, info) for info in self._archive.infolist() if not info.is_dir()]
         else:
-            self._archive = tarfile.open(path)
+            self._archive = tarfile.open(path)  # noqa: SIM115 (open until `close`)
             self.entries = [(member.name, member) for member in self._archive if member.isfile()]
 
     def open(self, key: Any) -> IO[bytes]:
@@ -242,7 +242,7 @@ class _members:
         assert stream is not None, "only regular files are listed"
         return stream
 
-    def __enter__(self) -> _members:
+    def __enter__(self) -> _ArchiveMembers:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -324,9 +324,8 @@ def _kind(name: str) -> str:
 
 
 def _only(table: Mapping[str, Any], allowed: tuple[str, ...], where: str, problems: list[str]) -> None:
-    for key in table:
-        if key not in allowed:
-            problems.append(f"{where}: unknown key '{key}'{did_you_mean(key, allowed)}")
+    unknown = [key for key in table if key not in allowed]
+    problems += [f"{where}: unknown key '{key}'{did_you_mean(key, allowed)}" for key in unknown]
 
 
 def _record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:

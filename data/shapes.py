@@ -80,9 +80,11 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
             problems.append(f"{where}: generate: unknown key '{key}'{did_you_mean(key, allowed)}")
         elif not isinstance(item, int) or isinstance(item, bool) or item < low:
             problems.append(f"{where}: generate: {key} is {item!r}; an integer from {low} is needed")
-    for name in names.values():
-        if name not in _POLYGONS:
-            problems.append(f"{where}: generate: no shape is called '{name}'; there are {', '.join(_POLYGONS)}")
+    problems += [
+        f"{where}: generate: no shape is called '{name}'; there are {', '.join(_POLYGONS)}"
+        for name in names.values()
+        if name not in _POLYGONS
+    ]
     if len(problems) > before:
         return None
     return ShapesRecipe(tuple(names[number] for number in sorted(names)), **numbers)

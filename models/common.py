@@ -9,6 +9,7 @@ state-dict keys of its checkpoints fit. The annotations of the constructors are 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -218,7 +219,7 @@ class C3SPP(C3):
         c1: int,
         c2: int,
         k: tuple[int, ...] = (5, 9, 13),
-        n: int = 1,
+        n: int = 1,  # noqa: ARG002 (position of YOLOv5's signature)
         shortcut: bool = True,
         g: int = 1,
         e: float = 0.5,
@@ -366,7 +367,7 @@ def _mix_channels(c2: int, k: Sequence[int], equal_ch: bool) -> list[int]:
     if equal_ch:
         # Channel j of 0 ... c2 - 1 goes to the part that c2 - 1 equal steps from 0 to just below len(k) put it in.
         edges = [0, *(i * (c2 - 1) // len(k) + 1 for i in range(1, len(k))), c2]
-        return [end - start for start, end in zip(edges, edges[1:], strict=False)]
+        return [end - start for start, end in itertools.pairwise(edges)]
     share = [1 / size**2 for size in k]
     parts = [round(c2 * part / sum(share)) for part in share]
     parts[0] += c2 - sum(parts)  # what rounding left over goes to the first

@@ -49,8 +49,9 @@ class Detect(nn.Module):
         return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
 
     def reset_biases(self) -> None:
-        """Add to the biases what makes the first predictions rare: 8 objects in an image of 640 x 640 pixels, and
-        class scores of 0.6 / classes (RetinaNet's prior, https://arxiv.org/abs/1708.02002, section 3.3).
+        """Add priors to the biases: 8 objects per image of 640 x 640 pixels, class probabilities of 0.6 / classes.
+
+        See the focal loss paper, https://arxiv.org/abs/1708.02002, section 3.3.
         """
         for conv, stride in zip(self.m, self.strides, strict=True):
             assert isinstance(conv, nn.Conv2d) and conv.bias is not None

@@ -115,8 +115,9 @@ def _gflops(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]
 
 
 def _count_layers(model: nn.Module) -> int:
-    """Modules without submodules, as YOLOv5 counts them: its convolutions share one default activation, and a folded
-    norm is no module any more.
+    """Count modules without submodules as YOLOv5 does.
+
+    Its convolutions share one default activation, and a folded norm is no longer a module.
     """
     convs = [module for module in model.modules() if isinstance(module, Conv)]
     shared = sum(conv.has_default_act for conv in convs)

@@ -260,8 +260,5 @@ def wh_iou(wh1: Array, wh2: Array, eps: float = 1e-7) -> Array:
         (n, m) in 0..1.
     """
     a, b = wh1[:, None], wh2[None]
-    if isinstance(a, torch.Tensor):
-        inter = torch.minimum(a, b).prod(-1)
-    else:
-        inter = np.minimum(a, b).prod(-1)
+    inter = torch.minimum(a, b).prod(-1) if isinstance(a, torch.Tensor) else np.minimum(a, b).prod(-1)
     return inter / (a.prod(-1) + b.prod(-1) - inter + eps)

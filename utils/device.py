@@ -17,12 +17,11 @@ CPUINFO = Path("/proc/cpuinfo")
 BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86-64 and Arm, as Linux spells them
 
 
-def select_device(text: str = "", batch_size: int = 0) -> torch.device:
+def select_device(text: str = "") -> torch.device:
     """Return the device that `--device` names.
 
     Args:
         text: `''` = first CUDA GPU, else the CPU; `'cpu'`; a GPU number such as `'0'` or `'cuda:1'`; `'mps'`.
-        batch_size: total batch, only to check that several GPUs share it evenly.
 
     Raises:
         ConfigError: a device that is not there, or several of them in one process.

@@ -228,8 +228,7 @@ def feature_map_image(
         heat = cv2.addWeighted(small, 0.35, heat, 0.65, 0)
     tiles.append(("mean |x|", heat))
     shown = np.unique(np.linspace(0, number - 1, min(channels, number)).round().astype(int))
-    for channel in shown:
-        tiles.append((str(channel), cv2.cvtColor(_stretched(maps[channel], size), cv2.COLOR_GRAY2BGR)))
+    tiles += [(str(channel), cv2.cvtColor(_stretched(maps[channel], size), cv2.COLOR_GRAY2BGR)) for channel in shown]
     still = int((maps.reshape(number, -1).std(1) < 1e-6).sum()) if rows * columns > 1 else 0
     facts = f"{number} x {rows} x {columns}, {maps.min():.3g} .. {maps.max():.3g}, mean {maps.mean():.3g}"
     return _tile_sheet(tiles, [title, facts + (f", {still} constant channel(s)" if still else "")], size)

@@ -12,14 +12,14 @@ from utils.errors import ConfigError, UserError
 from utils.files import atomic_path
 
 
-class LineDict(dict):
+class LineDict(dict[Any, Any]):
     """A dict with `.line` (1-based line where it begins) and `.lines[key]` (line of that key)."""
 
     line: int = 0
     lines: dict[Any, int]
 
 
-class LineList(list):
+class LineList(list[Any]):
     """A list with `.line` and `.lines[index]` (line of that item)."""
 
     line: int = 0

@@ -20,7 +20,7 @@ from utils.errors import DataError, did_you_mean
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
-class UnknownClass(DataError):
+class UnknownClassError(DataError):
     """An object of a class that the dataset does not name: a mistake of the set, not of one image."""
 
 
@@ -33,7 +33,7 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
         size: (height, width) of the image, in pixels.
 
     Raises:
-        UnknownClass: an object is called otherwise.
+        UnknownClassError: an object is called otherwise.
         DataError: broken XML, another size, or the first object that cannot be used.
     """
     root = _parse(path)
@@ -46,7 +46,7 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
         name = _name(item)
         place = f"{path}: object {i} ({name or 'without name'})"
         if name not in numbers:
-            raise UnknownClass(f"{place}: the classes are {', '.join(classes)}{did_you_mean(name, classes)}")
+            raise UnknownClassError(f"{place}: the classes are {', '.join(classes)}{did_you_mean(name, classes)}")
         if (item.findtext("difficult") or "").strip() == "1":
             difficult += 1
             continue

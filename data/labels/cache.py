@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,7 +115,7 @@ def _numbers(entry: Entry) -> tuple[int, ...]:
     return (entry.height, entry.width, STATUSES.index(entry.status), *counts)
 
 
-def _entries(arrays: dict[str, NDArray]) -> dict[str, Entry]:
+def _entries(arrays: dict[str, NDArray[Any]]) -> dict[str, Entry]:
     header = json.loads(arrays["header"].tobytes())
     if header.get("version") != VERSION:
         raise ValueError(f"version {header.get('version')}, not {VERSION}")

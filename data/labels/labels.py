@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.formats.detect_format import AnnotatedSource, Listed, Source, images, plain, recognise
-from data.formats.voc import UnknownClass
+from data.formats.voc import UnknownClassError
 from data.formats.yolo import LabelFile, label_path, read_labels
 from data.images import IMAGE_SUFFIXES, probe
 from data.labels import cache as label_cache
@@ -297,7 +297,7 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> lab
         The entry; problems of the image are messages in it, never exceptions.
 
     Raises:
-        UnknownClass: a class that the dataset does not name.
+        UnknownClassError: a class that the dataset does not name.
     """
     found = LabelFile(np.zeros((0, 5), np.float32))
     status = "missing"
@@ -311,7 +311,7 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> lab
         if stamp[2] >= 0:
             found = listed.read((height, width))
             status = "labelled" if len(found.labels) else "empty"
-    except UnknownClass:
+    except UnknownClassError:
         raise
     except DataError as error:
         status = "corrupt"

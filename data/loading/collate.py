@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from data.augment.mosaic import Labels
+from data.augment.warp import Labels
 from data.letterbox import FILL, Image
 from utils.structures import Batch, Sample
 

@@ -19,6 +19,7 @@ from data.augment import mosaic, warp
 from data.augment.color import hsv_gains, mixup
 from data.augment.config import AugmentConfig
 from data.augment.mosaic import LabeledImage
+from data.augment.warp import Labels
 from data.labels.labels import ImageRecord
 from data.letterbox import Fit, Image, fit, place
 from data.loading.image_cache import RECENT_BYTES, ImageStore, bytes_kept, enlarged
@@ -183,8 +184,8 @@ class DetectionDataset:
 
     def _mosaic(
         self, index: int, window: Index, flips: tuple[bool, bool], rng: np.random.Generator
-    ) -> tuple[Image, mosaic.Labels]:
-        """Picture `index` and three or eight of the window on one canvas, pasted, warped."""
+    ) -> tuple[Image, Labels]:
+        """Image `index` and three or eight of the window on one canvas, pasted, warped."""
         config = self.augment or AugmentConfig()
         nine = config.mosaic9 > 0 and rng.random() < config.mosaic9
         others = window[window != index]
@@ -203,7 +204,7 @@ class DetectionDataset:
 
     def _single(
         self, index: int, flips: tuple[bool, bool], rng: np.random.Generator
-    ) -> tuple[Image, mosaic.Labels, ImageShapes]:
+    ) -> tuple[Image, Labels, ImageShapes]:
         """One image, fitted and warped in one step."""
         image = self._image(index)
         f, shapes = self._fit(index, image)
@@ -226,7 +227,7 @@ class DetectionDataset:
         return window_at(self._order[1], int(self._order[2][key.index]), self._window_size)
 
 
-def _normalized(labels: mosaic.Labels, shape: HW) -> mosaic.Labels:
+def _normalized(labels: Labels, shape: HW) -> Labels:
     """(n, 5) class, corners in pixels to class, center x, center y, width, height as parts of the sides; clipped."""
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]

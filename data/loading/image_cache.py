@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -192,7 +193,7 @@ def bytes_kept(size: HW, imgsz: int) -> int:
     return height * width * 3
 
 
-def _for_all(work: Callable[[int], Image | None], count: int, title: str) -> list:
+def _for_all(work: Callable[[int], Image | None], count: int, title: str) -> list[Any]:
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         futures = [pool.submit(work, i) for i in range(count)]
         try:

@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import cv2
 import numpy as np
@@ -74,7 +75,7 @@ class DetectionLoader:
         share = _processors() // _neighbors(self.world_size)
         self.workers = min(self.workers, share, len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()
-        self._loader: DataLoader | None = None
+        self._loader: DataLoader[Any] | None = None
 
     def __len__(self) -> int:
         """Return the number of batches of this process per epoch."""
@@ -142,7 +143,7 @@ class DetectionLoader:
         window = WINDOW // (self.batch_size * max(self.world_size, 1))
         return max(1, min(window, TASK_BYTES // batch_bytes, fair))
 
-    def _open(self) -> DataLoader:
+    def _open(self) -> DataLoader[Any]:
         return DataLoader(
             _Tasks(self.dataset, self.quad),
             batch_size=None,
@@ -160,7 +161,7 @@ class DetectionLoader:
 create_loader = DetectionLoader
 
 
-class _TaskList(Sampler):
+class _TaskList(Sampler[Sequence[Any]]):
     """Tasks of the coming pass: lists of batches of keys."""
 
     tasks: Sequence[Sequence[Keys]] = ()
@@ -174,7 +175,7 @@ class _TaskList(Sampler):
         return len(self.tasks)
 
 
-class _Tasks(Dataset):
+class _Tasks(Dataset[Any]):
     """Turns a task into batches; a user's mistake is a result, so that it arrives without the worker's traceback."""
 
     def __init__(self, dataset: DetectionDataset, quad: bool) -> None:

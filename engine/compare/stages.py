@@ -14,7 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine.compare.context import Context, safe
 from engine.compare.results import Accuracy, Row, measured
 from engine.compare.store import digest
-from engine.compare.worker.pool import Failed, Worker
+from engine.compare.worker.pool import JobFailedError, Worker
 from engine.compare.worker.process import CRASH, MEMORY
 
 LOGGER = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ def look_at_all(context: Context, rows: Sequence[Row]) -> None:
                         started[near.label] = context.worker(near)
                 try:
                     _look_at(context, row, started)
-                except Failed as error:
+                except JobFailedError as error:
                     row.failure, row.notes = error.reason, []
                     LOGGER.warning("%s: %s", row.label, error.reason)
                 started[row.label].close()
@@ -63,7 +63,7 @@ def _look_at(context: Context, row: Row, started: dict[str, Worker]) -> None:
         row.training_memory = started[label].ask(
             "training_memory", sample=str(context.sample), recipe=context.recipe(row), batch=context.step_batch
         )
-    except Failed as error:
+    except JobFailedError as error:
         row.notes.append(f"training step of {context.step_batch}: {error.reason}")
         row.training_fits = error.kind != MEMORY
         keep = error.kind not in TRANSIENT
@@ -93,7 +93,7 @@ def train_all(context: Context, rows: Sequence[Row]) -> None:
         what = "validation" if seed is None else f"training, seed {seed}"
         try:
             found[row.label].append(_one(context, row, seed, f"{number}/{len(jobs)} {row.label}, {what}"))
-        except Failed as error:
+        except JobFailedError as error:
             row.notes.append(f"{what}: {error.reason}")
             LOGGER.warning("%s: %s: %s", row.label, what, error.reason)
     for row in rows:
@@ -113,7 +113,7 @@ def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, 
         LOGGER.info("%s: found, not done again", title)
         return known
     if seed is not None and not row.training_fits:
-        raise Failed(MEMORY, "left out: a single step takes more memory than there is")
+        raise JobFailedError(MEMORY, "left out: a single step takes more memory than there is")
     folder = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
     with context.worker(row) as worker:
         weights = str(row.candidate.weights)

@@ -261,7 +261,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
         LOGGER.warning("--save-hybrid: labels take part as certain boxes; the figures say nothing about the model")
     data.split(split_name(config, data))  # before the weights are read
     device_name, provider = split_device(config.device)
-    device = select_device(device_name, config.batch_size)
+    device = select_device(device_name)
     config = replace(config, weights=choose_weights(config.weights))
     runtime = open_runtime(
         config.weights, device, half=config.half, amp=config.amp, augment=config.augment, dnn=config.dnn,

@@ -46,7 +46,7 @@ def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(_Feed, q.CalibrationDataReader):  # the quantiser checks the base class
+    class Reader(_Feed, q.CalibrationDataReader):  # type: ignore[misc,unused-ignore]  # the quantiser checks the base class
         pass
 
     with tempfile.TemporaryDirectory() as scratch:

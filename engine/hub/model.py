@@ -95,7 +95,7 @@ class HubModel(nn.Module):
         """Convert the weights and remember device and dtype for the inputs."""
         if not isinstance(self.runtime, PyTorchRuntime):
             raise ConfigError("an exported file stays where it was opened; give device=... when it is loaded")
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
         first = next(self.models.parameters())
         self.runtime.device, self.runtime.dtype = first.device, first.dtype
         return self

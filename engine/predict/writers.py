@@ -197,7 +197,7 @@ class LabelWriter:
         self._video_names = FileNames()
         self.files = 0
 
-    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
+    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         if not len(found.boxes):
             return
         frame = found.frame
@@ -230,11 +230,11 @@ class CsvWriter:
         self._path = path
         self._names = names
         self._part = path.with_name(f".{path.name}.part")
-        self._stream: IO[str] = open(self._part, "w", encoding="utf-8", errors="backslashreplace", newline="")
+        self._stream: IO[str] = open(self._part, "w", encoding="utf-8", errors="backslashreplace", newline="")  # noqa: SIM115
         self._writer = csv.writer(self._stream)
         self._writer.writerow(["Image Name", "Prediction", "Confidence"])
 
-    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
+    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         frame = found.frame
         image = frame.path.name if frame.kind == "image" else f"{_stem(frame)}_{frame.frame}"
         for row in found.boxes[::-1]:
@@ -252,11 +252,11 @@ class JsonWriter:
         self._path = path
         self._names = names
         self._part = path.with_name(f".{path.name}.part")
-        self._stream: IO[str] = open(self._part, "w", encoding="utf-8")
+        self._stream: IO[str] = open(self._part, "w", encoding="utf-8")  # noqa: SIM115 (open until `close`)
         self._stream.write("[")
         self._first = True
 
-    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
+    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         frame = found.frame
         height, width = frame.image.shape[:2]
         entry = {
@@ -306,7 +306,7 @@ class CropWriter:
         self._next: dict[Path, int] = {}
         self.files = 0
 
-    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
+    def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         for row in found.boxes[::-1]:
             image = cut_out(found.frame.image, row[:4])
             if image.size:

@@ -96,9 +96,11 @@ def line_chart(title: str, epochs: Sequence[float], lines: Mapping[str, Sequence
     for value in ticks(low, high):
         parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in ticks(left, right):
-        if value == round(value):
-            parts.append(f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:.0f}</text>')
+    parts += [
+        f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:.0f}</text>'
+        for value in ticks(left, right)
+        if value == round(value)
+    ]
     if best is not None:
         parts.append(f'<path class="best" d="M{x(best):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
     labels = []

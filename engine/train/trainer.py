@@ -110,7 +110,7 @@ def train(config: TrainConfig, on_epoch: Callable[[int, float], bool] | None = N
     with process_group(world):
         config, resumed = resolve_run(config)
         check_loggers(config.logger, config.entity)
-        device = select_device(own_device(config.device, world), config.batch_size)
+        device = select_device(own_device(config.device, world))
         if device.type == "cuda":
             torch.cuda.set_device(device)
         setup = build_setup(config, resumed, device, with_gradients(world, device))

@@ -126,7 +126,7 @@ def _go_on(config: TrainConfig, text: str) -> EvolveResult:
     problems = []
     for f in fields(TrainConfig):
         mine, theirs, default = given[f.name], plan.options.get(f.name), getattr(defaults, f.name)
-        if f.name in (*NO_OPTIONS, *OWN_CHOICE) or mine == default or mine == theirs:
+        if f.name in (*NO_OPTIONS, *OWN_CHOICE) or mine in (default, theirs):
             continue
         problems.append(f"--{f.name.replace('_', '-')} is {mine}, the study was begun with {theirs}")
     if problems:

@@ -241,11 +241,12 @@ def revive(study: Study, folder: Path) -> None:
 
     optuna.storages.fail_stale_trials(study)
     now = datetime.datetime.now()
-    for trial in trials_of(study):  # killed before its first sign of life
+    for trial in trials_of(study):  # killed before its first heartbeat
         begun = "folder" in trial.user_attrs
-        if trial.state.name == "RUNNING" and not begun and trial.datetime_start is not None:
-            if (now - trial.datetime_start).total_seconds() > GRACE + WAIT:
-                study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        waiting = trial.state.name == "RUNNING" and not begun
+        start = trial.datetime_start
+        if waiting and start is not None and (now - start).total_seconds() > GRACE + WAIT:
+            study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
     again = {t.user_attrs.get("again") for t in trials_of(study)}
     for trial in trials_of(study):
         tries = int(trial.user_attrs.get("tries", 1))

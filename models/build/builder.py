@@ -87,7 +87,8 @@ class Rows(nn.Sequential):
         Raises:
             ConfigError: height or width is no multiple of `size_multiple`.
         """
-        if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):  # a graph is made for a size that was checked
+        tracing = torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call, unused-ignore]
+        if not (torch.compiler.is_compiling() or tracing):  # a graph is made for a size that was checked
             check_size(image.shape[-2], image.shape[-1], self.size_multiple)
         slots: dict[int, Tensor] = {IMAGE: image}
         out: Any = image
@@ -96,9 +97,8 @@ class Rows(nn.Sequential):
             for done in route.releases:
                 slots.pop(done)
             out = module(maps) if route.takes_list else module(padded(maps[0], route.pad_to))
-            for slot, result in zip(route.outputs, out if route.gives_levels else (out,), strict=True):
-                if slot is not None:
-                    slots[slot] = result
+            results = zip(route.outputs, out if route.gives_levels else (out,), strict=True)
+            slots |= {slot: result for slot, result in results if slot is not None}
         return out
 
 

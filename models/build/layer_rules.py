@@ -28,8 +28,12 @@ Layers = tuple[type[nn.Module], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """What a rule sees of a YAML row: the model's spec, positional arguments (`nc` and `anchors` filled in), and the
-    number of repeats after `depth_multiple`.
+    """A YAML row as a rule sees it.
+
+    Attributes:
+        spec: of the model.
+        args: positional arguments, with `nc` and `anchors` filled in.
+        repeats: number of repeats after `depth_multiple`.
     """
 
     spec: ModelSpec
@@ -82,7 +86,7 @@ def _one(value: Any, name: str) -> Fraction:
     return Fraction(value).limit_denominator(1024)
 
 
-def _keeps(bound: Arguments) -> Fraction:
+def _keeps(_: Arguments) -> Fraction:
     return Fraction(1)
 
 

@@ -226,7 +226,7 @@ class DetectionLoss(nn.Module):
 
     def _level(self, raw: torch.Tensor, rows: LevelTargets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Box, objectness and class loss of one level, without gains."""
-        batch, anchors, height, width, outputs = raw.shape
+        _batch, anchors, height, width, outputs = raw.shape
         objectness = raw[..., 4].float()
         wanted = torch.zeros(objectness.shape, device=objectness.device)
         box_loss = class_loss = objectness.new_zeros(())

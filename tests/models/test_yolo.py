@@ -352,7 +352,7 @@ def test_operations_are_those_of_the_equations() -> None:
 
 def test_operations_that_cannot_be_counted_are_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
     model = DetectionModel(small())
-    monkeypatch.setattr(nn.Upsample, "forward", lambda self, x: x if x.sum().item() else x)
+    monkeypatch.setattr(nn.Upsample, "forward", lambda self, x: x * bool(x.sum().item()))
     assert math.isnan(model.info(64).gflops)
 
 

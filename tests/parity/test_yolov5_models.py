@@ -147,7 +147,7 @@ def test_train_outputs_and_running_statistics(name: str, index: int) -> None:
         check(record, state[key], TRAIN_BOUND)
 
 
-@pytest.mark.parametrize("classes", (3, 80))
+@pytest.mark.parametrize("classes", [3, 80])
 def test_the_head_starts_with_biases_for_rare_objects(classes: int) -> None:
     records = rules.yolov5("recipe")["head_bias_start"]
     strides = [int(record["stride"]) for record in records]

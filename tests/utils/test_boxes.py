@@ -65,7 +65,7 @@ SEGMENTS = [
 ]
 
 
-@pytest.mark.parametrize("segment, expected", SEGMENTS)
+@pytest.mark.parametrize(("segment", "expected"), SEGMENTS)
 def test_segment2box(segment, expected):
     np.testing.assert_array_equal(boxes.segment2box(np.array(segment, np.float32), 100, 50), expected)
 
@@ -92,7 +92,7 @@ OVERLAPS = [
 ]
 
 
-@pytest.mark.parametrize("a, b, iou, giou, diou", OVERLAPS)
+@pytest.mark.parametrize(("a", "b", "iou", "giou", "diou"), OVERLAPS)
 def test_overlaps_by_hand(a, b, iou, giou, diou):
     a, b = torch.tensor([a, a], dtype=torch.float32), torch.tensor([b, b], dtype=torch.float32)
     for expected, switch in ((iou, {}), (giou, {"GIoU": True}), (diou, {"DIoU": True})):

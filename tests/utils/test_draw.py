@@ -1,5 +1,7 @@
 """Images from arrays: what is drawn, where, and that no name and no size stops it."""
 
+import itertools
+
 import cv2
 import numpy as np
 import pytest
@@ -104,7 +106,7 @@ def test_colors_are_distinct_and_fixed():
     assert len(set(colors)) == 24
     assert all(0 <= v <= 255 for c in colors for v in c)
     assert class_color(np.int64(5)) == class_color(5) and isinstance(class_color(np.int64(5))[0], int)
-    near = [np.abs(np.subtract(a, b)).max() for a, b in zip(colors, colors[1:])]
+    near = [np.abs(np.subtract(a, b)).max() for a, b in itertools.pairwise(colors)]
     assert min(near) > 60  # neighbors in number differ
 
 

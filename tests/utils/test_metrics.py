@@ -86,7 +86,7 @@ def tensors(detections, labels):
     return found, torch.tensor([[number, *box] for number, box in labels]).reshape(-1, 5)
 
 
-@pytest.mark.parametrize("detections, labels, right, text", MATCHES)
+@pytest.mark.parametrize(("detections", "labels", "right", "text"), MATCHES)
 def test_matching(detections, labels, right, text):
     got = match_detections(*tensors(detections, labels), IOUV)
     assert got.shape == (len(detections), 10) and got.dtype == torch.bool

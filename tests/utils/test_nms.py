@@ -164,7 +164,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("arguments, words", BAD)
+@pytest.mark.parametrize(("arguments", "words"), BAD)
 def test_wrong_arguments(arguments, words):
     with pytest.raises(UserError, match=words):
         non_max_suppression(**{"prediction": torch.zeros(2, 5, 8), **arguments})

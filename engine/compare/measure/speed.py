@@ -20,7 +20,7 @@ from engine.compare.measure.rounds import Spread, calls_per_visit, from_plain, p
 from engine.compare.results import DEPLOYED, STAGES, STEP, TOTAL, TRAINING, Latency, Row, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
-from engine.compare.worker.pool import Failed, Worker
+from engine.compare.worker.pool import JobFailedError, Worker
 
 LOGGER = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class Turn:
     kind: str = ""
     reason: str = ""
 
-    def fail(self, error: Failed) -> None:
+    def fail(self, error: JobFailedError) -> None:
         """Take note of a failure."""
         self.kind, self.reason = error.kind, error.reason
 
@@ -129,7 +129,7 @@ class Speed:
                 try:
                     with self.context.worker(row) as worker:
                         worker.ask("initial", checkpoint=str(row.weights))
-                except Failed as error:
+                except JobFailedError as error:
                     row.failure = error.reason
         self.rows = measured(self.rows)
         files = {phase: self._files(phase) for phase in phases}
@@ -159,7 +159,7 @@ class Speed:
                         made["path"],
                         {"disk_mb": made["disk_mb"], "verification": made["verification"]},
                     )
-                except Failed as error:
+                except JobFailedError as error:
                     turn.fail(error)
             turns.append(turn)
         return turns
@@ -180,7 +180,7 @@ class Speed:
         def ask(label: str) -> Mapping[str, float] | None:
             try:
                 return workers[label].ask("visit", calls=calls[label])
-            except Failed as error:
+            except JobFailedError as error:
                 ready[label].fail(error)
                 return None
 
@@ -189,7 +189,7 @@ class Speed:
         for label in spreads:
             try:
                 workers[label].ask("close")
-            except Failed:
+            except JobFailedError:
                 continue
         after = clocks(self.context.device)
         conditions = {"phase": str(phase), "rounds": rounds, "calls": calls, "before": before, "after": after}
@@ -218,7 +218,7 @@ class Speed:
                     "open_inference", weights=turn.file, sample=sample, batch=phase.batch, imgsz=config.imgsz,
                     training_form=phase.form == TRAINING,
                 )  # fmt: skip
-        except Failed as error:
+        except JobFailedError as error:
             turn.fail(error)
 
     def _finish(

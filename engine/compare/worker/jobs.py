@@ -262,7 +262,14 @@ def close_subject(state: State) -> None:
 
 
 def export_file(
-    state: State, *, weights: str, folder: str, format: str, batch: int, imgsz: int, data: str
+    state: State,  # noqa: ARG001
+    *,
+    weights: str,
+    folder: str,
+    format: str,
+    batch: int,
+    imgsz: int,
+    data: str,
 ) -> dict[str, Any]:
     """Export a checkpoint with its verification.
 
@@ -294,7 +301,7 @@ def export_file(
     }
 
 
-def run_training(state: State, *, recipe: dict[str, Any], folder: str) -> dict[str, Any]:
+def run_training(state: State, *, recipe: dict[str, Any], folder: str) -> dict[str, Any]:  # noqa: ARG001
     """Train, or continue with an interrupted training in the same folder, or find that it is finished.
 
     Args:

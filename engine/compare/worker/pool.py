@@ -23,7 +23,7 @@ TICK_S = 0.5
 PATIENCE_S = 5.0
 
 
-class Failed(Exception):
+class JobFailedError(Exception):
     """A job that a candidate could not do.
 
     Attributes:
@@ -91,7 +91,7 @@ class Worker:
             arguments: of the job; plain values.
 
         Raises:
-            Failed: the job failed, or the process ended.
+            JobFailedError: the job failed, or the process ended.
         """
         if not self._is_set_up:
             self._is_set_up = True
@@ -116,10 +116,10 @@ class Worker:
                 tick()
                 continue
             if line is None:
-                raise Failed(*self._why_it_ended())
+                raise JobFailedError(*self._why_it_ended())
             answer = json.loads(line)
             if "reason" in answer:
-                raise Failed(answer["kind"], answer["reason"])
+                raise JobFailedError(answer["kind"], answer["reason"])
             return answer["result"]
 
     def _why_it_ended(self) -> tuple[str, str]:

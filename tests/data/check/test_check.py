@@ -161,7 +161,7 @@ def test_command_says_what_is_there_and_what_is_wrong(dataset: Path, capsys: pyt
         "images/val/d.png (val): 1.000",
     ):
         assert line in text and line in whole, line
-    assert [line.split() for line in text.splitlines() if line.startswith("  train")][0][:6] == [
+    assert next(line.split() for line in text.splitlines() if line.startswith("  train"))[:6] == [
         "train", "3", "2", "0", "1", "3",
     ]  # fmt: skip
     image = cv2.imread(str(out / "check.png"))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import operator
 import os
 import signal
 import time
@@ -111,7 +113,7 @@ def test_ranks_share_the_epoch(records, rect):
     loaders = [create_loader(data, 4, shuffle=True, rank=rank, world_size=4) for rank in range(4)]
     per_rank = [numbers(loader) for loader in loaders]
     assert len({len(loader) for loader in loaders}) == 1
-    assert set(sum(per_rank, [])) == set(range(22))
+    assert set(functools.reduce(operator.iadd, per_rank, [])) == set(range(22))
     if not rect:  # as DistributedSampler: rank, rank + 4, ..., the start again at the end
         order = epoch_order(22, 0, 0).tolist()
         assert per_rank == [(order + order[:2])[rank::4] for rank in range(4)]

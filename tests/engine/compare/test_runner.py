@@ -22,7 +22,7 @@ from engine.compare.config import CompareConfig
 from engine.compare.context import Context, alone
 from engine.compare.results import Row
 from engine.compare.runner import some_left
-from engine.compare.worker.pool import Failed, Setting, Worker
+from engine.compare.worker.pool import JobFailedError, Setting, Worker
 from engine.compare.worker.process import MEMORY
 from models.summary import PARTS
 from models.yolo import DetectionModel
@@ -161,9 +161,9 @@ def test_weights_of_other_classes_are_refused(place, tmp_path):
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    with alone(tmp_path / ".lock", "a"), pytest.raises(ConfigError, match="b: another compare.py is at it now"):
-        with alone(tmp_path / ".lock", "b"):
-            pass
+    refused = pytest.raises(ConfigError, match="b: another compare.py is at it now")
+    with alone(tmp_path / ".lock", "a"), refused, alone(tmp_path / ".lock", "b"):
+        pass
     with alone(tmp_path / ".lock", "c"):
         pass
 
@@ -177,7 +177,7 @@ def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_
     (tmp_path / "huge.yaml").write_text(TINY.format(width=400))
     with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
         for _ in range(2):
-            with pytest.raises(Failed, match="^out of memory .*MB more") as error:
+            with pytest.raises(JobFailedError, match="^out of memory .*MB more") as error:
                 process.ask("initial", checkpoint=str(tmp_path / "a.pt"))
             assert error.value.kind == MEMORY
         assert process.is_alive
@@ -189,7 +189,7 @@ def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_
 def test_a_killed_process_is_a_reason(place, tmp_path):
     with worker(place / "tiny.yaml", tmp_path) as process:
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(Failed, match="SIGKILL"):
+        with pytest.raises(JobFailedError, match="SIGKILL"):
             process.ask("close")
 
 

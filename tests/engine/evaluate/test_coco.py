@@ -26,7 +26,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize("paths, ids, text", NUMBERS)
+@pytest.mark.parametrize(("paths", "ids", "text"), NUMBERS)
 def test_image_numbers(paths, ids, text):
     assert list(image_numbers(paths).values()) == ids
 
@@ -67,7 +67,7 @@ SCORES = [
 ]
 
 
-@pytest.mark.parametrize("results, expected", SCORES)
+@pytest.mark.parametrize(("results", "expected"), SCORES)
 def test_score_of_known_answers(results, expected, capsys):
     figures = score(ground_truth(IMAGES, IDS, (0, 1), NAMES), results, [1, 2])
     assert len(figures) == 12 and figures[0] == pytest.approx(expected, abs=0.01)

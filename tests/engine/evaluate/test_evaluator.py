@@ -151,7 +151,7 @@ FIGURES = [
 ]
 
 
-@pytest.mark.parametrize("answers, map50, mean_ap, recall, text", FIGURES)
+@pytest.mark.parametrize(("answers", "map50", "mean_ap", "recall", "text"), FIGURES)
 def test_figures_of_known_answers(data_file, answers, map50, mean_ap, recall, text):
     result = judged(data_file, answers)
     assert result.images == 6 and result.nt.tolist() == [5, 5, 5]
@@ -279,7 +279,7 @@ def test_ensembles_need_equal_classes(weights, tmp_path):
         PyTorchRuntime([weights, other], torch.device("cpu"))
 
 
-@pytest.mark.parametrize("wanted, used", [(64, 64), (65, 96), (33, 64), (1, 32)])
+@pytest.mark.parametrize(("wanted", "used"), [(64, 64), (65, 96), (33, 64), (1, 32)])
 def test_sides_are_rounded_up_to_the_grid(wanted, used):
     assert input_side(wanted, Oracle([], None)) == used
 
@@ -291,7 +291,7 @@ def test_batches_are_rectangles_with_half_a_stride_of_margin(data_file):
     config = ValConfig(imgsz=128, batch_size=1, workers=0)
     annotations = load_annotations(load_data_config(data_file).split("val"), 3, progress=False)
     loader = build_loader(config, annotations, Oracle([], None), rect=True)
-    assert [tuple(b.images.shape[2:]) for b in loader][0] == (96, 160)  # 50 x 111: 58 + 16 rows, 128 + 16 columns
+    assert next(tuple(b.images.shape[2:]) for b in loader) == (96, 160)  # 50 x 111: 58 + 16 rows, 128 + 16 columns
     loader = build_loader(config, annotations, Oracle([], None), rect=False)
     assert {tuple(b.images.shape[2:]) for b in loader} == {(128, 128)}
 
@@ -402,7 +402,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize("options, words", MISTAKES)
+@pytest.mark.parametrize(("options", "words"), MISTAKES)
 def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, options, words):
     with pytest.raises(UserError, match=words) as caught:
         command(**options)
@@ -416,7 +416,7 @@ OTHER_CLASSES = [
 ]
 
 
-@pytest.mark.parametrize("names, words", OTHER_CLASSES)
+@pytest.mark.parametrize(("names", "words"), OTHER_CLASSES)
 def test_other_classes_are_refused(command, tmp_path, names, words):
     with pytest.raises(UserError, match=words):
         command(data=str(write_data(tmp_path / "other", names)))

@@ -47,7 +47,7 @@ def assert_rounded_once(found: Tensor, wanted: Tensor, what: str, scale: Tensor 
     assert worst <= 1e-5, f"{what}: {worst:g} beyond one rounding"
 
 
-@pytest.mark.parametrize("family", (*FAMILIES, "timm/vit_tiny_patch16_224"))
+@pytest.mark.parametrize("family", [*FAMILIES, "timm/vit_tiny_patch16_224"])
 def test_norms_are_computed_in_float32(family: str) -> None:
     backbone = backbone_of(family)
     calls: list[tuple[str, nn.Module, Tensor, Tensor]] = []

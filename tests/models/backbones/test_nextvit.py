@@ -266,7 +266,6 @@ def test_attention_is_the_fused_one(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(SpecError, match=sentence) as error:
-        with torch.device("meta"):
-            NextViT(**arguments)
+    with pytest.raises(SpecError, match=sentence) as error, torch.device("meta"):
+        NextViT(**arguments)
     assert "\n" not in str(error.value)

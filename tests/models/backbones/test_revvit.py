@@ -195,9 +195,8 @@ def test_slowfast_layout() -> None:
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
-    with pytest.raises(SpecError, match=sentence) as error:
-        with torch.device("meta"):
-            RevViT(**arguments)
+    with pytest.raises(SpecError, match=sentence) as error, torch.device("meta"):
+        RevViT(**arguments)
     assert "\n" not in str(error.value)
 
 
