@@ -261,7 +261,7 @@ def test_copy_paste_mirrors_what_has_room():
     assert (out[31:59, 151:179] == 255).all() and (out[:, 60:140] == 0).all()
     assert sorted(map(tuple, polygons[1].tolist())) == [(150, 30), (150, 60), (180, 30), (180, 60)]
     assert (image[:, 150:] == 0).all()  # the argument is as it was
-    same, rows, _ = copy_paste(*with_box(100, 200, 85, 30, 115, 60), [(*polygon, 65, 0)], 1.0, rng())
+    same, rows, _ = copy_paste(*with_box(100, 200, 85, 30, 115, 60), [np.add(polygon, (65, 0))], 1.0, rng())
     assert len(rows) == 1 and np.array_equal(same, with_box(100, 200, 85, 30, 115, 60)[0])  # it would hide itself
     assert len(copy_paste(image, labels, [polygon], 0.0, rng())[1]) == 1
     hidden = np.array([*labels.tolist(), [1, 155, 35, 175, 55]], np.float32)  # it would hide another object

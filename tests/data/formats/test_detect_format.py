@@ -150,7 +150,8 @@ def test_polygons_become_polygons_and_boxes_get_their_corners(tmp_path: Path) ->
 
 
 def test_parts_of_an_object_are_joined_without_covering_more() -> None:
-    squares = [(*np.array([(0, 0), (10, 0), (10, 10), (0, 10)], np.float64), x, 0) for x in (0, 20, 40)]
+    corners = np.array([(0, 0), (10, 0), (10, 10), (0, 10)], np.float64)
+    squares = [np.add(corners, (x, 0)) for x in (0, 20, 40)]
     joined = join_polygons([squares[0], squares[2], squares[1]])
     mask = np.zeros((20, 60), np.uint8)
     cv2.fillPoly(mask, [joined.round().astype(np.int32)], 1)
