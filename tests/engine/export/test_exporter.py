@@ -351,7 +351,7 @@ def test_a_broken_fold_stops_everything(own_weights, monkeypatch, capsys):
     right = fuse._folded
     monkeypatch.setattr(fuse, "_folded", lambda conv, norm: (right(conv, norm)[0], -right(conv, norm)[1]))
     status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
-    assert status == 1 and text.count("\n") == 1 and "stage 1, training form -> re-parameterized model" in text
+    assert status == 1 and text.count("\n") == 1 and "stage 1, training model -> re-parameterized model" in text
     assert os.listdir(own_weights.parent) == ["best.pt"]
 
 

@@ -107,7 +107,7 @@ BREAKS = [
 def test_a_broken_fold_is_seen(monkeypatch, family, module, name, broken):
     model = build(family)
     monkeypatch.setattr(module, name, broken)
-    with pytest.raises(ExportError, match="stage 1, training form -> re-parameterized model"):
+    with pytest.raises(ExportError, match="stage 1, training model -> re-parameterized model"):
         proved(model)
 
 
