@@ -183,7 +183,7 @@ def step_rows(model: DetectionModel, names: Sequence[str], args: argparse.Namesp
 def update_one_by_one(ema: ModelEma[Any], model: nn.Module) -> None:
     """Do what `ModelEma.update` does, one tensor at a time."""
     ema.updates += 1
-    decay = ema.rate(ema.updates)
+    decay = ema.decay_at(ema.updates)
     values = model.state_dict()
     for name, average in ema.module.state_dict().items():
         if average.dtype.is_floating_point:

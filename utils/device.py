@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from functools import cache
 from pathlib import Path
@@ -44,13 +43,6 @@ def select_device(text: str = "") -> torch.device:
         start = f"torchrun --nproc_per_node {len(numbers)} train.py ..."
         raise ConfigError(f"--device {text}: one process uses one GPU; start with: {start}")
     return torch.device("cuda", int(numbers[0]))
-
-
-def is_main_process() -> bool:
-    """Return whether this process has rank 0, also before the process group exists (torchrun sets `RANK`)."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK") or 0) <= 0
 
 
 def describe_device(device: torch.device) -> str:

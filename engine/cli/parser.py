@@ -6,7 +6,6 @@ Nothing here imports torch, so `--help` answers at once.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -14,7 +13,7 @@ from typing import Any, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
 from utils.errors import ConfigError, TrainingError, UserError, did_you_mean
-from utils.log import configure_logging, end_silently
+from utils.log import configure_logging, end_silently, is_main_process, world_size
 
 T = TypeVar("T", bound=Options)
 
@@ -27,7 +26,7 @@ class Parser(argparse.ArgumentParser):
         if unknown != message:
             names = [s for a in self._actions for s in a.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
-        if _rank() > 0:
+        if not is_main_process():
             end_silently(2)  # rank zero was given the same
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -76,18 +75,13 @@ def build_parser(config: type[Options], prog: str, description: str) -> argparse
     return parser
 
 
-def _rank() -> int:
-    """Return the rank that torchrun gave this process, or -1."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else -1
-
-
 def _check_together(prog: str, options: Options) -> None:
     """Under torchrun: refuse what is not done by several processes.
 
     Raises:
         ConfigError: a command or a task for a single process.
     """
-    if _rank() < 0:
+    if world_size() == 1:
         return
     if not isinstance(options, TrainConfig):
         raise ConfigError(f"{prog}: does not run under torchrun; start python {prog} (only train.py shares its work)")
@@ -115,13 +109,13 @@ def run_main(
     """
     parser = build_parser(config, prog, description)
     values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
-    configure_logging(rank=_rank())
+    configure_logging()
     try:
         options = config(**vars(values))
         options.check()
         _check_together(prog, options)
     except UserError as error:
-        if _rank() > 0:
+        if not is_main_process():
             end_silently(2)
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
@@ -134,6 +128,6 @@ def run_main(
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        if _rank() <= 0:
+        if is_main_process():
             print(f"{prog}: interrupted", file=sys.stderr)
         return 130

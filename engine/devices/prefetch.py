@@ -1,4 +1,4 @@
-"""Pictures on their way to the device while it still works on the batch before."""
+"""Copies of the next batch to the device while the current one is processed."""
 
 from __future__ import annotations
 
@@ -10,34 +10,38 @@ from torch import Tensor
 from utils.structures import Batch
 
 
-def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with their pictures on `device`; on CUDA the next copy runs on a stream of its own meanwhile.
+def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
+    """Yield batches with their images on `device`; on CUDA the next copy runs on its own stream meanwhile.
 
-    Targets stay where they are: the loss assigns them on the CPU and copies the result without waiting for the device.
+    Targets are not copied: the loss assigns them on the CPU and copies the result without a synchronization.
 
     Args:
-        batches: with pictures (B, 3, H, W) uint8, pinned where the copy is not to block.
+        batches: with images (B, 3, H, W) uint8, in pinned memory for asynchronous copies.
+        device: of the model.
+
+    Yields:
+        The batch, and its images (B, 3, H, W) uint8 on the device.
     """
     if device.type != "cuda":
         for batch in batches:
             yield batch, batch.images.to(device)
         return
-    copies = torch.cuda.Stream(device)
-    waiting: tuple[Batch, Tensor, torch.cuda.Event] | None = None
+    stream = torch.cuda.Stream(device)
+    pending: tuple[Batch, Tensor, torch.cuda.Event] | None = None
     for batch in batches:
-        with torch.cuda.stream(copies):
+        with torch.cuda.stream(stream):
             images = batch.images.to(device, non_blocking=True)
-            done = torch.cuda.Event()
-            done.record(copies)
-        if waiting is not None:
-            yield _arrived(*waiting)
-        waiting = batch, images, done
-    if waiting is not None:
-        yield _arrived(*waiting)
+            copied = torch.cuda.Event()
+            copied.record(stream)
+        if pending is not None:
+            yield _wait(*pending)
+        pending = batch, images, copied
+    if pending is not None:
+        yield _wait(*pending)
 
 
-def _arrived(batch: Batch, images: Tensor, done: torch.cuda.Event) -> tuple[Batch, Tensor]:
+def _wait(batch: Batch, images: Tensor, copied: torch.cuda.Event) -> tuple[Batch, Tensor]:
     current = torch.cuda.current_stream(images.device)
-    current.wait_event(done)
-    images.record_stream(current)  # made on the other stream: its memory is not to be given away before it is read here
+    current.wait_event(copied)
+    images.record_stream(current)  # allocated on the other stream: its memory must not be reused before it is read here
     return batch, images

@@ -27,6 +27,7 @@ from models.losses.anchor_based import DetectionLoss
 from utils.boxes import scale_boxes, xywh2xyxy
 from utils.device import Profile, describe_device, select_device
 from utils.errors import ConfigError, DataError
+from utils.log import is_main_process
 from utils.metrics import ConfusionMatrix
 from utils.nms import non_max_suppression
 from utils.structures import Batch, ImageShapes, to_unit
@@ -96,10 +97,10 @@ def measure(
     """Detect and accumulate over the batches of this process; see `evaluate`."""
     tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
     timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
-    bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not world.is_main)
+    bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not is_main_process())
     with _without_training(criterion):
         for turn, batch in enumerate(bar):
-            number = world.number + turn * world.size  # that it would have in a single process
+            number = world.rank + turn * world.size  # that it would have in a single process
             with timers[0]:
                 images = to_unit(batch.images.to(runtime.device, non_blocking=True))
             with timers[1]:

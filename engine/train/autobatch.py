@@ -1,4 +1,4 @@
-"""The largest batch that fits a GPU, from measured memory (`--batch-size -1`)."""
+"""Choice of the batch size by measured GPU memory (`--batch-size -1`)."""
 
 from __future__ import annotations
 
@@ -14,22 +14,25 @@ from utils.errors import ConfigError
 LOGGER = logging.getLogger(__name__)
 CPU_BATCH = 16
 FRACTION = 0.8
-"""Part of the free memory to use: the optimiser's state, fragmentation and other sizes need the rest."""
+"""Fraction of the free memory to use: optimizer state, fragmentation and other image sizes need the rest."""
 PROBED = (1, 2, 4, 8, 16)
+_GIB = 2**30
 
 
-def choose_batch(model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None, images: int) -> int:
-    """Batch size for training: 16 on a CPU; on CUDA by measuring forward and backward of a few small batches.
+def choose_batch(
+    model: DetectionModel, imgsz: int, device: torch.device, amp: torch.dtype | None, num_images: int
+) -> int:
+    """Return the batch size for training: 16 on a CPU; on CUDA by measuring forward and backward of small batches.
 
     Args:
         model: on the device.
-        imgsz: side of the pictures.
-        device: where.
-        amp: type of autocast, None for float32.
-        pictures: that there are to train on. A larger batch would only raise the weight decay, which goes by its size.
+        imgsz: height and width of the images in pixels.
+        device: of the training.
+        amp: autocast dtype, None for float32.
+        num_images: in the training split. A larger batch would only raise the weight decay, which scales with it.
 
     Raises:
-        ConfigError: not even one picture fits.
+        ConfigError: not even one image fits.
     """
     if device.type != "cuda":
         return CPU_BATCH
@@ -37,30 +40,29 @@ def choose_batch(model: DetectionModel, imgsz: int, device: torch.device, amp: t
     used: list[int] = []
     for batch in PROBED:
         try:
-            used.append(_bytes_of_a_step(model, batch, imgsz, device, amp))
+            used.append(_step_bytes(model, batch, imgsz, device, amp))
         except torch.OutOfMemoryError:
             break
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     if not used:
-        raise ConfigError(f"--batch-size -1: not one picture of {imgsz} pixels fits in {free / 2**30:.1f} GiB")
-    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), images)
-    gib = 2**30
-    LOGGER.info("--batch-size -1: %d (%.1f of %.1f GiB are free)", chosen, free / gib, total / gib)
+        raise ConfigError(f"--batch-size -1: not even one image of {imgsz} pixels fits in {free / _GIB:.1f} GiB")
+    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), num_images)
+    LOGGER.info("--batch-size -1: %d (%.1f of %.1f GiB are free)", chosen, free / _GIB, total / _GIB)
     return chosen
 
 
 def largest_batch(batches: Sequence[int], used: Sequence[float], capacity: float) -> int:
-    """The largest batch whose memory stays within `capacity`, by a straight line through what was measured.
+    """Return the largest batch whose memory stays within `capacity`, by a linear fit to the measurements.
 
     Args:
-        batches: rising sizes.
-        used: bytes that each of them took.
+        batches: ascending batch sizes.
+        used: bytes measured for each of them.
         capacity: bytes.
 
     Returns:
-        At least 1; where the measurements do not rise (too small to see), the largest measured batch that fits.
+        At least 1; where memory does not increase (too small to measure), the largest measured batch that fits.
     """
     if len(batches) == 1:
         return batches[0]
@@ -70,10 +72,8 @@ def largest_batch(batches: Sequence[int], used: Sequence[float], capacity: float
     return max(int((capacity - base) / slope + 1e-6), 1)
 
 
-def _bytes_of_a_step(
-    model: DetectionModel, batch: int, imgsz: int, device: torch.device, amp: torch.dtype | None
-) -> int:
-    """Peak of the allocator over forward and backward, without a trace in the model: its statistics come back."""
+def _step_bytes(model: DetectionModel, batch: int, imgsz: int, device: torch.device, amp: torch.dtype | None) -> int:
+    """Return the peak of allocated memory over forward and backward; the model's state is restored."""
     state = {key: value.clone() for key, value in model.state_dict().items()}
     training = model.training
     torch.cuda.reset_peak_memory_stats(device)

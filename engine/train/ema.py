@@ -13,7 +13,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class ModelEma(Generic[M]):
-    """Averaged copy of a model, for validation and for the saved weights.
+    """Averaged copy of a model, used for validation and for the saved weights.
 
     The decay ramps up, `decay * (1 - exp(-updates / tau))`, so that early averages follow the fast first steps. All
     floating-point entries of the state dict are averaged, buffers too; integer entries keep their first value.
@@ -27,15 +27,15 @@ class ModelEma(Generic[M]):
         self.module: M = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, updates
 
-    def rate(self, updates: int) -> float:
-        """Decay at the given number of updates."""
+    def decay_at(self, updates: int) -> float:
+        """Return the decay at the given number of updates."""
         return self.decay * (1 - math.exp(-updates / self.tau))
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Blend the model's current state in; called once per optimiser step."""
+        """Update the average with the model's current state; called once per optimizer step."""
         self.updates += 1
-        d = self.rate(self.updates)
+        d = self.decay_at(self.updates)
         source = model.state_dict()
         pairs = [(v, source[k]) for k, v in self.module.state_dict().items() if v.dtype.is_floating_point]
         averages, values = [p[0] for p in pairs], [p[1].detach() for p in pairs]

@@ -1,4 +1,4 @@
-"""Freezing parts of a model by row, by backbone stage or by name, keeping them still, and thawing them again."""
+"""Freezing of parameters by row, backbone stage or name (`--freeze`), and unfreezing."""
 
 from __future__ import annotations
 
@@ -18,43 +18,42 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Frozen:
-    """What `--freeze` holds still.
+    """Parameters frozen by `--freeze`.
 
     Attributes:
-        names: parameters without gradients, those a backbone froze by itself among them.
-        thaw: those of them that would learn otherwise.
+        names: parameters without gradients, including those the backbone froze by itself.
+        unfreeze: those of them that were trainable before.
     """
 
     names: frozenset[str] = frozenset()
-    thaw: tuple[str, ...] = ()
+    unfreeze: tuple[str, ...] = ()
 
 
 def backbone_rows(model: DetectionModel) -> list[int]:
-    """Rows of the model that hold its backbone: a `Backbone`, or else the rows of the YAML's section `backbone:`."""
+    """Return the rows of the backbone: `Backbone` modules, or else the rows of the YAML's section `backbone:`."""
     rows = [i for i, row in enumerate(model.model) if isinstance(row, Backbone)]
     return rows or [i for i, route in enumerate(model.model.routes) if route.layer.section == "backbone"]
 
 
 def names_to_freeze(model: DetectionModel, selection: Sequence[str]) -> set[str]:
-    """Names of the parameters that `--freeze` means.
+    r"""Return the names of the parameters that `--freeze` selects.
 
     Args:
         model: detector; its rows are `model.model`.
         selection: one number n = rows 0..n-1 (0 = none); several numbers = those rows; or words: `backbone`,
             `backbone:K` = its stem and first K stages (0 = the stem; of a plain YOLOv5 model: the first K rows), or a
-            regular expression that is searched for in the names (`model\\.24\\.m`).
+            regular expression searched for in the names (`model\.24\.m`).
 
     Raises:
-        ConfigError: a row or a stage that is not there, an expression that is none or finds nothing, rows and words
-            mixed.
+        ConfigError: no such row or stage, an invalid expression or one without a match, rows and words mixed.
     """
     numbers = [int(word) for word in selection if word.isdecimal()]
     if len(numbers) == len(selection):
-        wanted = list(range(numbers[0])) if len(numbers) == 1 else numbers
-        beyond = [n for n in wanted if n >= len(model.model)]
+        rows = list(range(numbers[0])) if len(numbers) == 1 else numbers
+        beyond = [n for n in rows if n >= len(model.model)]
         if beyond:
-            raise ConfigError(f"--freeze: row {beyond[0]} is not there; the model has rows 0 to {len(model.model) - 1}")
-        return _of_rows(model, wanted)
+            raise ConfigError(f"--freeze: no row {beyond[0]}; the model has rows 0 to {len(model.model) - 1}")
+        return _of_rows(model, rows)
     if numbers:
         raise ConfigError(
             f"--freeze {' '.join(selection)}: give row numbers, or words (backbone:2, model.24), not both"
@@ -77,15 +76,15 @@ def _by_word(model: DetectionModel, word: str) -> set[str]:
         return _of_stages(model, int(stages))
     names = [name for name, _ in model.named_parameters()]
     try:
-        found = {name for name in names if re.search(word, name)}
+        matches = {name for name in names if re.search(word, name)}
     except re.error as error:
         raise ConfigError(
             f"--freeze {word}: neither a row, nor backbone[:K], nor a regular expression: {error}"
         ) from error
-    if not found:
+    if not matches:
         near = did_you_mean(word, ["backbone", *names, *(name.rsplit(".", 1)[0] for name in names)])
-        raise ConfigError(f"--freeze {word}: is in no parameter's name; allowed: rows, backbone, backbone:K{near}")
-    return found
+        raise ConfigError(f"--freeze {word}: matches no parameter name; allowed: rows, backbone, backbone:K{near}")
+    return matches
 
 
 def _of_stages(model: DetectionModel, stages: int) -> set[str]:
@@ -108,36 +107,34 @@ def _of_stages(model: DetectionModel, stages: int) -> set[str]:
 
 
 def freeze(model: nn.Module, names: set[str]) -> Frozen:
-    """Switch gradients off for these parameters; what is frozen already stays so."""
-    thaw = tuple(name for name, p in model.named_parameters() if name in names and p.requires_grad)
-    for name in thaw:
+    """Disable gradients of these parameters; the result knows which of them were trainable."""
+    trainable = tuple(name for name, p in model.named_parameters() if name in names and p.requires_grad)
+    for name in trainable:
         model.get_parameter(name).requires_grad_(False)
-    return Frozen(frozenset(names), thaw)
+    return Frozen(frozenset(names), trainable)
 
 
 def unfreeze(model: nn.Module, frozen: Frozen) -> None:
-    """Let learn again what `freeze` stopped; batch statistics move again after the next `model.train()`."""
-    for name in frozen.thaw:
+    """Revert `freeze`; batch statistics are updated again after the next `model.train()`."""
+    for name in frozen.unfreeze:
         model.get_parameter(name).requires_grad_(True)
 
 
-def keep_still(model: nn.Module, frozen: Frozen) -> None:
-    """Put what is wholly frozen into evaluation mode, so that its batch statistics do not move either.
+def eval_frozen(model: nn.Module, frozen: Frozen) -> None:
+    """Put fully frozen modules into evaluation mode, so that their batch statistics are not updated either.
 
     Call it after every `model.train()`.
     """
-    for part in wholly_inside(model, frozen.names):
-        part.eval()
+    for module in wholly_inside(model, frozen.names):
+        module.eval()
 
 
 def log_frozen(model: DetectionModel, frozen: Frozen) -> None:
-    """Say what is frozen: a line per row."""
+    """Log the frozen tensors and parameters of each row."""
     for index, row in enumerate(model.model):
-        own = [(name, p) for name, p in row.named_parameters()]
-        still = [p for name, p in own if f"model.{index}.{name}" in frozen.names]
-        if still:
-            size = sum(p.numel() for p in still)
-            kind = type(row).__name__
-            LOGGER.info(
-                "freezing row %d (%s): %d of %d tensors, %d parameters", index, kind, len(still), len(own), size
-            )
+        own = dict(row.named_parameters())
+        selected = [p for name, p in own.items() if f"model.{index}.{name}" in frozen.names]
+        if selected:
+            size, kind = sum(p.numel() for p in selected), type(row).__name__
+            counts = len(selected), len(own), size
+            LOGGER.info("freezing row %d (%s): %d of %d tensors, %d parameters", index, kind, *counts)

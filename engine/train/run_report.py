@@ -12,21 +12,21 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
+from engine.cli.config import Hyperparameters, TrainConfig
 from engine.evaluate.accumulator import EvalResult
 from engine.evaluate.worst_images import USE_SCORE, ImageErrors
 from engine.loggers.run_logger import best_epoch
 from engine.report.html import image_file, line_chart, number, table, text, values, worst_image
+from models.yolo import DetectionModel
 from utils.device import describe_device
 from utils.errors import DataError
 from utils.files import ROOT, atomic_path
 from utils.plots import read_history
-
-if TYPE_CHECKING:
-    from engine.train.setup import Setup
 
 CHARTS: Mapping[str, Mapping[str, str]] = {
     "Box loss": {"training": "train/box_loss", "validation": "val/box_loss"},
@@ -60,8 +60,8 @@ border-bottom:1px solid #eee;overflow-wrap:anywhere}td.n{text-align:right;font-v
 pre{font-size:12px;overflow-x:auto;background:#f6f6f6;padding:10px}code{color:#666}
 .tiles{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}.tiles div{background:#f3f6f9;padding:8px 16px;
 border-radius:6px}.tiles b{display:block;font-size:22px}
-.charts,.pictures{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:16px}
-.pictures{grid-template-columns:repeat(auto-fill,minmax(520px,1fr))}
+.charts,.images{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:16px}
+.images{grid-template-columns:repeat(auto-fill,minmax(520px,1fr))}
 .values{columns:3 300px;margin:0}.values div{display:flex;border-bottom:1px solid #eee;break-inside:avoid}
 dt{width:45%;color:#555;flex:none}dd{margin:0;overflow-wrap:anywhere}.facts{white-space:pre-line}
 figure{margin:0}figure img,svg{width:100%;height:auto;display:block}figcaption{font-size:13px}
@@ -90,7 +90,7 @@ class RunFacts:
         model: its size in one line.
         device: what it was trained on, in one line.
         result: validation of the best weights, or None.
-        worst: pictures with the most errors, the worst first.
+        worst: images with the most errors, the worst first.
     """
 
     names: Mapping[int, str]
@@ -103,21 +103,31 @@ class RunFacts:
     worst: Sequence[ImageErrors] = ()
 
 
-def facts_of(s: Setup, result: EvalResult | None, worst: Sequence[ImageErrors] = ()) -> RunFacts:
-    """What the report of a training tells.
+def collect_facts(
+    config: TrainConfig,
+    hyp: Hyperparameters,
+    model: DetectionModel,
+    device: torch.device,
+    result: EvalResult | None,
+    worst: Sequence[ImageErrors] = (),
+) -> RunFacts:
+    """Collect what the report of a training contains.
 
     Args:
-        s: the training.
+        config: resolved options.
+        hyp: hyperparameters.
+        model: the trained model.
+        device: of the training.
         result: validation of the best weights, or None.
-        worst: pictures with the most errors, the worst first.
+        worst: images with the most errors, the worst first.
     """
     return RunFacts(
-        names=s.data.names,
-        options=s.config.to_dict(),
-        hyp=s.hyp.to_dict(),
-        layers=s.model.layer_table(),
-        model=str(s.model.info(s.config.imgsz)),
-        device=describe_device(s.device),
+        names=model.names,
+        options=config.to_dict(),
+        hyp=hyp.to_dict(),
+        layers=model.layer_table(),
+        model=str(model.info(config.imgsz)),
+        device=describe_device(device),
         result=result,
         worst=worst,
     )
@@ -126,7 +136,7 @@ def facts_of(s: Setup, result: EvalResult | None, worst: Sequence[ImageErrors] =
 def write_report(folder: Path, facts: RunFacts) -> Path:
     """Write `report.html` into a run folder, whole or not at all.
 
-    Curves are drawn from results.csv, and pictures taken over from the folder, as far as they are there.
+    Curves are drawn from results.csv, and images taken over from the folder, as far as they are there.
 
     Returns:
         The file.
@@ -135,11 +145,11 @@ def write_report(folder: Path, facts: RunFacts) -> Path:
         "Curves": _curves(folder),
         "Classes": _classes(facts),
         "Precision, recall, confusion": _images(folder, CURVES),
-        "Worst pictures": _worst(facts),
+        "Worst images": _worst(facts),
         "Data": _images(folder, EXAMPLES),
         "Layers": f'<p class="facts">{text(facts.model)}</p><pre>{text(facts.layers)}</pre>',
         "Options": values(facts.options),
-        "Hyper-parameters": values(facts.hyp),
+        "Hyperparameters": values(facts.hyp),
         "Environment": values(environment(facts.device)),
     }
     links = "".join(f'<a href="#s{k}">{text(title)}</a>' for k, title in enumerate(sections))
@@ -159,7 +169,7 @@ def write_report(folder: Path, facts: RunFacts) -> Path:
 
 
 def _summary(folder: Path, facts: RunFacts) -> str:
-    """The line below the title, and the figures that one looks at first."""
+    """Return the subtitle and the headline metrics."""
     best, last = best_epoch(folder)
     trained = Path(str(facts.options.get("cfg") or facts.options.get("weights") or "")).name
     line = f"{trained} on {Path(str(facts.options.get('data', ''))).name}, {facts.options.get('imgsz')} pixels"
@@ -168,7 +178,7 @@ def _summary(folder: Path, facts: RunFacts) -> str:
         r = facts.result
         figures = (("mAP 0.5", r.map50), ("mAP 0.5:0.95", r.map), ("precision", r.mp), ("recall", r.mr))
         tiles += [(number(value), name) for name, value in figures]
-        tiles.append((str(r.images), "validation pictures"))
+        tiles.append((str(r.images), "validation images"))
     if best:
         tiles += [(f"{best['best/epoch']:.0f}", "best epoch"), (str(last + 1), "epochs done")]
     shown = "".join(f"<div><b>{text(value)}</b>{text(name)}</div>" for value, name in tiles)
@@ -203,7 +213,7 @@ def _classes(facts: RunFacts) -> str:
 
 def _images(folder: Path, captions: Mapping[str, str]) -> str:
     shown = "".join(image_file(folder / name, caption) for name, caption in captions.items())
-    return f'<div class="pictures">{shown}</div>' if shown else "<p>No pictures were written (--noplots).</p>"
+    return f'<div class="images">{shown}</div>' if shown else "<p>No images were written (--noplots).</p>"
 
 
 def _worst(facts: RunFacts) -> str:
@@ -219,11 +229,11 @@ def _worst(facts: RunFacts) -> str:
         f"Most errors first: detections above a score of {USE_SCORE} (detect.py's default) against labels, at IoU 0.5. "
         "A box of the wrong class is a false positive and a miss."
     )
-    return f'<div class="worst"><p>{hint}</p><p class="key">{labels}</p><div class="pictures">{shown}</div></div>'
+    return f'<div class="worst"><p>{hint}</p><p class="key">{labels}</p><div class="images">{shown}</div></div>'
 
 
 def environment(device: str) -> dict[str, str]:
-    """What the run was made with: time, command, versions, machine, commit; what is not known is left out."""
+    """Return time, command, versions, machine and commit of the run, as far as known."""
     found = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -241,7 +251,7 @@ def environment(device: str) -> dict[str, str]:
 
 
 def git_commit(root: Path) -> str:
-    """The commit of a working tree, with `(changed)` if files differ from it; '' where that is not known."""
+    """Return the commit of a working tree, with `(changed)` if it is dirty, or ''."""
     if not (root / ".git").exists():
         return ""
     answers = []

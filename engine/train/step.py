@@ -1,102 +1,135 @@
-"""One training step: forward, backward, clip, step; and what happens when a gradient is no number."""
+"""Training step: forward, backward, gradient clipping, optimizer step, EMA update; non-finite gradients are skipped."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from data.sizes import multi_scale_shape, multi_scale_sizes
-from engine.train.setup import Setup
+from engine.cli.config import TrainConfig
+from engine.devices.distributed import World
+from engine.train.setup import ModelParts
 from models.backbones.base import Backbone
+from utils.device import amp_dtype
 from utils.errors import ConfigError, TrainingError
 from utils.seed import sample_rng
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
-MOST_SKIPPED = 5
-"""Steps in a row that may be skipped; more of them mean that the training has diverged."""
+MAX_SKIPPED = 5
+"""Consecutive steps that may be skipped; more of them mean that the training has diverged."""
 _MULTI_SCALE_STREAM = 2**31
 
 
 class TrainStep:
-    """The network as it is trained (mixed precision, data-parallel, compiled) with its optimiser.
+    """Model wrapped for training (mixed precision, DistributedDataParallel, torch.compile) with its optimizer.
 
-    A step whose gradients are not finite is skipped: weights and their average stay as they are, and batch statistics
-    that the bad batch spoilt come back from the average. After `MOST_SKIPPED` in a row the training stops. (float16
-    skips steps by design while its loss scale finds its level; there the scale has to be below 1, too.)
+    A step whose gradients are not finite is skipped: weights and EMA stay as they are, and BatchNorm statistics that
+    became non-finite are restored from the EMA. After `MAX_SKIPPED` consecutive steps the training stops. (With
+    float16, GradScaler skips steps by design while it searches the loss scale; there the scale must be below 1, too.)
+
+    Args:
+        parts: model, loss and EMA.
+        optimizer: over the model's parameters.
+        config: options; `amp`, `compile`, `imgsz`, `multi_scale`, `quad`, `rect` and `seed` are used.
+        clip_norm: maximum norm of the gradient.
+        device: the model's device.
+        world: this process among those of the training.
+        last: checkpoint to name when the training diverges.
 
     Attributes:
-        network: what is called with pictures.
-        skipped: steps skipped so far.
+        amp: autocast dtype, None for float32.
+        network: the wrapped model, called with images.
+        skipped: number of steps skipped so far.
     """
 
-    def __init__(self, setup: Setup, amp: torch.dtype | None) -> None:
-        self.s, self.amp = setup, amp
-        self.scaler = torch.amp.GradScaler(setup.device.type, enabled=amp == torch.float16)
-        self.skipped = self.skipped_in_row = 0
-        self.network: nn.Module = setup.model
-        self.sizes_vary = setup.config.multi_scale or setup.config.rect
+    def __init__(
+        self,
+        parts: ModelParts,
+        optimizer: torch.optim.Optimizer,
+        config: TrainConfig,
+        clip_norm: float,
+        device: torch.device,
+        world: World,
+        last: Path | None = None,
+    ) -> None:
+        self.model, self.ema, self.criterion, self.grid = parts.model, parts.ema, parts.criterion, parts.grid
+        self.optimizer, self.config, self.clip_norm = optimizer, config, clip_norm
+        self.device, self.world, self.last = device, world, last
+        self.amp = amp_dtype(config.amp, device)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.amp == torch.float16)
+        self.skipped = self.consecutive_skipped = 0
+        self.sizes_vary = config.multi_scale or config.rect
         self.full_batch = 0
+        self.network: nn.Module = self.model
         self.wrap()
 
     def wrap(self) -> None:
-        """Compile and distribute the network; again whenever other parameters learn than before."""
-        s = self.s
-        self.network = s.model
-        if s.config.compile:  # one graph: of the one size there is, or of any size where it changes from batch to batch
-            self.network = torch.compile(s.model, dynamic=self.sizes_vary)  # type: ignore[assignment]
-        if s.world.size > 1:
-            ids = [s.device.index] if s.device.type == "cuda" else None
+        """Compile and distribute the model; again whenever the set of trainable parameters changes."""
+        self.network = self.model
+        if self.config.compile:  # one graph: for the fixed size, or for any size where sizes vary between batches
+            self.network = torch.compile(self.model, dynamic=self.sizes_vary)  # type: ignore[assignment]
+        if self.world.size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
             # A backbone may have levels that the neck does not read; their norms get no gradient.
-            unread = any(isinstance(m, Backbone) for m in s.model.modules())
+            unused = any(isinstance(m, Backbone) for m in self.model.modules())
             self.network = DistributedDataParallel(
-                self.network, device_ids=ids, find_unused_parameters=unread, process_group=s.world.gradients
+                self.network, device_ids=ids, find_unused_parameters=unused, process_group=self.world.gradients
             )
 
-    def backward(self, images: Tensor, targets: Tensor, place: tuple[int, int]) -> tuple[Tensor, int]:
-        """Forward and backward of one batch.
+    def backward(self, images: Tensor, targets: Tensor, position: tuple[int, int]) -> tuple[Tensor, int]:
+        """Run forward and backward for one batch.
 
         Args:
             images: (B, 3, H, W) uint8 on the device.
-            targets: (M, 6) picture, class, xywhn, on the CPU.
-            place: epoch and number of the batch, which the random size depends on.
+            targets: (M, 6) image index, class, xywhn, on the CPU.
+            position: epoch and batch index, which seed the random size.
 
         Returns:
-            Loss parts (3,) box, objectness, class on the device, and the width used.
+            Loss components (3,) box, objectness, class on the device, and the input width used.
         """
-        s, config = self.s, self.s.config
+        config = self.config
         images = to_unit(images).contiguous(memory_format=torch.channels_last)
         if config.multi_scale:
-            rng = sample_rng(config.seed, place[0], _MULTI_SCALE_STREAM + place[1])
-            images = multi_scale(images, config.imgsz, s.grid, rng)
+            rng = sample_rng(config.seed, position[0], _MULTI_SCALE_STREAM + position[1])
+            images = multi_scale(images, config.imgsz, self.grid, rng)
         with self._compiled(len(images)):
-            with torch.autocast(s.device.type, self.amp, enabled=self.amp is not None):
-                total, parts = s.criterion(self._forward(images), targets)
-            if s.world.size > 1:
-                total = total * s.world.size  # DDP averages the gradients; the loss is a sum over images
+            total, parts = self.loss(images, targets)
+            if self.world.size > 1:
+                total = total * self.world.size  # DDP averages the gradients; the loss is a sum over images
             if config.quad:
                 total = total * 4.0
             self.scaler.scale(total).backward()
         return parts, images.shape[-1]
 
-    def _forward(self, images: Tensor) -> Any:
-        return self.network(images)
+    def loss(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the total loss () and its components (3,) of a batch.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1] on the device.
+            targets: (M, 6) image index, class, xywhn, on the CPU.
+        """
+        with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+            total, parts = self.criterion(self.network(images), targets)
+        return total, parts
 
     @contextmanager
     def _compiled(self, batch: int) -> Iterator[None]:
-        """Where the network runs as compiled, but for an epoch's last batch if that is smaller: no graph for that.
+        """Run the compiled graph, except for an epoch's smaller last batch, which runs eagerly: no graph for it.
 
         Raises:
-            ConfigError: torch.compile does not get along with this network here.
+            ConfigError: torch.compile fails on this network.
         """
-        if not self.s.config.compile:
+        if not self.config.compile:
             yield
             return
         self.full_batch = max(self.full_batch, batch)
@@ -112,67 +145,77 @@ class TrainStep:
             raise ConfigError(f"--compile: torch.compile cannot compile this network here{sizes}: {reason}") from error
 
     def step(self) -> None:
-        """Clip, step, and blend the new weights into the average; or skip.
+        """Clip the gradients, step the optimizer and update the EMA; or skip the step.
 
         Raises:
-            TrainingError: too many steps in a row were skipped.
+            TrainingError: too many consecutive steps were skipped.
         """
-        s = self.s
-        self.scaler.unscale_(s.optimizer)
-        norm = clip_grad_norm_(s.model.parameters(), max_norm=s.hyp.clip_norm)
+        self.scaler.unscale_(self.optimizer)
+        norm = clip_grad_norm_(self.model.parameters(), max_norm=self.clip_norm)
         finite = bool(torch.isfinite(norm))  # gradients are averaged over ranks: all of them decide alike
         if finite or self.scaler.is_enabled():
-            self.scaler.step(s.optimizer)
+            self.scaler.step(self.optimizer)
         self.scaler.update()
-        s.optimizer.zero_grad()
+        self.optimizer.zero_grad()
         if not finite:
             self._skip()
             return
-        self.skipped_in_row = 0
-        s.ema.update(s.model)
+        self.consecutive_skipped = 0
+        self.ema.update(self.model)
 
     def _skip(self) -> None:
-        s = self.s
         self.skipped += 1
-        self.skipped_in_row += 1
-        repaired = restore_statistics(s.model, s.ema.module)
+        self.consecutive_skipped += 1
+        restored = restore_statistics(self.model, self.ema.module)
         LOGGER.warning(
             "gradients are not finite: step skipped (%d so far%s)",
             self.skipped,
-            f", {repaired} spoilt batch statistics put back" if repaired else "",
+            f", {restored} non-finite batch statistics restored" if restored else "",
         )
-        scale_at_its_end = not self.scaler.is_enabled() or self.scaler.get_scale() < 1
-        if self.skipped_in_row >= MOST_SKIPPED and scale_at_its_end:
-            last = s.folder / "weights" / "last.pt"
-            kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+        at_lowest_scale = not self.scaler.is_enabled() or self.scaler.get_scale() < 1
+        if self.consecutive_skipped >= MAX_SKIPPED and at_lowest_scale:
+            saved = self.last is not None and self.last.is_file()
+            kept = f"the last good checkpoint is {self.last}" if saved else "there is no checkpoint yet"
             raise TrainingError(
-                f"{self.skipped_in_row} steps in a row had gradients that are no finite numbers: the training has "
-                f"diverged; {kept}; try a lower lr0 or a longer warm-up in the hyper-parameters, or --amp off"
+                f"{self.consecutive_skipped} consecutive steps had non-finite gradients: the training has "
+                f"diverged; {kept}; try a lower lr0 or a longer warm-up in the hyperparameters, or --amp off"
             )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of the gradient scaler and the number of skipped steps."""
+        return {"scaler": self.scaler.state_dict(), "skipped": self.skipped}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; other keys are ignored."""
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped = int(state.get("skipped", 0))
 
 
 @torch.no_grad()
 def restore_statistics(model: nn.Module, average: nn.Module) -> int:
-    """Replace buffers of `model` that hold numbers which are not finite by those of `average`; returns how many."""
+    """Replace non-finite floating-point buffers of `model` by those of `average`; return how many."""
     good = dict(average.named_buffers())
-    spoilt = [
+    bad = [
         (name, buffer)
         for name, buffer in model.named_buffers()
         if buffer.is_floating_point() and name in good and not torch.isfinite(buffer).all()
     ]
-    for name, buffer in spoilt:
+    for name, buffer in bad:
         buffer.copy_(good[name])
-    return len(spoilt)
+    return len(bad)
 
 
-def multi_scale(images: Tensor, imgsz: int, grid: int, rng: Any) -> Tensor:
+def multi_scale(images: Tensor, imgsz: int, grid: int, rng: np.random.Generator) -> Tensor:
     """Scale a batch to a random size of 0.5 to 1.5 times `imgsz`.
 
     Args:
         images: (B, 3, H, W).
-        imgsz: nominal side.
-        grid: sides of the result are multiples of it.
-        rng: NumPy generator that draws the size.
+        imgsz: nominal size in pixels.
+        grid: height and width of the result are multiples of it.
+        rng: draws the size.
+
+    Returns:
+        (B, 3, H', W') of the same dtype.
     """
     height, width = images.shape[2:]
     shape = multi_scale_shape(height, width, int(rng.choice(multi_scale_sizes(imgsz, grid))), grid)

@@ -1,13 +1,14 @@
-"""Training: one epoch reads as a sentence; everything it needs is built in `engine.train.setup`."""
+"""Training loop over epochs; `engine.train.setup` builds its parts."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,39 +23,43 @@ from engine.devices.distributed import (
     file_from_main,
     gather,
     gather_all,
-    own_device,
     process_group,
+    rank_device,
     with_gradients,
     world_from_environment,
 )  # fmt: skip
-from engine.devices.prefetch import on_device
-from engine.evaluate.evaluator import EvalResult, conclude, measure
+from engine.devices.prefetch import prefetch
+from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, measure
 from engine.evaluate.worst_images import WorstImages
-from engine.loggers import plots as pictures
-from engine.loggers.run_logger import Logs, check_loggers, make_logs
+from engine.loggers import plots
+from engine.loggers.run_logger import Logs, make_logs
+from engine.loggers.trackers import check_loggers
 from engine.runtimes.pytorch import PyTorchRuntime
-from engine.train import state as run_state
-from engine.train.freeze import Frozen, keep_still, unfreeze
+from engine.train import state as checkpoints
+from engine.train.early_stopping import EarlyStopping
+from engine.train.freeze import Frozen, eval_frozen, unfreeze
 from engine.train.interrupt import StopNow, StopRequest
-from engine.train.optimizer import apply_settings
-from engine.train.run_report import facts_of, write_report
-from engine.train.setup import Setup, build_setup, resolve_run, save_resolved
+from engine.train.run_report import collect_facts, write_report
+from engine.train.schedule import apply_settings
+from engine.train.setup import TrainingParts, build_parts, resolve_run
 from engine.train.step import TrainStep
-from utils.device import amp_dtype, cpu_has_bf16, select_device
+from utils.device import cpu_has_bf16, describe_device, select_device
+from utils.log import is_main_process
 from utils.metrics import fitness
+from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
-BAR_HEAD = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
+PROGRESS_COLUMNS = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 
 
 @dataclass
 class EpochProgress:
-    """How far an epoch is, and the mean of its losses so far.
+    """Number of batches done in an epoch and their mean losses.
 
     Attributes:
         batches: batches done.
-        counted: batches whose losses are numbers.
-        losses: (3,) mean box, objectness and class loss of those; on the device, read only when it is shown.
+        counted: batches with finite losses.
+        losses: (3,) mean box, objectness and class loss of those; on the device, read only when shown.
     """
 
     batches: int = 0
@@ -62,25 +67,35 @@ class EpochProgress:
     losses: torch.Tensor = field(default_factory=lambda: torch.zeros(3))
 
     def add(self, parts: torch.Tensor) -> None:
-        """Count one batch."""
+        """Add the losses (3,) of one batch."""
         self.batches += 1
         counted, losses = self.counted.to(parts.device), self.losses.to(parts.device)
-        good = torch.isfinite(parts).all()
-        self.losses = torch.where(good, (losses * counted + parts) / (counted + 1), losses)
-        self.counted = counted + good
+        finite = torch.isfinite(parts).all()
+        self.losses = torch.where(finite, (losses * counted + parts) / (counted + 1), losses)
+        self.counted = counted + finite
 
     def mean(self) -> list[float]:
-        """The mean losses."""
-        return self.losses.tolist()
+        """Return the mean losses."""
+        return [float(x) for x in self.losses.tolist()]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return counts and losses as plain values."""
+        return {"batches": self.batches, "counted": float(self.counted), "losses": self.mean()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; other keys are ignored, missing ones mean the start of an epoch."""
+        self.batches = int(state.get("batches", 0))
+        self.counted = torch.tensor(float(state.get("counted", 0)))
+        self.losses = torch.tensor(state.get("losses", [0.0] * 3))
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a training left behind.
+    """Outcome of a training.
 
     Attributes:
         folder: run folder.
-        best, last: checkpoints; `best` is None when nothing was validated.
+        best, last: checkpoints; `best` is None when no epoch was validated.
         metrics: validation of the best weights.
         epochs: epochs done.
         fitness: best value of 0.1 * mAP50 + 0.9 * mAP50-95.
@@ -95,217 +110,286 @@ class TrainResult:
 
 
 def train(config: TrainConfig, on_epoch: Callable[[int, float], bool] | None = None) -> TrainResult:
-    """Train a detector as the options say.
+    """Train a detector.
 
     Args:
         config: options.
         on_epoch: called on rank zero after each validated epoch with its number and fitness; True ends the training
-            with the weights that there are.
+            with the current weights.
 
     Raises:
-        UserError: an option, file or model that cannot be used; nothing is left half-written.
-        TrainingError: the gradients stay infinite or not a number.
+        UserError: an option, file or model that cannot be used; no partial files are left.
+        TrainingError: the gradients stay infinite or NaN.
     """
     world = world_from_environment()
     with process_group(world):
         config, resumed = resolve_run(config)
         check_loggers(config.logger, config.entity)
-        device = select_device(own_device(config.device, world))
+        device = select_device(rank_device(config.device, world))
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        setup = build_setup(config, resumed, device, with_gradients(world, device))
-        return Trainer(setup, on_epoch).run()
+        return Trainer(build_parts(config, resumed, device, with_gradients(world, device)), on_epoch).fit()
 
 
 class Trainer:
-    """The loop over epochs.
+    """Training loop.
 
     Args:
-        setup: model, data, optimiser and loss, ready to go.
+        parts: model, data, optimizer and loss.
         on_epoch: as in `train`.
     """
 
-    def __init__(self, setup: Setup, on_epoch: Callable[[int, float], bool] | None = None) -> None:
-        self.s, self.on_epoch = setup, on_epoch
-        self.device, self.world, self.config = setup.device, setup.world, setup.config
-        self.best_fitness, self.best_epoch = 0.0, -1
-        self.last_step = -1
-        self.progress = EpochProgress()
-        self.amp_dtype = amp_dtype(self.config.amp, self.device)
-        faster = self.amp_dtype is None and self.device.type == "cpu" and cpu_has_bf16()
+    def __init__(self, parts: TrainingParts, on_epoch: Callable[[int, float], bool] | None = None) -> None:
+        self.run, self.data, self.model_parts, self.on_epoch = parts.run, parts.data, parts.model, on_epoch
+        self.model, self.ema, self.criterion = parts.model.model, parts.model.ema, parts.model.criterion
+        self.optimizer, self.schedule = parts.optimization.optimizer, parts.optimization.schedule
+        self.config, self.device, self.world = self.run.config, self.run.device, self.run.world
+        self.frozen = parts.model.frozen
+        self.stepper = TrainStep(
+            parts.model, self.optimizer, self.config, self.run.hyp.clip_norm, self.device, self.world,
+            last=self.run.weights("last.pt"),
+        )  # fmt: skip
+        faster = self.stepper.amp is None and self.device.type == "cpu" and cpu_has_bf16()
         LOGGER.info(
-            "Precision: %s (--amp %s)%s", str(self.amp_dtype or torch.float32)[6:], self.config.amp,
+            "Precision: %s (--amp %s)%s", str(self.stepper.amp or torch.float32)[6:], self.config.amp,
             "; this CPU computes faster in bfloat16: --amp bf16" if faster else "",
         )  # fmt: skip
-        self.stepper = TrainStep(setup, self.amp_dtype)
-        self.class_maps = np.zeros(len(setup.data.names))
-        self.logs = Logs(setup.folder)
+        self.early_stopping = EarlyStopping(self.config.patience)
+        self.progress = EpochProgress()
+        self.last_step = -1
+        self.class_maps = np.zeros(len(self.data.names))
+        self.eval_options = EvalOptions(names=self.data.names, single_cls=self.config.single_cls)
+        self.logs = Logs(self.run.folder)
         self.stop = StopRequest()
 
-    def run(self) -> TrainResult:
-        """Train from the setup's first epoch to the last; validate the best weights at the end."""
-        s, config = self.s, self.config
-        if self.world.is_main:
-            save_resolved(s)
-            self.logs = make_logs(config.logger, s.folder, config.to_dict(), s.hyp.to_dict(), s.start_epoch)
-            if not config.noplots and s.start_epoch == 0:
-                pictures.labels(s)
-        run_state.restore(self)
-        done, begin = s.start_epoch, time.time()
-        with self.logs, closing(s.loader), closing(s.val_loader):
+    def fit(self) -> TrainResult:
+        """Train from the first epoch to the last, then validate the best weights."""
+        start = self.run.start_epoch
+        if is_main_process():
+            self._open_run()
+        if self.run.resumed is not None and self.run.resumed.train is not None:
+            self.load_state_dict(self.run.resumed.train)
+        done, begin = start, time.time()
+        with self.logs, closing(self.data.loader), closing(self.data.val_loader):
             with self.stop:
-                for epoch in range(s.start_epoch, config.epochs):
-                    over = self._epoch(epoch)
+                for epoch in range(start, self.config.epochs):
+                    stop = self._epoch(epoch)
                     done = epoch + 1
-                    if over:
+                    if stop:
                         break
-                    self._leave_if_asked(epoch + 1)
-            LOGGER.info("%d epochs in %.3f hours", done - s.start_epoch, (time.time() - begin) / 3600)
+                    self._exit_if_requested(epoch + 1)
+            LOGGER.info("%d epochs in %.3f hours", done - start, (time.time() - begin) / 3600)
             return self._finish(done)
 
+    def _open_run(self) -> None:
+        """Write resolved options and hyperparameters (opt.yaml, hyp.yaml), open the loggers, plot the labels."""
+        run = self.run
+        options, hyp = run.config.to_dict(), run.hyp.to_dict()
+        dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder)})
+        dump_yaml(run.folder / "hyp.yaml", hyp)
+        LOGGER.info("Training on %s, results in %s", describe_device(run.device), run.folder)
+        self.logs = make_logs(run.config.logger, run.folder, options, hyp, run.start_epoch)
+        if not run.config.noplots and run.start_epoch == 0:
+            plots.labels(run.folder, self.data.labels, self.data.names)
+
     def _epoch(self, epoch: int) -> bool:
-        """One epoch: train, validate, log, save. Returns whether to stop early."""
-        s, config = self.s, self.config
+        """Train, validate, log and save one epoch. Returns whether to stop early."""
+        config = self.config
         if config.image_weights:
-            needed = s.class_weights * (1 - self.class_maps) ** 2  # classes that are found badly count more
-            s.loader.set_image_weights(labels_to_image_weights(s.labels, len(needed), needed))
-        if 0 < config.freeze_epochs == epoch and s.frozen.names:
-            LOGGER.info("%d frozen tensors learn from now on (--freeze-epochs)", len(s.frozen.thaw))
-            unfreeze(s.model, s.frozen)
-            s.frozen = Frozen()
+            weights = self.data.class_weights * (1 - self.class_maps) ** 2  # classes with a low AP count more
+            self.data.loader.set_image_weights(labels_to_image_weights(self.data.labels, len(weights), weights))
+        if 0 < config.freeze_epochs == epoch and self.frozen.names:
+            LOGGER.info("%d frozen tensors are trained from now on (--freeze-epochs)", len(self.frozen.unfreeze))
+            unfreeze(self.model, self.frozen)
+            self.frozen = Frozen()
             self.stepper.wrap()
-        rates = self._train_epoch(epoch)
+        lr = self._train_epoch(epoch)
         final = epoch + 1 == config.epochs
         losses = np.mean(gather_all(self.progress.mean(), self.world), 0).tolist()
         result = self._validate(epoch) if not config.noval or final else None
-        stop = self._note(epoch, losses, rates, result) if self.world.is_main else False
+        stop = self._log_epoch(epoch, losses, lr, result) if is_main_process() else False
         stop, self.class_maps = broadcast((stop, self.class_maps), self.world)
-        if not config.nosave or final or stop:
-            run_state.save(self, epoch, is_best=self.best_epoch == epoch)
         self.progress = EpochProgress()
+        if not config.nosave or final or stop:
+            periodic = config.save_period > 0 and epoch % config.save_period == 0
+            self._save(epoch, best=self.early_stopping.best_epoch == epoch, periodic=periodic)
         return stop
 
     def _train_epoch(self, epoch: int) -> tuple[float, float, float]:
-        """Go through what is left of the epoch's batches. Returns the rates of the last one."""
-        s, progress = self.s, self.progress
+        """Train on the remaining batches of the epoch. Returns the learning rates of the last one."""
+        progress, loader = self.progress, self.data.loader
         self.stepper.network.train()
-        keep_still(s.model, s.frozen)
-        s.loader.set_epoch(epoch, skip=progress.batches)
-        LOGGER.info("\n%s", "".join(f"{word:>11}" for word in BAR_HEAD))
-        total = len(s.loader)
+        eval_frozen(self.model, self.frozen)
+        loader.set_epoch(epoch, skip=progress.batches)
+        LOGGER.info("\n%s", "".join(f"{word:>11}" for word in PROGRESS_COLUMNS))
+        total = len(loader)
         bar = tqdm(
-            on_device(s.loader, self.device), total=total, initial=progress.batches,
-            disable=not self.world.is_main, bar_format="{l_bar}{bar:10}{r_bar}",
+            prefetch(loader, self.device), total=total, initial=progress.batches,
+            disable=not is_main_process(), bar_format="{l_bar}{bar:10}{r_bar}",
         )  # fmt: skip
-        settings = s.schedule.at(epoch * total + max(total - 1, 0), epoch)
-        s.optimizer.zero_grad()
+        settings = self.schedule.at(epoch * total + max(total - 1, 0), epoch)
+        self.optimizer.zero_grad()
         shown = 0.0
         for batch, images in bar:
             i = progress.batches
             iteration = epoch * total + i
-            settings = s.schedule.at(iteration, epoch)
-            apply_settings(s.optimizer, settings)
-            if epoch == 0 and i < 3 and self.world.is_main and not self.config.noplots:
-                pictures.training_batch(s, batch, i)
-            parts, size = self.stepper.backward(images, batch.targets, (epoch, i))
-            progress.add(parts)
+            settings = self.schedule.at(iteration, epoch)
+            apply_settings(self.optimizer, settings)
+            if epoch == 0 and i < 3 and is_main_process() and not self.config.noplots:
+                plots.training_batch(self.run.folder, batch, i, self.data.names)
+            losses, size = self.stepper.backward(images, batch.targets, (epoch, i))
+            progress.add(losses)
             if iteration - self.last_step >= settings.accumulate:
                 self.stepper.step()
                 self.last_step = iteration
-                self._leave_if_asked(epoch)
+                self._exit_if_requested(epoch)
             if time.time() - shown > 0.5 or i + 1 == total:  # formatting waits for the device: not every step
                 shown = time.time()
-                self._show(bar, epoch, (len(batch.targets), size))
+                bar.set_description_str(self._describe(epoch, len(batch.targets), size))
         return settings.lr
 
-    def _leave_if_asked(self, epoch: int) -> None:
-        """Where no gradient is pending: when a signal asked for it, save the state and end the process."""
-        if not any_rank(self.stop.number is not None, self.world):
-            return
-        run_state.save_unfinished(self, epoch)
-        broadcast(None, self.world)  # when the first one leaves, torchrun ends the others: not before all is written
-        if self.world.is_main:
-            last = self.s.folder / "weights" / "last.pt"
-            LOGGER.info("Stopped in epoch %d; go on with: python train.py --resume %s", epoch, last)
-        self.stop.leave()
-
-    def _show(self, bar: tqdm, epoch: int, counts: tuple[int, int]) -> None:
-        """Bring the progress bar up to date."""
+    def _describe(self, epoch: int, instances: int, size: int) -> str:
         losses = self.progress.mean()
         memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
-        cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in losses), *counts]
-        bar.set_description_str("".join(f"{cell:>11}" for cell in cells))
+        cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in losses), instances, size]
+        return "".join(f"{cell:>11}" for cell in cells)
 
     def _validate(self, epoch: int) -> EvalResult | None:
-        """Validate the averaged weights of rank zero, with losses: each rank its batches. The result is rank zero's.
+        """Validate the EMA of rank zero, with losses; each rank evaluates its batches. Rank zero gets the result.
 
-        A signal breaks off the work of a rank, which then tells the others; all of them leave together.
+        A signal interrupts the validation of a rank, which then informs the others; all of them exit together.
         """
-        s = self.s
-        copy_from_main(s.ema.module, self.world)  # batch statistics differ from rank to rank
-        s.criterion.balance.copy_(torch.tensor(broadcast(s.criterion.balance.tolist(), self.world)))
-        autocast = None if self.device.type == "cpu" else self.amp_dtype  # on a CPU, the figures that val.py will give
-        runtime = PyTorchRuntime.from_model(s.ema.module, self.device, autocast=autocast)
+        copy_from_main(self.ema.module, self.world)  # batch statistics differ between ranks
+        self.criterion.balance.copy_(torch.tensor(broadcast(self.criterion.balance.tolist(), self.world)))
+        autocast = None if self.device.type == "cpu" else self.stepper.amp  # on a CPU, same metrics as val.py
+        runtime = PyTorchRuntime.from_model(self.ema.module, self.device, autocast=autocast)
         tally = None
-        with suppress(StopNow), self.stop.at_once():
-            tally = measure(runtime, s.val_loader, s.eval_options, s.criterion, self.world)
+        with suppress(StopNow), self.stop.immediate():
+            tally = measure(runtime, self.data.val_loader, self.eval_options, self.criterion, self.world)
         if any_rank(tally is None, self.world):
-            self._leave_if_asked(epoch)
-        assert tally is not None  # without one there was a signal
-        parts = gather(tally, self.world)
-        return conclude(parts, s.eval_options) if parts else None
+            self._exit_if_requested(epoch)
+        assert tally is not None, "only a signal interrupts the validation"
+        tallies = gather(tally, self.world)
+        return conclude(tallies, self.eval_options) if tallies else None
 
-    def _note(self, epoch: int, losses: list[float], rates: tuple[float, ...], result: EvalResult | None) -> bool:
-        """Log an epoch and keep the best. Returns whether to stop: patience is over, or `on_epoch` says so."""
-        metrics, val_losses = [0.0] * 4, [0.0] * 3
+    def _log_epoch(self, epoch: int, losses: list[float], lr: tuple[float, ...], result: EvalResult | None) -> bool:
+        """Log an epoch and update the best fitness. Returns whether to stop: patience is exhausted, or `on_epoch`."""
+        metrics, val_losses, value = [0.0] * 4, [0.0] * 3, 0.0
         if result is not None:
             metrics, val_losses = [result.mp, result.mr, result.map50, result.map], list(result.losses)
             self.class_maps = np.asarray(result.class_maps)
             value = float(fitness(np.array(metrics)))
-            if value > self.best_fitness or self.best_epoch < 0:
-                self.best_fitness, self.best_epoch = value, epoch
-            elif value == self.best_fitness:
-                self.best_epoch = epoch
-        self.logs.add([epoch, *losses, *metrics, *val_losses, *rates])
+            self.early_stopping.update(epoch, value)
+        self.logs.add([epoch, *losses, *metrics, *val_losses, *lr])
         if not self.config.noplots:
-            pictures.results(self.s.folder)
+            plots.results(self.run.folder)
         if result is None:
             return False
-        if self.on_epoch is not None and self.on_epoch(epoch, float(fitness(np.array(metrics)))):
+        if self.on_epoch is not None and self.on_epoch(epoch, value):
             LOGGER.info("Stopped after epoch %d", epoch)
             return True
-        impatient = 0 < self.config.patience <= epoch - self.best_epoch
-        if impatient:
-            LOGGER.info("No better fitness since epoch %d: stopped early (--patience)", self.best_epoch)
-        return impatient
+        return self.early_stopping.should_stop(epoch)
 
     def _finish(self, epochs: int) -> TrainResult:
-        """Strip the last checkpoint, validate the best one with pictures, and say where everything is."""
-        s = self.s
-        last, best = s.folder / "weights/last.pt", s.folder / "weights/best.pt"
-        if self.world.is_main:
-            run_state.strip(last)
+        """Strip the last checkpoint and validate the best one."""
+        folder, last, best = self.run.folder, self.run.weights("last.pt"), self.run.weights("best.pt")
+        if is_main_process():
+            checkpoints.strip(last)
         metrics = self._validate_best(best)
-        if self.world.is_main:
+        if is_main_process():
             self.logs.finish()
-            LOGGER.info("Results saved to %s", s.folder)
-        return TrainResult(s.folder, best if best.is_file() else None, last, metrics, epochs, self.best_fitness)
+            LOGGER.info("Results saved to %s", folder)
+        best_or_none = best if best.is_file() else None
+        return TrainResult(folder, best_or_none, last, metrics, epochs, self.early_stopping.best_fitness)
 
     def _validate_best(self, best: Path) -> EvalResult | None:
-        """Validate best.pt in its deployed form: each rank its batches; rank zero draws and reports."""
-        s = self.s
+        """Validate best.pt, re-parameterized; each rank evaluates its batches, rank zero plots and reports."""
         worst = WorstImages()
-        plots = not self.config.noplots
-        options = replace(s.eval_options, folder=s.folder, plots=plots, verbose=True, sinks=(worst,))
+        draw = not self.config.noplots
+        options = replace(self.eval_options, folder=self.run.folder, plots=draw, verbose=True, sinks=(worst,))
         with file_from_main(best, self.world) as file:
             if file is None:
                 return None
             LOGGER.info("Validating %s ...", best)
             runtime = PyTorchRuntime([str(file)], self.device, half=self.device.type == "cuda")
-        parts = gather(measure(runtime, s.val_loader, options, world=self.world), self.world)
-        if not parts:
+        tallies = gather(measure(runtime, self.data.val_loader, options, world=self.world), self.world)
+        if not tallies:
             return None
-        result = conclude(parts, options)
-        if plots:
-            write_report(s.folder, facts_of(s, result, worst.found()))
+        result = conclude(tallies, options)
+        if draw:
+            facts = collect_facts(self.config, self.run.hyp, self.model, self.device, result, worst.found())
+            write_report(self.run.folder, facts)
         return result
+
+    # ---- state ------------------------------------------------------------------------------------------------------
+
+    def _exit_if_requested(self, epoch: int) -> None:
+        """Save the state and end the process if a signal asked for it; called where no gradient is pending."""
+        if not any_rank(self.stop.signal is not None, self.world):
+            return
+        self._save(epoch - 1)  # the epoch itself is unfinished
+        broadcast(None, self.world)  # torchrun ends all processes when the first one exits: wait for the files
+        if is_main_process():
+            last = self.run.weights("last.pt")
+            LOGGER.info("Stopped in epoch %d; continue with: python train.py --resume %s", epoch, last)
+        self.stop.exit()
+
+    def _save(self, epoch: int, *, best: bool = False, periodic: bool = False) -> None:
+        """Write the checkpoints of the last finished epoch; every rank must call it, rank zero writes."""
+        training = self.state_dict()
+        if is_main_process():
+            metadata = {
+                "imgsz": self.config.imgsz,
+                "data": str(self.config.data),
+                "best_fitness": self.early_stopping.best_fitness,
+            }
+            content = checkpoints.inference_content(self.ema.module, epoch, metadata)
+            folder = self.run.folder / "weights"
+            checkpoints.save_checkpoints(folder, content, training, best=best, periodic=periodic)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed training needs to continue bit-equal, apart from the averaged weights.
+
+        Every rank must call it; `others` holds the states of ranks 1.. and is complete on rank zero only.
+        """
+        rng: dict[str, Any] = {"torch": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        balance = [float(x) for x in self.criterion.balance]
+        own = {"rng": rng, "balance": balance, **self.progress.state_dict()}
+        return {
+            "model": checkpoints.cpu_state(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "ema_updates": self.ema.updates,
+            **self.stepper.state_dict(),
+            "data_hash": self.data.digest,
+            **self.early_stopping.state_dict(),
+            "last_step": self.last_step,
+            "class_maps": [float(x) for x in self.class_maps],
+            "options": self.config.to_dict(),
+            "hyp": self.run.hyp.to_dict(),
+            **own,
+            "others": gather(own, self.world)[1:],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned on rank zero.
+
+        A rank that the interrupted run did not have keeps its own random number generators.
+        """
+        others, rank = state.get("others", []), self.world.rank
+        if rank > 0:
+            state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": {}})}
+        self.ema.updates = int(state["ema_updates"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stepper.load_state_dict(state)
+        self.progress.load_state_dict(state)
+        self.early_stopping.load_state_dict(state)
+        self.last_step = int(state["last_step"])
+        self.class_maps = np.array(state["class_maps"], dtype=float)
+        self.criterion.balance.copy_(torch.tensor(state["balance"]))
+        if "torch" in state["rng"]:
+            torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
+        if self.device.type == "cuda" and "cuda" in state["rng"]:
+            torch.cuda.set_rng_state(state["rng"]["cuda"].cpu().to(torch.uint8), self.device)

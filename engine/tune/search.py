@@ -16,7 +16,6 @@ import numpy as np
 import torch
 
 from engine.cli.config import Hyperparameters, TrainConfig
-from engine.devices.distributed import world_from_environment
 from engine.loggers.run_logger import METRICS
 from engine.train.trainer import train
 from engine.tune import study as studies
@@ -35,6 +34,7 @@ from engine.tune.space import inside, point_of, population, space_for, widened, 
 from engine.tune.study import Plan, StudyLock
 from utils.errors import ConfigError, TrainingError, UserError
 from utils.files import find_file, increment_path, make_folder
+from utils.log import world_size
 from utils.metrics import fitness
 from utils.plots import read_history
 from utils.yaml_lines import dump_yaml
@@ -85,7 +85,7 @@ def evolve(config: TrainConfig) -> EvolveResult:
         import optuna  # noqa: F401
     except ImportError as error:
         raise ConfigError("--evolve: needs the package optuna: pip install optuna") from error
-    if world_from_environment().size > 1:
+    if world_size() > 1:
         raise ConfigError(
             "--evolve: does not run under torchrun; start python train.py --evolve once, then the same command with "
             "--resume_evolve FOLDER and another --device for each further process"

@@ -86,8 +86,10 @@ _PLUGINS: dict[str, BackboneEntry] = {}
 
 
 def list_backbones() -> list[str]:
-    """Registered names: the built-in ones in the order of the table, then those of plugins. timm's names are not among
-    them; any of those works as `timm/<name>`."""
+    """Return the registered names: built-in ones in the order of the table, then those of plug-ins.
+
+    timm's names are not listed; any of them works as `timm/<name>`.
+    """
     return [*BACKBONES, *_PLUGINS]
 
 
@@ -120,7 +122,7 @@ def _register(name: str, cls: Any) -> Any:
 
 
 def row_names(like: str = "") -> list[str]:
-    """What a model row may be called: class names, registered names, and timm's where `like` could be one of them."""
+    """Return the names allowed in a model row: classes, registered names, and timm's if `like` may be one."""
     names = [*ROW_CLASSES, *list_backbones()]
     if like.islower() and not like.startswith("nn."):
         try:
@@ -133,8 +135,11 @@ def row_names(like: str = "") -> list[str]:
 
 
 def is_backbone_name(name: str) -> bool:
-    """Whether a model row of this name is a backbone: a registered name, a class name, `timm/...`, or exactly a name
-    that timm has. A misspelt name is none, so that its own error is shown."""
+    """Return whether a model row of this name is a backbone.
+
+    That is a registered name, a class name, `timm/...`, or exactly a name that timm has. A misspelled name is not, so
+    that its own error is shown.
+    """
     if name in BACKBONES or name in ROW_CLASSES or name in _PLUGINS or name.startswith(TIMM_PREFIX):
         return True
     # timm's names are lower case; so a misspelt layer ('C33') does not cost the import of timm.
@@ -152,7 +157,7 @@ def _is_timm_name(name: str) -> bool:
 
 
 def backbone_class(name: str) -> type[Backbone]:
-    """The class behind a name, imported now.
+    """Import and return the class of a name.
 
     Raises:
         SpecError: unknown name; the nearest one is suggested.
@@ -229,7 +234,7 @@ def _check_declaration(name: str, backbone: Backbone) -> None:
 
 
 def _published_key(name: str, entry: BackboneEntry, cls: type[Backbone], given: Mapping[str, Any]) -> str | None:
-    """The registered name of the architecture that was built, to look published weights up; None for a custom one."""
+    """Return the registered name of the built architecture for its published weights; None for a custom one."""
     if entry.target == TIMM or name in _PLUGINS:
         return name
     known = importlib.import_module(cls.__module__).ARCHITECTURES

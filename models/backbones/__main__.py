@@ -74,6 +74,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the list of backbones and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models.backbones", description="List the backbones.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="registered names or timm/<name>; default: all registered"

@@ -127,7 +127,9 @@ class LayerNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        x_BHWC, weight, bias = x.permute(0, 2, 3, 1), self.weight, self.bias
+        x_BHWC = x.permute(0, 2, 3, 1)
+        weight: Tensor = self.weight
+        bias: Tensor = self.bias
         if x.dtype in (torch.float16, torch.bfloat16):
             x_BHWC, weight, bias = x_BHWC.float(), weight.float(), bias.float()
         y_BHWC = F.layer_norm(x_BHWC, weight.shape, weight, bias, self.eps)

@@ -337,7 +337,7 @@ class NCB(nn.Module):
 
     def fold(self) -> None:
         """Fold the BatchNorm into the first convolution of the MLP."""
-        self.norm = fold_norm_before(self.norm, self.mlp.get_submodule("conv1"))
+        self.norm = fold_norm_before(self.norm, self.mlp.conv1)
 
 
 class NTB(nn.Module):
@@ -373,7 +373,7 @@ class NTB(nn.Module):
     def fold(self) -> None:
         """Fold the BatchNorms into E-MHSA and into the first convolution of the MLP."""
         self.norm1 = self.e_mhsa.fold_norm_before(self.norm1)
-        self.norm2 = fold_norm_before(self.norm2, self.mlp.get_submodule("conv1"))
+        self.norm2 = fold_norm_before(self.norm2, self.mlp.conv1)
 
 
 # ---- the backbone ---------------------------------------------------------------------------------------------------

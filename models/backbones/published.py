@@ -23,9 +23,9 @@ from torch import Tensor
 
 from models.backbones.base import Backbone
 from models.checkpoint.state_dict import LoadReport, load_state, read_state_dict, shorten
-from utils.device import is_main_process
 from utils.errors import CheckpointError, UserError, did_you_mean
 from utils.files import download
+from utils.log import is_main_process
 from utils.yaml_lines import load_yaml
 
 LOGGER = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ def published_table() -> Mapping[str, PublishedWeights]:
 
 
 def published_for(backbone: str) -> tuple[PublishedWeights, ...]:
-    """Published files that fit a registered backbone, the default first; may be empty."""
+    """Return the published files for a registered backbone, the default first (may be empty)."""
     return tuple(row for row in published_table().values() if row.backbone == backbone)
 
 
@@ -85,7 +85,7 @@ def weights_cache() -> Path:
 
 
 def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
-    """The local file that `weights` means, fetched into the cache when it is a URL or a published name.
+    """Return the local file of `weights`, downloaded into the cache if it is a URL or a published name.
 
     Args:
         weights: True (the first published file for `backbone`), a published name, a URL, or a path.
@@ -129,7 +129,7 @@ def _download(url: str, file: str, sha256: str | None) -> Path:
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict in a published file (`torch.save` or safetensors).
+    """Read the state dict of a published file (`torch.save` or safetensors).
 
     Raises:
         CheckpointError: damaged, or no state dict in it.
@@ -200,7 +200,7 @@ def load_published(
 
 
 def _key_map(backbone: Backbone) -> Callable[[str], str | None] | None:
-    """The class's spelling of a file's key; None for one that is not needed in whatever spelling."""
+    """Return a function from a file's key to the class's key, or None for keys that are not needed."""
     official_key = getattr(backbone, "official_key", None)
     if official_key is None:
         return None

@@ -318,7 +318,7 @@ class RepMLPNet(Backbone):
         self.hold(frozen_stages, norm_eval)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The four stage outputs of a normalized image (B, 3, H, W), H and W multiples of 32."""
+        """Return the four stage outputs of a normalized image (B, 3, H, W), H and W multiples of 32."""
         x = F.relu(self.conv_embedding(image))
         outputs = []
         for i, stage in enumerate(self.stages):

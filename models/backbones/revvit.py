@@ -147,11 +147,11 @@ class ReversibleBlock(nn.Module):
         self.ffn = FeedForward(arch.embed_dims, arch.feedforward_channels, rates.drop)
         self.drop_path = DropPath(rates.path)
 
-    def F(self, x: Tensor) -> Tensor:
+    def F(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper\'s name)
         """Attention branch, (B, L, C) -> (B, L, C)."""
         return self.drop_path(self.attn(self.ln1(x)))
 
-    def G(self, x: Tensor) -> Tensor:
+    def G(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper\'s name)
         """MLP branch, (B, L, C) -> (B, L, C)."""
         return self.drop_path(self.ffn(self.ln2(x)))
 
@@ -405,7 +405,7 @@ class RevViT(Backbone):
         return self.pyramid(self.forward_features(self.normalized(image))[0])
 
     def forward_features(self, image: Tensor) -> tuple[Tensor]:
-        """The published network: its one map, (B, 2 C or C, ceil(height / patch), ceil(width / patch))."""
+        """Return the published network's map (B, 2 C or C, ceil(H / patch), ceil(W / patch))."""
         x = self.patch_embed(image)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, L, C)
@@ -437,7 +437,7 @@ class RevViT(Backbone):
         return (O1 + O2) / (2 if self.fusion_mode == "avg" else 1)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """A state dict in SlowFast's layout under our (mmpretrain's) names; any other is returned as it is."""
+        """Convert a state dict in SlowFast's layout to mmpretrain's names; any other is returned unchanged."""
         if not any(key.startswith("rev_backbone.") for key in state):
             return dict(state)
         ours = {}
@@ -453,7 +453,7 @@ class RevViT(Backbone):
         return ours
 
     def resize_official(self, key: str, tensor: Tensor, target_shape: Sequence[int]) -> Tensor:
-        """A published position embedding of another (square) grid, resized; SpecError for any other key or shape."""
+        """Resize a published position embedding from another (square) grid; SpecError for other keys or shapes."""
         side = round(tensor.shape[1] ** 0.5) if tensor.ndim == 3 else 0
         fits = key == "pos_embed" and side > 0 and tensor.shape[1:] == (side * side, target_shape[-1])
         require(fits, f"{key}: shape {tuple(tensor.shape)} cannot become {tuple(target_shape)}")

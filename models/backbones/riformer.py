@@ -199,7 +199,7 @@ class RIFormer(Backbone):
         self.hold(frozen_stages)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """The normed stage outputs of a normalized image (B, 3, H, W); any H and W from 32 on."""
+        """Return the normed stage outputs of a normalized image (B, 3, H, W), H and W at least 32."""
         x = self.patch_embed(image)
         outputs = []
         for index, stage in enumerate(self.network):
@@ -233,7 +233,7 @@ class RIFormer(Backbone):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Truncated normal (0.02) for convolutions, the identity for affine maps: a new block starts as its MLP alone."""
+    """Initialize convolutions with a truncated normal (0.02), affine maps as identity (a block starts as its MLP)."""
     if isinstance(module, AffineMixer):
         nn.init.ones_(module.affine.weight)
         nn.init.zeros_(module.affine.bias)  # type: ignore[arg-type]

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import SimpleFeaturePyramid, require
 from models.backbones.timm_measure import create_features, measure, timm_package, unused_parameters
-from utils.device import is_main_process
 from utils.errors import CheckpointError
+from utils.log import is_main_process
 
 LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
 DETECTION_STRIDES = (8, 16, 32)
@@ -190,7 +190,7 @@ class TimmBackbone(Backbone):
         return tuple(maps)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """timm's own maps of a normalized image as (B, C, H / stride, W / stride), high resolution first."""
+        """Return timm's maps of a normalized image as (B, C, H / stride, W / stride), high resolution first."""
         height, width = image.shape[2:]
         x = image
         if self.measured.shrink != 1.0:
@@ -244,7 +244,7 @@ class TimmBackbone(Backbone):
         return self._stage_of.get(name, self.num_stages + 1)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """timm's own state dict under the keys of this module, without what a feature extractor leaves out."""
+        """Return timm's own state dict under the keys of this module, without what a feature extractor leaves out."""
         own = {_spelling(key.removeprefix("network.")): key for key in self.state_dict() if key.startswith("network.")}
         parts = {key.split(".")[0] for key in own}
         converted = {}
@@ -257,7 +257,7 @@ class TimmBackbone(Backbone):
         return converted
 
     @property
-    def NEW_KEYS(self) -> tuple[str, ...]:
+    def NEW_KEYS(self) -> tuple[str, ...]:  # noqa: N802 (a class attribute elsewhere)
         """Keys that no file of timm's holds."""
         return ("pyramid.*", "finer.*", "coarser.*")
 
@@ -308,7 +308,7 @@ def _stages(network: nn.Module) -> dict[str, int]:
 
 
 def _fitted(x: Tensor, height: int, width: int) -> Tensor:
-    """A map resampled to (height, width) where unpadded convolutions or the 7/8 image made it a little smaller."""
+    """Resample a map to (height, width) where unpadded convolutions or the 7/8 image made it smaller."""
     if x.shape[2] == height and x.shape[3] == width:
         return x
     return F.interpolate(x, size=(height, width), mode="bilinear", align_corners=False)

@@ -67,6 +67,7 @@ class Measured:
 
 
 def timm_package() -> Any:
+    """Import timm, or raise ConfigError with the pip command."""
     try:
         import timm
     except ImportError as error:
@@ -105,7 +106,7 @@ def _check_name(name: str) -> None:
 
 
 def create_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """timm's network as a feature extractor."""
+    """Create timm's network as a feature extractor."""
     return timm_package().create_model(name, features_only=True, **arguments)
 
 
@@ -242,7 +243,7 @@ def _measure(name: str, user_items: tuple[tuple[str, Any], ...]) -> Measured:
 
 
 def measure(name: str, model_args: Mapping[str, Any] | None = None) -> Measured:
-    """What timm's network of that name gives, on shapes alone.
+    """Measure the feature maps of a timm network on the meta device.
 
     Args:
         name: timm's name.

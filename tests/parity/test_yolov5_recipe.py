@@ -8,7 +8,8 @@ from torch import nn
 
 from engine.cli.config import Hyperparameters
 from engine.train.ema import ModelEma
-from engine.train.optimizer import Schedule, accumulation, lr_factor, parameter_groups, scaled_decay
+from engine.train.optimizer import parameter_groups, scaled_decay
+from engine.train.schedule import Schedule, accumulation, lr_factor
 from tests.parity import rules
 from utils.files import ROOT
 
@@ -45,7 +46,7 @@ def test_schedule(case):
 def test_ema_decay():
     ema = ModelEma(nn.Linear(1, 1))
     for case in RECIPE["ema_decay"]:
-        assert ema.rate(case["updates"]) == pytest.approx(case["decay"], rel=1e-12)
+        assert ema.decay_at(case["updates"]) == pytest.approx(case["decay"], rel=1e-12)
 
 
 def test_accumulation_and_decay():

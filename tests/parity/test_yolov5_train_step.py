@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine.cli.config import Hyperparameters
 from engine.train.ema import ModelEma
-from engine.train.optimizer import CLIP_NORM, build_optimizer, parameter_groups
+from engine.train.optimizer import build_optimizer, parameter_groups
 from models.losses.anchor_based import DetectionLoss, LossConfig
 from models.yolo import DetectionModel
 from tests.parity import rules
@@ -40,7 +41,9 @@ def test_one_step():
         assert rules.compare(record, parameters[key].grad.numpy()) < 1e-3, key
 
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), case["clip_norm"])
-    assert case["clip_norm"] == CLIP_NORM and norm.item() == pytest.approx(case["grad_norm_before_clip"], rel=1e-4)
+    assert case["clip_norm"] == Hyperparameters.clip_norm and norm.item() == pytest.approx(
+        case["grad_norm_before_clip"], rel=1e-4
+    )
     optimizer.step()
     ema.update(model)
     for key, record in case["params_after_step"].items():

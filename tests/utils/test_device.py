@@ -53,13 +53,3 @@ def test_a_processor_that_computes_in_bfloat16(text, wanted, tmp_path, monkeypat
         assert cpu_has_bf16() is wanted
     finally:
         cpu_has_bf16.cache_clear()
-
-
-@pytest.mark.parametrize(("rank", "expected"), [(None, True), ("", True), ("0", True), ("-1", True), ("1", False)])
-def test_is_main_process_reads_the_rank_of_torchrun(
-    rank: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("RANK", raising=False)
-    if rank is not None:
-        monkeypatch.setenv("RANK", rank)
-    assert devices.is_main_process() is expected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
 
 from data.letterbox import letterbox
 from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
+from engine.devices.distributed import World
 from engine.runtimes.base import Runtime
-from engine.train.optimizer import CLIP_NORM, build_optimizer, parameter_groups, scaled_decay
-from engine.train.setup import build_loss
+from engine.train.ema import ModelEma
+from engine.train.freeze import Frozen
+from engine.train.optimizer import build_optimizer, parameter_groups, scaled_decay
+from engine.train.setup import ModelParts, build_loss
+from engine.train.step import TrainStep
 from models.yolo import DetectionModel
-from utils.device import amp_dtype, synchronize
+from utils.device import synchronize
 from utils.nms import non_max_suppression
 from utils.structures import to_unit
 
@@ -128,7 +131,7 @@ class Recipe:
 
 
 class TrainingStep:
-    """Forward, loss, backward and optimizer step on one batch, as the trainer does it (without the loader).
+    """The trainer's step on one batch, without the loader.
 
     Args:
         model: on `device`.
@@ -146,10 +149,12 @@ class TrainingStep:
         self.device, self.batch = device, batch
         self.images, self.targets = training_batch(sample, batch, config.imgsz)
         groups = parameter_groups(model, scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch)))
-        self.optimizer = build_optimizer(config.optimizer, groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
-        self.criterion = build_loss(model, hyp, config)
-        self.dtype = amp_dtype(config.amp, device)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype == torch.float16)
+        optimizer = build_optimizer(config.optimizer, groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
+        parts = ModelParts(
+            self.model, ModelEma(model), Frozen(), build_loss(model, hyp, config), int(model.stride.max())
+        )
+        config = replace(config, compile=False, multi_scale=False)  # one size, eager: equal for all candidates
+        self.step = TrainStep(parts, optimizer, config, hyp.clip_norm, device, World())
 
     def restart(self) -> None:
         """Do one training step on the fixed batch."""
@@ -157,18 +162,13 @@ class TrainingStep:
     def loss(self) -> Tensor:
         """Forward pass and loss of the batch, 0-d."""
         images = to_unit(self.images.to(self.device)).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            return self.criterion(self.model(images), self.targets).total
+        return self.step.loss(images, self.targets)[0]
 
     def call(self) -> Times:
         """One step; milliseconds per image."""
         start = time.perf_counter()
-        self.scaler.scale(self.loss()).backward()
-        self.scaler.unscale_(self.optimizer)
-        clip_grad_norm_(self.model.parameters(), max_norm=CLIP_NORM)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        self.step.backward(self.images.to(self.device), self.targets, (0, 0))
+        self.step.step()
         synchronize(self.device)
         return {STEP: 1000 * (time.perf_counter() - start) / self.batch}
 

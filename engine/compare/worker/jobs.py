@@ -180,7 +180,7 @@ def training_memory(state: State, *, sample: str, recipe: dict[str, Any], batch:
     step = _training_step(state, sample, recipe, batch)
     found = memory_of(state, lambda: warm_up(step))
     kept = kept_for_backward(step.loss, addresses(step.model))
-    return {**found, "kept_mb": kept / machine.MB, "batch": batch, "amp": str(step.dtype or torch.float32)[6:]}
+    return {**found, "kept_mb": kept / machine.MB, "batch": batch, "amp": str(step.step.amp or torch.float32)[6:]}
 
 
 def _training_step(state: State, sample: str, recipe: dict[str, Any], batch: int) -> TrainingStep:

@@ -26,7 +26,7 @@ from engine.compare.worker.pool import JobFailedError, Setting, Worker
 from engine.compare.worker.process import MEMORY
 from models.summary import PARTS
 from models.yolo import DetectionModel
-from tests.engine import detectors
+from tests.helpers import detectors
 from utils.errors import ConfigError
 from utils.files import ROOT
 

@@ -7,7 +7,6 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from data.loading import image_cache as image_store
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader, create_loader
 from data.loading.order import shard
-from engine.cli.config import Hyperparameters, TrainConfig
 from engine.devices import distributed
 from engine.devices.distributed import (
     World,
@@ -35,41 +33,22 @@ from engine.devices.distributed import (
     with_gradients,
     world_from_environment,
 )
-from engine.devices.sync_bn import synchronize
+from engine.devices.sync_bn import convert_sync_batchnorm
 from engine.evaluate import evaluator
 from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, evaluate, measure
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train.interrupt import StopRequest
-from engine.train.setup import build_loss
-from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
 from models.losses.anchor_based import LossOutput
-from models.yolo import DetectionModel
-from tests.engine.detectors import build
 from tests.engine.evaluate.test_evaluator import NAMES, write_data
-from tests.engine.processes import next_group, run_processes
-from tests.engine.train.test_trainer import TINY, config, rows
+from tests.helpers.detectors import build
+from tests.helpers.processes import next_group, run_processes
+from tests.helpers.training import config, detection_loss, rows, train_step, write_project
 from utils import log
 from utils.errors import ConfigError, DataError
-from utils.files import ROOT
 
 CPU = torch.device("cpu")
-DATA = """
-path: set
-train: images/train
-val: images/val
-names: {0: circle, 1: square, 2: cross}
-generate: {kind: shapes, train: 10, val: 9, test: 1, imgsz: 96, seed: 3}
-"""
-
-
-def fill(folder: Path) -> None:
-    """A data set of a few pictures and a small model."""
-    (folder / "tiny.yaml").write_text(TINY)
-    (folder / "data.yaml").write_text(DATA)
-
-
 # ---- shares of the data ---------------------------------------------------------------------------------------------
 
 
@@ -81,8 +60,8 @@ def loader_of(folder: Path, batch_size: int, world: World, *, rect: bool = False
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a data set of six pictures of different shapes."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """The folder of a dataset of six images of different shapes."""
+    folder = tmp_path_factory.mktemp("images")
     write_data(folder)
     return folder
 
@@ -120,7 +99,7 @@ def test_shares_with_and_without_repetition() -> None:
 
 
 class Coarse(PyTorchRuntime):
-    """A detector with few different scores, so that the order of the pictures decides about many of them."""
+    """A detector with few different scores, so that the order of the images decides about many of them."""
 
     def with_raw(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         decoded, raw = super().with_raw(images)
@@ -130,8 +109,7 @@ class Coarse(PyTorchRuntime):
 
 def judge() -> tuple[Coarse, Any]:
     model = build("yolov5", seed=3)
-    hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
-    return Coarse.from_model(model, CPU), build_loss(model, hyp, TrainConfig(imgsz=64))
+    return Coarse.from_model(model, CPU), detection_loss(model)
 
 
 def same_results(a: EvalResult, b: EvalResult) -> None:
@@ -185,13 +163,8 @@ class Doubled(nn.Module):
 
 
 def squares(raw: Sequence[Tensor], targets: Tensor) -> LossOutput:
-    """A float64 sum over the pictures; the detection loss computes in float32."""
+    """A float64 sum over the images; the detection loss computes in float32."""
     return LossOutput(sum((level.tanh() - 0.1).square().sum() for level in raw), torch.zeros(3))  # type: ignore[arg-type]
-
-
-def detection_loss(model: DetectionModel) -> Any:
-    hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
-    return build_loss(model, hyp, TrainConfig(imgsz=64))
 
 
 GRADIENTS = {
@@ -216,15 +189,13 @@ def step(case: str, world: World) -> dict[str, Tensor]:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.eval()
     elif world.size > 1:
-        synchronize(network, world, CPU)
-    options = TrainConfig(imgsz=64)
-    setup = SimpleNamespace(config=options, world=world, device=CPU, model=network, criterion=criterion)
+        convert_sync_batchnorm(network, world, CPU)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     # The loss is a mean over the matches of each process: equal halves of targets make it the mean over all.
     boxes = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
-    half = slice(2 * world.number, 2 * world.number + 2) if world.size > 1 else slice(None)
+    half = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
     targets = boxes if world.size > 1 else torch.cat((boxes, boxes + torch.tensor([2.0, 0, 0, 0, 0, 0])))
-    TrainStep(setup, None).backward(images[half], targets, (0, 0))  # type: ignore[arg-type]
+    train_step(network, criterion, world).backward(images[half], targets, (0, 0))
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return gradients | {name: b for name, b in network.named_buffers() if "running" in name}
 
@@ -233,19 +204,19 @@ def joined() -> World:
     return with_gradients(world_from_environment(), CPU)
 
 
-WRITERS = {"shapes": (shapes, "generate"), "labels": (label_cache, "write"), "pictures": (image_store, "atomic_path")}
+WRITERS = {"shapes": (shapes, "generate"), "labels": (label_cache, "write"), "images": (image_store, "atomic_path")}
 
 
-def watch(place: Any, name: str) -> list[Any]:
+def watch(project: Any, name: str) -> list[Any]:
     """The arguments of all calls of a function from now on."""
     calls: list[Any] = []
-    original = getattr(place, name)
+    original = getattr(project, name)
 
     def watched(*arguments: Any) -> Any:
         calls.append(arguments)
         return original(*arguments)
 
-    setattr(place, name, watched)
+    setattr(project, name, watched)
     return calls
 
 
@@ -258,7 +229,7 @@ def pair(folder: Path) -> None:
         world = joined()
         found["steps"] = {case: step(case, world) for case in GRADIENTS}
         runtime, criterion = judge()
-        loader = loader_of(folder / "pictures", 4, world, rect=True, repeat=False)
+        loader = loader_of(folder / "images", 4, world, rect=True, repeat=False)
         parts = gather(measure(runtime, loader, EvalOptions(NAMES), criterion, world), world)
         found["result"] = conclude(parts, EvalOptions(NAMES)) if parts else None
         model = build("yolov5", seed=rank)
@@ -268,7 +239,7 @@ def pair(folder: Path) -> None:
             found["file"] = path.read_text() if path is not None else None
     next_group()
     weights = watch(DetectionLoader, "set_image_weights")
-    wrote = {word: watch(place, name) for word, (place, name) in WRITERS.items()}
+    wrote = {word: watch(project, name) for word, (project, name) in WRITERS.items()}
     options = {"noplots": False, "sync_bn": True, "image_weights": True, "cache": "disk", "batch_size": 4}
     trained = train(config(folder, epochs=2, amp="off", **options))
     found |= {"weights": [given[1] for given in weights], "wrote": {word: len(calls) for word, calls in wrote.items()}}
@@ -303,9 +274,9 @@ def _one_thread() -> Iterator[None]:
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What the two processes of `pair` found; [2] are their exit codes, [3] their folder."""
     folder = tmp_path_factory.mktemp("pair")
-    (folder / "pictures").mkdir()
-    write_data(folder / "pictures")
-    fill(folder)
+    (folder / "images").mkdir()
+    write_data(folder / "images")
+    write_project(folder, val=9)
     (folder / "file0").write_text("of rank zero")
     codes = run_processes(pair, folder)
     results = [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -327,7 +298,7 @@ def test_gradients_are_those_of_one_process_with_the_double_batch(found, case) -
 
 def test_the_validation_of_two_processes_is_that_of_one(found) -> None:
     runtime, criterion = judge()
-    loader = loader_of(found[3]["folder"] / "pictures", 4, World(), rect=True)
+    loader = loader_of(found[3]["folder"] / "images", 4, World(), rect=True)
     same_results(found[0]["result"], evaluate(runtime, loader, EvalOptions(NAMES), criterion))
     assert found[1]["result"] is None
 
@@ -362,8 +333,8 @@ def test_all_draw_by_the_same_image_weights(found) -> None:
 
 
 def test_data_and_caches_are_written_by_one_process(found) -> None:
-    assert found[0]["wrote"] == {"shapes": 1, "labels": 2, "pictures": 19}
-    assert found[1]["wrote"] == {"shapes": 0, "labels": 0, "pictures": 0}
+    assert found[0]["wrote"] == {"shapes": 1, "labels": 2, "images": 19}
+    assert found[1]["wrote"] == {"shapes": 0, "labels": 0, "images": 0}
 
 
 def test_values_and_files_of_rank_zero_reach_the_others(found) -> None:
@@ -391,20 +362,22 @@ def test_a_mistake_of_another_rank_ends_all(found) -> None:
 )
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch, text, local_rank, wanted) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert distributed.own_device(text, World(local_rank, local_rank, 2)) == wanted
+    assert distributed.rank_device(text, World(local_rank, local_rank, 2)) == wanted
 
 
 def test_too_few_gpus_are_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="--device 0: 1 GPU"):
-        distributed.own_device("0", World(1, 1, 2))
-    assert distributed.own_device("0", World()) == "0"
+        distributed.rank_device("0", World(1, 1, 2))
+    assert distributed.rank_device("0", World()) == "0"
 
 
 def test_the_progress_bar_is_rank_zeros(images, monkeypatch) -> None:
     shown = []
     monkeypatch.setattr(evaluator, "tqdm", lambda loader, *, disable, **_: (shown.append(not disable), loader)[1])
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
         world = World(rank, rank, 2)
         measure(judge()[0], loader_of(images, 4, world, rect=True, repeat=False), EvalOptions(NAMES), world=world)
     assert shown == [True, False]
@@ -415,6 +388,6 @@ def test_a_repeated_sigterm_does_not_break_off_the_saving() -> None:
     with StopRequest() as stop:
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
-        assert stop.number == signal.SIGTERM
+        assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -9,34 +9,30 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from engine.cli.config import TrainConfig
 from engine.devices.distributed import process_group, with_gradients, world_from_environment
-from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
 from models.yolo import DetectionModel
-from tests.engine.detectors import ANCHORS
-from tests.engine.devices.test_distributed import detection_loss, fill
-from tests.engine.processes import run_processes
-from tests.engine.train.test_interrupt import same_runs, signal_at
-from tests.engine.train.test_trainer import config, rows
+from tests.helpers.detectors import ANCHORS
+from tests.helpers.processes import run_processes
+from tests.helpers.training import assert_equal_runs, config, detection_loss, rows, signal_at, train_step, write_project
 from utils.files import ROOT
 from utils.yaml_lines import dump_yaml
 
 BOUND = 60  # seconds that two processes may take to start, to fail and to end
-SCRIPT = str(ROOT / "tests/engine/faulty_train.py")
+SCRIPT = str(ROOT / "tests/helpers/faulty_train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a data set of a few pictures and a small model that draws random numbers while it trains."""
-    fill(tmp_path)
+def project(tmp_path: Path) -> Path:
+    """A folder with a dataset of a few images and a small model that draws random numbers while it trains."""
+    write_project(tmp_path, val=9)
     arch = {"layers": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]}
     backbone = [[-1, 1, "RIFormer", {"arch": arch, "drop_path_rate": 0.5}]]
     head = [[["P3", "P4", "P5"], 1, "Detect", ["nc", "anchors"]]]
@@ -52,9 +48,10 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def command(place: Path, *more: str, epochs: int = 3) -> list[str]:
+def command(project: Path, *more: str, epochs: int = 3) -> list[str]:
     given = [
-        f"--cfg={place / 'tiny.yaml'}", f"--data={place / 'data.yaml'}", f"--project={place / 'runs'}", "--imgsz=64",
+        f"--cfg={project / 'tiny.yaml'}", f"--data={project / 'data.yaml'}", f"--project={project / 'runs'}",
+        "--imgsz=64",
         f"--epochs={epochs}", "--batch-size=4", "--workers=0", "--device=cpu", "--noplots", "--amp=off", "--patience=0",
     ]  # fmt: skip
     return [*TORCHRUN, SCRIPT, *given, *more]
@@ -75,13 +72,13 @@ def own_lines(text: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_wrong_data_file_is_one_line(place) -> None:
-    status, text = run(command(place, "--data=nowhere.yaml"))
+def test_a_wrong_data_file_is_one_line(project) -> None:
+    status, text = run(command(project, "--data=nowhere.yaml"))
     assert status != 0
     (line,) = own_lines(text)
     assert line.startswith("train.py: error: nowhere.yaml: no such file")
     assert text.count("Traceback") == 1, "torchrun's own"
-    assert not (place / "runs").exists()
+    assert not (project / "runs").exists()
 
 
 MISTAKES = [
@@ -97,8 +94,8 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("options", "message", "what"), MISTAKES, ids=lambda v: v[0][2:] if isinstance(v, list) else ""
 )
-def test_mistakes_are_one_line(place, options, message, what) -> None:
-    status, text = run(command(place, *options))
+def test_mistakes_are_one_line(project, options, message, what) -> None:
+    status, text = run(command(project, *options))
     assert status != 0
     (line,) = own_lines(text)
     assert message in line, what
@@ -106,7 +103,7 @@ def test_mistakes_are_one_line(place, options, message, what) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", ["val.py", "detect.py"])
-def test_commands_of_one_process_say_so(place, script) -> None:
+def test_commands_of_one_process_say_so(project, script) -> None:
     status, text = run([*TORCHRUN, str(ROOT / script)])
     assert status != 0
     assert [line for line in text.splitlines() if line.startswith(script)] == [
@@ -124,73 +121,73 @@ FAULTS = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "lines", "traces"), FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_a_dying_rank_ends_all_and_leaves_the_checkpoint(place, kind, lines, traces) -> None:
+def test_a_dying_rank_ends_all_and_leaves_the_checkpoint(project, kind, lines, traces) -> None:
     begin = time.time()
-    status, text = run(command(place), f"{kind}:1:2:1")
+    status, text = run(command(project), f"{kind}:1:2:1")
     assert status != 0 and time.time() - begin < BOUND
     assert len(own_lines(text)) <= lines  # torchrun may be quicker to end rank zero than it to notice
     assert all("rank 0: another process of this training is gone" in line for line in own_lines(text))
     assert text.count("Traceback") == traces + 1 and text.count("KeyError: 'a fault'") == traces
-    last = read_checkpoint(place / "runs/exp/weights/last.pt")
+    last = read_checkpoint(project / "runs/exp/weights/last.pt")
     assert last.epoch == 1 and last.train is not None
-    assert not list((place / "runs/exp/weights").glob(".*"))
+    assert not list((project / "runs/exp/weights").glob(".*"))
 
 
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
-def resume(place: Path, name: str) -> list[str]:
+def resume(project: Path, name: str) -> list[str]:
     return [
         *TORCHRUN,
-        str(ROOT / "tests/engine/faulty_train.py"),
+        str(ROOT / "tests/helpers/faulty_train.py"),
         "--resume",
-        str(place / f"runs/{name}/weights/last.pt"),
+        str(project / f"runs/{name}/weights/last.pt"),
     ]
 
 
-# 10 pictures in steps of 4 are 3 batches an epoch; in this warm-up a step follows on batches 0, 1, 3 and 6.
+# 10 images in steps of 4 are 3 batches an epoch; in this warm-up a step follows on batches 0, 1, 3 and 6.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "at", "batches", "workers"),
     [("term", 1, 2, 1), ("term-one", 1, 2, 0), ("int", 1, 2, 1), ("term", -1, 3, 0), ("term-one", -1, 3, 1)],
 )
-def test_a_signal_in_the_middle_of_an_epoch(place, kind, at, batches, workers) -> None:
+def test_a_signal_in_the_middle_of_an_epoch(project, kind, at, batches, workers) -> None:
     """At torchrun, which passes it on, or at one process; in training, or in validation (-1)."""
-    assert run(command(place, "--name=whole"))[0] == 0
-    status, text = run(command(place, "--name=cut", f"--workers={workers}"), f"{kind}:1:0:{at}")
+    assert run(command(project, "--name=whole"))[0] == 0
+    status, text = run(command(project, "--name=cut", f"--workers={workers}"), f"{kind}:1:0:{at}")
     assert status != 0 and "Stopped in epoch 0" in text
-    saved = read_checkpoint(place / "runs/cut/weights/last.pt")
+    saved = read_checkpoint(project / "runs/cut/weights/last.pt")
     assert saved.epoch == -1 and saved.train is not None and saved.train["batches"] == batches
     assert len(saved.train["others"]) == 1
-    status, text = run(resume(place, "cut"))
+    status, text = run(resume(project, "cut"))
     assert status == 0, text
-    same_runs(place / "runs/whole", place / "runs/cut")
+    assert_equal_runs(project / "runs/whole", project / "runs/cut")
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on(place, monkeypatch) -> None:
+def test_another_number_of_processes_goes_on(project, monkeypatch) -> None:
     """One process, then two, then one: each does the rest of what the one before left."""
-    last = place / "runs/exp/weights/last.pt"
+    last = project / "runs/exp/weights/last.pt"
     with monkeypatch.context() as patch:
         signal_at(patch, signal.SIGTERM, (0, 1))
         with pytest.raises(SystemExit):
-            train(config(place, epochs=3, amp="off"))
-    status, text = run(resume(place, "exp"), "term:1:1:1")
+            train(config(project, epochs=3, amp="off"))
+    status, text = run(resume(project, "exp"), "term:1:1:1")
     assert status != 0 and "Stopped in epoch" in text
     result = train(TrainConfig.from_keywords(resume=str(last)))
     assert result.epochs == 3 and [row[0] for row in rows(result.folder)] == [0, 1, 2]
 
 
 @pytest.mark.slow
-def test_kills_of_everything_leave_no_trace(place) -> None:
+def test_kills_of_everything_leave_no_trace(project) -> None:
     """SIGKILL for torchrun and both processes, at random moments."""
     epochs = 60
-    assert run(command(place, "--name=whole", epochs=epochs))[0] == 0
-    last = place / "runs/cut/weights/last.pt"
+    assert run(command(project, "--name=whole", epochs=epochs))[0] == 0
+    last = project / "runs/cut/weights/last.pt"
     draw = random.Random(0)
     for _ in range(3):
         arguments = (
-            resume(place, "cut") if last.is_file() else command(place, "--name=cut", "--exist-ok", epochs=epochs)
+            resume(project, "cut") if last.is_file() else command(project, "--name=cut", "--exist-ok", epochs=epochs)
         )
         before = last.stat().st_mtime_ns if last.is_file() else 0
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -203,9 +200,9 @@ def test_kills_of_everything_leave_no_trace(place) -> None:
         for number in [agent.pid, *map(int, found.stdout.split())]:
             os.kill(number, signal.SIGKILL)
         agent.wait()
-    status, text = run(resume(place, "cut"))
+    status, text = run(resume(project, "cut"))
     assert status == 0, text
-    same_runs(place / "runs/whole", place / "runs/cut")
+    assert_equal_runs(project / "runs/whole", project / "runs/cut")
 
 
 # ---- every model ----------------------------------------------------------------------------------------------------
@@ -229,22 +226,18 @@ def test_every_model_file_is_tried() -> None:
 def two_steps(folder: Path) -> None:
     """Two training steps of every model that models.txt names; what went wrong is written to a file per rank."""
     problems = []
-    options = TrainConfig(imgsz=64)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
     with process_group(world_from_environment()):
         world = with_gradients(world_from_environment(), torch.device("cpu"))
         for name in (folder / "models.txt").read_text().split():
             model = DetectionModel(ROOT / f"models/{name}.yaml", nc=3).train()
-            device = torch.device("cpu")
-            parts = {"model": model, "criterion": detection_loss(model), "world": world, "device": device}
-            trained = TrainStep(SimpleNamespace(config=options, **parts), None)  # type: ignore[arg-type]
+            step = train_step(model, detection_loss(model), world)
             before = model.head.m[0].weight.detach().clone()
-            optimizer = torch.optim.SGD(model.parameters(), 0.01)
             try:
                 for number in range(2):  # data-parallel training tells of missed parameters at the second forward pass
-                    trained.backward(torch.rand(2, 3, 64, 64), targets, (0, number))
-                    optimizer.step()
-                    optimizer.zero_grad()
+                    step.backward(torch.rand(2, 3, 64, 64), targets, (0, number))
+                    step.optimizer.step()
+                    step.optimizer.zero_grad()
             except RuntimeError as error:
                 problems.append(f"{name}: {error}")
             if torch.equal(model.head.m[0].weight, before):

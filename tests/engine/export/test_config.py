@@ -22,7 +22,7 @@ from engine.export.samples import CALIBRATION_SPLITS, find_images
 from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
-from tests.engine.detectors import build, save
+from tests.helpers.detectors import build, save
 from utils.errors import ExportError
 from utils.files import ROOT
 

@@ -28,7 +28,7 @@ from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
-from tests.engine.detectors import BACKBONES, build, save
+from tests.helpers.detectors import BACKBONES, build, save
 from utils.errors import ExportError
 from utils.files import ROOT
 

@@ -19,7 +19,7 @@ from engine.export.check_outputs import TOLERANCES, NmsRule, choose_conf, compar
 from engine.export.samples import SHIPPED, ImageSource, find_images, random_images
 from engine.export.verification import Verification, verification_inputs
 from engine.export.wrapper import GraphShape, reparameterized_copy
-from tests.engine.detectors import build
+from tests.helpers.detectors import build
 from utils.errors import DataError, ExportError
 
 CPU = torch.device("cpu")

@@ -19,7 +19,7 @@ import hubconf
 from engine.hub.model import HubModel
 from engine.hub.results import Results
 from models.yolo import DetectionModel
-from tests.engine import detectors
+from tests.helpers import detectors
 from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
 from utils.files import ROOT
 

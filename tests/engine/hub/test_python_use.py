@@ -18,7 +18,7 @@ from engine.cli.config import DetectConfig, TrainConfig, ValConfig
 from engine.cli.keywords import settled
 from engine.export.config import ExportConfig
 from models.loading import load_detector
-from tests.engine.train.test_trainer import TINY
+from tests.helpers.training import TINY
 from utils.errors import ConfigError, UserError
 
 

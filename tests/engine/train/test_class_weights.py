@@ -1,4 +1,4 @@
-"""The hyper-parameter `class_weights`: read, refused, printed, and at work in a training."""
+"""The hyperparameter `class_weights`: read, refused, printed, and at work in a training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import yaml
 from engine.cli.config import Hyperparameters
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from tests.engine.train.test_trainer import config, place, rows
+from tests.helpers.training import config, interrupt_at, rows
 from utils.errors import ConfigError
 from utils.files import ROOT
 
-__all__ = ["place"]  # the fixture
 PLAIN = yaml.safe_load((ROOT / "data/hyps/hyp.scratch-low.yaml").read_text(encoding="utf-8"))
 
 
@@ -61,17 +60,17 @@ def test_mistakes_name_file_and_key(given, words, tmp_path: Path) -> None:
         ({"circles": 2}, "no class 'circles'; .* did you mean 'circle'"),
     ],
 )
-def test_mistakes_about_the_dataset_leave_no_folder(given, words, place: Path) -> None:
+def test_mistakes_about_the_dataset_leave_no_folder(given, words, project: Path) -> None:
     with pytest.raises(ConfigError, match=rf"hyp\.yaml: class_weights: {words}"):
-        train(config(place, hyp=hyp_file(place, given)))
-    assert not (place / "runs").exists()
+        train(config(project, hyp=hyp_file(project, given)))
+    assert not (project / "runs").exists()
 
 
-def test_a_training_uses_and_prints_them(place: Path, caplog) -> None:
-    plain = train(config(place, epochs=1, name="plain", image_weights=True))
+def test_a_training_uses_and_prints_them(project: Path, caplog) -> None:
+    plain = train(config(project, epochs=1, name="plain", image_weights=True))
     assert "class_weights" not in caplog.text
     with caplog.at_level("INFO"):
-        doubled = train(config(place, epochs=1, name="two", hyp=hyp_file(place, [2, 2, 2]), image_weights=True))
+        doubled = train(config(project, epochs=1, name="two", hyp=hyp_file(project, [2, 2, 2]), image_weights=True))
     assert "Class loss weighted (class_weights): circle 2, square 2, cross 2" in caplog.text
     first, second = rows(plain.folder)[0], rows(doubled.folder)[0]
     # Rates of the first steps are next to nothing, so that the networks are still alike.
@@ -80,26 +79,17 @@ def test_a_training_uses_and_prints_them(place: Path, caplog) -> None:
     assert kept["class_weights"] == [2, 2, 2]
 
 
-def test_resumed_with_the_same_weights(place: Path, monkeypatch) -> None:
+def test_resumed_with_the_same_weights(project: Path, monkeypatch) -> None:
     """Plain values in the checkpoint; rows and weights as those of a run that was not interrupted."""
-    from engine.train.trainer import Trainer
-
-    options = {"hyp": hyp_file(place, "balanced"), "epochs": 2}
-    whole = train(config(place, name="whole", **options))
-    original = Trainer._train_epoch
-
-    def interrupted(self: Trainer, epoch: int):
-        if epoch == 1:
-            raise KeyboardInterrupt
-        return original(self, epoch)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(place, name="cut", **options))
-    monkeypatch.setattr(Trainer, "_train_epoch", original)
-    last = place / "runs/cut/weights/last.pt"
+    options = {"hyp": hyp_file(project, "balanced"), "epochs": 2}
+    whole = train(config(project, name="whole", **options))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, name="cut", **options))
+    last = project / "runs/cut/weights/last.pt"
     assert torch.load(last, weights_only=True)["train"]["hyp"]["class_weights"] == "balanced"
-    resumed = train(config(place).from_keywords(resume=str(last)))
+    resumed = train(config(project).from_keywords(resume=str(last)))
     assert rows(resumed.folder) == rows(whole.folder)
     state, expected = read_checkpoint(resumed.last).state, read_checkpoint(whole.last).state
     assert all(torch.equal(state[key], expected[key]) for key in expected)

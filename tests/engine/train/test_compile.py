@@ -14,12 +14,11 @@ import pytest
 import torch
 
 from engine.cli.config import TrainConfig
-from engine.train.trainer import Trainer, TrainResult, train
+from engine.train.trainer import TrainResult, train
 from models.checkpoint.io import read_checkpoint
-from tests.engine.train.test_trainer import config, place, rows
+from tests.helpers.training import config, interrupt_at, rows
 from utils.errors import ConfigError
 
-__all__ = ["place"]  # the fixture; 10 pictures in batches of 4: the last batch of an epoch is smaller
 COMPILE = torch.compile
 
 
@@ -58,56 +57,49 @@ def assert_same(found: TrainResult, wanted: TrainResult, tolerance: float = 0.0)
     ],
     ids=str,
 )
-def test_the_same_training_with_few_graphs(options, number, place: Path, graphs) -> None:
-    plain = train(config(place, name="plain", **options))
+def test_the_same_training_with_few_graphs(options, number, project: Path, graphs) -> None:
+    plain = train(config(project, name="plain", **options))
     assert not graphs
-    assert_same(train(config(place, name="compiled", compile=True, **options)), plain, 1e-6)
+    assert_same(train(config(project, name="compiled", compile=True, **options)), plain, 1e-6)
     assert len(graphs) == number
 
 
 @pytest.mark.parametrize("option", [pytest.param("multi_scale", marks=pytest.mark.slow), "rect"])
-def test_sizes_that_vary_share_a_graph(option, place: Path, graphs) -> None:
+def test_sizes_that_vary_share_a_graph(option, project: Path, graphs) -> None:
     options = {option: True, "epochs": 3, "imgsz": 96}
-    plain = train(config(place, name="plain", **options))
-    assert_same(train(config(place, name="compiled", compile=True, **options)), plain, 1e-5)
+    plain = train(config(project, name="plain", **options))
+    assert_same(train(config(project, name="compiled", compile=True, **options)), plain, 1e-5)
     assert len(graphs) <= 2
 
 
-def test_resume(place: Path, graphs, monkeypatch) -> None:
-    whole = train(config(place, name="whole", epochs=3, compile=True))
-    original = Trainer._train_epoch
-
-    def interrupted(self: Trainer, epoch: int) -> Any:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return original(self, epoch)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(place, name="cut", epochs=3, compile=True))
-    monkeypatch.setattr(Trainer, "_train_epoch", original)
-    last = place / "runs/cut/weights/last.pt"
+def test_resume(project: Path, graphs, monkeypatch) -> None:
+    whole = train(config(project, name="whole", epochs=3, compile=True))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, name="cut", epochs=3, compile=True))
+    last = project / "runs/cut/weights/last.pt"
     state = torch.load(last, weights_only=True)["train"]["model"]
     assert not any("_orig_mod" in key for key in state)
     assert_same(train(TrainConfig.from_keywords(resume=str(last))), whole)
     assert read_checkpoint(last).state.keys() == state.keys()
 
 
-def test_what_cannot_be_compiled_is_told_in_a_line(place: Path, monkeypatch) -> None:
+def test_what_cannot_be_compiled_is_told_in_a_line(project: Path, monkeypatch) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise NotImplementedError("no rule for\nthis operator")
 
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend=backend))
     with pytest.raises(ConfigError, match="^--compile: torch.compile cannot compile this network here: ") as error:
-        train(config(place, compile=True))
+        train(config(project, compile=True))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"multi_scale": True}], ids=["one size", "many sizes"])
-def test_generated_code(options, place: Path) -> None:
+def test_generated_code(options, project: Path) -> None:
     """For real: code generated for the CPU computes the same up to the order of sums."""
     torch._dynamo.reset()
-    plain = train(config(place, name="plain", epochs=1, amp="off", **options))
-    assert_same(train(config(place, name="compiled", epochs=1, amp="off", compile=True, **options)), plain, 1e-3)
+    plain = train(config(project, name="plain", epochs=1, amp="off", **options))
+    assert_same(train(config(project, name="compiled", epochs=1, amp="off", compile=True, **options)), plain, 1e-3)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.train.freeze import backbone_rows, freeze, keep_still, names_to_freeze, unfreeze
+from engine.train.freeze import backbone_rows, eval_frozen, freeze, names_to_freeze, unfreeze
 from models.yolo import DetectionModel
-from tests.engine.detectors import BACKBONES, build
+from tests.helpers.detectors import BACKBONES, build
 from utils.errors import ConfigError
 
 FAMILIES = ["riformer", "repmlp", "revvit", "nextvit", "timm"]
@@ -71,7 +71,7 @@ def test_frozen_parts_neither_learn_nor_move(family: str) -> None:
     names = names_to_freeze(model, ["backbone:1"])
     frozen = freeze(model, names)
     model.train()
-    keep_still(model, frozen)
+    eval_frozen(model, frozen)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     sum(raw.square().mean() for raw in model(torch.rand(2, 3, 64, 64))).backward()
     assert {name for name, p in model.named_parameters() if p.grad is not None}.isdisjoint(names)
@@ -87,7 +87,7 @@ def test_a_frozen_backbone_keeps_its_statistics(family: str) -> None:
     prefixes = tuple(f"model.{row}." for row in backbone_rows(model))
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model.train()
-    keep_still(model, frozen)
+    eval_frozen(model, frozen)
     model(torch.rand(2, 3, 64, 64))
     after = model.state_dict()
     running = [key for key in before if key.endswith("running_mean")]

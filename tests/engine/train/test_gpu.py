@@ -10,19 +10,17 @@ import torch
 import yaml
 
 from engine.cli.config import TrainConfig
-from engine.devices.prefetch import on_device
+from engine.devices.prefetch import prefetch
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import open_runtime
 from engine.train.autobatch import choose_batch
 from engine.train.optimizer import build_optimizer, parameter_groups
-from engine.train.trainer import Trainer, train
+from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from tests.engine.detectors import build, save
-from tests.engine.train.test_step import poisoned
-from tests.engine.train.test_trainer import config, place, rows
+from tests.helpers.detectors import build, save
+from tests.helpers.training import config, interrupt_at, poison, rows
 from utils.structures import Batch
 
-__all__ = ["place"]  # the fixture
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda", 0)
 
@@ -35,46 +33,39 @@ def finite_rows(folder: Path) -> torch.Tensor:
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize(("amp", "word"), [("auto", "float16"), ("bf16", "bfloat16"), ("off", "float32")])
-def test_an_epoch_in_each_precision(amp, word, optimizer, place: Path, caplog) -> None:
+def test_an_epoch_in_each_precision(amp, word, optimizer, project: Path, caplog) -> None:
     """Finite numbers, the losses of the CPU in float32, weights saved in float32."""
     with caplog.at_level("INFO"):
-        result = train(config(place, device="0", amp=amp, optimizer=optimizer, name="gpu", workers=2))
+        result = train(config(project, device="0", amp=amp, optimizer=optimizer, name="gpu", workers=2))
     assert f"Precision: {word} (--amp {amp})" in caplog.text
     found = finite_rows(result.folder)
-    wanted = torch.tensor(rows(train(config(place, amp="off", optimizer=optimizer, name="cpu")).folder))
+    wanted = torch.tensor(rows(train(config(project, amp="off", optimizer=optimizer, name="cpu")).folder))
     torch.testing.assert_close(found[0, 1:4], wanted[0, 1:4], rtol=0.05, atol=1e-3)  # box, objectness, class
     state = read_checkpoint(result.last).state
     assert all(v.dtype == torch.float32 and v.isfinite().all() for v in state.values() if v.is_floating_point())
 
 
-def test_resume(place: Path, monkeypatch) -> None:
+def test_resume(project: Path, monkeypatch) -> None:
     """Scale, momentum and generators come back; sums on a GPU have no fixed order, so equal up to rounding."""
-    whole = finite_rows(train(config(place, device="0", epochs=3, name="whole")).folder)
-    original = Trainer._train_epoch
-
-    def interrupted(self: Trainer, epoch: int):
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return original(self, epoch)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        train(config(place, device="0", epochs=3, name="cut"))
-    monkeypatch.setattr(Trainer, "_train_epoch", original)
-    resumed = train(TrainConfig.from_keywords(resume=str(place / "runs/cut/weights/last.pt")))
+    whole = finite_rows(train(config(project, device="0", epochs=3, name="whole")).folder)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, device="0", epochs=3, name="cut"))
+    resumed = train(TrainConfig.from_keywords(resume=str(project / "runs/cut/weights/last.pt")))
     torch.testing.assert_close(finite_rows(resumed.folder)[:, 1:4], whole[:, 1:4], rtol=0.02, atol=1e-3)
 
 
-def test_a_bad_batch_costs_its_step(place: Path, monkeypatch, caplog) -> None:
-    poisoned(monkeypatch, {(1, 1)})
+def test_a_bad_batch_costs_its_step(project: Path, monkeypatch, caplog) -> None:
+    poison(monkeypatch, {(1, 1)})
     with caplog.at_level("WARNING"):
-        result = train(config(place, device="0", epochs=3))
+        result = train(config(project, device="0", epochs=3))
     assert "step skipped" in caplog.text
     finite_rows(result.folder)
     assert all(v.float().isfinite().all() for v in read_checkpoint(result.last).state.values())
 
 
-def test_batch_by_memory(place: Path) -> None:
+def test_batch_by_memory(project: Path) -> None:
     model = build("yolov5").to(GPU)
     before = copy.deepcopy(model.state_dict())
     chosen = choose_batch(model, 640, GPU, torch.float16, 10**6)
@@ -82,16 +73,15 @@ def test_batch_by_memory(place: Path) -> None:
     assert not model.training and all(p.grad is None for p in model.parameters())
     for key, value in model.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0)
-    result = train(config(place, device="0", epochs=1, batch_size=-1))
+    result = train(config(project, device="0", epochs=1, batch_size=-1))
     finite_rows(result.folder)
-    assert 1 <= yaml.safe_load((result.folder / "opt.yaml").read_text())["batch_size"] <= 10, "pictures"
+    assert 1 <= yaml.safe_load((result.folder / "opt.yaml").read_text())["batch_size"] <= 10, "images"
 
 
 @pytest.mark.slow
-@pytest.mark.real_gpu
-def test_compile(place: Path) -> None:
-    plain = finite_rows(train(config(place, device="0", epochs=1, amp="off", name="plain")).folder)
-    compiled = train(config(place, device="0", epochs=1, amp="off", compile=True, name="compiled"))
+def test_compile(project: Path) -> None:
+    plain = finite_rows(train(config(project, device="0", epochs=1, amp="off", name="plain")).folder)
+    compiled = train(config(project, device="0", epochs=1, amp="off", compile=True, name="compiled"))
     torch.testing.assert_close(finite_rows(compiled.folder)[:, 1:4], plain[:, 1:4], rtol=0.02, atol=1e-3)
     assert not any("_orig_mod" in key for key in read_checkpoint(compiled.last).state)
 
@@ -110,7 +100,7 @@ def test_detection_in_each_precision(family, tmp_path: Path) -> None:
         for a, b in zip(raw, wanted_raw, strict=True):
             assert float((a.float().cpu() - b).std()) < share * float(b.std()), options
         moved = (found[..., :2].cpu() - wanted[..., :2]).abs()
-        assert float(moved.median()) < 0.5, options  # centres, in pixels
+        assert float(moved.median()) < 0.5, options  # centers, in pixels
 
 
 def test_images_arrive_whole() -> None:
@@ -120,7 +110,7 @@ def test_images_arrive_whole() -> None:
     assert all(batch.images.is_pinned() for batch in batches)
     busy = torch.rand(2048, 2048, device=GPU)
     sums = []
-    for _, images in on_device(iter(batches), GPU):
+    for _, images in prefetch(iter(batches), GPU):
         busy = busy @ busy / busy.norm()
         assert images.device == GPU
         sums.append(images.float().mean())

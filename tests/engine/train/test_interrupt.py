@@ -13,66 +13,40 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.cli.config import TrainConfig
 from engine.evaluate import evaluator
-from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from tests.engine.train.test_trainer import config, place, rows
+from tests.helpers.training import assert_equal_runs, config, rows, signal_at
 from utils.errors import CheckpointError
 
-__all__ = ["place"]  # the fixture
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def same_runs(a: Path, b: Path) -> None:
-    """Raise AssertionError unless two run folders hold the same results and the same weights, to the last bit."""
-    assert (a / "results.csv").read_text() == (b / "results.csv").read_text()
-    for name in ("last.pt", "best.pt"):
-        x, y = (read_checkpoint(folder / "weights" / name) for folder in (a, b))
-        assert x.epoch == y.epoch
-        assert x.state.keys() == y.state.keys()
-        for key in x.state:
-            torch.testing.assert_close(x.state[key], y.state[key], rtol=0, atol=0, msg=f"{name}: {key}")
-
-
-def signal_at(monkeypatch: pytest.MonkeyPatch, number: int, place: tuple[int, int]) -> None:
-    """Send this process a signal during the backward pass of one (epoch, batch)."""
-    original = TrainStep.backward
-
-    def backward(self, images, targets, at):
-        if at == place:
-            os.kill(os.getpid(), number)
-        return original(self, images, targets, at)
-
-    monkeypatch.setattr(TrainStep, "backward", backward)
-
-
-# 10 pictures in batches of 2 are 5 batches an epoch; in this warm-up a step follows on batches 0, 1, 3, 6 and 10.
+# 10 images in batches of 2 are 5 batches an epoch; in this warm-up a step follows on batches 0, 1, 3, 6 and 10.
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("number", "at", "epoch"), [(signal.SIGTERM, (1, 0), 0), (signal.SIGINT, (0, 1), -1)], ids=["term", "int"]
 )
-def test_a_signal_in_the_middle_of_an_epoch(place, monkeypatch, number, at, epoch, workers) -> None:
+def test_a_signal_in_the_middle_of_an_epoch(project, monkeypatch, number, at, epoch, workers) -> None:
     options = {"batch_size": 2, "epochs": 3, "workers": workers, "multi_scale": True}
-    whole = train(config(place, name="whole", **options))
+    whole = train(config(project, name="whole", **options))
     with monkeypatch.context() as patch:
         signal_at(patch, number, at)
         with pytest.raises(SystemExit if number == signal.SIGTERM else KeyboardInterrupt) as caught:
-            train(config(place, name="cut", **options))
+            train(config(project, name="cut", **options))
     if number == signal.SIGTERM:
         assert caught.value.code == 128 + signal.SIGTERM  # type: ignore[attr-defined]
-    last = place / "runs/cut/weights/last.pt"
+    last = project / "runs/cut/weights/last.pt"
     saved = read_checkpoint(last)
     assert saved.epoch == epoch and saved.train is not None and saved.train["batches"] == 2
     train(TrainConfig.from_keywords(resume=str(last), workers=workers))
-    same_runs(whole.folder, place / "runs/cut")
+    assert_equal_runs(whole.folder, project / "runs/cut")
 
 
-def test_a_signal_during_validation_saves_the_finished_training_part(place, monkeypatch) -> None:
-    whole = train(config(place, name="whole", epochs=2))
+def test_a_signal_during_validation_saves_the_finished_training_part(project, monkeypatch) -> None:
+    whole = train(config(project, name="whole", epochs=2))
     original = evaluator._suppress
     calls = []
 
@@ -84,32 +58,32 @@ def test_a_signal_during_validation_saves_the_finished_training_part(place, monk
 
     monkeypatch.setattr(evaluator, "_suppress", suppress)
     with pytest.raises(SystemExit):
-        train(config(place, name="cut", epochs=2))
-    last = place / "runs/cut/weights/last.pt"
+        train(config(project, name="cut", epochs=2))
+    last = project / "runs/cut/weights/last.pt"
     saved = read_checkpoint(last).train
     assert saved is not None and saved["batches"] == 3
     train(TrainConfig.from_keywords(resume=str(last)))
-    same_runs(whole.folder, place / "runs/cut")
+    assert_equal_runs(whole.folder, project / "runs/cut")
 
 
-def test_handlers_come_back(place) -> None:
+def test_handlers_come_back(project) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    train(config(place, epochs=1))
+    train(config(project, epochs=1))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def test_a_changed_dataset_is_not_resumed(place, monkeypatch) -> None:
+def test_a_changed_dataset_is_not_resumed(project, monkeypatch) -> None:
     signal_at(monkeypatch, signal.SIGTERM, (1, 0))
     with pytest.raises(SystemExit):
-        train(config(place))
-    label = next((place / "set/labels/train").glob("*.txt"))
+        train(config(project))
+    label = next((project / "set/labels/train").glob("*.txt"))
     label.write_text(label.read_text() + "0 0.5 0.5 0.1 0.1\n")
-    with pytest.raises(CheckpointError, match="pictures or labels have changed"):
-        train(TrainConfig.from_keywords(resume=str(place / "runs/exp/weights/last.pt")))
+    with pytest.raises(CheckpointError, match="images or labels have changed"):
+        train(TrainConfig.from_keywords(resume=str(project / "runs/exp/weights/last.pt")))
 
 
-def test_a_run_killed_before_its_end_was_noted_is_finished_by_resume(place, monkeypatch) -> None:
-    whole = train(config(place, name="whole"))
+def test_a_run_killed_before_its_end_was_noted_is_finished_by_resume(project, monkeypatch) -> None:
+    whole = train(config(project, name="whole"))
 
     def killed(path: Path) -> None:
         raise KeyboardInterrupt
@@ -117,14 +91,14 @@ def test_a_run_killed_before_its_end_was_noted_is_finished_by_resume(place, monk
     with monkeypatch.context() as patch:
         patch.setattr("engine.train.state.strip", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(config(place, name="cut"))
-    resumed = train(TrainConfig.from_keywords(resume=str(place / "runs/cut/weights/last.pt")))
+            train(config(project, name="cut"))
+    resumed = train(TrainConfig.from_keywords(resume=str(project / "runs/cut/weights/last.pt")))
     assert resumed.epochs == whole.epochs == 2
-    same_runs(whole.folder, resumed.folder)
+    assert_equal_runs(whole.folder, resumed.folder)
 
 
-def test_a_full_disk_keeps_the_checkpoint_before(place) -> None:
-    first = train(config(place, epochs=1, exist_ok=True))
+def test_a_full_disk_keeps_the_checkpoint_before(project) -> None:
+    first = train(config(project, epochs=1, exist_ok=True))
     before = first.last.read_bytes()
 
     def small_files() -> None:  # a write beyond the limit fails, as on a full disk
@@ -132,18 +106,18 @@ def test_a_full_disk_keeps_the_checkpoint_before(place) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, resource.RLIM_INFINITY))
 
     done = subprocess.run(
-        command(place, "--exist-ok", "--workers=0"), preexec_fn=small_files, capture_output=True, text=True
+        command(project, "--exist-ok", "--workers=0"), preexec_fn=small_files, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    wanted = r"train.py: error: .*best\.pt: cannot be written .*the earlier file is unchanged$"
+    wanted = r"train.py: error: .*best\.pt: cannot be written .*the earlier file is as it was$"
     assert re.search(wanted, done.stderr.strip())
     assert "Traceback" not in done.stderr
     assert first.last.read_bytes() == before
     assert sorted(p.name for p in first.last.parent.iterdir()) == ["best.pt", "last.pt"]
 
 
-def command(place: Path, *more: str, epochs: int = 4) -> list[str]:
-    options = config(place, epochs=epochs, batch_size=2, patience=0).to_dict()
+def command(project: Path, *more: str, epochs: int = 4) -> list[str]:
+    options = config(project, epochs=epochs, batch_size=2, patience=0).to_dict()
     given = ("cfg", "data", "imgsz", "epochs", "batch_size", "project", "patience")
     flags = [f"--{name.replace('_', '-')}={options[name]}" for name in given]
     return [sys.executable, str(ROOT / "train.py"), *flags, "--device=cpu", "--noplots", *more]
@@ -151,15 +125,15 @@ def command(place: Path, *more: str, epochs: int = 4) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_twenty_kills_leave_no_trace(place, workers) -> None:
+def test_twenty_kills_leave_no_trace(project, workers) -> None:
     """SIGKILL at 20 random moments, every second one in the middle of writing a checkpoint."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     epochs = 150
-    subprocess.run(command(place, f"--workers={workers}", "--name=whole", epochs=epochs), check=True, **quiet)
-    weights = place / "runs/cut/weights"
+    subprocess.run(command(project, f"--workers={workers}", "--name=whole", epochs=epochs), check=True, **quiet)
+    weights = project / "runs/cut/weights"
     last = weights / "last.pt"
     resume = [sys.executable, str(ROOT / "train.py"), "--resume", str(last), f"--workers={workers}"]
-    first = command(place, f"--workers={workers}", "--name=cut", "--exist-ok", epochs=epochs)
+    first = command(project, f"--workers={workers}", "--name=cut", "--exist-ok", epochs=epochs)
     draw = random.Random(workers)
     for kill in range(20):
         process = subprocess.Popen(resume if last.is_file() else first, **quiet)
@@ -175,5 +149,5 @@ def test_twenty_kills_leave_no_trace(place, workers) -> None:
         process.kill()
         process.wait()
     subprocess.run(resume, check=True, **quiet)
-    same_runs(place / "runs/whole", place / "runs/cut")
-    assert len(rows(place / "runs/cut")) == epochs
+    assert_equal_runs(project / "runs/whole", project / "runs/cut")
+    assert len(rows(project / "runs/cut")) == epochs

@@ -9,17 +9,16 @@ from torch import nn
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.train.ema import ModelEma
 from engine.train.optimizer import (
-    StepSettings,
-    apply_settings,
     build_optimizer,
     describe_groups,
+    lr_scales,
     parameter_groups,
-    rate_scales,
 )
+from engine.train.schedule import StepSettings, apply_settings
 from engine.train.setup import choose_hyperparameters
 from models.backbones.base import Backbone, FeatureLevel
 from models.yolo import DetectionModel
-from tests.engine.detectors import build
+from tests.helpers.detectors import build
 from utils.errors import ConfigError
 from utils.files import ROOT
 
@@ -81,7 +80,7 @@ def test_ema_averages_floats_and_keeps_integers():
         for v in model.state_dict().values():
             v.add_(1)
     ema.update(model)
-    d = ema.rate(1)
+    d = ema.decay_at(1)
     for k, v in ema.module.state_dict().items():
         expected = before[k] if not v.is_floating_point() else before[k] * d + (before[k] + 1) * (1 - d)
         torch.testing.assert_close(v, expected, rtol=1e-6, atol=1e-7)
@@ -89,7 +88,7 @@ def test_ema_averages_floats_and_keeps_integers():
 
 
 def scales_of(model: DetectionModel, backbone_lr: float, layer_decay: float) -> dict[str, float]:
-    scale_of = rate_scales(model, backbone_lr, layer_decay)
+    scale_of = lr_scales(model, backbone_lr, layer_decay)
     return {name: scale_of(name) for name, _ in model.named_parameters()}
 
 
@@ -117,7 +116,7 @@ def test_backbone_rate_of_a_plain_model_counts_rows():
 
 def test_groups_by_kind_and_scale():
     model = build("riformer")
-    scale_of = rate_scales(model, 0.1, 1.0)
+    scale_of = lr_scales(model, 0.1, 1.0)
     groups = parameter_groups(model, 0.02, scale_of)
     assert [(g["name"], g["lr_scale"]) for g in groups] == [
         (kind, scale) for scale in (1.0, 0.1) for kind in ("biases", "weights", "norms")

@@ -12,7 +12,7 @@ from engine.evaluate.evaluator import validate
 from engine.predict.predictor import detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import mixed_precision, open_runtime
-from tests.engine.detectors import build, save
+from tests.helpers.detectors import build, save
 from utils.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

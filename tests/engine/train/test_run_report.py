@@ -7,7 +7,6 @@ import re
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -19,9 +18,9 @@ from engine.evaluate.accumulator import ImageOutcome, Tally, summarize
 from engine.evaluate.worst_images import ImageErrors, WorstImages, image_errors
 from engine.loggers.run_logger import CsvLog
 from engine.report.html import embedded, line_chart, number, table, ticks
-from engine.train.run_report import RunFacts, environment, facts_of, git_commit, write_report
-from tests.engine import detectors
+from engine.train.run_report import RunFacts, collect_facts, environment, git_commit, write_report
 from tests.engine.loggers.test_run_logger import row
+from tests.helpers import detectors
 from utils.files import ROOT
 
 NASTY = "\"><script>alert('x')</script><img src=http://x/y onerror=alert(1)>&amp;"
@@ -48,7 +47,9 @@ A, B, FAR = (10, 10, 30, 30), (50, 10, 80, 40), (120, 50, 150, 80)
         pytest.param([(*A, 0.9, 0), (*A, 0.8, 0)], [(0, *A)], (1, 1, 0), id="twice"),
         pytest.param([(10, 10, 30, 19, 0.9, 0)], [(0, *A)], (0, 1, 1), id="too little overlap"),
         pytest.param([(*A, 0.9, 0), (*FAR, 0.5, 2)], [(0, *A), (0, *B)], (1, 1, 1), id="one of each"),
-        pytest.param([(*A, 0.9, 0), (*B, 0.9, 1)], [(1, *B), (0, *A), (1, *A)], (2, 0, 1), id="two labels in a place"),
+        pytest.param(
+            [(*A, 0.9, 0), (*B, 0.9, 1)], [(1, *B), (0, *A), (1, *A)], (2, 0, 1), id="two labels in a project"
+        ),
     ],
 )
 def test_errors_of_a_image(detections, labels, expected):
@@ -116,7 +117,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    """A run folder of three epochs with pictures."""
+    """A run folder of three epochs with images."""
     folder = tmp_path / "exp <7>"
     folder.mkdir()
     log = CsvLog(folder)
@@ -160,7 +161,7 @@ def test_a_report_tells_everything(run):
     kinds = {kind: source.count(f'<g class="{kind}">') for kind in ("right", "wrong", "missed")}
     assert kinds == {"right": 1, "wrong": 1, "missed": 1}
     box = re.search(r'<g class="missed"><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', source)
-    assert [float(v) for v in box.groups()] == [50, 10, 30, 30], "corners of B, in pixels of the picture"
+    assert [float(v) for v in box.groups()] == [50, 10, 30, 30], "corners of B, in pixels of the image"
     assert 'viewBox="0 0 2000 1000"' in source
     colors = {k: re.search(rf"\.{k} rect{{[^}}]*stroke:(#\w+)", source)[1] for k in kinds}
     assert len(set(colors.values())) == 3
@@ -194,7 +195,7 @@ def test_a_file_name_that_is_no_utf8(run):
 
 def test_a_report_of_a_run_that_left_nothing(tmp_path):
     page = Page(write_report(tmp_path, facts(tmp_path, result=None, worst=())).read_text(encoding="utf-8"))
-    for text in ("No epoch was finished", "was not validated", "No pictures were written", "None: no errors"):
+    for text in ("No epoch was finished", "was not validated", "No images were written", "None: no errors"):
         assert text in page.text
     CsvLog(tmp_path).drop_from(0)
     (tmp_path / "results.csv").write_text("epoch\n")
@@ -226,13 +227,10 @@ def test_numbers_and_cells():
     assert '<td class="n">7</td><td>True</td><td>a&lt;</td>' in table([(7, True, "a<")])
 
 
-def test_facts_of_a_training():
+def test_collect_facts():
     model = detectors.build("yolov5")
-    setup = SimpleNamespace(
-        config=TrainConfig(imgsz=64), hyp=Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"),
-        model=model, data=SimpleNamespace(names=model.names), device=torch.device("cpu"),
-    )  # fmt: skip
-    found = facts_of(setup, None)
+    hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    found = collect_facts(TrainConfig(imgsz=64), hyp, model, torch.device("cpu"), None)
     assert found.options["imgsz"] == 64 and found.hyp["lr0"] == 0.01 and found.names == model.names
     assert "Detect" in found.layers and "parameters" in found.model and found.device.startswith("cpu")
 

@@ -8,54 +8,36 @@ import pytest
 import torch
 
 from engine.train.autobatch import CPU_BATCH, choose_batch, largest_batch
-from engine.train.step import MOST_SKIPPED, TrainStep, restore_statistics
+from engine.train.step import MAX_SKIPPED, restore_statistics
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from tests.engine.detectors import build
-from tests.engine.train.test_trainer import config, place, rows
+from tests.helpers.detectors import build
+from tests.helpers.training import config, poison, rows
 from utils.errors import TrainingError
 
-__all__ = ["place"]  # the fixture
 
-
-def poisoned(monkeypatch: pytest.MonkeyPatch, bad: set[tuple[int, int]]) -> None:
-    """Make the pictures of these (epoch, batch) no numbers."""
-    original = TrainStep._forward
-
-    def forward(self: TrainStep, images: torch.Tensor):
-        return original(self, images * float("nan") if self.place in bad else images)
-
-    def backward(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, place: tuple[int, int]):
-        self.place = place
-        return whole(self, images, targets, place)
-
-    whole = TrainStep.backward
-    monkeypatch.setattr(TrainStep, "_forward", forward)
-    monkeypatch.setattr(TrainStep, "backward", backward)
-
-
-def test_a_bad_batch_costs_its_step_and_nothing_else(place: Path, monkeypatch, caplog) -> None:
-    poisoned(monkeypatch, {(1, 1)})
+def test_a_bad_batch_costs_its_step_and_nothing_else(project: Path, monkeypatch, caplog) -> None:
+    poison(monkeypatch, {(1, 1)})
     with caplog.at_level("WARNING"):
-        result = train(config(place, epochs=3))
-    assert "step skipped (1 so far" in caplog.text and "batch statistics put back" in caplog.text
+        result = train(config(project, epochs=3))
+    assert "step skipped (1 so far" in caplog.text and "batch statistics restored" in caplog.text
     assert torch.isfinite(torch.tensor(rows(result.folder))).all()
     for key, value in read_checkpoint(result.last).state.items():
         assert torch.isfinite(value.float()).all(), key
 
 
-def test_a_training_that_has_diverged_stops(place: Path, monkeypatch) -> None:
-    poisoned(monkeypatch, {(epoch, i) for epoch in range(1, 9) for i in range(3)})
-    with pytest.raises(TrainingError, match=rf"^{MOST_SKIPPED} steps in a row.*last good checkpoint is .*last\.pt"):
-        train(config(place, epochs=9))
-    last = read_checkpoint(place / "runs/exp/weights/last.pt")
+def test_a_training_that_has_diverged_stops(project: Path, monkeypatch) -> None:
+    poison(monkeypatch, {(epoch, i) for epoch in range(1, 9) for i in range(3)})
+    with pytest.raises(TrainingError, match=rf"^{MAX_SKIPPED} consecutive steps.*last good checkpoint is .*last\.pt"):
+        train(config(project, epochs=9))
+    last = read_checkpoint(project / "runs/exp/weights/last.pt")
     assert all(torch.isfinite(v.float()).all() for v in last.state.values())
 
 
-def test_before_the_first_checkpoint_it_says_so(place: Path, monkeypatch) -> None:
-    poisoned(monkeypatch, {(epoch, i) for epoch in range(9) for i in range(3)})
+def test_before_the_first_checkpoint_it_says_so(project: Path, monkeypatch) -> None:
+    poison(monkeypatch, {(epoch, i) for epoch in range(9) for i in range(3)})
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
-        train(config(place, epochs=9, nosave=True))
+        train(config(project, epochs=9, nosave=True))
 
 
 def test_only_spoilt_statistics_come_back() -> None:
@@ -71,10 +53,10 @@ def test_only_spoilt_statistics_come_back() -> None:
 @pytest.mark.parametrize(
     ("batches", "used", "capacity", "chosen"),
     [
-        ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.5, 20),  # half a byte at rest, one a picture
+        ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.5, 20),  # half a byte at rest, one a image
         ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.4, 19),
         ((1, 2), (3.0, 5.0), 2.0, 1),  # never 0
-        ((1,), (3.0,), 100.0, 1),  # two pictures did not fit
+        ((1,), (3.0,), 100.0, 1),  # two images did not fit
         ((1, 2, 4), (5.0, 5.0, 5.0), 9.0, 4),  # nothing to extrapolate from
     ],
 )

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -14,63 +11,15 @@ from engine.cli.config import TrainConfig
 from engine.loggers.run_logger import CsvLog
 from engine.train import trainer as trainer_module
 from engine.train.step import multi_scale
-from engine.train.trainer import Trainer, train
+from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
+from tests.helpers.training import TINY, config, interrupt_at, rows
 from tests.parity import rules
 from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
 
-TINY = """
-nc: 80
-depth_multiple: 0.33
-width_multiple: 0.125
-anchors:
-  - [10,13, 16,30, 33,23]
-  - [30,61, 62,45, 59,119]
-  - [116,90, 156,198, 373,326]
-backbone:
-  - [-1, 1, Conv, [32, 6, 2, 2]]
-  - [-1, 1, Conv, [64, 3, 2]]
-  - [-1, 1, Conv, [64, 3, 2]]
-  - [-1, 1, Conv, [128, 3, 2]]
-  - [-1, 1, Conv, [128, 3, 2]]
-head:
-  - [[2, 3, 4], 1, Detect, [nc, anchors]]
-"""
 
-
-@pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A folder with a data set of a few pictures and a small model."""
-    (tmp_path / "data.yaml").write_text(
-        "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"
-        "generate: {kind: shapes, train: 10, val: 4, test: 1, imgsz: 96, seed: 3}\n"
-    )
-    (tmp_path / "tiny.yaml").write_text(TINY)
-    return tmp_path
-
-
-def config(place: Path, **options) -> TrainConfig:
-    base = {
-        "cfg": str(place / "tiny.yaml"),
-        "data": str(place / "data.yaml"),
-        "imgsz": 64,
-        "epochs": 2,
-        "batch_size": 4,
-        "workers": 0,
-        "noplots": True,
-        "project": str(place / "runs"),
-        "device": "cpu",
-    }
-    return TrainConfig.from_keywords(**{**base, **options})
-
-
-def rows(folder: Path) -> list[list[float]]:
-    with open(folder / "results.csv") as stream:
-        return [[float(cell) for cell in row] for row in list(csv.reader(stream))[1:]]
-
-
-def test_a_run_leaves_what_yolov5_leaves(place):
-    result = train(config(place, noplots=False, epochs=1))
+def test_a_run_leaves_what_yolov5_leaves(project):
+    result = train(config(project, noplots=False, epochs=1))
     written = {p.name for p in result.folder.iterdir()} | {p.name for p in (result.folder / "weights").iterdir()}
     expected = {
         "hyp.yaml", "opt.yaml", "results.csv", "results.png", "labels.jpg", "train_batch0.jpg", "train_batch1.jpg",
@@ -85,8 +34,8 @@ def test_a_run_leaves_what_yolov5_leaves(place):
     assert len(rows(result.folder)) == 1
 
 
-def test_checkpoints_are_plain_data(place):
-    result = train(config(place, epochs=1))
+def test_checkpoints_are_plain_data(project):
+    result = train(config(project, epochs=1))
     for name in ("best.pt", "last.pt"):
         path = result.folder / "weights" / name
         torch.load(path, weights_only=True)
@@ -96,28 +45,17 @@ def test_checkpoints_are_plain_data(place):
         assert all(v.dtype == torch.float32 for v in found.state.values() if v.is_floating_point())
 
 
-class _Stop(Exception):
-    pass
-
-
 @pytest.mark.parametrize("options", [{}, {"optimizer": "AdamW", "cos_lr": True}], ids=["sgd", "adamw"])
-def test_resume_goes_on_as_if_nothing_had_happened(place, monkeypatch, options):
-    whole = train(config(place, epochs=4, name="whole", **options))
-    original = Trainer._train_epoch
-
-    def interrupted(self, epoch):
-        if epoch == 2:
-            raise _Stop
-        return original(self, epoch)
-
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupted)
-    with pytest.raises(_Stop):
-        train(config(place, epochs=4, name="cut", **options))
-    monkeypatch.setattr(Trainer, "_train_epoch", original)
-    last = place / "runs/cut/weights/last.pt"
+def test_resume_goes_on_as_if_nothing_had_happened(project, monkeypatch, options):
+    whole = train(config(project, epochs=4, name="whole", **options))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, epochs=4, name="cut", **options))
+    last = project / "runs/cut/weights/last.pt"
     assert read_checkpoint(last).epoch == 1
     resumed = train(TrainConfig.from_keywords(resume=str(last)))
-    assert resumed.folder.resolve() == (place / "runs/cut").resolve()
+    assert resumed.folder.resolve() == (project / "runs/cut").resolve()
     assert rows(resumed.folder) == rows(whole.folder)
     a, b = (read_checkpoint(r.folder / "weights/last.pt").state for r in (whole, resumed))
     assert a.keys() == b.keys()
@@ -125,26 +63,26 @@ def test_resume_goes_on_as_if_nothing_had_happened(place, monkeypatch, options):
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
 
 
-def test_rows_of_epochs_done_again_are_replaced(place):
-    log = CsvLog(place)
+def test_rows_of_epochs_done_again_are_replaced(project):
+    log = CsvLog(project)
     for epoch in range(3):
         log.add([epoch, *[0.5] * 13])
     log.drop_from(1)
     log.add([1, *[0.7] * 13])
-    assert [r[:2] for r in rows(place)] == [[0, 0.5], [1, 0.7]]
+    assert [r[:2] for r in rows(project)] == [[0, 0.5], [1, 0.7]]
 
 
-def test_nothing_to_resume(place, monkeypatch):
-    monkeypatch.chdir(place)
+def test_nothing_to_resume(project, monkeypatch):
+    monkeypatch.chdir(project)
     with pytest.raises(CheckpointError, match="there is no runs/train"):
-        train(config(place, resume=True))
-    result = train(config(place, epochs=1))
+        train(config(project, resume=True))
+    result = train(config(project, epochs=1))
     with pytest.raises(CheckpointError, match="holds no training state"):
-        train(config(place, resume=str(result.last)))
+        train(config(project, resume=str(result.last)))
 
 
-def test_same_seed_same_weights_and_other_seed_other_weights(place):
-    states = [read_checkpoint(train(config(place, epochs=1, seed=s)).last).state for s in (1, 1, 2)]
+def test_same_seed_same_weights_and_other_seed_other_weights(project):
+    states = [read_checkpoint(train(config(project, epochs=1, seed=s)).last).state for s in (1, 1, 2)]
     key = next(k for k in states[0] if k.endswith("conv.weight"))
     torch.testing.assert_close(states[0][key], states[1][key], rtol=0, atol=0)
     assert not torch.equal(states[0][key], states[2][key])
@@ -168,18 +106,18 @@ def test_same_seed_same_weights_and_other_seed_other_weights(place):
     ],
     ids=lambda o: next(iter(o)),
 )
-def test_options(place, options):
-    result = train(config(place, **options))
+def test_options(project, options):
+    result = train(config(project, **options))
     assert len(rows(result.folder)) == 2
     assert result.last.is_file()
     assert (result.folder / "weights/epoch1.pt").is_file() == ("save_period" in options)
 
 
-def test_frozen_rows_stay_as_they_were(place):
-    result = train(config(place, epochs=1, freeze=["1"], seed=5))
+def test_frozen_rows_stay_as_they_were(project):
+    result = train(config(project, epochs=1, freeze=["1"], seed=5))
     torch.manual_seed(0)
     before = read_checkpoint(result.last).state
-    again = train(config(place, epochs=2, freeze=["1"], seed=5))
+    again = train(config(project, epochs=2, freeze=["1"], seed=5))
     after = read_checkpoint(again.last).state
     frozen = [k for k in before if k.startswith("model.0.")]
     assert frozen
@@ -188,18 +126,18 @@ def test_frozen_rows_stay_as_they_were(place):
     assert not torch.equal(after["model.1.conv.weight"], before["model.1.conv.weight"])
 
 
-def test_weights_of_a_run_start_another(place, caplog):
-    first = train(config(place, epochs=1))
+def test_weights_of_a_run_start_another(project, caplog):
+    first = train(config(project, epochs=1))
     with caplog.at_level("INFO"):
-        second = train(config(place, cfg="", weights=str(first.best), epochs=1, name="second"))
+        second = train(config(project, cfg="", weights=str(first.best), epochs=1, name="second"))
     assert "Transferred" in caplog.text
     assert second.best is not None
 
 
-def test_early_stopping(place, monkeypatch):
+def test_early_stopping(project, monkeypatch):
     values = iter([0.5, *[0.1] * 8])
     monkeypatch.setattr(trainer_module, "fitness", lambda metrics: next(values))
-    result = train(config(place, epochs=9, patience=2))
+    result = train(config(project, epochs=9, patience=2))
     assert result.epochs == 3
 
 
@@ -217,21 +155,21 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), MISTAKES, ids=lambda v: str(v)[:24])
-def test_mistakes_are_told_before_a_folder_is_made(place, options, error, message):
+def test_mistakes_are_told_before_a_folder_is_made(project, options, error, message):
     with pytest.raises(error, match=message) as caught:
-        train(config(place, **options))
+        train(config(project, **options))
     assert isinstance(caught.value, UserError)
-    assert not (place / "runs").exists() or not any((place / "runs").iterdir())
+    assert not (project / "runs").exists() or not any((project / "runs").iterdir())
 
 
-def test_a_broken_model_is_told_with_its_line(place):
-    (place / "tiny.yaml").write_text(TINY.replace("Conv, [64, 3, 2]", "Cnv, [64, 3, 2]", 1))
+def test_a_broken_model_is_told_with_its_line(project):
+    (project / "tiny.yaml").write_text(TINY.replace("Conv, [64, 3, 2]", "Cnv, [64, 3, 2]", 1))
     with pytest.raises(SpecError, match=r"tiny\.yaml:11: .*'Cnv'.*did you mean 'Conv'"):
-        train(config(place))
+        train(config(project))
 
 
-def test_run_from_python(place):
-    options = {k: v for k, v in config(place, epochs=1).to_dict().items()}
+def test_run_from_python(project):
+    options = {k: v for k, v in config(project, epochs=1).to_dict().items()}
     assert train_script.run(**options).epochs == 1
 
 

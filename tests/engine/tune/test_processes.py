@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.train.test_trainer import TINY
+from tests.helpers.training import TINY
 
 pytest.importorskip("optuna", reason="optuna is not installed")
 ROOT = Path(__file__).resolve().parents[3]

@@ -27,7 +27,7 @@ from engine.tune import study as studies
 from engine.tune.outputs import Row, best_of
 from engine.tune.search import MOST_FAILED, evolve
 from engine.tune.space import SPACE, inside, point_of, population, space_for, widened
-from tests.engine.train.test_trainer import TINY
+from tests.helpers.training import TINY
 from utils.errors import ConfigError, DataError, TrainingError
 from utils.yaml_lines import load_yaml
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.backbones import create_backbone
 from models.backbones.base import Backbone
-from tests.engine.detectors import build
+from tests.helpers.detectors import build
 
 FAMILIES = ("riformer", "revvit", "repmlp", "nextvit", "nextvit-xca", "timm")
 ATTENTION = ("revvit", "nextvit", "nextvit-xca", "timm/vit_tiny_patch16_224")

@@ -394,6 +394,7 @@ def test_no_network_says_where_to_put_the_file(cache: Path) -> None:
 
 def test_only_rank_zero_reads_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     assert load_published(RIFormer(TINY), "nowhere.pth", None) is None
 
 

@@ -225,6 +225,7 @@ def test_only_rank_zero_asks_for_pretrained_weights(monkeypatch: pytest.MonkeyPa
         return create_features(name, {k: v for k, v in arguments.items() if k != "pretrained"})
 
     monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(module, "create_features", create)
     monkeypatch.setattr(module, "_check_reachable", lambda hub_id: None)
     backbone_from_row("convnext_atto", ["pretrained"])
