@@ -102,6 +102,12 @@ def _set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> 
     layer.bias = nn.Parameter(bias.to(dtype), requires_grad=requires_grad)
 
 
+def _first_conv(mlp: nn.Module) -> nn.Conv2d:
+    conv = mlp.get_submodule("conv1")
+    assert isinstance(conv, nn.Conv2d)
+    return conv
+
+
 def fold_norm_before(norm: nn.Module, *layers: nn.Conv2d | nn.Linear) -> nn.Module:
     """Fold `norm` into the 1x1 convolutions or linear layers after it; return the module that replaces `norm`."""
     if isinstance(norm, nn.Identity):
@@ -337,7 +343,7 @@ class NCB(nn.Module):
 
     def fold(self) -> None:
         """Fold the BatchNorm into the first convolution of the MLP."""
-        self.norm = fold_norm_before(self.norm, self.mlp.conv1)
+        self.norm = fold_norm_before(self.norm, _first_conv(self.mlp))
 
 
 class NTB(nn.Module):
@@ -373,7 +379,7 @@ class NTB(nn.Module):
     def fold(self) -> None:
         """Fold the BatchNorms into E-MHSA and into the first convolution of the MLP."""
         self.norm1 = self.e_mhsa.fold_norm_before(self.norm1)
-        self.norm2 = fold_norm_before(self.norm2, self.mlp.conv1)
+        self.norm2 = fold_norm_before(self.norm2, _first_conv(self.mlp))
 
 
 # ---- the backbone ---------------------------------------------------------------------------------------------------

@@ -96,8 +96,9 @@ def detection_loss(model: DetectionModel) -> DetectionLoss:
 
 
 def train_step(model: nn.Module, criterion: Any, world: World) -> TrainStep:
-    """A training step on the CPU with plain SGD."""
-    parts = ModelParts(model, ModelEma(model), Frozen(), criterion, 32)  # type: ignore[arg-type]
+    """A training step on the CPU with plain SGD; its EMA is a placeholder, so only forward and backward may be used."""
+    ema = ModelEma(nn.Linear(1, 1))  # a model with synchronized batch norms cannot be copied
+    parts = ModelParts(model, ema, Frozen(), criterion, 32)  # type: ignore[arg-type]
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     return TrainStep(parts, optimizer, TrainConfig(imgsz=64), 10.0, torch.device("cpu"), world)
 

@@ -38,11 +38,11 @@ def test_rows_of_a_plain_model(selection: list[str], rows: set[int]) -> None:
 @pytest.mark.parametrize(
     ("selection", "message"),
     [
-        (["99"], r"row 11 is not there; the model has rows 0 to 10"),
+        (["99"], r"no row 11; the model has rows 0 to 10"),
         (["1", "backbone"], "give row numbers, or words"),
         (["backbone:8"], "the backbone has 7 rows; allowed: 0 to 7"),
         (["backbone:x"], "the number of stages is missing"),
-        (["model.5.convv"], "is in no parameter's name.*did you mean 'model.5.conv'"),
+        (["model.5.convv"], "matches no parameter name.*did you mean 'model.5.conv'"),
         (["(model"], "nor a regular expression"),
     ],
     ids=str,

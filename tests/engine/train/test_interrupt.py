@@ -109,7 +109,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(project) -> None:
         command(project, "--exist-ok", "--workers=0"), preexec_fn=small_files, capture_output=True, text=True
     )
     assert done.returncode == 2, done.stderr
-    wanted = r"train.py: error: .*best\.pt: cannot be written .*the earlier file is as it was$"
+    wanted = r"train.py: error: .*best\.pt: cannot be written .*the earlier file is unchanged$"
     assert re.search(wanted, done.stderr.strip())
     assert "Traceback" not in done.stderr
     assert first.last.read_bytes() == before

@@ -147,7 +147,7 @@ MISTAKES = [
     ({"data": "nowhere.yaml"}, DataError, "nowhere.yaml"),
     ({"hyp": "hyp.scrach-low.yaml"}, ConfigError, "did you mean 'hyp.scratch-low.yaml'"),
     ({"weights": "nowhere.pt"}, CheckpointError, "no such file"),
-    ({"freeze": ["77"]}, ConfigError, "row 6 is not there"),
+    ({"freeze": ["77"]}, ConfigError, "no row 6"),
     ({"device": "7"}, ConfigError, "not available"),
     ({"plugin": ["nowhere.py"]}, ConfigError, "no such file"),
     ({"batch_size": 0}, ConfigError, "batch-size"),
