@@ -11,7 +11,7 @@ from utils.errors import UserError, did_you_mean
 from utils.log import configure_logging
 
 
-class Parser(argparse.ArgumentParser):
+class DataParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names the nearest option."""
 
     def error(self, message: str) -> Any:
@@ -22,7 +22,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
 
 
-def run(parser: Parser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
+def run(parser: DataParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
     """Parse and work.
 
     Returns:

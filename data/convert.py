@@ -253,7 +253,7 @@ def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = command.Parser(prog="convert", description="convert a dataset between YOLO, COCO and Pascal VOC")
+    parser = command.DataParser(prog="convert", description="convert a dataset between YOLO, COCO and Pascal VOC")
     parser.add_argument("source", help="dataset YAML, COCO .json file or VOC folder")
     parser.add_argument("target", help="new folder")
     parser.add_argument("--to", required=True, choices=sorted(_WRITERS), help="format to write")

@@ -11,7 +11,7 @@ The table under `download:` is data, not a program:
         sets: [{folder: VOCdevkit/VOC2007, list: train, split: train2007}]
 
 A download script in somebody else's YAML is never run. Everything is built in `<root>.download`, and renamed to the
-wanted folder at the end: a set is whole or not there, and what was downloaded before a break is used by the next try.
+wanted folder at the end: a dataset is complete or absent, and the next try reuses what was downloaded before.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ def fit_long_side(height: int, width: int, imgsz: int) -> HW:
 
 
 def rect_order(sizes: Sequence[HW] | NDArray[np.integer]) -> NDArray[np.int64]:
-    """Picture numbers sorted by height / width; the same order every time, equal ratios included.
+    """Return image indices sorted by height / width; a stable order.
 
     Args:
         sizes: (n, 2) heights and widths in pixels.

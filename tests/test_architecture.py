@@ -1,175 +1,154 @@
-"""The house rules: who may import whom, and what no file may contain."""
+"""Tests of the structure that docs/architecture.md describes. Each rule is also tested on a small bad tree."""
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import structure
+from tests.helpers.structure import LAZY, ONLY, SourceTree
+
 ROOT = Path(__file__).resolve().parents[1]
-FLOORS = {"utils": 0, "data": 1, "models": 1, "engine": 2}
-SCRIPT_FLOOR = 3
-FAMILY_ALLOWED = {"models.backbones.base", "models.backbones.layers"}
-NOT_FAMILIES = {"__init__", "__main__", "base", "layers"}
+FAMILY_MAY_IMPORT = ("models.backbones.base", "models.backbones.layers")
+FAMILIES = ("nextvit", "repmlp", "revvit", "riformer")
 
-
-def _sources() -> list[Path]:
-    tops = [p for p in ROOT.glob("*.py")]
-    return sorted(tops + [p for name in FLOORS for p in (ROOT / name).rglob("*.py")])
-
-
-def _module(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def _floor(module: str) -> int | None:
-    top = module.split(".")[0]
-    if top in FLOORS:
-        return FLOORS[top]
-    return SCRIPT_FLOOR if (ROOT / f"{top}.py").is_file() else None
-
-
-def _imports(path: Path) -> list[tuple[str, int]]:
-    """(module, line) of every import, those inside functions and TYPE_CHECKING blocks too."""
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found += [(alias.name, node.lineno) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                package = _module(path).split(".")
-                package = package if path.name == "__init__.py" else package[:-1]
-                package = package[: len(package) - node.level + 1]
-                base = ".".join([*package, base] if base else package)
-            found += [(f"{base}.{alias.name}", node.lineno) for alias in node.names] + [(base, node.lineno)]
-    return found
-
-
-def floor_breaks(path: Path) -> list[str]:
-    """Imports of a file that go up, or to the sibling on the same floor."""
-    here = _module(path)
-    mine = _floor(here)
-    out = []
-    for name, line in _imports(path):
-        theirs = _floor(name)
-        if theirs is None or mine is None:
-            continue
-        sibling = theirs == mine and name.split(".")[0] != here.split(".")[0]
-        if theirs > mine or (sibling and mine < SCRIPT_FLOOR):
-            out.append(f"{path.relative_to(ROOT)}:{line}: {here} imports {name}")
-    return out
-
-
-def test_imports_go_down():
-    assert [b for p in _sources() for b in floor_breaks(p)] == []
-
-
-def test_backbone_files_stand_alone():
-    """A student reads one backbone file beside the paper: it needs only the contract and the shared layers."""
-    bad = []
-    for path in (ROOT / "models/backbones").glob("*.py"):
-        if path.stem in NOT_FAMILIES or path.stem.startswith(("published", "timm_")):
-            continue
-        for name, line in _imports(path):
-            inside = _floor(name) is not None
-            if inside and not any(name == a or name.startswith(a + ".") for a in FAMILY_ALLOWED | {"models.backbones"}):
-                bad.append(f"{path.name}:{line}: {name}")
-            if inside and name.startswith("models.backbones.") and not name.startswith(tuple(FAMILY_ALLOWED)):
-                bad.append(f"{path.name}:{line}: {name}")
-    assert bad == []
-
-
-def forbidden(tree: ast.AST, module: str) -> list[str]:
-    """Constructs that hide what happens or run what a user wrote."""
-    out = []
-    for node in ast.walk(tree):
-        line = getattr(node, "lineno", 0)
-        if isinstance(node, ast.Global):
-            out.append(f"{module}:{line}: global")
-        elif isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names):
-            out.append(f"{module}:{line}: star import")
-        elif isinstance(node, ast.ExceptHandler) and node.type is None:
-            out.append(f"{module}:{line}: bare except")
-        elif isinstance(node, ast.Call):
-            name = ast.unparse(node.func)
-            if name in ("eval", "exec", "builtins.eval", "builtins.exec", "os.system"):
-                out.append(f"{module}:{line}: {name}")
-            if any(k.arg == "shell" and getattr(k.value, "value", False) for k in node.keywords):
-                out.append(f"{module}:{line}: shell=True")
-            if name.startswith("sys.path."):
-                out.append(f"{module}:{line}: {name}")
-            if name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler") and not module.startswith(
-                ("models.checkpoint.io", "models.checkpoint.inert")
-            ):
-                out.append(f"{module}:{line}: {name}")
-        elif isinstance(node, (ast.Assign, ast.AugAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            if any(ast.unparse(t).startswith("sys.path") for t in targets):
-                out.append(f"{module}:{line}: sys.path")
-    return out
-
-
-def test_nothing_forbidden():
-    found = [f for p in _sources() for f in forbidden(ast.parse(p.read_text(encoding="utf-8")), _module(p))]
-    assert found == []
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "eval('1')",
-        "exec('1')",
-        "from os import *",
-        "def f():\n    global x",
-        "run('ls', shell=True)",
-        "sys.path.insert(0, '.')",
-        "sys.path += ['.']",
-        "torch.load('x')",
-        "try:\n    pass\nexcept:\n    pass",
+RULES: dict[str, Callable[[SourceTree], list]] = {
+    "layers": structure.upward_imports,
+    "restricted packages": lambda tree: structure.forbidden_imports(tree, ONLY),
+    "import cycles": structure.cycles,
+    "imports inside functions": lambda tree: structure.function_scope_imports(tree, LAZY),
+    "modules per folder": structure.crowded_folders,
+    "unique class names": structure.repeated_classes,
+    "function length": structure.long_bodies,
+    "file length": structure.long_files,
+    "forbidden constructs": structure.forbidden_constructs,
+}
+BAD_TREES: dict[str, list[dict[str, str]]] = {
+    "layers": [
+        {"utils/a.py": "import models.b", "models/b.py": ""},
+        {"data/a.py": "def f():\n    from models import b", "models/b.py": ""},
+        {"models/a.py": "if TYPE_CHECKING:\n    from engine.b import c", "engine/b.py": ""},
+        {"engine/a.py": "import train", "train.py": ""},
     ],
-)
-def test_the_check_sees(text):
-    assert forbidden(ast.parse(text), "models.some")
+    "restricted packages": [
+        {"models/checkpoint/io.py": "from models.yolo import DetectionModel", "models/yolo.py": ""},
+        {"engine/report/html.py": "from engine.train.trainer import Trainer", "engine/train/trainer.py": ""},
+    ],
+    "import cycles": [
+        {"engine/a.py": "import engine.b", "engine/b.py": "import engine.a"},
+        {
+            "models/a.py": "from . import b",
+            "models/b.py": "def f():\n    from models.c import d",
+            "models/c.py": "import models.a",
+        },
+        {"data/a.py": "if TYPE_CHECKING:\n    import data.b", "data/b.py": "import data.a"},
+    ],
+    "imports inside functions": [{"engine/a.py": "def f():\n    import utils.b", "utils/b.py": ""}],
+    "modules per folder": [{f"engine/tune/m{i}.py": "" for i in range(structure.MAX_MODULES + 1)}],
+    "unique class names": [{"engine/x/run.py": "class Run: ...", "engine/y/run.py": "class Run: ..."}],
+    "function length": [{"utils/a.py": "def f():\n" + "    x = 1\n" * (structure.MAX_BODY + 1)}],
+    "file length": [
+        {"utils/a.py": "x = 1\n" * (structure.MAX_FILE + 1)},
+        {"train.py": "x = 1\n" * (structure.MAX_SCRIPT + 1)},
+    ],
+    "forbidden constructs": [
+        {"utils/a.py": text}
+        for text in (
+            "eval('1')",
+            "exec('1')",
+            "from os import *",
+            "def f():\n    global x",
+            "run('ls', shell=True)",
+            "sys.path.insert(0, '.')",
+            "sys.path += ['.']",
+            "torch.load('x')",
+            "try:\n    pass\nexcept:\n    pass",
+        )
+    ],
+}
 
 
-def test_imports_have_no_side_effects(tmp_path):
-    """Importing every module prints nothing, writes nothing, and leaves generators, threads and warnings alone."""
-    modules = [m for m in map(_module, _sources()) if not m.endswith("__main__")]
+@pytest.fixture(scope="module")
+def project() -> SourceTree:
+    tree = SourceTree(ROOT)
+    assert len(tree.paths) > 100 and len(tree.imports) > 300
+    return tree
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_project_keeps_rule(project, rule):
+    assert RULES[rule](project) == []
+
+
+@pytest.mark.parametrize(("rule", "files"), [(rule, files) for rule, trees in BAD_TREES.items() for files in trees])
+def test_rule_finds_violation(tmp_path, rule, files):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert RULES[rule](SourceTree(tmp_path)) != []
+
+
+def test_every_rule_has_a_bad_tree():
+    assert RULES.keys() == BAD_TREES.keys()
+
+
+def test_lazy_modules_exist(project):
+    assert project.paths.keys() >= LAZY.keys()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_backbone_file_imports_only_contract_and_layers(project, family):
+    targets = {entry.target for entry in project.imports if entry.importer == f"models.backbones.{family}"}
+    assert targets and targets <= set(FAMILY_MAY_IMPORT)
+
+
+def test_packages_are_empty_except_public_ones(project):
+    allowed = {"models.backbones", "data.augment", "engine.runtimes"}
+    packages = {name: path for name, path in project.paths.items() if path.name == "__init__.py"}
+    assert [name for name, path in packages.items() if path.read_text().strip() and name not in allowed] == []
+
+
+def test_imports_have_no_side_effects(project, tmp_path):
+    """Importing every module prints nothing, writes no files, and leaves global state unchanged."""
+    modules = [name for name in project.paths if not name.endswith("__main__")]
     code = f"""
 import importlib, os, random, sys
 import numpy, torch, torchvision, cv2, matplotlib, logging
-before = (os.getcwd(), torch.get_rng_state().sum().item(), numpy.random.get_state()[1].sum(), random.getstate()[1][:5],
-          torch.get_num_threads(), cv2.getNumThreads(), list(logging.getLogger().handlers), matplotlib.get_backend(),
-          list(sys.path), torch.get_default_dtype(), torch.backends.cudnn.benchmark, dict(os.environ))
+def state():
+    return (os.getcwd(), torch.get_rng_state().sum().item(), numpy.random.get_state()[1].sum(),
+            random.getstate()[1][:5], torch.get_num_threads(), cv2.getNumThreads(), matplotlib.get_backend(),
+            list(logging.getLogger().handlers), list(sys.path), torch.get_default_dtype(),
+            torch.backends.cudnn.benchmark, dict(os.environ))
+before = state()
 for name in {modules!r}:
     importlib.import_module(name)
-after = (os.getcwd(), torch.get_rng_state().sum().item(), numpy.random.get_state()[1].sum(), random.getstate()[1][:5],
-         torch.get_num_threads(), cv2.getNumThreads(), list(logging.getLogger().handlers), matplotlib.get_backend(),
-         list(sys.path), torch.get_default_dtype(), torch.backends.cudnn.benchmark, dict(os.environ))
-for i, (a, b) in enumerate(zip(before, after)):
+for i, (a, b) in enumerate(zip(before, state())):
     if a != b:
         raise SystemExit(f"state {{i}} changed: {{a}} -> {{b}}")
-if any(tmp for tmp in os.listdir({str(tmp_path)!r})):
+if os.listdir({str(tmp_path)!r}):
     raise SystemExit("files written")
 """
-    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
-    env["MPLCONFIGDIR"] = str(tmp_path / "..")
+    env = {
+        "PYTHONPATH": str(ROOT),
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(tmp_path),
+        "MPLCONFIGDIR": str(tmp_path / ".."),
+    }
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("script", ["train.py", "val.py", "detect.py", "export.py"])
+@pytest.mark.parametrize("script", structure.SCRIPTS)
 def test_help_does_not_import_torch(script):
-    code = "import sys, runpy\nsys.argv = ['x', '--help']\ntry:\n"
-    code += "    runpy.run_path(sys.path.pop(), run_name='__main__')\n"
+    code = f"import sys, runpy\nsys.argv = ['{script}.py', '--help']\ntry:\n"
+    code += f"    runpy.run_path({str(ROOT / script)!r} + '.py', run_name='__main__')\n"
     code += "except SystemExit:\n    print('torch' in sys.modules, file=sys.stderr)"
-    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT / script)!r})\n" + code]
+    command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r})\n" + code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().endswith("False"), done.stderr
     assert "--imgsz" in done.stdout

@@ -1,4 +1,4 @@
-"""Files and folders: run folders that count up, writes that are whole or not there, downloads that are checked."""
+"""Files and folders: run folders that count up, atomic writes, verified downloads."""
 
 from __future__ import annotations
 

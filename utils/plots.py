@@ -1,6 +1,6 @@
 """Charts from arrays: curves, confusion matrix, training history, label statistics, study of sizes.
 
-Each function writes one PNG or JPEG file, whole or not at all. Figures are drawn on their own canvas: no window system,
+Each function writes one PNG or JPEG file atomically. Figures are drawn on their own canvas: no window system,
 no state shared with the caller's matplotlib, no font but the one that matplotlib brings.
 """
 

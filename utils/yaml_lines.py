@@ -101,6 +101,6 @@ def plain(value: Any) -> Any:
 
 
 def dump_yaml(path: str | Path, data: Any) -> None:
-    """Write plain data as YAML, keys in their order; the file is whole or not there."""
+    """Write plain data as YAML, keys in their order, atomically."""
     with atomic_path(path) as part:
         part.write_text(yaml.safe_dump(plain(data), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -250,7 +250,7 @@ def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Sec
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = command.Parser(prog="check", description="statistics of a dataset, and what is wrong with it")
+    parser = command.DataParser(prog="check", description="statistics of a dataset, and what is wrong with it")
     parser.add_argument("data", help="dataset YAML")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
     parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")

@@ -29,7 +29,7 @@ def draw(
     anchors: NDArray[np.float64] | None,
     imgsz: int,
 ) -> None:
-    """Write the image, whole or not at all.
+    """Write the image atomically.
 
     Args:
         path: .png file.

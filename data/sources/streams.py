@@ -187,12 +187,12 @@ class StreamSource(Source):
                 LOGGER.info("stream %d/%d %s: %.4g frames/s", number, len(self._readers), reader.shown, reader.fps)
 
     def __iter__(self) -> Iterator[tuple[Frame, ...]]:
-        told: set[int] = set()
+        reported: set[int] = set()
         while not self._closed:
             batch = self._next_batch()
             for number, reader in enumerate(self._readers):
-                if reader.failure and reader.ended and number not in told:
-                    told.add(number)
+                if reader.failure and reader.ended and number not in reported:
+                    reported.add(number)
                     self.reject(reader.failure)
             if batch:
                 yield batch

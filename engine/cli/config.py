@@ -91,7 +91,7 @@ class TrainConfig(Options):
     """Options of train.py."""
 
     weights: str = option("", "checkpoint to start from; empty = random start (then --cfg is needed)")
-    cfg: str = option("", "model YAML; with --weights too, the weights that fit by meaning are copied")
+    cfg: str = option("", "model YAML; with --weights too, the weights of matching layers are copied")
     data: str = option("data/shapes.yaml", "dataset YAML")
     hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyperparameter YAML")
     epochs: int = option(100, "number of epochs", int, low=1)

@@ -11,7 +11,8 @@ from data.config import DataConfig
 from engine.compare.config import CompareConfig
 from engine.compare.store import digest, stat_key
 from engine.evaluate.evaluator import check_classes
-from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, row_names
+from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, list_backbones, row_names
+from models.backbones.timm_measure import is_timm_name, timm_package
 from models.build.spec import FOLDERS
 from models.checkpoint.io import read_checkpoint
 from utils.errors import CheckpointError, ConfigError, DataError, UserError, did_you_mean
@@ -135,8 +136,6 @@ def _yaml_of(given: str, pretrained: bool, specs: Path) -> Path:
 def _is_backbone(name: str) -> bool:
     if not name.startswith(TIMM_PREFIX):
         return is_backbone_name(name)
-    from models.backbones.timm_measure import is_timm_name, timm_package
-
     timm_package()  # an error that gives the pip command where it is missing
     return is_timm_name(name.removeprefix(TIMM_PREFIX))
 
@@ -166,8 +165,6 @@ def write_spec(name: str, pretrained: bool, folder: Path) -> Path:
 
 
 def _is_plugin(name: str) -> bool:
-    from models.backbones import list_backbones
-
     return name in list_backbones() and name not in BACKBONES
 
 

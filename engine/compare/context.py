@@ -20,7 +20,7 @@ from engine.cli.config import Hyperparameters
 from engine.compare.config import RECIPE, CompareConfig
 from engine.compare.measure.detector import SampleImages
 from engine.compare.measure.machine import available_memory, describe_machine
-from engine.compare.results import Row
+from engine.compare.results import CandidateResult
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
 from engine.compare.worker.pool import Setting, Worker
 from utils.device import amp_dtype, select_device
@@ -110,7 +110,7 @@ class Context:
         """Folder of checkpoints with random weights, and of other files that are not kept; removed at the end."""
         return self.cache / "initial"
 
-    def recipe(self, row: Row, seed: int = 0) -> dict[str, Any]:
+    def recipe(self, row: CandidateResult, seed: int = 0) -> dict[str, Any]:
         """Options of train.py for a candidate: the same for all but `cfg` and `seed`."""
         config = self.config
         device = "cpu" if self.device.type == "cpu" else str(self.device.index or 0)
@@ -120,7 +120,7 @@ class Context:
             "workers": config.workers, "patience": 0, "noplots": True, "plugin": list(config.plugin),
         }  # fmt: skip
 
-    def worker(self, row: Row) -> Worker:
+    def worker(self, row: CandidateResult) -> Worker:
         """Start a new process for a candidate."""
         setting = Setting(
             str(row.candidate.file), tuple(self.data.names[i] for i in range(len(self.data.names))), str(self.device),
@@ -128,7 +128,7 @@ class Context:
         )  # fmt: skip
         return Worker(setting, self.log(row))
 
-    def log(self, row: Row) -> Path:
+    def log(self, row: CandidateResult) -> Path:
         """File that takes what a candidate's processes print."""
         return self.cache / "logs" / f"{safe(row.label)}.log"
 

@@ -16,7 +16,7 @@ from engine.compare import plots as images
 from engine.compare.config import CompareConfig
 from engine.compare.measure.detector import CONF, IOU
 from engine.compare.pareto import Limits, Pick, points_of
-from engine.compare.results import Row
+from engine.compare.results import CandidateResult
 from engine.compare.table import Table, all_tables, as_csv, as_markdown
 from utils.files import atomic_path
 
@@ -42,7 +42,7 @@ class Findings:
     """
 
     config: CompareConfig
-    rows: Sequence[Row]
+    rows: Sequence[CandidateResult]
     chosen: Pick
     machine: Mapping[str, Any]
     conditions: Sequence[Mapping[str, Any]]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from engine.compare.config import CompareConfig
 from engine.compare.measure.rounds import Spread
-from engine.compare.results import Row, measured
+from engine.compare.results import CandidateResult, measured
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Pick:
     misses: Mapping[str, tuple[str, ...]]
 
 
-def points_of(rows: Sequence[Row], runtime: str, batch: int) -> dict[str, Point]:
+def points_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> dict[str, Point]:
     """Return the compared values of each measured candidate.
 
     Args:

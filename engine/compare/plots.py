@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine.compare.pareto import Limits, Pick, Point, front
-from engine.compare.results import STAGES, Row, measured
+from engine.compare.results import STAGES, CandidateResult, measured
 from engine.compare.table import significant
 from utils.files import atomic_path
 
@@ -259,7 +259,7 @@ def _upright(ends: NDArray[np.floating]) -> Box:
 # ---- bars -----------------------------------------------------------------------------------------------------------
 
 
-def latency_image(path: Path, rows: Sequence[Row]) -> None:
+def latency_image(path: Path, rows: Sequence[CandidateResult]) -> None:
     """Latency by stage: a panel per runtime, form and batch, a bar per candidate."""
     phases = list(dict.fromkeys((x.form, x.runtime, x.batch) for row in measured(rows) for x in row.latencies))
     if not phases:
@@ -293,7 +293,7 @@ def latency_image(path: Path, rows: Sequence[Row]) -> None:
     _save(figure, path)
 
 
-def memory_image(path: Path, rows: Sequence[Row], runtime: str, batch: int) -> None:
+def memory_image(path: Path, rows: Sequence[CandidateResult], runtime: str, batch: int) -> None:
     """Peak memory of inference and of a training step, and what is kept for the backward pass."""
     shown = [row for row in measured(rows) if row.latency(runtime, batch) or row.training_memory]
     if not shown:

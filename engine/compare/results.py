@@ -96,7 +96,7 @@ class Accuracy:
 
 
 @dataclass
-class Row:
+class CandidateResult:
     """One candidate, filled in while the comparison goes on.
 
     Attributes:
@@ -163,9 +163,20 @@ class Row:
         }
 
 
-def measured(rows: Sequence[Row]) -> list[Row]:
+def measured(rows: Sequence[CandidateResult]) -> list[CandidateResult]:
     """Return the rows without failures."""
     return [row for row in rows if row.failure is None]
 
 
-__all__ = ["AREAS", "DEPLOYED", "STAGES", "STEP", "TOTAL", "TRAINING", "Accuracy", "Latency", "Row", "measured"]
+__all__ = [
+    "AREAS",
+    "DEPLOYED",
+    "STAGES",
+    "STEP",
+    "TOTAL",
+    "TRAINING",
+    "Accuracy",
+    "Latency",
+    "CandidateResult",
+    "measured",
+]

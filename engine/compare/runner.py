@@ -15,7 +15,7 @@ from engine.compare.context import Context, alone, cache_folder
 from engine.compare.measure.speed import Speed
 from engine.compare.outputs import Findings, write_all
 from engine.compare.pareto import Limits, Pick, pick, points_of
-from engine.compare.results import Row, measured
+from engine.compare.results import CandidateResult, measured
 from engine.compare.stages import look_at_all, train_all
 from engine.compare.table import as_text
 from engine.evaluate.outputs import run_folder
@@ -37,7 +37,7 @@ class Comparison:
     """
 
     folder: Path
-    rows: tuple[Row, ...]
+    rows: tuple[CandidateResult, ...]
     pick: Pick
 
 
@@ -52,12 +52,12 @@ def compare(config: CompareConfig) -> Comparison:
     load_plugins(config.plugin)
     make_folder(config.project)
     data = load_data_config(config.data)
-    rows = [Row(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
+    rows = [CandidateResult(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
     with alone(cache_folder(config) / ".lock", f"--project {config.project}"):
         return _compare(Context.prepare(config, data), rows)
 
 
-def _compare(context: Context, rows: list[Row]) -> Comparison:
+def _compare(context: Context, rows: list[CandidateResult]) -> Comparison:
     config = context.config
     LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
     try:
@@ -80,7 +80,7 @@ def _compare(context: Context, rows: list[Row]) -> Comparison:
     return Comparison(run.final, tuple(rows), chosen)
 
 
-def some_left(rows: Sequence[Row]) -> None:
+def some_left(rows: Sequence[CandidateResult]) -> None:
     """ConfigError that gives every candidate's reason when none is left."""
     if not measured(rows):
         reasons = "; ".join(f"{row.label}: {row.failure}" for row in rows)

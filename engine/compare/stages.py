@@ -12,7 +12,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from engine.compare.context import Context, safe
-from engine.compare.results import Accuracy, Row, measured
+from engine.compare.results import Accuracy, CandidateResult, measured
 from engine.compare.store import digest
 from engine.compare.worker.pool import JobFailedError, Worker
 from engine.compare.worker.process import CRASH, MEMORY
@@ -23,7 +23,7 @@ SAVING_S = 60.0  # what an interrupted training gets to save its state, in the m
 BAR = "{l_bar}{bar:20}{r_bar}"
 
 
-def look_at_all(context: Context, rows: Sequence[Row]) -> None:
+def look_at_all(context: Context, rows: Sequence[CandidateResult]) -> None:
     """Structure and memory of training of every candidate; what fails here is out of the comparison."""
     pending = [row for row in rows if not _take_known(context, row)]
     started: dict[str, Worker] = {}
@@ -46,7 +46,7 @@ def look_at_all(context: Context, rows: Sequence[Row]) -> None:
             worker.close()
 
 
-def _take_known(context: Context, row: Row) -> bool:
+def _take_known(context: Context, row: CandidateResult) -> bool:
     key = digest([row.candidate.key, context.measuring_key, context.step_batch])
     row.weights, row.weights_key = row.candidate.weights or context.initial / f"{safe(row.label)}-{key}.pt", key
     known = context.store.find("structure", key)
@@ -57,7 +57,7 @@ def _take_known(context: Context, row: Row) -> bool:
     return True
 
 
-def _look_at(context: Context, row: Row, started: dict[str, Worker]) -> None:
+def _look_at(context: Context, row: CandidateResult, started: dict[str, Worker]) -> None:
     keep, label = True, row.label
     try:  # first of all: the peak of memory is that of the whole process
         row.training_memory = started[label].ask(
@@ -79,7 +79,7 @@ def _look_at(context: Context, row: Row, started: dict[str, Worker]) -> None:
 # ---- accuracy -------------------------------------------------------------------------------------------------------
 
 
-def train_all(context: Context, rows: Sequence[Row]) -> None:
+def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
     """Train every candidate once per seed, and validate; checkpoints that were given are validated only.
 
     Seeds take turns: when the first one is done, there is a first answer for all candidates.
@@ -87,7 +87,7 @@ def train_all(context: Context, rows: Sequence[Row]) -> None:
     found: dict[str, list[dict[str, Any]]] = {row.label: [] for row in rows}
     given = [row for row in measured(rows) if row.candidate.weights]
     trained = [row for row in measured(rows) if row.candidate.cfg] if context.config.epochs else []
-    jobs: list[tuple[Row, int | None]] = [(row, None) for row in given]
+    jobs: list[tuple[CandidateResult, int | None]] = [(row, None) for row in given]
     jobs += [(row, seed) for seed in context.config.seeds for row in trained]
     for number, (row, seed) in enumerate(jobs, 1):
         what = "validation" if seed is None else f"training, seed {seed}"
@@ -104,7 +104,7 @@ def train_all(context: Context, rows: Sequence[Row]) -> None:
             row.weights, row.weights_key = Path(results[0]["weights"]), results[0]["key"]
 
 
-def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, Any]:
+def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -> dict[str, Any]:
     """Figures of one training (or of a given checkpoint): those that are kept, or new ones."""
     training = digest([row.candidate.key, context.training_key if seed is not None else None, seed])
     key = digest([training, context.validation_key])
@@ -132,7 +132,7 @@ def _one(context: Context, row: Row, seed: int | None, title: str) -> dict[str, 
     return result
 
 
-def _train(context: Context, row: Row, seed: int, folder: Path, worker: Worker, title: str) -> str:
+def _train(context: Context, row: CandidateResult, seed: int, folder: Path, worker: Worker, title: str) -> str:
     """Train in a process of its own, with a bar that counts the epochs. Returns the best weights."""
     log = folder / "results.csv"
     epochs = context.config.epochs

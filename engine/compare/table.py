@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.compare.measure.rounds import Spread, deviation, ranks
 from engine.compare.pareto import Pick
-from engine.compare.results import AREAS, STAGES, TRAINING, Latency, Row, measured
+from engine.compare.results import AREAS, STAGES, TRAINING, CandidateResult, Latency, measured
 from models.summary import PARTS
 
 NOTHING = "–"
@@ -88,7 +88,7 @@ def word(text: Any) -> Cell:
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def all_tables(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> list[Table]:
+def all_tables(rows: Sequence[CandidateResult], chosen: Pick, runtime: str, batch: int) -> list[Table]:
     """Every table that has something in it; the summary first.
 
     Args:
@@ -101,7 +101,7 @@ def all_tables(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> l
     return [table for table in tables if table.rows]
 
 
-def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Table:
+def summary(rows: Sequence[CandidateResult], chosen: Pick, runtime: str, batch: int) -> Table:
     """One line per candidate: by falling accuracy, else by rising latency; failed ones last."""
     times = {r.label: found.total for r in measured(rows) if (found := r.latency(runtime, batch))}
     maps = {r.label: r.accuracy.figure("map") for r in measured(rows) if r.accuracy}
@@ -134,7 +134,7 @@ def summary(rows: Sequence[Row], chosen: Pick, runtime: str, batch: int) -> Tabl
     return _without_empty("Summary", header, lines, note)
 
 
-def _sort_key(row: Row, accuracy: Spread | None, latency: Spread | None) -> tuple[bool, float, float]:
+def _sort_key(row: CandidateResult, accuracy: Spread | None, latency: Spread | None) -> tuple[bool, float, float]:
     worst = float("inf")
     return row.failure is not None, -accuracy.middle if accuracy else worst, latency.middle if latency else worst
 
@@ -144,7 +144,7 @@ def _memory(peak: float | None, baseline: float | None) -> tuple[Cell, Cell]:
     return number(peak), number(None if peak is None or baseline is None else max(peak - baseline, 0.0))
 
 
-def _verdict(row: Row, chosen: Pick) -> str:
+def _verdict(row: CandidateResult, chosen: Pick) -> str:
     if row.failure is not None:
         return "failed"
     if row.label == chosen.label:
@@ -152,7 +152,7 @@ def _verdict(row: Row, chosen: Pick) -> str:
     return "; ".join(chosen.misses.get(row.label, ()))
 
 
-def structure(rows: Sequence[Row]) -> Table:
+def structure(rows: Sequence[CandidateResult]) -> Table:
     """Parameters and operations by part, levels, strides, size on disk."""
     lines = []
     for row in measured(rows):
@@ -178,7 +178,7 @@ def structure(rows: Sequence[Row]) -> Table:
     return Table("Structure", header, tuple(lines), note)
 
 
-def latency(rows: Sequence[Row]) -> Table:
+def latency(rows: Sequence[CandidateResult]) -> Table:
     """Return a row per candidate, runtime, form and batch; ranks are within each of the latter three."""
     places: dict[tuple[str, str, int], dict[str, str]] = {}
     for key in {_phase(x) for row in measured(rows) for x in row.latencies}:
@@ -212,7 +212,7 @@ def _phase(found: Latency) -> tuple[str, str, int]:
     return found.runtime, found.form, found.batch
 
 
-def training(rows: Sequence[Row]) -> Table:
+def training(rows: Sequence[CandidateResult]) -> Table:
     """Speed and memory of a training step."""
     speeds = {r.label: s for r in measured(rows) if (s := r.images_per_s)}
     places = ranks(speeds, smaller_is_better=False)
@@ -237,7 +237,7 @@ def training(rows: Sequence[Row]) -> Table:
     return _without_empty("Training step", header, lines, note)
 
 
-def accuracy(rows: Sequence[Row]) -> Table:
+def accuracy(rows: Sequence[CandidateResult]) -> Table:
     """Mean and standard deviation over seeds."""
     done = [row for row in measured(rows) if row.accuracy]
     maps = {r.label: r.accuracy.figure("map") for r in done if r.accuracy}
@@ -272,7 +272,7 @@ def _area_deviation(found: Spread | None) -> float | None:
     return deviation(found.values) if found else None
 
 
-def classes(rows: Sequence[Row]) -> Table:
+def classes(rows: Sequence[CandidateResult]) -> Table:
     """mAP50-95 by class."""
     done = [row for row in measured(rows) if row.accuracy]
     names = list(dict.fromkeys(name for row in done if row.accuracy for name in row.accuracy.classes()))
@@ -284,7 +284,7 @@ def classes(rows: Sequence[Row]) -> Table:
     return Table("mAP50-95 by class", ("candidate", *names), tuple(lines))
 
 
-def failures(rows: Sequence[Row]) -> Table:
+def failures(rows: Sequence[CandidateResult]) -> Table:
     """Return the failures and their reasons."""
     lines = [(word(row.label), Cell("not measured"), Cell(row.failure)) for row in rows if row.failure is not None]
     lines += [(word(row.label), Cell("in part"), Cell(note)) for row in rows for note in row.notes]
@@ -337,7 +337,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def as_csv(rows: Sequence[Row], chosen: Pick) -> str:
+def as_csv(rows: Sequence[CandidateResult], chosen: Pick) -> str:
     """One line per candidate with everything; numbers in full, columns that a script can name."""
     flat = [dict(_flat(row, chosen)) for row in rows]
     names = list(dict.fromkeys(name for line in flat for name in line))
@@ -348,7 +348,7 @@ def as_csv(rows: Sequence[Row], chosen: Pick) -> str:
     return text.getvalue()
 
 
-def _flat(row: Row, chosen: Pick) -> Iterable[tuple[str, Any]]:
+def _flat(row: CandidateResult, chosen: Pick) -> Iterable[tuple[str, Any]]:
     yield "candidate", row.label
     yield "given", row.candidate.given
     yield "status", "failed" if row.failure is not None else "measured"
@@ -380,7 +380,7 @@ def _spread_columns(name: str, found: Spread) -> Iterable[tuple[str, float]]:
     yield from ((name, found.middle), (f"{name}_low", found.low), (f"{name}_high", found.high))
 
 
-def _flat_accuracy(row: Row) -> Iterable[tuple[str, Any]]:
+def _flat_accuracy(row: CandidateResult) -> Iterable[tuple[str, Any]]:
     a = row.accuracy
     if a is None:
         return

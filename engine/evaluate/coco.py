@@ -31,7 +31,7 @@ OFFICIAL_ANNOTATIONS = "annotations/instances_val2017.json"
 
 
 @dataclass(frozen=True)
-class CocoImage:
+class GroundTruthImage:
     """One image of the ground truth.
 
     Attributes:
@@ -83,7 +83,7 @@ def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[in
 
 
 def ground_truth(
-    images: Sequence[CocoImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
+    images: Sequence[GroundTruthImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
 ) -> dict[str, Any]:
     """Return the labels of a dataset in COCO's format: images, annotations, categories."""
     entries: list[dict[str, Any]] = []
@@ -109,7 +109,7 @@ def ground_truth(
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
         json.dump(content, stream)
 

@@ -259,7 +259,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     if config.conf_thres > USUAL_CONF and config.task != "speed":
         LOGGER.warning("--conf-thres %g: above %g boxes are missing from the curves", config.conf_thres, USUAL_CONF)
     if config.save_hybrid:
-        LOGGER.warning("--save-hybrid: labels take part as certain boxes; the figures say nothing about the model")
+        LOGGER.warning("--save-hybrid: labels are merged as certain boxes: the metrics are not meaningful")
     data.split(split_name(config, data))  # before the weights are read
     device_name, provider = split_device(config.device)
     device = select_device(device_name)

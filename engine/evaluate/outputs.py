@@ -151,7 +151,7 @@ class CocoSink:
         if is_coco and official.is_file() and all("val2017" in record.path.parts for record in records):
             truth = official
         elif annotations.report.boxes:
-            images = [coco_eval.CocoImage(r.path, r.height, r.width, r.labels) for r in records]
+            images = [coco_eval.GroundTruthImage(r.path, r.height, r.width, r.labels) for r in records]
             truth = coco_eval.ground_truth(images, ids, categories, names)
         return cls(ids, categories, truth)
 

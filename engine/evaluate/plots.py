@@ -63,7 +63,7 @@ def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> N
 
 
 def write_image(path: Path, image: np.ndarray) -> None:
-    """Write a (H, W, 3) uint8 BGR image, whole or not at all."""
+    """Write a (H, W, 3) uint8 BGR image atomically."""
     with atomic_path(path) as part:
         if not cv2.imwrite(str(part), image):
             raise DataError(f"{path}: the image cannot be written")

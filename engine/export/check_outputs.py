@@ -61,7 +61,7 @@ TOLERANCES: dict[str, Tolerance] = {
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OutputDifference:
     """How far two forms are apart.
 
     Attributes:
@@ -106,7 +106,7 @@ def choose_conf(rows: Sequence[Tensor]) -> float:
 
 def compare_rows(
     stage: str, reference: Sequence[Tensor], found: Sequence[Tensor], tolerance: Tolerance, conf: float
-) -> Comparison:
+) -> OutputDifference:
     """Compare decoded rows, and what NMS leaves of them.
 
     Args:
@@ -117,7 +117,7 @@ def compare_rows(
     """
     if [r.shape for r in reference] != [f.shape for f in found]:
         shapes = f"shapes {[tuple(f.shape) for f in found]} instead of {[tuple(r.shape) for r in reference]}"
-        return Comparison(stage, math.inf, math.inf, math.inf, 0, 0, 0, 0, (shapes,))
+        return OutputDifference(stage, math.inf, math.inf, math.inf, 0, 0, 0, 0, (shapes,))
     gaps = [(r.double() - f.double()).abs() for r, f in zip(reference, found)]
     row_px = _largest([gap[..., :4] for gap in gaps])
     row_score = _largest([gap[..., 4:] for gap in gaps])
@@ -130,12 +130,12 @@ def compare_rows(
     elif tolerance.row_score is not None and row_score > tolerance.row_score:
         problems.append(f"scores are up to {row_score:.3g} apart (allowed {tolerance.row_score:g})")
     if not math.isfinite(row_px + row_score):
-        return Comparison(stage, row_px, row_score, mean_px, 0, 0, 0, 0, tuple(problems))
+        return OutputDifference(stage, row_px, row_score, mean_px, 0, 0, 0, 0, tuple(problems))
     kept = [non_max_suppression(f, conf, IOU_THRES, max_det=MAX_DET) for f in found]
     boxes = compare_boxes(stage, reference, kept, tolerance, NmsRule(conf, IOU_THRES))
     problems += boxes.problems
     counts = boxes.reference, boxes.found, boxes.matched, boxes.edge
-    return Comparison(stage, row_px, row_score, mean_px, *counts, tuple(problems))
+    return OutputDifference(stage, row_px, row_score, mean_px, *counts, tuple(problems))
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def compare_boxes(
     found: Sequence[Sequence[Tensor]],
     tolerance: Tolerance,
     nms_time: NmsRule,
-) -> Comparison:
+) -> OutputDifference:
     """Match boxes one to one.
 
     Args:
@@ -189,7 +189,7 @@ def compare_boxes(
     if lost > (1 - tolerance.matched) * (total + made):
         allowed = f"{1 - tolerance.matched:.0%}"
         problems = (f"of {total} boxes before and {made} after, {lost} have no partner (allowed {allowed})",)
-    return Comparison(stage, None, None, None, total, made, matched, edge, problems)
+    return OutputDifference(stage, None, None, None, total, made, matched, edge, problems)
 
 
 def on_edge(boxes: Tensor, partner: Tensor, others: Tensor, others_partner: Tensor, t: Tolerance, s: NmsRule) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from engine.cli.plugins import load_plugins
-from engine.export.check_outputs import Comparison
+from engine.export.check_outputs import OutputDifference
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.formats.onnx import onnx_model, save_onnx, simplified
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
@@ -61,7 +61,7 @@ class ExportedFile:
     path: Path
     megabytes: float
     seconds: float
-    comparison: Comparison
+    comparison: OutputDifference
     verification: Path
 
 

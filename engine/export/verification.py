@@ -16,9 +16,9 @@ from torch import Tensor
 from engine.export.check_outputs import (
     IOU_THRES,
     TOLERANCES,
-    Comparison,
     Detector,
     NmsRule,
+    OutputDifference,
     choose_conf,
     compare_boxes,
     compare_rows,
@@ -95,7 +95,7 @@ class Verification:
         graph = ExportGraph(model).eval()
         return lambda images: graph(images.to(self.device))
 
-    def of_file(self, name: str, runtime: ExportedRuntime, config: ExportConfig) -> Comparison:
+    def of_file(self, name: str, runtime: ExportedRuntime, config: ExportConfig) -> OutputDifference:
         """Compare an exported file with the re-parameterized model.
 
         Raises:
@@ -115,7 +115,7 @@ class Verification:
             )
         return comparison
 
-    def _boxes(self, stage: str, runtime: ExportedRuntime, config: ExportConfig) -> Comparison:
+    def _boxes(self, stage: str, runtime: ExportedRuntime, config: ExportConfig) -> OutputDifference:
         conf = config.conf_thres
         if isinstance(runtime, OnnxRuntime):  # it can be given the threshold at which there is enough to compare
             conf = min(conf, self.conf)
@@ -130,7 +130,7 @@ class Verification:
         return comparison
 
     def write(
-        self, path: Path, exported_file: str, comparison: Comparison, config: ExportConfig, about: dict[str, Any]
+        self, path: Path, exported_file: str, comparison: OutputDifference, config: ExportConfig, about: dict[str, Any]
     ) -> None:
         """Write the record of a verification as JSON."""
         kind = precision(config)

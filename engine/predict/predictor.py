@@ -41,6 +41,7 @@ from engine.predict.writers import (
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
+from models.checkpoint.io import strip
 from utils.boxes import scale_boxes
 from utils.device import Profile, describe_device, select_device
 from utils.draw import feature_map_image
@@ -101,8 +102,6 @@ def detect(config: DetectConfig) -> DetectReport:
         predictor = Predictor(runtime, config, names, input_size(config.imgsz, runtime))
         report = predictor.run(source)
     if config.update:
-        from engine.train.state import strip  # brings the trainer's modules along, which detection has no use for
-
         for path in weights:
             strip(Path(path))
             LOGGER.info("%s: rewritten without its training state", path)

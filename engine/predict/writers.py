@@ -1,6 +1,6 @@
 """What detection leaves behind: images, videos, label files, tables, cut-outs.
 
-Nothing half-written under a final name: every file is made beside its place and renamed. No two inputs share a file:
+Files are written atomically: under a temporary name, then renamed. No two inputs share a file:
 when a name is taken, the later input gets `name_2`, which is logged.
 """
 
@@ -86,7 +86,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def write_image(path: Path, image: NDArray[np.uint8]) -> None:
-    """Write (H, W, 3) uint8 BGR in the format of the suffix, whole or not at all; the name may hold any character.
+    """Write (H, W, 3) uint8 BGR in the format of the suffix atomically; the name may contain any character.
 
     Raises:
         DataError: cannot be encoded or written.

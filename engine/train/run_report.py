@@ -134,7 +134,7 @@ def collect_facts(
 
 
 def write_report(folder: Path, facts: RunFacts) -> Path:
-    """Write `report.html` into a run folder, whole or not at all.
+    """Write `report.html` into a run folder atomically.
 
     Curves are drawn from results.csv, and images taken over from the folder, as far as they are there.
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import torch
 
-from models.checkpoint.io import read_checkpoint, write_checkpoint
+from models.checkpoint.io import FORMAT, write_checkpoint
 from models.loading import spec_without_weights
 from models.yolo import DetectionModel
-
-FORMAT = "detector-1"
 
 
 def inference_content(average: DetectionModel, epoch: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,12 +59,3 @@ def save_checkpoints(
     if periodic:
         write_checkpoint(folder / f"epoch{content['epoch']}.pt", full)
     write_checkpoint(folder / "last.pt", full)
-
-
-def strip(path: Path) -> None:
-    """Rewrite a checkpoint without its training state, if the file exists."""
-    if not path.is_file():
-        return
-    c = read_checkpoint(path)
-    content = {"format": FORMAT, "spec": c.spec, "names": c.names, "stride": list(c.stride), "state": c.state}
-    write_checkpoint(path, content | {"epoch": c.epoch, "metadata": dict(c.metadata)})

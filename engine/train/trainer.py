@@ -294,7 +294,7 @@ class Trainer:
         """Strip the last checkpoint and validate the best one."""
         folder, last, best = self.run.folder, self.run.weights("last.pt"), self.run.weights("best.pt")
         if is_main_process():
-            checkpoints.strip(last)
+            strip(last)
         metrics = self._validate_best(best)
         if is_main_process():
             self.logs.finish()

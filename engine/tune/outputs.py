@@ -35,7 +35,7 @@ _COLUMNS = 6
 
 
 @dataclass(frozen=True)
-class Row:
+class TrialRow:
     """A trial that is over.
 
     Attributes:
@@ -55,7 +55,7 @@ class Row:
     point: Mapping[str, float]
 
 
-def rows_of(study: Study) -> list[Row]:
+def rows_of(study: Study) -> list[TrialRow]:
     """Return the finished trials by number."""
     words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     rows = []
@@ -66,11 +66,11 @@ def rows_of(study: Study) -> list[Row]:
             state = "interrupted" if broken_off(trial) else words[trial.state.name]
             metrics = tuple(trial.user_attrs.get("metrics", ()))
             epochs = trial.user_attrs.get("epochs", len(seen))
-            rows.append(Row(trial.number, state, fitness, metrics, epochs, trial.params))
+            rows.append(TrialRow(trial.number, state, fitness, metrics, epochs, trial.params))
     return rows
 
 
-def best_of(rows: Sequence[Row]) -> Row | None:
+def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
     """Return the completed trial of the highest fitness (the first of equals), or None."""
     complete = [r for r in rows if r.state == "complete" and r.fitness is not None]
     return max(complete, key=lambda r: (r.fitness or 0.0, -r.number), default=None)
@@ -96,7 +96,7 @@ def first_command(plan: Plan) -> str:
     return " ".join(shlex.join(words).split())
 
 
-def write_files(folder: Path, rows: Sequence[Row], plan: Plan) -> None:
+def write_files(folder: Path, rows: Sequence[TrialRow], plan: Plan) -> None:
     """evolve.csv, and hyp_evolve.yaml once a trial is complete."""
     write_csv(folder / CSV, rows, plan.space)
     best = best_of(rows)
@@ -104,7 +104,7 @@ def write_files(folder: Path, rows: Sequence[Row], plan: Plan) -> None:
         write_hyp(folder / YAML, best, plan, sum(r.state in SHOWN for r in rows))
 
 
-def draw(folder: Path, rows: Sequence[Row], plan: Plan, study: Study) -> None:
+def draw(folder: Path, rows: Sequence[TrialRow], plan: Plan, study: Study) -> None:
     """evolve.png, and importance.png once there are enough trials."""
     plot_trials(folder / IMAGE, rows, plan.space)
     found = importances(study)
@@ -112,7 +112,7 @@ def draw(folder: Path, rows: Sequence[Row], plan: Plan, study: Study) -> None:
         plot_importances(folder / IMPORTANCE, found, sum(r.state == "complete" for r in rows))
 
 
-def write_csv(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> None:
+def write_csv(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
     """One row per trial; cells are empty where nothing was measured."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -125,7 +125,7 @@ def write_csv(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> No
         part.write_text(out.getvalue(), encoding="utf-8")
 
 
-def write_hyp(path: Path, best: Row, plan: Plan, count: int) -> None:
+def write_hyp(path: Path, best: TrialRow, plan: Plan, count: int) -> None:
     """Return the best hyperparameters as a YAML for `--hyp`, with their origin as comments."""
     names = ("precision", "recall", "mAP50", "mAP50-95")
     head = [
@@ -160,7 +160,7 @@ def importances(study: Study) -> dict[str, float]:
     return dict(sorted(found.items(), key=lambda item: -item[1])) if any(found.values()) else {}
 
 
-def plot_trials(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> None:
+def plot_trials(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
     """Fitness over each hyperparameter: one dot per trial, later ones lighter, pruned ones hollow, the best a star."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -188,7 +188,7 @@ def plot_trials(path: Path, rows: Sequence[Row], space: Sequence[SearchRow]) -> 
         figure.savefig(part, dpi=100)
 
 
-def _panel(axes: Axes, row: SearchRow, shown: Sequence[Row], best: Row | None) -> None:
+def _panel(axes: Axes, row: SearchRow, shown: Sequence[TrialRow], best: TrialRow | None) -> None:
     last = max((r.number for r in shown), default=0)
     for pruned in (True, False):
         dots = [r for r in shown if (r.state != "complete") == pruned]

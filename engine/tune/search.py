@@ -23,7 +23,7 @@ from engine.tune.outputs import (
     IMPORTANCE,
     IMPORTANCE_FROM,
     YAML,
-    Row,
+    TrialRow,
     best_of,
     command_of,
     draw,
@@ -78,7 +78,7 @@ def evolve(config: TrainConfig) -> EvolveResult:
         config: options of the trainings; with `resume_evolve`, those that were given when the study began hold.
 
     Raises:
-        UserError: options that cannot be used; nothing is left half-written.
+        UserError: options that cannot be used; no partial files are left.
         TrainingError: several trials in a row failed.
     """
     try:
@@ -206,15 +206,15 @@ class SearchRun:
                 self._trial()
         except (KeyboardInterrupt, SystemExit):
             self._give_up()
-            LOGGER.info("Go on with: %s", command_of(self.plan, self.folder))
+            LOGGER.info("Continue with: %s", command_of(self.plan, self.folder))
             raise
         finally:
             self.lock.release()
         return self._finish()
 
     def _take_turn(self) -> bool:
-        """Wait until a trial is to be begun, and hold the lock then; False when there are enough."""
-        told = False
+        """Wait until a trial may start and return True with the lock held; False when there are enough."""
+        logged = False
         while True:
             self.lock.acquire()
             studies.revive(self.study, self.folder)
@@ -225,9 +225,9 @@ class SearchRun:
             self.lock.release()
             if done >= self.plan.target:
                 return False
-            if not told:
+            if not logged:
                 LOGGER.info("Waiting for %d trial(s) that other processes began", running)
-            told = True
+            logged = True
             time.sleep(POLL)
 
     def _trial(self) -> None:
@@ -258,7 +258,7 @@ class SearchRun:
         )  # fmt: skip
         self._count_failures(mine.state)
 
-    def _write(self) -> list[Row]:
+    def _write(self) -> list[TrialRow]:
         """Bring the files up to date; images only when a trial is over since they were drawn here."""
         with self.lock:
             rows = rows_of(self.study)

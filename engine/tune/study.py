@@ -27,7 +27,7 @@ LOGGER = logging.getLogger(__name__)
 STUDY, FILE, LOCK = "evolve", "study.db", "study.lock"
 RUNS = "runs/evolve"
 HEARTBEAT, GRACE = 15, 60
-"""Seconds between two signs of life of a running trial, and without one until it counts as killed."""
+"""Seconds between heartbeats of a running trial, and without one until it counts as killed."""
 WAIT = 120
 """Seconds that a process waits for the study or the lock while others use it."""
 MOST_TRIES = 5

@@ -58,7 +58,7 @@ ARCHITECTURES: dict[str, RIFormerArchitecture] = {
 }
 
 
-class PatchEmbed(nn.Module):
+class StridedPatchEmbed(nn.Module):
     """One convolution that lowers the resolution: 7x7 stride 4 as the stem, 3x3 stride 2 between stages."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, padding: int) -> None:
@@ -181,11 +181,11 @@ class RIFormer(Backbone):
         self.stage_sizes = depths
         total = sum(depths)
         drop_paths = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
-        self.patch_embed = PatchEmbed(3, widths[0], 7, 4, 2)
+        self.patch_embed = StridedPatchEmbed(3, widths[0], 7, 4, 2)
         network: list[nn.Module] = []
         for stage, (depth, width) in enumerate(zip(depths, widths)):
             if stage:
-                network.append(PatchEmbed(widths[stage - 1], width, 3, 2, 1))
+                network.append(StridedPatchEmbed(widths[stage - 1], width, 3, 2, 1))
             rates = drop_paths[sum(depths[:stage]) :][:depth]
             ratio = architecture.mlp_ratios[stage]
             network.append(
@@ -237,7 +237,7 @@ def _init_weights(module: nn.Module) -> None:
     if isinstance(module, AffineMixer):
         nn.init.ones_(module.affine.weight)
         nn.init.zeros_(module.affine.bias)  # type: ignore[arg-type]
-    elif isinstance(module, (PatchEmbed, Mlp)):
+    elif isinstance(module, (StridedPatchEmbed, Mlp)):
         for child in module.children():
             if isinstance(child, nn.Conv2d):
                 nn.init.trunc_normal_(child.weight, std=0.02)

@@ -125,6 +125,15 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
     return Path(path)
 
 
+def strip(path: Path) -> None:
+    """Rewrite a checkpoint without its training state, if the file exists."""
+    if not path.is_file():
+        return
+    c = read_checkpoint(path)
+    content = {"format": FORMAT, "spec": c.spec, "names": c.names, "stride": list(c.stride), "state": c.state}
+    write_checkpoint(path, content | {"epoch": c.epoch, "metadata": dict(c.metadata)})
+
+
 def _own_content(file: LoadedFile) -> dict[str, Any]:
     """Check and return a file that contains plain values and tensors only."""
     path, value = file.path, file.value

@@ -1,4 +1,4 @@
-"""Conversion between formats: the records stay, the target is whole or not there."""
+"""Tests of conversion between formats: records are kept, targets are written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The drawn default set: same numbers, same images; labels that fit the pixels; whole or not there."""
+"""Tests of the generated default dataset: reproducible, labels that fit the pixels, written atomically."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from engine.compare.config import PYTORCH, CompareConfig
 from engine.compare.context import Context, safe
 from engine.compare.measure.machine import MB, clocks
 from engine.compare.measure.rounds import Spread, calls_per_visit, from_plain, play, rounds_that_fit, to_plain
-from engine.compare.results import DEPLOYED, STAGES, STEP, TOTAL, TRAINING, Latency, Row, measured
+from engine.compare.results import DEPLOYED, STAGES, STEP, TOTAL, TRAINING, CandidateResult, Latency, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
 from engine.compare.worker.pool import JobFailedError, Worker
@@ -71,7 +71,7 @@ class Turn:
         kind, reason: of its failure, if it failed.
     """
 
-    row: Row
+    row: CandidateResult
     file: str
     about: Mapping[str, Any]
     opened: dict[str, Any] | None = None
@@ -91,7 +91,7 @@ class Speed:
         rows: the candidates; latencies and training speed are added to them.
     """
 
-    def __init__(self, context: Context, rows: Sequence[Row]) -> None:
+    def __init__(self, context: Context, rows: Sequence[CandidateResult]) -> None:
         self.context = context
         self.rows = measured(rows)
         self.conditions: list[dict[str, Any]] = []  # per phase: rounds, calls, clocks
@@ -253,7 +253,7 @@ def _close_all(workers: Mapping[str, Worker]) -> None:
         worker.close()
 
 
-def _add(row: Row, phase: Phase, result: Mapping[str, Any]) -> None:
+def _add(row: CandidateResult, phase: Phase, result: Mapping[str, Any]) -> None:
     """Put a result into the candidate's row."""
     if "failure" in result:
         row.notes.append(f"{phase}: {result['failure']}")

@@ -128,7 +128,7 @@ class Worker:
         except subprocess.TimeoutExpired:
             kind, reason = CRASH, "its process does not answer any more"
         last = _last_line(self.log)
-        return kind, f"{reason}; its last words: {last}" if last and kind == CRASH else reason
+        return kind, f"{reason}; last stderr line: {last}" if last and kind == CRASH else reason
 
     def stop(self, patience: float) -> None:
         """Ask the process to save what it trains and to end; wait so many seconds for that."""

@@ -83,12 +83,12 @@ def classify(error: BaseException) -> tuple[str, str]:
 
 
 def _where(text: str) -> str:
-    """Where memory ran out, and how much more was asked for; not the allocator's own words."""
+    """Return where memory ran out and how much more was requested, without the allocator's own text."""
     asked = re.search(r"tried to allocate (\d+) bytes", text)
     head = re.split(r":? ?\[enforce|:? ?DefaultCPUAllocator", text)[0].strip(" :") if asked else text
     parts = [head, f"asked for {int(asked[1]) / 1e6:.0f} MB more" if asked else ""]
-    told = "; ".join(filter(None, parts))
-    return f" ({told})" if told else ""
+    details = "; ".join(filter(None, parts))
+    return f" ({details})" if details else ""
 
 
 def exit_reason(status: int) -> tuple[str, str]:

@@ -20,7 +20,7 @@ import compare as compare_script
 from engine.compare.candidates import Candidate
 from engine.compare.config import CompareConfig
 from engine.compare.context import Context, alone
-from engine.compare.results import Row
+from engine.compare.results import CandidateResult
 from engine.compare.runner import some_left
 from engine.compare.worker.pool import JobFailedError, Setting, Worker
 from engine.compare.worker.process import MEMORY
@@ -118,12 +118,12 @@ def test_two_models_and_a_broken_one(place, monkeypatch):
 
 
 def test_nothing_valid_is_one_line():
-    rows = [Row(Candidate(n, n, Path(n), None, n), failure=f"{n}.yaml:3: no") for n in ("a", "b")]
+    rows = [CandidateResult(Candidate(n, n, Path(n), None, n), failure=f"{n}.yaml:3: no") for n in ("a", "b")]
     with pytest.raises(
         ConfigError, match="^none of the 2 candidate.* can be measured: a: a.yaml:3: no; b: b.yaml:3: no$"
     ):
         some_left(rows)
-    some_left([*rows, Row(Candidate("c", "c", Path("c"), None, "c"))])
+    some_left([*rows, CandidateResult(Candidate("c", "c", Path("c"), None, "c"))])
 
 
 @pytest.mark.parametrize(

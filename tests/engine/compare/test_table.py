@@ -15,7 +15,7 @@ from engine.compare import table
 from engine.compare.candidates import Candidate
 from engine.compare.measure.rounds import Spread
 from engine.compare.pareto import Pick
-from engine.compare.results import DEPLOYED, Accuracy, Latency, Row
+from engine.compare.results import DEPLOYED, Accuracy, CandidateResult, Latency
 
 
 def spread(middle: float, low: float | None = None, high: float | None = None) -> Spread:
@@ -42,9 +42,9 @@ def result(value: float) -> dict:
 
 
 @pytest.fixture
-def rows() -> list[Row]:
-    def row(name: str, ms: float, value: float) -> Row:
-        found = Row(Candidate(name, f"{name}.yaml", Path(f"{name}.yaml"), None, name))
+def rows() -> list[CandidateResult]:
+    def row(name: str, ms: float, value: float) -> CandidateResult:
+        found = CandidateResult(Candidate(name, f"{name}.yaml", Path(f"{name}.yaml"), None, name))
         parts = {part: {"parameters": 500_000, "gflops": 0.5} for part in ("backbone", "neck", "head")}
         found.structure = {
             "parts": parts, "parameters": 1_500_000, "gflops": 1.5, "deployed_parameters": 1_400_000,
@@ -57,11 +57,11 @@ def rows() -> list[Row]:
         found.accuracy = Accuracy((0, 1), (result(value), result(value + 0.1)))
         return found
 
-    failed = Row(Candidate("bro|ken", "bro|ken.yaml", Path("x"), None, "x"), failure="a|b.yaml:3: no")
+    failed = CandidateResult(Candidate("bro|ken", "bro|ken.yaml", Path("x"), None, "x"), failure="a|b.yaml:3: no")
     return [row("fast", 2.0, 0.4), failed, row("good", 20.0, 0.8)]
 
 
-def chosen(rows: list[Row]) -> Pick:
+def chosen(rows: list[CandidateResult]) -> Pick:
     return Pick("good", "because", {"fast": ("latency 2 ms > 1",), "good": ()})
 
 

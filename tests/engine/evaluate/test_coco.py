@@ -13,7 +13,7 @@ import torch
 
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
-from engine.evaluate.coco import COCO_CATEGORIES, CocoImage, ground_truth, image_numbers, result_rows, score
+from engine.evaluate.coco import COCO_CATEGORIES, GroundTruthImage, ground_truth, image_numbers, result_rows, score
 from engine.evaluate.outputs import CocoSink
 from utils.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def test_rows_name_the_corner():
 
 
 LABELS = np.array([[0, 0.25, 0.25, 0.2, 0.3], [1, 0.7, 0.6, 0.4, 0.5]], np.float32)
-IMAGES = [CocoImage(Path("a.jpg"), 100, 200, LABELS), CocoImage(Path("b.jpg"), 80, 50, LABELS[:1])]
+IMAGES = [GroundTruthImage(Path("a.jpg"), 100, 200, LABELS), GroundTruthImage(Path("b.jpg"), 80, 50, LABELS[:1])]
 IDS = {"a.jpg": 1, "b.jpg": 2}
 NAMES = {0: "disc", 1: "bar"}
 

@@ -28,15 +28,15 @@ FP32 = TOLERANCES["float32"]
 IMAGES = ImageSource("shipped", tuple(sorted(SHIPPED.glob("*.jpg"))))
 
 
-def proved(model):
+def verified(model):
     return Verification(model, reparameterized_copy(model), verification_inputs(IMAGES, SHAPE), "shipped", CPU)
 
 
 @pytest.mark.parametrize("family", ["yolov5", "riformer", "repmlp", "revvit", "nextvit", "timm-repvgg"])
-def test_the_right_fold_is_proved_and_the_model_left_alone(family):
+def test_the_right_fold_is_verified_and_the_model_left_alone(family):
     model = build(family)
     before = copy.deepcopy(model.state_dict())
-    verification = proved(model)
+    verification = verified(model)
     assert not verification.deployment.problems
     assert verification.deployment.reference >= 20  # there was something to compare
     assert verification.deployment.row_px < 0.02 and verification.deployment.row_score < 1e-4
@@ -108,7 +108,7 @@ def test_a_broken_fold_is_seen(monkeypatch, family, module, name, broken):
     model = build(family)
     monkeypatch.setattr(module, name, broken)
     with pytest.raises(ExportError, match="stage 1, training model -> re-parameterized model"):
-        proved(model)
+        verified(model)
 
 
 def test_a_broken_riformer_fold_is_seen(monkeypatch):
@@ -121,7 +121,7 @@ def test_a_broken_riformer_fold_is_seen(monkeypatch):
 
     monkeypatch.setattr(riformer.RIFormer, "reparameterize", broken)
     with pytest.raises(ExportError, match="stage 1"):
-        proved(model)
+        verified(model)
 
 
 def test_a_skipped_branch_of_timm_is_seen(monkeypatch):
@@ -138,7 +138,7 @@ def test_a_skipped_branch_of_timm_is_seen(monkeypatch):
 
     monkeypatch.setattr(timm.utils.model, "reparameterize_model", poorer)
     with pytest.raises(ExportError, match="stage 1"):
-        proved(model)
+        verified(model)
 
 
 # ---- comparison -----------------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Recorder(HostedLogger):
 
     name = "recorder"
     package = pip = "recorder"
-    told: list = []
+    calls: list = []
     broken = ""
 
     def start(self, run):
@@ -56,7 +56,7 @@ class Recorder(HostedLogger):
         self._note("close", failed)
 
     def _note(self, what, value):
-        self.told.append((what, value))
+        self.calls.append((what, value))
         if what == self.broken:
             raise RuntimeError("no network\nmore lines")
 
@@ -68,7 +68,7 @@ def recorder(monkeypatch):
     monkeypatch.setitem(sys.modules, "recorder", package)
     monkeypatch.setattr(loggers, "HOSTED", {"recorder": Recorder})
     monkeypatch.setattr(hooks, "HOSTED", {"recorder": Recorder})
-    Recorder.told, Recorder.broken = [], ""
+    Recorder.calls, Recorder.broken = [], ""
     return Recorder
 
 
@@ -140,7 +140,7 @@ def test_what_cannot_be_meant(names, entity, message):
 
 @pytest.mark.parametrize(("name", "pip"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("clearml", "clearml"),
                                            ("comet", "comet_ml")])  # fmt: skip
-def test_a_missing_package_is_told_with_the_pip_command(name, pip, monkeypatch):
+def test_a_missing_package_is_calls_with_the_pip_command(name, pip, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match=f"--logger {name}: its package is not installed; pip install {pip}$"):
         check_loggers([name])
@@ -173,8 +173,8 @@ def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
         (tmp_path / "weights/best.pt").write_bytes(b"x")
         (tmp_path / "results.png").write_bytes(b"x")
         logs.finish()
-    assert [what for what, _ in recorder.told] == ["start", "add", "add", "finish", "close"]
-    run, first, outcome, failed = (recorder.told[i][1] for i in (0, 1, 3, 4))
+    assert [what for what, _ in recorder.calls] == ["start", "add", "add", "finish", "close"]
+    run, first, outcome, failed = (recorder.calls[i][1] for i in (0, 1, 3, 4))
     assert (run.project, run.options["epochs"], run.hyp, run.resume_id) == ("blood", 3, {"lr0": 0.01}, None)
     assert first == (0, dict(zip(COLUMNS[1:], row(0)[1:])))
     assert outcome.best == tmp_path / "weights/best.pt" and not failed
@@ -187,13 +187,13 @@ def test_a_resumed_run_goes_on_under_its_name(recorder, tmp_path):
         logs.add(row(0))
     make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1).close()
     make_logs(["recorder"], tmp_path, OPTIONS, {}).close()  # a new run in the same folder (--exist-ok) has a new name
-    assert [run.resume_id for what, run in recorder.told if what == "start"] == [None, "id-1", None]
+    assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1", None]
 
 
-def test_an_error_in_training_is_told(recorder, tmp_path):
+def test_an_error_in_training_is_calls(recorder, tmp_path):
     with pytest.raises(KeyboardInterrupt), make_logs(["recorder"], tmp_path, OPTIONS, {}):
         raise KeyboardInterrupt
-    assert recorder.told[-1] == ("close", True)
+    assert recorder.calls[-1] == ("close", True)
 
 
 @pytest.mark.parametrize("step", ["add", "finish", "close"])
@@ -203,7 +203,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(recorder, tmp_path
         for epoch in range(3):
             logs.add(row(epoch))
         logs.finish()
-    assert [what for what, _ in recorder.told].count(step) == 1
+    assert [what for what, _ in recorder.calls].count(step) == 1
     assert "--logger recorder: given up: RuntimeError: no network" in caplog.text
     assert epochs(tmp_path) == [0, 1, 2]
 

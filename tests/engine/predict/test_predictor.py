@@ -1,4 +1,4 @@
-"""Detection from source to files, with a runtime that sees colored rectangles and with a real checkpoint."""
+"""Tests of detection from source to files, with a runtime that finds rectangles by color and a real checkpoint."""
 
 import csv
 import json

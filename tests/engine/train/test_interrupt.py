@@ -89,7 +89,7 @@ def test_a_run_killed_before_its_end_was_noted_is_finished_by_resume(project, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("engine.train.state.strip", killed)
+        patch.setattr("engine.train.trainer.strip", killed)
         with pytest.raises(KeyboardInterrupt):
             train(config(project, name="cut"))
     resumed = train(TrainConfig.from_keywords(resume=str(project / "runs/cut/weights/last.pt")))

@@ -165,7 +165,7 @@ def test_a_report_tells_everything(run):
     assert 'viewBox="0 0 2000 1000"' in source
     colors = {k: re.search(rf"\.{k} rect{{[^}}]*stroke:(#\w+)", source)[1] for k in kinds}
     assert len(set(colors.values())) == 3
-    assert not list(run.glob(".report*")), "nothing half-written is left"
+    assert not list(run.glob(".report*")), "no partial file is left"
 
 
 def test_a_report_stands_alone(run):

@@ -24,7 +24,7 @@ from engine.train.trainer import TrainResult
 from engine.tune import outputs
 from engine.tune import search as evolve_module
 from engine.tune import study as studies
-from engine.tune.outputs import Row, best_of
+from engine.tune.outputs import TrialRow, best_of
 from engine.tune.search import MOST_FAILED, evolve
 from engine.tune.space import SPACE, inside, point_of, population, space_for, widened
 from tests.helpers.training import TINY
@@ -213,7 +213,11 @@ def test_trials_behind_the_median_are_pruned(tmp_path, trainings, monkeypatch):
 
 
 def test_the_first_of_equals_is_best():
-    rows = [Row(0, "pruned", 9.0, (), 1, {}), Row(1, "complete", 1.0, (), 1, {}), Row(2, "complete", 1.0, (), 1, {})]
+    rows = [
+        TrialRow(0, "pruned", 9.0, (), 1, {}),
+        TrialRow(1, "complete", 1.0, (), 1, {}),
+        TrialRow(2, "complete", 1.0, (), 1, {}),
+    ]
     assert best_of(rows) == rows[1]
     assert best_of(rows[:1]) is None
 
