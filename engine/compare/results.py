@@ -176,7 +176,7 @@ __all__ = [
     "TOTAL",
     "TRAINING",
     "Accuracy",
-    "Latency",
     "CandidateResult",
+    "Latency",
     "measured",
 ]

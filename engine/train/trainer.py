@@ -43,6 +43,7 @@ from engine.train.run_report import collect_facts, write_report
 from engine.train.schedule import apply_settings
 from engine.train.setup import TrainingParts, build_parts, resolve_run
 from engine.train.step import TrainStep
+from models.checkpoint.io import strip
 from utils.device import cpu_has_bf16, describe_device, select_device
 from utils.log import is_main_process
 from utils.metrics import fitness
