@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,6 +73,23 @@ def test_score_of_known_answers(results, expected, capsys):
     figures = score(ground_truth(IMAGES, IDS, (0, 1), NAMES), results, [1, 2])
     assert len(figures) == 12 and figures[0] == pytest.approx(expected, abs=0.01)
     assert capsys.readouterr().out == ""
+
+
+def test_score_is_equal_without_faster_coco_eval(monkeypatch, caplog):
+    generator = np.random.default_rng(0)
+    results = [
+        {**row, "bbox": [float(v) + generator.uniform(0, 6) for v in row["bbox"]], "score": generator.uniform(0.1, 1)}
+        for row in perfect() * 3
+    ]
+    truth = ground_truth(IMAGES, IDS, (0, 1), NAMES)
+    pytest.importorskip("faster_coco_eval")
+    fast = score(truth, results, [1, 2])
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    with caplog.at_level("INFO"):
+        plain = score(truth, results, [1, 2])
+    assert "by pycocotools" in caplog.text
+    assert 0 < plain[0] < 1
+    assert fast == pytest.approx(plain, abs=1e-12)
 
 
 def test_score_from_a_file_and_its_errors(tmp_path):
