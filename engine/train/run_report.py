@@ -136,7 +136,7 @@ def collect_facts(
 def write_report(folder: Path, facts: RunFacts) -> Path:
     """Write `report.html` into a run folder atomically.
 
-    Curves are drawn from results.csv, and images taken over from the folder, as far as they are there.
+    Curves are drawn from results.csv; images of the folder are embedded where they exist.
 
     Returns:
         The file.

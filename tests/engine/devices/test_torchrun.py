@@ -86,7 +86,7 @@ MISTAKES = [
     (["--optimizer=Sgd"], "--optimizer", "an option out of its range"),
     (["--batch-size=5"], "--batch-size 5: is the total over all processes", "found after the model is built"),
     (["--evolve"], "--evolve: does not run under torchrun", "a task of one process"),
-    (["--freeze=77"], "row 2 is not there", "found between two turns"),
+    (["--freeze=77"], "no row 2", "found between two turns"),
 ]
 
 

@@ -85,7 +85,7 @@ def test_resume(project: Path, graphs, monkeypatch) -> None:
     assert read_checkpoint(last).state.keys() == state.keys()
 
 
-def test_what_cannot_be_compiled_is_told_in_a_line(project: Path, monkeypatch) -> None:
+def test_compile_error_is_one_line(project: Path, monkeypatch) -> None:
     def backend(graph: Any, inputs: Any) -> Any:
         raise NotImplementedError("no rule for\nthis operator")
 

@@ -1,4 +1,4 @@
-"""What a training step does with gradients that are no numbers, and how a batch is chosen by memory."""
+"""Handling of non-finite gradients in a training step, and choice of the batch size by memory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.helpers.training import config, poison, rows
 from utils.errors import TrainingError
 
 
-def test_a_bad_batch_costs_its_step_and_nothing_else(project: Path, monkeypatch, caplog) -> None:
+def test_step_skips_non_finite_gradients(project: Path, monkeypatch, caplog) -> None:
     poison(monkeypatch, {(1, 1)})
     with caplog.at_level("WARNING"):
         result = train(config(project, epochs=3))
@@ -26,7 +26,7 @@ def test_a_bad_batch_costs_its_step_and_nothing_else(project: Path, monkeypatch,
         assert torch.isfinite(value.float()).all(), key
 
 
-def test_a_training_that_has_diverged_stops(project: Path, monkeypatch) -> None:
+def test_step_raises_after_max_skipped(project: Path, monkeypatch) -> None:
     poison(monkeypatch, {(epoch, i) for epoch in range(1, 9) for i in range(3)})
     with pytest.raises(TrainingError, match=rf"^{MAX_SKIPPED} consecutive steps.*last good checkpoint is .*last\.pt"):
         train(config(project, epochs=9))
@@ -34,26 +34,26 @@ def test_a_training_that_has_diverged_stops(project: Path, monkeypatch) -> None:
     assert all(torch.isfinite(v.float()).all() for v in last.state.values())
 
 
-def test_before_the_first_checkpoint_it_says_so(project: Path, monkeypatch) -> None:
+def test_step_error_without_checkpoint(project: Path, monkeypatch) -> None:
     poison(monkeypatch, {(epoch, i) for epoch in range(9) for i in range(3)})
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
         train(config(project, epochs=9, nosave=True))
 
 
-def test_only_spoilt_statistics_come_back() -> None:
+def test_restore_statistics_replaces_only_non_finite() -> None:
     model, average = build("yolov5", seed=1), build("yolov5", seed=2)
-    spoilt, kept = "model.1.bn.running_mean", "model.2.bn.running_mean"
+    bad, kept = "model.1.bn.running_mean", "model.2.bn.running_mean"
     before = model.get_buffer(kept).clone()
-    model.get_buffer(spoilt)[0] = float("inf")
+    model.get_buffer(bad)[0] = float("inf")
     assert restore_statistics(model, average) == 1
-    torch.testing.assert_close(model.get_buffer(spoilt), average.get_buffer(spoilt), rtol=0, atol=0)
+    torch.testing.assert_close(model.get_buffer(bad), average.get_buffer(bad), rtol=0, atol=0)
     torch.testing.assert_close(model.get_buffer(kept), before, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
     ("batches", "used", "capacity", "chosen"),
     [
-        ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.5, 20),  # half a byte at rest, one a image
+        ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.5, 20),  # half a byte fixed, one per image
         ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.4, 19),
         ((1, 2), (3.0, 5.0), 2.0, 1),  # never 0
         ((1,), (3.0,), 100.0, 1),  # two images did not fit

@@ -13,7 +13,7 @@ from engine.train import trainer as trainer_module
 from engine.train.step import multi_scale
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from tests.helpers.training import TINY, config, interrupt_at, rows
+from tests.helpers.training import TINY, assert_equal_runs, config, interrupt_at, rows
 from tests.parity import rules
 from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
 
@@ -46,7 +46,7 @@ def test_checkpoints_are_plain_data(project):
 
 
 @pytest.mark.parametrize("options", [{}, {"optimizer": "AdamW", "cos_lr": True}], ids=["sgd", "adamw"])
-def test_resume_goes_on_as_if_nothing_had_happened(project, monkeypatch, options):
+def test_resume_is_bit_equal(project, monkeypatch, options):
     whole = train(config(project, epochs=4, name="whole", **options))
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
@@ -61,6 +61,29 @@ def test_resume_goes_on_as_if_nothing_had_happened(project, monkeypatch, options
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=0, atol=0, msg=key)
+
+
+# Keys of `train` in a last.pt of version 0.1, written after a finished epoch. "others": one dict per further rank.
+KEYS_OF_0_1 = {
+    "model", "optimizer", "ema_updates", "scaler", "skipped", "data_hash", "best_fitness", "best_epoch", "last_step",
+    "class_maps", "options", "hyp", "rng", "balance", "others",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("missing", [set(), {"skipped", "others"}], ids=["finished epoch", "optional keys"])
+def test_resume_from_state_of_version_0_1(project, monkeypatch, missing):
+    whole = train(config(project, epochs=3, name="whole"))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, epochs=3, name="cut"))
+    last = project / "runs/cut/weights/last.pt"
+    content = torch.load(last, weights_only=True)
+    assert set(content["train"]) >= KEYS_OF_0_1
+    content["train"] = {key: content["train"][key] for key in KEYS_OF_0_1 - missing}
+    torch.save(content, last)
+    resumed = train(TrainConfig.from_keywords(resume=str(last)))
+    assert_equal_runs(whole.folder, resumed.folder)
 
 
 def test_rows_of_epochs_done_again_are_replaced(project):
@@ -113,7 +136,7 @@ def test_options(project, options):
     assert (result.folder / "weights/epoch1.pt").is_file() == ("save_period" in options)
 
 
-def test_frozen_rows_stay_as_they_were(project):
+def test_freeze_leaves_frozen_rows_unchanged(project):
     result = train(config(project, epochs=1, freeze=["1"], seed=5))
     torch.manual_seed(0)
     before = read_checkpoint(result.last).state
@@ -155,14 +178,14 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("options", "error", "message"), MISTAKES, ids=lambda v: str(v)[:24])
-def test_mistakes_are_told_before_a_folder_is_made(project, options, error, message):
+def test_user_errors_leave_no_run_folder(project, options, error, message):
     with pytest.raises(error, match=message) as caught:
         train(config(project, **options))
     assert isinstance(caught.value, UserError)
     assert not (project / "runs").exists() or not any((project / "runs").iterdir())
 
 
-def test_a_broken_model_is_told_with_its_line(project):
+def test_model_error_has_its_line(project):
     (project / "tiny.yaml").write_text(TINY.replace("Conv, [64, 3, 2]", "Cnv, [64, 3, 2]", 1))
     with pytest.raises(SpecError, match=r"tiny\.yaml:11: .*'Cnv'.*did you mean 'Conv'"):
         train(config(project))
