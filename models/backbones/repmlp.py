@@ -1,22 +1,30 @@
-"""RepMLPNet: fully connected layers over patches, with convolutions folded into them (https://arxiv.org/abs/2112.11081).
+"""RepMLPNet: a hierarchical vision MLP whose convolutions are merged into fully connected layers.
 
-Key names are those of the authors' repository (https://github.com/DingXiaoH/RepMLP, MIT); the mmpretrain layout of the
-same entries is mapped by `OFFICIAL_KEY_RULES`.
+Paper: "RepMLPNet: Hierarchical Vision MLP with Re-parameterized Locality", Ding et al., CVPR 2022,
+https://arxiv.org/abs/2112.11081.
+Reference: https://github.com/DingXiaoH/RepMLP, MIT. State-dict keys are those of its checkpoints; mmpretrain's keys
+(Apache-2.0) for the same entries are mapped by `OFFICIAL_KEY_RULES`.
+Verified: stage outputs of T224, B256 and mmpretrain's base before and after re-parameterization, float32 and float64,
+against values of the reference implementations (tests/parity/test_repmlp.py).
 
-A block cuts its map into partitions of h x w cells and sends each through one fully connected layer, FC3, shared by
-groups of channels ("share sets"). The partition size belongs to the weights (h w = side of FC3's matrix), not to the
-image: here every block pads its map with zeros at right and bottom to whole partitions and crops afterwards, while the
-global branch pools the map as it is. The published code stops at sizes that are no multiple of the nominal one.
+A RepMLP block is the product of two parts:
 
-On multiples that are larger than the nominal size the published code puts its partitions back in another order than it
-took them out: the result of tile t, channel c lands at the tile and channel that (t, c) are when read as (c', t'), so
-tiles and channels are mixed. `tile_order="published"` (the default: the published numbers) does the same on whole
-multiples; `tile_order="spatial"` puts every tile back where it was, at any size, which is what a detector wants and
-what our YAMLs say. With one partition the two are the same.
+- Global Perceptron: one factor per channel, from global average pooling and two 1x1 layers.
+- Channel Perceptron (Partition Perceptron in RepMLP, https://arxiv.org/abs/2105.01883): the map is split into
+  partitions of h x w cells, and every partition is the input of one fully connected layer, FC3, shared by groups of
+  channels (set sharing, S "share sets").
+- Local Perceptron (training only): depthwise k x k convolutions and BatchNorms parallel to FC3, added to its output.
+  Locality Injection merges them into FC3.
 
-Verified: stage outputs of T224, B256 and mmpretrain's base in training and re-parameterized model, float32 and
-float64, against
-numbers of the published implementations (tests/parity/test_repmlp.py).
+The partition size belongs to the weights (h w = side of the matrix of FC3), not to the image: every block pads its map
+with zeros at right and bottom to complete partitions and crops the result, while the Global Perceptron pools the
+unpadded map. The reference raises an error for sizes that are not a multiple of the nominal size.
+
+For multiples larger than the nominal size the reference merges partitions in another order than it splits them: the
+result of tile t, channel c is stored at the position of (t, c) read as (c', t'), which mixes tiles and channels.
+`tile_order="published"` (default, equal to the published values) does the same for complete partitions;
+`tile_order="spatial"` restores every tile to its position at any size, as a detector needs it and as the YAMLs of this
+project specify. With one partition both are equal.
 
 Shape legend: B batch, C channels, S share sets, P and Q partitions down and across, h and w cells of a partition.
 """
@@ -32,7 +40,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
-from models.backbones.layers import choose_architecture, require
+from models.backbones.layers import batch_norm_affine, choose_architecture, require, require_integers
 
 BN_EPS = 1e-5
 TILE_ORDERS = ("published", "spatial")
@@ -53,9 +61,12 @@ OFFICIAL_KEY_RULES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class RepMLPNetArchitecture:
-    """Four stages: channels, blocks and share sets of each; side of the image that the partitions are made for.
+    """Configuration of the four stages.
 
-    `nominal` is one side or (height, width); a partition of stage i has nominal / (4 * 2^i) cells a side.
+    Attributes:
+        channels, depths, share_sets: channels C, number of blocks and share sets S of each stage.
+        nominal: side, or (height, width), of the training image; a partition of stage i has nominal / (4 * 2^i) cells.
+        kernels: kernel sizes of the Local Perceptron.
     """
 
     channels: tuple[int, int, int, int]
@@ -65,20 +76,19 @@ class RepMLPNetArchitecture:
     kernels: tuple[int, ...] = (1, 3)
 
     def __post_init__(self) -> None:
-        for name in ("channels", "depths", "share_sets"):
-            values = getattr(self, name)
-            good = isinstance(values, tuple) and len(values) == 4 and all(isinstance(v, int) and v > 0 for v in values)
-            require(good, f"RepMLPNet: {name} of arch is {values!r}; four positive integers are needed")
+        require_integers("RepMLPNet", self, ("channels", "depths", "share_sets"))
         for c, s in zip(self.channels, self.share_sets):
-            require(c % s == 0, f"RepMLPNet: {c} channels cannot be divided into {s} share sets; give a divisor")
+            require(
+                c % s == 0, f"RepMLPNet: {c} channels cannot be divided into {s} share sets; allowed: divisors of {c}"
+            )
         sides = self.sides
         require(
             all(isinstance(v, int) and v > 0 and v % 32 == 0 for v in sides),
-            f"RepMLPNet: nominal size is {self.nominal!r}; multiples of 32 are allowed",
+            f"RepMLPNet: nominal is {self.nominal!r}; allowed: multiples of 32",
         )
         require(
             all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in self.kernels),
-            f"RepMLPNet: kernels are {self.kernels!r}; odd numbers are allowed",
+            f"RepMLPNet: kernels are {self.kernels!r}; allowed: odd numbers",
         )
 
     @property
@@ -101,7 +111,7 @@ ARCHITECTURES |= {"base": ARCHITECTURES["B224"], "base-256": ARCHITECTURES["B256
 
 
 class ConvBN(nn.Module):
-    """Convolution without bias, then BatchNorm."""
+    """Convolution without bias, followed by BatchNorm."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> None:
         super().__init__()
@@ -110,11 +120,13 @@ class ConvBN(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels, eps=BN_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        y: Tensor = self.bn(self.conv(x))
+        return y
 
 
 class GlobalPerceptron(nn.Module):
-    """One factor in (0, 1) per channel, from the mean over the whole map."""
+    """Global Perceptron: one factor in (0, 1) per channel, from the mean over the map."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -122,18 +134,20 @@ class GlobalPerceptron(nn.Module):
         self.fc2 = nn.Conv2d(channels // 4, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        """(B, C, H, W) -> (B, C, 1, 1)."""
+        factor: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return factor
 
 
 class RepMLPBlock(nn.Module):
-    """Training form: FC3 over each partition plus depthwise convolutions within it, times the global factor.
+    """Block during training: (Channel Perceptron + Local Perceptron) * Global Perceptron.
 
     Args:
         channels: C.
-        share_sets: S; channel c uses matrix c mod S.
+        share_sets: S; channel c uses matrix c mod S of FC3.
         partition: (h, w) in cells.
-        kernels: sides of the parallel convolutions.
-        tile_order: see the head of this file.
+        kernels: kernel sizes of the Local Perceptron.
+        tile_order: "published" or "spatial"; see the module docstring.
     """
 
     def __init__(
@@ -149,20 +163,22 @@ class RepMLPBlock(nn.Module):
         for k in self.kernels:
             self.add_module(f"repconv{k}", ConvBN(share_sets, share_sets, k, groups=share_sets))
 
-    def local(self, x_NShw: Tensor) -> Tensor:
-        """FC3 and convolutions of all partitions, N = B P Q C / S of them."""
+    def perceive(self, x_NShw: Tensor) -> Tensor:
+        """Return Channel Perceptron + Local Perceptron of N = B P Q C / S partitions, (N, S, h, w)."""
         n, s, h, w = x_NShw.shape
-        out = self.fc3_bn(self.fc3(x_NShw.reshape(n, s * h * w, 1, 1)).reshape(n, s, h, w))
+        out: Tensor = self.fc3_bn(self.fc3(x_NShw.reshape(n, s * h * w, 1, 1)).reshape(n, s, h, w))
         for k in self.kernels:
             out = out + self.get_submodule(f"repconv{k}")(x_NShw)
         return out
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_partitions(self.local, x, self) * self.gp(x)
+        """(B, C, H, W) -> (B, C, H, W)."""
+        out: Tensor = by_partitions(self.perceive, x, self) * self.gp(x)
+        return out
 
 
 class DeployedRepMLPBlock(nn.Module):
-    """Re-parameterized model: FC3 with a bias holds the convolutions and all BatchNorms."""
+    """Re-parameterized block: FC3 with bias includes the Local Perceptron and all BatchNorms."""
 
     def __init__(self, block: RepMLPBlock) -> None:
         super().__init__()
@@ -177,22 +193,25 @@ class DeployedRepMLPBlock(nn.Module):
         self.fc3.bias.data.copy_(bias)
         self.train(block.training)
 
-    def local(self, x_NShw: Tensor) -> Tensor:
-        """FC3 of all partitions."""
+    def perceive(self, x_NShw: Tensor) -> Tensor:
+        """Return FC3 of N = B P Q C / S partitions, (N, S, h, w)."""
         n, s, h, w = x_NShw.shape
-        return self.fc3(x_NShw.reshape(n, s * h * w, 1, 1)).reshape(n, s, h, w)
+        out: Tensor = self.fc3(x_NShw.reshape(n, s * h * w, 1, 1))
+        return out.reshape(n, s, h, w)
 
     def forward(self, x: Tensor) -> Tensor:
-        return by_partitions(self.local, x, self) * self.gp(x)
+        """(B, C, H, W) -> (B, C, H, W)."""
+        out: Tensor = by_partitions(self.perceive, x, self) * self.gp(x)
+        return out
 
 
-def by_partitions(local: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlock | DeployedRepMLPBlock) -> Tensor:
-    """Apply `local` to every h x w partition of a map, padded with zeros to whole partitions and cropped afterwards.
+def by_partitions(perceive: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlock | DeployedRepMLPBlock) -> Tensor:
+    """Apply `perceive` to every h x w partition of a map, padded with zeros to complete partitions and then cropped.
 
     Args:
-        local: (N, S, h, w) -> the same shape.
+        perceive: (N, S, h, w) -> the same shape.
         x: (B, C, H, W), any H and W.
-        block: gives the partition (h, w), S (C is a multiple of it) and the order in which tiles are put back.
+        block: defines the partition (h, w), S (a divisor of C) and the order in which partitions are merged.
 
     Returns:
         (B, C, H, W).
@@ -202,7 +221,7 @@ def by_partitions(local: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlo
     if not whole:
         x = F.pad(x, (0, -width % w, 0, -height % h))
     p, q = x.shape[2] // h, x.shape[3] // w
-    out = local(x.reshape(b, c, p, h, q, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, s, h, w))  # (B P Q C/S) S h w
+    out = perceive(x.reshape(b, c, p, h, q, w).permute(0, 2, 4, 1, 3, 5).reshape(-1, s, h, w))  # (B P Q C/S) S h w
     if whole and block.tile_order == "published":
         out = out.reshape(-1, p, q, s, h, w).permute(0, 3, 1, 4, 2, 5)  # (B C/S) S P h Q w: tiles and channels mixed
     else:
@@ -212,20 +231,20 @@ def by_partitions(local: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlo
 
 
 def folded_fc3(block: RepMLPBlock) -> tuple[Tensor, Tensor]:
-    """Weight (S h w, h w, 1, 1) and bias (S h w) of the FC3 that computes what the block's local part does.
+    """Locality Injection: return weight (S h w, h w, 1, 1) and bias (S h w), float64, of the merged FC3.
 
-    A convolution over an h x w partition is a matrix: column i is what it makes of the i-th unit image. Everything is
-    done in float64, so the one rounding at the end is the only error.
+    A convolution over an h x w partition is a matrix whose column i is its output for the i-th unit image. All is
+    computed in float64, so that the rounding at the end is the only error.
     """
     s, (h, w) = block.share_sets, block.partition
     with torch.no_grad():
-        scale_S, shift_S = _bn_scale_shift(block.fc3_bn)
+        scale_S, shift_S = batch_norm_affine(block.fc3_bn)
         weight_Soi = block.fc3.weight.double().reshape(s, h * w, h * w) * scale_S.view(-1, 1, 1)
         units = torch.eye(h * w, dtype=torch.float64, device=weight_Soi.device).reshape(h * w, 1, h, w)
         for k in block.kernels:
             branch = block.get_submodule(f"repconv{k}")
             assert isinstance(branch, ConvBN)
-            scale, shift = _bn_scale_shift(branch.bn)
+            scale, shift = batch_norm_affine(branch.bn)
             kernel = branch.conv.weight.double() * scale.view(-1, 1, 1, 1)  # S 1 k k
             images = F.conv2d(units.expand(-1, s, -1, -1), kernel, padding=k // 2, groups=s)  # i S h w
             weight_Soi = weight_Soi + images.reshape(h * w, s, h * w).permute(1, 2, 0)
@@ -233,15 +252,8 @@ def folded_fc3(block: RepMLPBlock) -> tuple[Tensor, Tensor]:
         return weight_Soi.reshape(s * h * w, h * w, 1, 1), shift_S.repeat_interleave(h * w)
 
 
-def _bn_scale_shift(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """BatchNorm in evaluation mode as y = scale * x + shift, in float64."""
-    assert bn.running_mean is not None and bn.running_var is not None
-    scale = bn.weight.double() / (bn.running_var.double() + bn.eps).sqrt()
-    return scale, bn.bias.double() - bn.running_mean.double() * scale
-
-
 class FFN(nn.Module):
-    """1x1 convolutions with BatchNorm and GELU between, four times as wide inside."""
+    """Feed-forward network: two 1x1 convolutions with BatchNorm and a GELU between them, expansion 4."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -249,11 +261,13 @@ class FFN(nn.Module):
         self.ffn_fc2 = ConvBN(channels * 4, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
+        """(B, C, H, W) -> (B, C, H, W)."""
+        y: Tensor = self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
+        return y
 
 
 class RepMLPUnit(nn.Module):
-    """`x += repmlp(bn1(x))`, then `x += ffn(bn2(x))`."""
+    """x = x + RepMLP(bn1(x)), then x = x + FFN(bn2(x))."""
 
     def __init__(self, channels: int, block: RepMLPBlock) -> None:
         super().__init__()
@@ -263,25 +277,27 @@ class RepMLPUnit(nn.Module):
         self.prebn2 = nn.BatchNorm2d(channels, eps=BN_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.repmlp_block(self.prebn1(x))
-        return x + self.ffn_block(self.prebn2(x))
+        x = x + self.ffn_block(self.prebn2(x))
+        return x
 
 
 class RepMLPNet(Backbone):
-    """RepMLPNet with the outputs of its four stages (strides 4, 8, 16, 32), before the downsampling that follows each.
+    """RepMLPNet with the outputs of its four stages (strides 4, 8, 16, 32), before the downsampling after each stage.
 
-    Fine-tune in the training form and call `reparameterize()` for deployment (the authors' advice). The classifier's
-    norm and layer (`head_norm.*`, `head.*`) are known and unused.
+    Fine-tune before `reparameterize()`, as the authors recommend. Norm and layer of the classifier (`head_norm.*`,
+    `head.*`) are ignored.
 
     Args:
         arch: name in `ARCHITECTURES` or a mapping with `channels`, `depths`, `share_sets` and optionally `nominal`,
             `kernels`.
-        tile_order: "published" or "spatial"; see the head of this file.
+        tile_order: "published" or "spatial"; see the module docstring.
         frozen_stages, norm_eval: see `Backbone`.
         normalize, mean, std: see `Backbone`.
 
     Raises:
-        SpecError: unknown architecture or tile order, or a field that cannot be.
+        SpecError: if the architecture, one of its fields or the tile order is not allowed.
     """
 
     OFFICIAL_PREFIXES = ("backbone.", "module.")
@@ -318,7 +334,7 @@ class RepMLPNet(Backbone):
         self.hold(frozen_stages, norm_eval)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the four stage outputs of a normalized image (B, 3, H, W), H and W multiples of 32."""
+        """Return the stage outputs (B, C, H / stride, W / stride) of a normalized image (B, 3, H, W)."""
         x = F.relu(self.conv_embedding(image))
         outputs = []
         for i, stage in enumerate(self.stages):
@@ -330,22 +346,22 @@ class RepMLPNet(Backbone):
         return tuple(outputs)
 
     def reparameterize(self) -> None:
-        """Inject the convolutions and BatchNorms of every block into its FC3, in place.
+        """Merge the convolutions and BatchNorms of every block into its FC3 (Locality Injection), in place.
 
-        Works in float16, bfloat16, float32 and float64; a second call changes nothing.
+        Works in float16, bfloat16, float32 and float64; idempotent.
         """
         for module in self.modules():
             if isinstance(module, RepMLPUnit) and isinstance(module.repmlp_block, RepMLPBlock):
                 module.repmlp_block = DeployedRepMLPBlock(module.repmlp_block)
 
     def official_key(self, key: str) -> str:
-        """Our name (the authors' one) of a key of either published layout."""
+        """Return the key of this class (as in the reference) for a key of either published layout."""
         for theirs, ours in OFFICIAL_KEY_RULES:
             key = key.replace(theirs, ours)
         return key
 
     def param_depth(self, name: str) -> int:
-        """0 for the embedding, 1 + i for unit i; a downsampling counts as the unit after it."""
+        """Return 0 for the embedding, 1 + i for unit i and the downsampling before it."""
         parts = name.split(".")
         if parts[0] == "stages":
             return 1 + sum(self.stage_sizes[: int(parts[1])]) + int(parts[2])

@@ -1,21 +1,28 @@
-"""RevViT: a vision transformer whose training memory does not grow with its depth.
+"""RevViT: a reversible vision transformer whose activation memory does not grow with its depth.
 
 Paper: "Reversible Vision Transformers", Mangalam et al., CVPR 2022, https://arxiv.org/abs/2302.04869.
-Published weights: REV_VIT_S and REV_VIT_B of SlowFast, and the same two converted by mmpretrain ("revvit-small" and
-"revvit-base"); their architectures are `deit-small` and `deit-base` of the table below. Keys are those of mmpretrain.
-Verified against numbers of the published model: outputs and gradients in float32 and float64 (tests/parity).
+Reference: https://github.com/facebookresearch/SlowFast, Apache-2.0 (REV_VIT_S, REV_VIT_B), and the same weights
+converted by mmpretrain, Apache-2.0 (revvit-small, revvit-base): architectures `deit-small` and `deit-base` below.
+State-dict keys are those of mmpretrain.
+Verified: outputs and gradients in float32 and float64 against values of the reference (tests/parity/test_revvit.py),
+and the custom backward pass against ordinary autograd (tests/models/backbones/test_revvit_gradients.py).
 
-Two streams I1, I2 of equal shape run through the blocks. With F = attention(norm) and G = MLP(norm), a block computes
+A block maps two streams (x_1, x_2) of equal shape to (y_1, y_2). With F = attention(norm) and G = MLP(norm):
 
-    O1 = I1 + F(I2)                                                        (forward)
-    O2 = I2 + G(O1)
+    y_1 = x_1 + F(x_2)                                                     (forward)
+    y_2 = x_2 + G(y_1)
 
-and is inverted without solving anything:
+    x_2 = y_2 - G(y_1)                                                     (inverse)
+    x_1 = y_1 - F(x_2)
 
-    I2 = O2 - G(O1)                                                        (inverse)
-    I1 = O1 - F(I2)
+Backward pass of a block, given y_1, y_2 and the gradients dy_1, dy_2 of the loss (only the outputs of the last block
+are stored):
 
-so the backward pass needs only the last outputs: it recomputes one block's inputs at a time, from the end to the start.
+1. Recompute G(y_1) with gradients; x_2 = y_2 - G(y_1).
+2. Backpropagate dy_2 through G: parameter gradients of G, and dx_1 = dy_1 + dy_2 dG/dy_1.
+3. Recompute F(x_2) with gradients; x_1 = y_1 - F(x_2).
+4. Backpropagate dx_1 through F: parameter gradients of F, and dx_2 = dy_2 + dx_1 dF/dx_2.
+5. (x_1, x_2) and (dx_1, dx_2) are the outputs and gradients of the block before; continue with step 1.
 
 Shape legend: B batch, L tokens, C embedding channels, N heads, D channels of a head, H and W tokens down and across.
 """
@@ -34,14 +41,21 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
-from models.backbones.layers import DropPath, SimpleFeaturePyramid, choose_architecture, require
+from models.backbones.layers import (
+    DropPath,
+    SimpleFeaturePyramid,
+    choose_architecture,
+    drop_path_rates,
+    require,
+    require_rates,
+)
 
 NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class RevViTArchitecture:
-    """Channels of each stream, blocks, attention heads (they share `embed_dims`), hidden channels of the MLP."""
+    """Channels of each stream, number of blocks, number of attention heads, hidden channels of the MLP."""
 
     embed_dims: int
     num_layers: int
@@ -51,8 +65,8 @@ class RevViTArchitecture:
     def __post_init__(self) -> None:
         for name in ("embed_dims", "num_layers", "num_heads", "feedforward_channels"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and value >= 1
-            require(whole, f"RevViT: {name} of arch is {value!r}; allowed: integers from 1 on")
+            valid = isinstance(value, int) and value >= 1
+            require(valid, f"RevViT: {name} of arch is {value!r}; allowed: integers >= 1")
         require(
             self.embed_dims % self.num_heads == 0,
             f"RevViT: embed_dims of arch is {self.embed_dims}; allowed: multiples of num_heads, {self.num_heads}",
@@ -71,7 +85,7 @@ ARCHITECTURES: dict[str, RevViTArchitecture] = {
 
 FUSION_MODES = ("add", "max", "min", "avg", "concat")
 
-# Parts of SlowFast's key names, and what they are called here. Its q, k and v are stacked to qkv, its `norm` is `ln1`.
+# (SlowFast's key, key of this class). Besides, q, k and v are stacked to qkv, and `norm` becomes `ln1`.
 SLOWFAST_NAMES = (
     *(("rev_backbone.", ""), (".F.norm.", ".ln1."), (".F.attn.", ".attn."), (".G.norm.", ".ln2.")),
     *((".G.mlp.fc1.", ".ffn.layers.0.0."), (".G.mlp.fc2.", ".ffn.layers.1."), ("embed.proj.", "embed.projection.")),
@@ -80,7 +94,7 @@ SLOWFAST_NAMES = (
 
 @dataclass(frozen=True)
 class DropRates:
-    """Probabilities of zeroing in training: values after projections, attention weights, whole branches."""
+    """Dropout rates of outputs, of attention weights, and of residual branches (stochastic depth)."""
 
     drop: float = 0.0
     attn: float = 0.0
@@ -88,7 +102,7 @@ class DropRates:
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens: a convolution whose stride is its kernel."""
+    """Embedding of non-overlapping patches: a convolution whose stride equals its kernel size."""
 
     def __init__(self, embed_dims: int, patch_size: int) -> None:
         super().__init__()
@@ -96,10 +110,11 @@ class PatchEmbed(nn.Module):
         self.projection = nn.Conv2d(3, embed_dims, patch_size, patch_size)
 
     def forward(self, image: Tensor) -> Tensor:
-        """(B, 3, height, width) -> (B, C, H, W); zeros fill up the right and the bottom to whole patches."""
+        """(B, 3, height, width) -> (B, C, H, W); zero-padded at right and bottom to complete patches."""
         height, width = image.shape[-2:]
         image = functional.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        return self.projection(image)
+        x: Tensor = self.projection(image)
+        return x
 
 
 class Attention(nn.Module):
@@ -120,11 +135,12 @@ class Attention(nn.Module):
         q_BNLD, k_BNLD, v_BNLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         drop = self.attn_drop_rate if self.training else 0.0
         y_BNLD = functional.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, dropout_p=drop)
-        return self.proj_drop(self.proj(y_BNLD.transpose(1, 2).reshape(batch, tokens, channels)))
+        y: Tensor = self.proj_drop(self.proj(y_BNLD.transpose(1, 2).reshape(batch, tokens, channels)))
+        return y
 
 
 class FeedForward(nn.Module):
-    """Two linear layers with an exact GELU between them, under the published key names `layers.0.0` and `layers.1`."""
+    """Two linear layers with an exact GELU between them; published keys `layers.0.0` and `layers.1`."""
 
     def __init__(self, embed_dims: int, hidden_channels: int, drop_rate: float) -> None:
         super().__init__()
@@ -133,11 +149,12 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return self.layers(x)
+        y: Tensor = self.layers(x)
+        return y
 
 
 class ReversibleBlock(nn.Module):
-    """One block of the paper, with its two residual functions F and G."""
+    """Reversible block with the residual functions F (attention) and G (MLP)."""
 
     def __init__(self, arch: RevViTArchitecture, rates: DropRates, qkv_bias: bool) -> None:
         super().__init__()
@@ -147,19 +164,21 @@ class ReversibleBlock(nn.Module):
         self.ffn = FeedForward(arch.embed_dims, arch.feedforward_channels, rates.drop)
         self.drop_path = DropPath(rates.path)
 
-    def F(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper\'s name)
-        """Attention branch, (B, L, C) -> (B, L, C)."""
-        return self.drop_path(self.attn(self.ln1(x)))
+    def F(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper's symbol)
+        """Apply the attention branch, (B, L, C) -> (B, L, C)."""
+        y: Tensor = self.drop_path(self.attn(self.ln1(x)))
+        return y
 
-    def G(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper\'s name)
-        """MLP branch, (B, L, C) -> (B, L, C)."""
-        return self.drop_path(self.ffn(self.ln2(x)))
+    def G(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper's symbol)
+        """Apply the MLP branch, (B, L, C) -> (B, L, C)."""
+        y: Tensor = self.drop_path(self.ffn(self.ln2(x)))
+        return y
 
-    def forward(self, I1: Tensor, I2: Tensor) -> tuple[Tensor, Tensor]:
-        """Streams (B, L, C), (B, L, C) -> the same shapes."""
-        O1 = I1 + self.F(I2)
-        O2 = I2 + self.G(O1)
-        return O1, O2
+    def forward(self, x_1: Tensor, x_2: Tensor) -> tuple[Tensor, Tensor]:
+        """Map the streams (B, L, C), (B, L, C) to (y_1, y_2) of the same shapes."""
+        y_1 = x_1 + self.F(x_2)
+        y_2 = x_2 + self.G(y_1)
+        return y_1, y_2
 
 
 # ---- the reversible sequence ----------------------------------------------------------------------------------------
@@ -167,7 +186,7 @@ class ReversibleBlock(nn.Module):
 
 @dataclass(frozen=True)
 class _Autocast:
-    """The autocast state of a moment."""
+    """Autocast state of the forward pass."""
 
     device_type: str
     dtype: torch.dtype
@@ -179,13 +198,13 @@ class _Autocast:
         return cls(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
     def replay(self) -> torch.autocast:
-        # Without the cache: weights cast while gradients are off must not be found again by code that wants gradients.
+        # Without the cache: weights cast without gradients must not be reused where gradients are needed.
         return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What a branch depends on besides input and parameters: random generators and training modes of its modules."""
+    """State that a branch depends on besides input and parameters: random generators and modes of its modules."""
 
     modes: tuple[bool, ...]
     cpu_state: Tensor | None = None
@@ -195,12 +214,12 @@ class _Moment:
     def now(cls, block: ReversibleBlock, devices: Sequence[torch.device]) -> _Moment:
         modes = tuple(module.training for module in block.modules())
         if not any(modes):
-            return cls(modes)  # nothing is drawn
+            return cls(modes)  # no random numbers in eval mode
         return cls(modes, torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
 
     @contextmanager
     def replay(self, block: ReversibleBlock) -> Iterator[None]:
-        """Replay the recorded random state inside the block and restore the global generators afterwards."""
+        """Run the block with the recorded random numbers; restore the global generators afterwards."""
         modules = list(block.modules())
         modes = [module.training for module in modules]
         with torch.random.fork_rng(list(self.cuda_states), enabled=self.cpu_state is not None):
@@ -218,7 +237,7 @@ class _Moment:
 
 
 class _Branch(nn.Module):
-    """F or G of a block as a module of its own, so that it can be run again with other parameter tensors."""
+    """F or G of a block as a separate module, so that it can be run with other parameter tensors."""
 
     def __init__(self, block: ReversibleBlock, branch: str) -> None:
         super().__init__()
@@ -227,104 +246,115 @@ class _Branch(nn.Module):
         self.theta = {name: value for name, value in self.named_parameters() if name.startswith(parts)}
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, L, C) -> (B, L, C)."""
         return self.block.F(x) if self.branch == "F" else self.block.G(x)
 
     def pull_back(
         self, moment: _Moment, autocast: _Autocast, x: Tensor, theta: Sequence[tuple[Tensor, bool]], d_out: Tensor
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """Run again as at a past moment: the output, the gradient of x, and of each theta whose flag asks for one."""
+        """Recompute the branch; return its output, the gradient of x, and that of each theta flagged as required."""
         x = x.detach().requires_grad_()
-        aliases = [value.detach().requires_grad_(wanted) for value, wanted in theta]
+        aliases = [value.detach().requires_grad_(required) for value, required in theta]
         with torch.enable_grad(), autocast.replay(), moment.replay(self.block):
             out = functional_call(self, dict(zip(self.theta, aliases)), (x,))
-        wanted = [alias for alias in aliases if alias.requires_grad]
-        d_x, *d_wanted = torch.autograd.grad(out, [x, *wanted], d_out.to(out.dtype))
-        gradients = iter(d_wanted)
+        required = [alias for alias in aliases if alias.requires_grad]
+        d_x, *d_required = torch.autograd.grad(out, [x, *required], d_out.to(out.dtype))
+        gradients = iter(d_required)
         return out.detach(), d_x, [next(gradients) if alias.requires_grad else None for alias in aliases]
 
 
 class ReversibleFunction(torch.autograd.Function):
-    """The whole sequence of blocks as one step of autograd that keeps its outputs and nothing else of the data.
+    """The sequence of blocks as one autograd function that stores only its outputs.
 
-    Every parameter is an input, so gradients leave through the ordinary graph: hooks on parameters, gradient scaling,
-    DistributedDataParallel and `torch.autograd.grad` meet what they would meet with plain blocks. The backward pass
-    works on detached aliases of the parameters; on the parameters themselves, hooks would run twice.
+    Every parameter is an input, so that gradients flow through the ordinary graph: parameter hooks, gradient scaling,
+    DistributedDataParallel and `torch.autograd.grad` work as with plain blocks. The backward pass uses detached aliases
+    of the parameters; with the parameters themselves, hooks would run twice.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, blocks: Sequence[ReversibleBlock], buffered: frozenset[int], I1: Tensor, I2: Tensor, *theta: Tensor
+    def forward(  # noqa: D102 (autograd's interface)
+        ctx: Any,  # noqa: ANN401 (attributes are set on it)
+        blocks: Sequence[ReversibleBlock],
+        buffered: frozenset[int],
+        x_1: Tensor,
+        x_2: Tensor,
+        *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        devices = sorted({t.device for t in (I1, I2, *theta) if t.device.type == "cuda"}, key=str)
+        devices = sorted({t.device for t in (x_1, x_2, *theta) if t.device.type == "cuda"}, key=str)
         ctx.blocks = blocks
-        ctx.autocast = _Autocast.now(I1.device)
+        ctx.autocast = _Autocast.now(x_1.device)
         ctx.moments = []
         kept: list[Tensor] = []
         ctx.kept_after = {}
-        O1, O2 = I1, I2
+        y_1, y_2 = x_1, x_2
         with ctx.autocast.replay():
             for index, block in enumerate(blocks):
                 before_F = _Moment.now(block, devices)
-                O1 = O1 + block.F(O2)
+                y_1 = y_1 + block.F(y_2)
                 before_G = _Moment.now(block, devices)
-                O2 = O2 + block.G(O1)
+                y_2 = y_2 + block.G(y_1)
                 ctx.moments.append((before_F, before_G))
                 if index in buffered and index + 1 < len(blocks):
                     ctx.kept_after[index] = len(kept)
-                    kept += [O1, O2]
+                    kept += [y_1, y_2]
         ctx.num_kept = len(kept)
-        ctx.save_for_backward(O1, O2, *kept, *theta)
-        return O1, O2
+        ctx.save_for_backward(y_1, y_2, *kept, *theta)
+        return y_1, y_2
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dO1: Tensor, dO2: Tensor) -> tuple[Tensor | None, ...]:
-        O1, O2, *others = ctx.saved_tensors
+    def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102 (as forward)
+        y_1, y_2, *others = ctx.saved_tensors
         kept, needs_theta = others[: ctx.num_kept], ctx.needs_input_grad[4:]
         theta = list(zip(others[ctx.num_kept :], needs_theta))
         d_theta: list[Tensor | None] = [None] * len(theta)
         end = len(theta)
         for index in reversed(range(len(ctx.blocks))):
             if not any(ctx.needs_input_grad[2:4]) and not any(needs_theta[:end]):
-                break  # all that is left is frozen
+                break  # all remaining blocks are frozen
             if index in ctx.kept_after:
-                O1, O2 = kept[ctx.kept_after[index] :][:2]
+                y_1, y_2 = kept[ctx.kept_after[index] :][:2]
             block, (before_F, before_G) = ctx.blocks[index], ctx.moments[index]
             branch = _Branch(block, "G")
             start = end - len(branch.theta)
-            G, d, d_theta[start:end] = branch.pull_back(before_G, ctx.autocast, O1, theta[start:end], dO2)
-            I2, dO1, end = O2 - G, dO1 + d, start
+            # Steps 1 and 2 of the module docstring
+            G_y_1, d, d_theta[start:end] = branch.pull_back(before_G, ctx.autocast, y_1, theta[start:end], d_y_2)
+            x_2, d_x_1, end = y_2 - G_y_1, d_y_1 + d, start
             branch = _Branch(block, "F")
             start = end - len(branch.theta)
-            F, d, d_theta[start:end] = branch.pull_back(before_F, ctx.autocast, I2, theta[start:end], dO1)
-            I1, dO2, end = O1 - F, dO2 + d, start
-            O1, O2 = I1, I2
-        return None, None, dO1, dO2, *d_theta
+            # Steps 3, 4 and 5
+            F_x_2, d, d_theta[start:end] = branch.pull_back(before_F, ctx.autocast, x_2, theta[start:end], d_x_1)
+            x_1, d_x_2, end = y_1 - F_x_2, d_y_2 + d, start
+            y_1, y_2, d_y_1, d_y_2 = x_1, x_2, d_x_1, d_x_2
+        return None, None, d_y_1, d_y_2, *d_theta
 
 
 # ---- the backbone ---------------------------------------------------------------------------------------------------
 
 
 class RevViT(Backbone):
-    """RevViT with a simple feature pyramid on its stride-16 map.
+    """RevViT with a simple feature pyramid on its single map.
 
     Args:
         arch: a name of `ARCHITECTURES`, or a mapping with the fields of `RevViTArchitecture`.
         normalize, mean, std: see `Backbone`.
-        img_size: height and width, or the side, in pixels, that the position embedding is stored for.
-        patch_size: side of a patch, the stride of the transformer's map; a power of two.
+        img_size: side, or height and width, in pixels, of the image that the position embedding belongs to.
+        patch_size: side of a patch in pixels, the stride of the map; a power of two.
         drop_rate: dropout of embedded tokens, of attention outputs and in the MLPs.
         attn_drop_rate: dropout of attention weights.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from zero in the first.
+        drop_path_rate: stochastic depth of the last block; it increases linearly from 0 in the first block.
         qkv_bias: whether query, key and value have a bias.
         final_norm: LayerNorm over the channels of both streams before they are fused.
         fusion_mode: how two streams become one map, one of `FUSION_MODES`; "concat" gives 2 C channels, others C.
-        frozen_stages: -1 for none; 0 freezes the patch and position embeddings, n also the first n blocks, as many
-            as there are blocks also the final norm. Frozen parts stay in evaluation mode.
-        buffered_layers: indices of blocks whose outputs are kept, so that recomputation starts there from exact data.
-        no_custom_backward: train by plain autograd, with its memory.
+        frozen_stages: -1 for none; 0 freezes the patch and position embeddings, n also the first n blocks; the
+            number of blocks also freezes the final norm. Frozen parts stay in eval mode.
+        buffered_layers: indices of blocks whose outputs are stored, so that recomputation restarts from exact values.
+        no_custom_backward: train with ordinary autograd, which stores all activations.
         strides: strides of the returned maps.
         widths: channels of the returned maps, or one number for all.
+
+    Raises:
+        SpecError: if an argument is not allowed.
     """
 
     OFFICIAL_PREFIXES = ("backbone.",)
@@ -354,10 +384,7 @@ class RevViT(Backbone):
     ) -> None:
         super().__init__(normalize, mean, std)
         self.arch = choose_architecture("RevViT", arch, ARCHITECTURES)
-        for name, rate in zip(
-            ("drop_rate", "attn_drop_rate", "drop_path_rate"), (drop_rate, attn_drop_rate, drop_path_rate)
-        ):
-            require(0 <= rate < 1, f"RevViT: {name} is {rate}; allowed: 0 <= {name} < 1")
+        require_rates("RevViT", drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate)
         _check_options(self.arch.num_layers, fusion_mode, buffered_layers)
         self.fusion_mode = fusion_mode
         self.buffered_layers = frozenset(buffered_layers)
@@ -368,10 +395,9 @@ class RevViT(Backbone):
         self.patch_embed = PatchEmbed(self.arch.embed_dims, patch_size)
         self.pos_embed = nn.Parameter(torch.zeros(1, self.grid[0] * self.grid[1], self.arch.embed_dims))
         self.drop_after_pos = nn.Dropout(drop_rate)
-        last = max(self.arch.num_layers - 1, 1)
-        path_rates = [drop_path_rate * index / last for index in range(self.arch.num_layers)]
         self.layers = nn.ModuleList(
-            ReversibleBlock(self.arch, DropRates(drop_rate, attn_drop_rate, path), qkv_bias) for path in path_rates
+            ReversibleBlock(self.arch, DropRates(drop_rate, attn_drop_rate, path), qkv_bias)
+            for path in drop_path_rates(drop_path_rate, self.arch.num_layers)
         )
         self.ln1 = nn.LayerNorm(2 * self.arch.embed_dims, eps=NORM_EPS) if final_norm else nn.Identity()
         channels = self.arch.embed_dims * (2 if fusion_mode == "concat" else 1)
@@ -390,11 +416,11 @@ class RevViT(Backbone):
                 nn.init.zeros_(value)
 
     def stage_of(self, name: str) -> int:
-        """As `Backbone.stage_of`, each block a stage; the final norm belongs to the last one."""
+        """Return the stage of a parameter; each block is a stage, and the final norm belongs to the last one."""
         return len(self.layers) if name.startswith("ln1.") else super().stage_of(name)
 
     def train(self, mode: bool = True) -> RevViT:
-        """As `Backbone.train`; the dropout behind frozen position embeddings is still, too."""
+        """Set the mode as `Backbone.train` does; the dropout after frozen position embeddings stays off."""
         super().train(mode)
         if self.frozen_stages >= 0:
             self.drop_after_pos.eval()
@@ -402,42 +428,45 @@ class RevViT(Backbone):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, height, width), RGB in [0, 1] -> one map per stride; odd sizes round up."""
-        return self.pyramid(self.forward_features(self.normalized(image))[0])
+        maps: tuple[Tensor, ...] = self.pyramid(self.forward_features(self.normalized(image))[0])
+        return maps
 
     def forward_features(self, image: Tensor) -> tuple[Tensor]:
-        """Return the published network's map (B, 2 C or C, ceil(H / patch), ceil(W / patch))."""
+        """Return the map (B, 2 C or C, ceil(height / patch), ceil(width / patch)) of a normalized image."""
         x = self.patch_embed(image)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, L, C)
-        # The streams add up many small residuals: they stay as wide as the parameters when autocast narrows the layers.
+        # The streams accumulate many small residuals: under autocast they keep the dtype of the parameters.
         pos_embed = resize_pos_embed(self.pos_embed, self.grid, (height, width))
         x = self.drop_after_pos(x.to(pos_embed.dtype) + pos_embed)
-        O1, O2 = self._run_layers(x, x)
-        y = self._fuse(self.ln1(torch.cat((O1, O2), dim=-1)))
-        return (y.transpose(1, 2).unflatten(2, (height, width)),)  # (B, C, H, W)
+        y_1, y_2 = self._run_layers(x, x)
+        y = self._fuse(self.ln1(torch.cat((y_1, y_2), dim=-1)))
+        return (y.transpose(1, 2).reshape(y.shape[0], -1, height, width),)  # (B, C, H, W)
 
-    def _run_layers(self, I1: Tensor, I2: Tensor) -> tuple[Tensor, Tensor]:
-        # Rounding in 16 bit would not let the inputs be recomputed; autocast is fine, its streams are float32.
-        reversible = self.training and not self.no_custom_backward and I1.dtype in (torch.float32, torch.float64)
+    def _run_layers(self, x_1: Tensor, x_2: Tensor) -> tuple[Tensor, Tensor]:
+        # 16-bit streams are too inexact to recompute inputs from; under autocast the streams are float32.
+        reversible = self.training and not self.no_custom_backward and x_1.dtype in (torch.float32, torch.float64)
         if reversible and torch.is_grad_enabled():
             blocks = cast(tuple[ReversibleBlock, ...], tuple(self.layers))
             theta = [value for block in blocks for branch in "FG" for value in _Branch(block, branch).theta.values()]
             if theta:  # the replicas of nn.DataParallel have no parameters of their own
-                return ReversibleFunction.apply(blocks, self.buffered_layers, I1, I2, *theta)
+                return cast(
+                    tuple[Tensor, Tensor], ReversibleFunction.apply(blocks, self.buffered_layers, x_1, x_2, *theta)
+                )
         for block in self.layers:
-            I1, I2 = block(I1, I2)
-        return I1, I2
+            x_1, x_2 = block(x_1, x_2)
+        return x_1, x_2
 
     def _fuse(self, y_BL2C: Tensor) -> Tensor:
         if self.fusion_mode == "concat":
             return y_BL2C
-        O1, O2 = y_BL2C.chunk(2, dim=-1)
+        y_1, y_2 = y_BL2C.chunk(2, dim=-1)
         if self.fusion_mode in ("max", "min"):
-            return torch.maximum(O1, O2) if self.fusion_mode == "max" else torch.minimum(O1, O2)
-        return (O1 + O2) / (2 if self.fusion_mode == "avg" else 1)
+            return torch.maximum(y_1, y_2) if self.fusion_mode == "max" else torch.minimum(y_1, y_2)
+        return (y_1 + y_2) / (2 if self.fusion_mode == "avg" else 1)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert a state dict in SlowFast's layout to mmpretrain's names; any other is returned unchanged."""
+        """Convert a state dict in SlowFast's layout to mmpretrain's keys; any other is returned unchanged."""
         if not any(key.startswith("rev_backbone.") for key in state):
             return dict(state)
         ours = {}
@@ -453,14 +482,18 @@ class RevViT(Backbone):
         return ours
 
     def resize_official(self, key: str, tensor: Tensor, target_shape: Sequence[int]) -> Tensor:
-        """Resize a published position embedding from another (square) grid; SpecError for other keys or shapes."""
+        """Resize a published position embedding (1, L, C) of another square grid.
+
+        Raises:
+            SpecError: for any other key or shape.
+        """
         side = round(tensor.shape[1] ** 0.5) if tensor.ndim == 3 else 0
         fits = key == "pos_embed" and side > 0 and tensor.shape[1:] == (side * side, target_shape[-1])
         require(fits, f"{key}: shape {tuple(tensor.shape)} cannot become {tuple(target_shape)}")
         return resize_pos_embed(tensor, (side, side), self.grid)
 
     def param_depth(self, name: str) -> int:
-        """0 for the embeddings, n + 1 for block n, one more than the last block for what follows."""
+        """Return 0 for the embeddings, n + 1 for block n, and one more than the last block for later layers."""
         if name.startswith(("pos_embed", "patch_embed.")):
             return 0
         return 1 + (int(name.split(".")[1]) if name.startswith("layers.") else len(self.layers))
@@ -474,7 +507,7 @@ def _check_options(depth: int, fusion_mode: str, buffered_layers: Sequence[int])
 
 
 def _token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, int]:
-    """Tokens down and across of an image of the nominal size."""
+    """Return the number of tokens down and across of an image of the nominal size."""
     height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
     power_of_two = patch_size >= 1 and patch_size & (patch_size - 1) == 0
     require(power_of_two, f"RevViT: patch_size is {patch_size}; allowed: powers of two")
@@ -483,9 +516,9 @@ def _token_grid(img_size: int | Sequence[int], patch_size: int) -> tuple[int, in
 
 
 def resize_pos_embed(pos_embed: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Position embedding (1, H * W, C) of a grid (H, W) for another: bicubic, in float32 as published; dtype stays."""
+    """Resize a position embedding (1, H * W, C) of a grid (H, W) to another grid: bicubic, computed in float32."""
     if grid == new_grid:
         return pos_embed
-    table = pos_embed.float().transpose(1, 2).unflatten(2, grid)  # (1, C, H, W)
+    table = pos_embed.float().transpose(1, 2).reshape(1, -1, *grid)  # (1, C, H, W)
     table = functional.interpolate(table, size=new_grid, mode="bicubic", align_corners=False)
     return table.flatten(2).transpose(1, 2).to(pos_embed.dtype)

@@ -1,12 +1,14 @@
-"""RIFormer: a vision transformer without token mixer (https://arxiv.org/abs/2304.05659).
+"""RIFormer: a vision backbone whose blocks have no token mixer at inference.
 
-In training every block mixes tokens by an affine map alone (scale and shift per channel); for deployment that map folds
-into the GroupNorm before it, so the network has no token mixer at all. Key names are those of the published checkpoints
-(mmpretrain layout, Apache-2.0, weights at https://github.com/open-mmlab/mmpretrain).
+Paper: "RIFormer: Keep Your Vision Backbone Effective But Removing Token Mixer", Wang et al., CVPR 2023,
+https://arxiv.org/abs/2304.05659.
+Reference: https://github.com/open-mmlab/mmpretrain, Apache-2.0. State-dict keys are those of its checkpoints.
+Verified: feature maps of s12 and m36 before and after re-parameterization, float32 and float64, against values of the
+reference implementation (tests/parity/test_riformer.py).
 
-Verified: feature maps of s12 and m36 in training and re-parameterized model, float32 and float64, against numbers of
-the
-published implementation (tests/parity/test_riformer.py).
+During training an affine operator (scale and shift per channel) replaces the token mixer; for inference it is merged
+into the GroupNorm before it. The published weights were trained with module imitation (distillation in which the
+affine operator imitates the token mixer of a teacher block); this file contains the student network.
 
 Shape legend: B batch, C channels, H and W height and width in cells.
 """
@@ -21,32 +23,35 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
-from models.backbones.layers import DropPath, Mlp, choose_architecture, require
+from models.backbones.layers import (
+    DropPath,
+    Mlp,
+    choose_architecture,
+    drop_path_rates,
+    require,
+    require_integers,
+    require_rates,
+)
 
 NORM_EPS = 1e-5
 LAYER_SCALE_INIT = 1e-5
 STRIDES = (4, 8, 16, 32)
 
 
-def _positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and value > 0
-
-
 @dataclass(frozen=True)
 class RIFormerArchitecture:
-    """Four stages: blocks, channels and width of the MLP (in multiples of the channels) of each."""
+    """Number of blocks, channels and MLP expansion ratio of each of the four stages."""
 
     layers: tuple[int, int, int, int]
     embed_dims: tuple[int, int, int, int]
     mlp_ratios: tuple[float, float, float, float] = (4, 4, 4, 4)
 
     def __post_init__(self) -> None:
-        for name in ("layers", "embed_dims", "mlp_ratios"):
-            values = getattr(self, name)
-            require(
-                isinstance(values, tuple) and len(values) == 4 and all(_positive(v) for v in values),
-                f"RIFormer: {name} of arch is {values!r}; four positive numbers are needed",
-            )
+        require_integers("RIFormer", self, ("layers", "embed_dims"))
+        ratios = self.mlp_ratios
+        valid = isinstance(ratios, tuple) and len(ratios) == 4
+        valid = valid and all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
+        require(valid, f"RIFormer: mlp_ratios of arch is {ratios!r}; allowed: 4 positive numbers")
 
 
 ARCHITECTURES: dict[str, RIFormerArchitecture] = {
@@ -59,21 +64,23 @@ ARCHITECTURES: dict[str, RIFormerArchitecture] = {
 
 
 class StridedPatchEmbed(nn.Module):
-    """One convolution that lowers the resolution: 7x7 stride 4 as the stem, 3x3 stride 2 between stages."""
+    """Downsampling convolution: 7x7 with stride 4 as the stem, 3x3 with stride 2 between stages."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int, padding: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, out_channels, kernel, stride, padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x)
+        """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
+        y: Tensor = self.proj(x)
+        return y
 
 
 class AffineMixer(nn.Module):
-    """`affine(x) - x`, where `affine` scales and shifts each channel (PoolFormer has `pool(x) - x` here).
+    """Affine operator in place of the token mixer: affine(x) - x (PoolFormer computes pool(x) - x).
 
-    The parameters are those of a depthwise 1x1 convolution (the published key names and shapes); they are applied as a
-    multiply-add, which is the same number and several times faster on a CPU.
+    The parameters are those of a depthwise 1x1 convolution (published keys and shapes). They are applied as a
+    multiply-add, which gives the same values and is several times faster on a CPU.
     """
 
     def __init__(self, channels: int) -> None:
@@ -81,13 +88,14 @@ class AffineMixer(nn.Module):
         self.affine = nn.Conv2d(channels, channels, 1, groups=channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         scale = self.affine.weight.view(-1, 1, 1)
         assert self.affine.bias is not None
         return torch.addcmul(self.affine.bias.view(-1, 1, 1), x, scale) - x
 
 
 class RIFormerBlock(nn.Module):
-    """Training form: `x + ls1 * (affine(norm1(x)) - norm1(x))`, then `x + ls2 * mlp(norm2(x))`."""
+    """Block during training: x = x + ls_1 * (affine(norm1(x)) - norm1(x)), then x = x + ls_2 * mlp(norm2(x))."""
 
     def __init__(self, channels: int, mlp_ratio: float, drop_rate: float, drop_path: float, init_value: float) -> None:
         super().__init__()
@@ -100,12 +108,14 @@ class RIFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.drop_path(self.layer_scale_1.view(-1, 1, 1) * self.token_mixer(self.norm1(x)))
-        return x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
+        return x
 
 
 class DeployedRIFormerBlock(nn.Module):
-    """Re-parameterized model of a block: the norm and the affine map are one norm, `norm_reparam`.
+    """Re-parameterized block: norm and affine operator are merged into one norm, `norm_reparam`.
 
     With norm(x) = g * n + b and affine(y) = a * y + c:  affine(norm(x)) - norm(x) = g (a - 1) * n + (b (a - 1) + c).
     """
@@ -119,36 +129,38 @@ class DeployedRIFormerBlock(nn.Module):
         scale = affine.weight.detach().flatten().double() - 1
         weight, bias = norm.weight.detach(), norm.bias.detach()
         folded = nn.GroupNorm(1, norm.num_channels, eps=norm.eps, device=weight.device, dtype=weight.dtype)
-        # In float64, so that the one rounding at the end is the only error.
+        # Computed in float64, so that the rounding at the end is the only error.
         folded.weight.data.copy_(weight.double() * scale)
         folded.bias.data.copy_(bias.double() * scale + affine.bias.detach().double())
         self.norm_reparam = folded.requires_grad_(norm.weight.requires_grad)
         self.train(block.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.drop_path(self.layer_scale_1.view(-1, 1, 1) * self.norm_reparam(x))
-        return x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
+        x = x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
+        return x
 
 
 class RIFormer(Backbone):
-    """RIFormer with one output per stage (strides 4, 8, 16, 32), each through a GroupNorm of its own.
+    """RIFormer with one output per stage (strides 4, 8, 16, 32), each normalized by its own GroupNorm.
 
-    `network` holds stages at 0, 2, 4, 6 and the downsampling convolutions between them at 1, 3, 5. The norms of the
-    outputs (`norm0`, `norm2`, `norm4`, `norm6`) are not fed onward; published checkpoints hold only `norm6`.
+    `network` contains the stages at 0, 2, 4, 6 and the downsampling convolutions between them at 1, 3, 5. The output
+    norms (`norm0`, `norm2`, `norm4`, `norm6`) apply to the outputs only; published checkpoints contain only `norm6`.
 
     Args:
         arch: name in `ARCHITECTURES`, or a mapping with `layers`, `embed_dims` and optionally `mlp_ratios`.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); rises linearly from 0 at the first.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); it increases linearly from 0 in the first block.
         drop_rate: dropout inside the MLPs, in [0, 1).
         layer_scale_init_value: initial value of the layer scales; the default is the published one. From random weights
-            AdamW lets them grow by themselves (to 1e-3 .. 1e-1 within 300 steps); 1 instead of 1e-5 gained nothing.
-        strides: of the maps to return. A map that nobody reads leaves its norm without gradient, which data-parallel
-            training refuses.
+            AdamW increases them (to 1e-3 .. 1e-1 within 300 steps); 1 instead of 1e-5 gave no improvement.
+        strides: strides of the returned maps. The norm of an unused map has no gradient, which is an error in
+            distributed data-parallel training.
         frozen_stages: see `Backbone`.
         normalize, mean, std: see `Backbone`.
 
     Raises:
-        SpecError: unknown architecture or a rate outside its range.
+        SpecError: if the architecture is unknown, or a rate or stride is not allowed.
     """
 
     IGNORED_KEYS = ("head.*",)
@@ -168,19 +180,17 @@ class RIFormer(Backbone):
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
         super().__init__(normalize, mean, std)
-        for name, rate in (("drop_path_rate", drop_path_rate), ("drop_rate", drop_rate)):
-            require(0 <= rate < 1, f"RIFormer: {name} is {rate}; allowed: 0 <= {name} < 1")
+        require_rates("RIFormer", drop_path_rate=drop_path_rate, drop_rate=drop_rate)
         architecture = choose_architecture("RIFormer", arch, ARCHITECTURES)
         widths, depths = architecture.embed_dims, architecture.layers
         require(
             bool(strides) and list(strides) == [s for s in STRIDES if s in strides],
-            f"RIFormer: strides are {list(strides)}; allowed: some of {list(STRIDES)}, rising",
+            f"RIFormer: strides are {list(strides)}; allowed: some of {list(STRIDES)}, increasing",
         )
         self.levels = tuple(FeatureLevel(width, s) for s, width in zip(STRIDES, widths) if s in strides)
         self.size_divisor = 32
         self.stage_sizes = depths
-        total = sum(depths)
-        drop_paths = [drop_path_rate * i / max(total - 1, 1) for i in range(total)]
+        drop_paths = drop_path_rates(drop_path_rate, sum(depths))
         self.patch_embed = StridedPatchEmbed(3, widths[0], 7, 4, 2)
         network: list[nn.Module] = []
         for stage, (depth, width) in enumerate(zip(depths, widths)):
@@ -199,7 +209,7 @@ class RIFormer(Backbone):
         self.hold(frozen_stages)
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the normed stage outputs of a normalized image (B, 3, H, W), H and W at least 32."""
+        """Return the normalized stage outputs (B, C, H / stride, W / stride) of a normalized image (B, 3, H, W)."""
         x = self.patch_embed(image)
         outputs = []
         for index, stage in enumerate(self.network):
@@ -210,9 +220,9 @@ class RIFormer(Backbone):
         return tuple(outputs)
 
     def reparameterize(self) -> None:
-        """Fold every affine token mixer into the norm before it (key `norm_reparam`), in place.
+        """Merge every affine operator into the norm before it (key `norm_reparam`), in place.
 
-        Works in float16, bfloat16, float32 and float64; a second call changes nothing.
+        Works in float16, bfloat16, float32 and float64; idempotent.
         """
         for stage in self.network:
             if isinstance(stage, nn.Sequential):
@@ -221,7 +231,7 @@ class RIFormer(Backbone):
                         stage[index] = DeployedRIFormerBlock(block)
 
     def param_depth(self, name: str) -> int:
-        """0 for the stem, 1 + i for block i (a downsampling counts as the next block), then one more for the norms."""
+        """Return 0 for the stem, 1 + i for block i and the downsampling before it, one more for the output norms."""
         parts = name.split(".")
         if parts[0] == "patch_embed":
             return 0
@@ -233,7 +243,7 @@ class RIFormer(Backbone):
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialize convolutions with a truncated normal (0.02), affine maps as identity (a block starts as its MLP)."""
+    """Initialize convolutions from N(0, 0.02), truncated, and affine operators as the identity."""
     if isinstance(module, AffineMixer):
         nn.init.ones_(module.affine.weight)
         nn.init.zeros_(module.affine.bias)  # type: ignore[arg-type]

@@ -106,7 +106,7 @@ def test_every_parameter_has_a_gradient():
         ({"arch": {**TINY, "share_sets": [3, 2, 4, 8]}}, "cannot be divided"),
         ({"arch": {**TINY, "nominal": 100}}, "multiples of 32"),
         ({"arch": {**TINY, "kernels": [2]}}, "odd numbers"),
-        ({"arch": {**TINY, "depths": [1, 1]}}, "four positive"),
+        ({"arch": {**TINY, "depths": [1, 1]}}, "4 integers"),
         ({"tile_order": "spatal"}, "allowed: published, spatial"),
     ],
 )
