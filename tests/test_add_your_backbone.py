@@ -1,4 +1,4 @@
-"""The example of docs/add-your-backbone.md as a user meets it; and wrong ones fail."""
+"""The example of docs/add-your-backbone.md and plug-in files of version 0.1 work; faulty backbones fail."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from engine.cli.plugins import load_plugins
+from models import backbones
 from models.backbones import FeatureLevel
 from models.yolo import DetectionModel
 from utils.yaml_lines import load_yaml, plain
@@ -60,6 +61,48 @@ def test_it_is_a_row_of_a_detector(tmp_path: Path) -> None:
     assert model.model[0].levels == (FeatureLevel(96, 8), FeatureLevel(192, 16), FeatureLevel(384, 32))
     with torch.no_grad():
         assert model(torch.rand(1, 3, 64, 96))[0].shape == (1, 3 * (8 * 12 + 4 * 6 + 2 * 3), 8)
+
+
+# Plug-in file as written for version 0.1: it imports from `models.backbones.base` and registers under a name.
+PLUGIN_0_1 = """
+from torch import nn
+from models.backbones import create_backbone, list_backbones, register_backbone
+from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
+
+assert "riformer_s12" in list_backbones()
+
+
+@register_backbone("old_net")
+class OldNet(Backbone):
+    NEW_KEYS = ("stem.*",)
+
+    def __init__(self, width=8, frozen_stages=-1, norm_eval=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+        super().__init__(True, mean, std)
+        self.inner = create_backbone("riformer_s12", arch={"layers": [1] * 4, "embed_dims": [width] * 4})
+        self.stem = nn.Conv2d(3, 3, 1)
+        self.levels = tuple(FeatureLevel(level.channels, level.stride) for level in self.inner.levels)
+        self.size_divisor = 32
+        self.stage_sizes = (1,)
+        self.hold(frozen_stages, norm_eval)
+
+    def forward(self, image):
+        return tuple(self.inner.forward_features(self.stem(self.normalized(image))))
+
+    def param_depth(self, name):
+        return 0 if name.startswith("stem.") else 1
+"""
+
+
+def test_plugin_of_version_0_1_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "_PLUGINS", {})
+    (tmp_path / "old_net.py").write_text(PLUGIN_0_1, encoding="utf-8")
+    load_plugins([str(tmp_path / "old_net.py")])
+    assert backbones.list_backbones()[-1] == "old_net"
+    backbone = backbones.create_backbone("old_net", width=16, frozen_stages=0)
+    assert backbone.levels == tuple(FeatureLevel(16, stride) for stride in (4, 8, 16, 32))
+    assert not backbone.get_parameter("stem.weight").requires_grad
+    maps = backbone(torch.rand(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, 16, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
 
 
 FAULTS = {

@@ -196,8 +196,8 @@ def create_backbone(
         arguments: of the class; they override those of the entry.
 
     Raises:
-        SpecError: unknown name or argument, or a value that is not allowed.
-        CheckpointError: the weights is not available, or do not fit.
+        SpecError: if a name or argument is unknown, or a value is not allowed.
+        CheckpointError: if the weights are not available or do not fit.
     """
     entry = _entry(name)
     cls = _class_of(entry)

@@ -169,8 +169,7 @@ class Mlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         first, second = (self.get_submodule(name) for name in self.names)
-        y: Tensor = self.drop(second(self.drop(self.act(first(x)))))
-        return y
+        return self.drop(second(self.drop(self.act(first(x)))))
 
 
 class SimpleFeaturePyramid(nn.Module):

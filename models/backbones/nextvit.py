@@ -162,8 +162,7 @@ class Projection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
-        y: Tensor = self.norm(self.conv(self.pool(x)))
-        return y
+        return self.norm(self.conv(self.pool(x)))
 
     def fold(self) -> None:
         """Fold the BatchNorm into the convolution."""
@@ -188,8 +187,7 @@ class MHCA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        y: Tensor = self.projection(F.relu(self.norm(self.group_conv3x3(x))))
-        return y
+        return self.projection(F.relu(self.norm(self.group_conv3x3(x))))
 
     def fold(self) -> None:
         """Fold the BatchNorm into the group convolution."""
@@ -338,8 +336,7 @@ class NCB(nn.Module):
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         z = self.patch_embed(z)
         z = z + self.drop_path(self.mhca(z))
-        z = z + self.drop_path(self.mlp(self.norm(z)))
-        return z
+        return z + self.drop_path(self.mlp(self.norm(z)))
 
     def fold(self) -> None:
         """Fold the BatchNorm into the first convolution of the MLP."""
@@ -373,8 +370,7 @@ class NTB(nn.Module):
         z_mhca = self.projection(z_mhsa)
         z_mhca = z_mhca + self.drop_path(self.mhca(z_mhca))
         z = torch.cat((z_mhsa, z_mhca), dim=1)
-        z = z + self.drop_path(self.mlp(self.norm2(z)))
-        return z
+        return z + self.drop_path(self.mlp(self.norm2(z)))
 
     def fold(self) -> None:
         """Fold the BatchNorms into E-MHSA and into the first convolution of the MLP."""

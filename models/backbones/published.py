@@ -164,7 +164,7 @@ def load_published(
         The report; None where nothing was loaded.
 
     Raises:
-        CheckpointError: the file is not available or read, or is that of another architecture.
+        CheckpointError: if the file is not available or readable, or belongs to another architecture.
     """
     if not is_main_process():
         return None
@@ -177,7 +177,7 @@ def load_published(
     deployed = [key for key in state for pattern in getattr(backbone, "DEPLOYED_KEYS", ()) if fnmatchcase(key, pattern)]
     if deployed:
         raise CheckpointError(
-            f"{where}: holds the re-parameterized model ({shorten(deployed, 2)}); the training form is needed"
+            f"{where}: contains a re-parameterized model ({shorten(deployed, 2)}); required: the training-time model"
         )
     report = load_state(
         backbone,

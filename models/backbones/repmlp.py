@@ -121,8 +121,7 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
-        y: Tensor = self.bn(self.conv(x))
-        return y
+        return self.bn(self.conv(x))
 
 
 class GlobalPerceptron(nn.Module):
@@ -135,8 +134,7 @@ class GlobalPerceptron(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 1, 1)."""
-        factor: Tensor = self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
-        return factor
+        return self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
 class RepMLPBlock(nn.Module):
@@ -173,8 +171,7 @@ class RepMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        out: Tensor = by_partitions(self.perceive, x, self) * self.gp(x)
-        return out
+        return by_partitions(self.perceive, x, self) * self.gp(x)
 
 
 class DeployedRepMLPBlock(nn.Module):
@@ -201,8 +198,7 @@ class DeployedRepMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        out: Tensor = by_partitions(self.perceive, x, self) * self.gp(x)
-        return out
+        return by_partitions(self.perceive, x, self) * self.gp(x)
 
 
 def by_partitions(perceive: Callable[[Tensor], Tensor], x: Tensor, block: RepMLPBlock | DeployedRepMLPBlock) -> Tensor:
@@ -262,8 +258,7 @@ class FFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        y: Tensor = self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
-        return y
+        return self.ffn_fc2(F.gelu(self.ffn_fc1(x)))
 
 
 class RepMLPUnit(nn.Module):
@@ -279,8 +274,7 @@ class RepMLPUnit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.repmlp_block(self.prebn1(x))
-        x = x + self.ffn_block(self.prebn2(x))
-        return x
+        return x + self.ffn_block(self.prebn2(x))
 
 
 class RepMLPNet(Backbone):

@@ -113,8 +113,7 @@ class PatchEmbed(nn.Module):
         """(B, 3, height, width) -> (B, C, H, W); zero-padded at right and bottom to complete patches."""
         height, width = image.shape[-2:]
         image = functional.pad(image, (0, -width % self.patch_size, 0, -height % self.patch_size))
-        x: Tensor = self.projection(image)
-        return x
+        return self.projection(image)
 
 
 class Attention(nn.Module):
@@ -135,8 +134,7 @@ class Attention(nn.Module):
         q_BNLD, k_BNLD, v_BNLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         drop = self.attn_drop_rate if self.training else 0.0
         y_BNLD = functional.scaled_dot_product_attention(q_BNLD, k_BNLD, v_BNLD, dropout_p=drop)
-        y: Tensor = self.proj_drop(self.proj(y_BNLD.transpose(1, 2).reshape(batch, tokens, channels)))
-        return y
+        return self.proj_drop(self.proj(y_BNLD.transpose(1, 2).reshape(batch, tokens, channels)))
 
 
 class FeedForward(nn.Module):
@@ -149,8 +147,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        y: Tensor = self.layers(x)
-        return y
+        return self.layers(x)
 
 
 class ReversibleBlock(nn.Module):
@@ -166,22 +163,17 @@ class ReversibleBlock(nn.Module):
 
     def F(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper's symbol)
         """Apply the attention branch, (B, L, C) -> (B, L, C)."""
-        y: Tensor = self.drop_path(self.attn(self.ln1(x)))
-        return y
+        return self.drop_path(self.attn(self.ln1(x)))
 
     def G(self, x: Tensor) -> Tensor:  # noqa: N802 (the paper's symbol)
         """Apply the MLP branch, (B, L, C) -> (B, L, C)."""
-        y: Tensor = self.drop_path(self.ffn(self.ln2(x)))
-        return y
+        return self.drop_path(self.ffn(self.ln2(x)))
 
     def forward(self, x_1: Tensor, x_2: Tensor) -> tuple[Tensor, Tensor]:
         """Map the streams (B, L, C), (B, L, C) to (y_1, y_2) of the same shapes."""
         y_1 = x_1 + self.F(x_2)
         y_2 = x_2 + self.G(y_1)
         return y_1, y_2
-
-
-# ---- the reversible sequence ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -246,7 +238,6 @@ class _Branch(nn.Module):
         self.theta = {name: value for name, value in self.named_parameters() if name.startswith(parts)}
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, L, C) -> (B, L, C)."""
         return self.block.F(x) if self.branch == "F" else self.block.G(x)
 
     def pull_back(
@@ -272,13 +263,8 @@ class ReversibleFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # noqa: D102 (autograd's interface)
-        ctx: Any,  # noqa: ANN401 (attributes are set on it)
-        blocks: Sequence[ReversibleBlock],
-        buffered: frozenset[int],
-        x_1: Tensor,
-        x_2: Tensor,
-        *theta: Tensor,
+    def forward(
+        ctx: Any, blocks: Sequence[ReversibleBlock], buffered: frozenset[int], x_1: Tensor, x_2: Tensor, *theta: Tensor
     ) -> tuple[Tensor, Tensor]:
         devices = sorted({t.device for t in (x_1, x_2, *theta) if t.device.type == "cuda"}, key=str)
         ctx.blocks = blocks
@@ -303,7 +289,7 @@ class ReversibleFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401, D102 (as forward)
+    def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:
         y_1, y_2, *others = ctx.saved_tensors
         kept, needs_theta = others[: ctx.num_kept], ctx.needs_input_grad[4:]
         theta = list(zip(others[ctx.num_kept :], needs_theta))
@@ -327,9 +313,6 @@ class ReversibleFunction(torch.autograd.Function):
             x_1, d_x_2, end = y_1 - F_x_2, d_y_2 + d, start
             y_1, y_2, d_y_1, d_y_2 = x_1, x_2, d_x_1, d_x_2
         return None, None, d_y_1, d_y_2, *d_theta
-
-
-# ---- the backbone ---------------------------------------------------------------------------------------------------
 
 
 class RevViT(Backbone):
@@ -428,8 +411,7 @@ class RevViT(Backbone):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """(B, 3, height, width), RGB in [0, 1] -> one map per stride; odd sizes round up."""
-        maps: tuple[Tensor, ...] = self.pyramid(self.forward_features(self.normalized(image))[0])
-        return maps
+        return self.pyramid(self.forward_features(self.normalized(image))[0])
 
     def forward_features(self, image: Tensor) -> tuple[Tensor]:
         """Return the map (B, 2 C or C, ceil(height / patch), ceil(width / patch)) of a normalized image."""
@@ -450,9 +432,7 @@ class RevViT(Backbone):
             blocks = cast(tuple[ReversibleBlock, ...], tuple(self.layers))
             theta = [value for block in blocks for branch in "FG" for value in _Branch(block, branch).theta.values()]
             if theta:  # the replicas of nn.DataParallel have no parameters of their own
-                return cast(
-                    tuple[Tensor, Tensor], ReversibleFunction.apply(blocks, self.buffered_layers, x_1, x_2, *theta)
-                )
+                return ReversibleFunction.apply(blocks, self.buffered_layers, x_1, x_2, *theta)
         for block in self.layers:
             x_1, x_2 = block(x_1, x_2)
         return x_1, x_2
@@ -482,11 +462,7 @@ class RevViT(Backbone):
         return ours
 
     def resize_official(self, key: str, tensor: Tensor, target_shape: Sequence[int]) -> Tensor:
-        """Resize a published position embedding (1, L, C) of another square grid.
-
-        Raises:
-            SpecError: for any other key or shape.
-        """
+        """Resize a published position embedding (1, L, C) of a square grid; SpecError for other keys or shapes."""
         side = round(tensor.shape[1] ** 0.5) if tensor.ndim == 3 else 0
         fits = key == "pos_embed" and side > 0 and tensor.shape[1:] == (side * side, target_shape[-1])
         require(fits, f"{key}: shape {tuple(tensor.shape)} cannot become {tuple(target_shape)}")
@@ -500,8 +476,8 @@ class RevViT(Backbone):
 
 
 def _check_options(depth: int, fusion_mode: str, buffered_layers: Sequence[int]) -> None:
-    modes = ", ".join(FUSION_MODES)
-    require(fusion_mode in FUSION_MODES, f"RevViT: fusion_mode is {fusion_mode!r}; allowed: {modes}")
+    allowed = f"allowed: {', '.join(FUSION_MODES)}"
+    require(fusion_mode in FUSION_MODES, f"RevViT: fusion_mode is {fusion_mode!r}; {allowed}")
     for index in buffered_layers:
         require(0 <= index < depth, f"RevViT: buffered_layers holds {index}; allowed: 0 to {depth - 1}")
 

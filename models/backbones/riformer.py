@@ -72,8 +72,7 @@ class StridedPatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H / stride, W / stride)."""
-        y: Tensor = self.proj(x)
-        return y
+        return self.proj(x)
 
 
 class AffineMixer(nn.Module):
@@ -110,8 +109,7 @@ class RIFormerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.drop_path(self.layer_scale_1.view(-1, 1, 1) * self.token_mixer(self.norm1(x)))
-        x = x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
-        return x
+        return x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
 
 
 class DeployedRIFormerBlock(nn.Module):
@@ -138,8 +136,7 @@ class DeployedRIFormerBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
         x = x + self.drop_path(self.layer_scale_1.view(-1, 1, 1) * self.norm_reparam(x))
-        x = x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
-        return x
+        return x + self.drop_path(self.layer_scale_2.view(-1, 1, 1) * self.mlp(self.norm2(x)))
 
 
 class RIFormer(Backbone):

@@ -3,10 +3,10 @@
 Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it takes are measured too:
 
 - as it is, or with `dynamic_img_size`, or with `strict_img_size=False` (Swin; windows and shifts are then worked out
-  for the size available): sides are multiples of 32;
+  for the given size): sides are multiples of 32;
 - networks that take multiples of their native size only (MaxViT): `size_divisor` is that size, the caller pads;
 - networks that take their native size only (MLP-Mixer): the padded image is cut into tiles of that size, each tile
-  goes through on its own, and the maps are put together again. `model_args: {img_size: 640}` makes the tile an image;
+  is processed separately, and the maps are joined again. `model_args: {img_size: 640}` makes the tile an image;
 - strides 7, 14, 28 (patch size 14): the image is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
 
 Parameters that no map depends on (the tail that some of timm's extractors keep) are frozen.
@@ -162,7 +162,7 @@ class TimmBackbone(Backbone):
         return [(s, i) for s, i in at.items() if s in strides or s in sources]
 
     def _add_levels(self, own: list[FeatureLevel], wanted: Sequence[int]) -> list[FeatureLevel]:
-        """Make the finer and coarser ones that are wanted; the nearest map that is available is the source."""
+        """Append the requested finer and coarser levels, each computed from the nearest available map."""
         levels = list(own)
         while levels[0].stride > min(wanted):
             first = levels[0]
@@ -204,7 +204,7 @@ class TimmBackbone(Backbone):
         return [m.permute(0, 3, 1, 2).contiguous() for m in maps] if self.measured.channels_last else list(maps)
 
     def _in_tiles(self, x: Tensor) -> list[Tensor]:
-        """Each tile on its own; the tiles of one image lie next to one another in the batch."""
+        """Process every tile separately; the tiles of one image are adjacent in the batch."""
         tile = int(self.measured.tile * self.measured.shrink)
         batch, _, height, width = x.shape
         rows, columns = height // tile, width // tile

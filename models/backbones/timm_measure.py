@@ -67,7 +67,7 @@ class Measured:
 
 
 def timm_package() -> Any:
-    """Import timm, or raise ConfigError with the pip command."""
+    """Import timm, or raise SpecError with the pip command."""
     try:
         import timm
     except ImportError as error:

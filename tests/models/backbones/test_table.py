@@ -313,7 +313,7 @@ def test_a_deployed_file_is_refused(tmp_path: Path) -> None:
     torch.save(deployed.state_dict(), tmp_path / "deployed.pth")
     with pytest.raises(
         CheckpointError,
-        match=r"holds the re-parameterized model \(network.0.0.norm_reparam.weight, .* the training form is needed",
+        match=r"a re-parameterized model \(network.0.0.norm_reparam.weight, .* required: the training-time model",
     ):
         create_backbone("RIFormer", weights=tmp_path / "deployed.pth", arch=TINY)
 
