@@ -1,4 +1,4 @@
-"""Dataset YAMLs: where the images are, what the classes are called, and how the set is available.
+"""Dataset YAMLs: where the images are, what the classes are called, and how to generate or download it.
 
 The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the set that is drawn
 on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). YOLOv5's format:

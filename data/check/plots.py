@@ -1,4 +1,4 @@
-"""The image of `data.check`: classes, sizes against anchors and strides, places and numbers of boxes."""
+"""Figure of `data.check`: classes, box sizes against anchors and strides, positions and counts of boxes."""
 
 from __future__ import annotations
 

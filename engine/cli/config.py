@@ -108,7 +108,7 @@ class TrainConfig(Options):
     evolve: Any = option(None, "tune the hyperparameters: number of trials", int, form=OPTIONAL, const=300, low=1)
     evolve_population: str = option("data/hyps", "folder with hyperparameter files that --evolve is to try first, too")
     resume_evolve: str | None = option(
-        None, "continue with an hyperparameter search (its study.db or folder), or take part in it"
+        None, "continue with a hyperparameter search (its study.db or folder), or take part in it"
     )
     bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(

@@ -60,10 +60,15 @@ def coco_package() -> tuple[Any, Any]:
     return COCO, COCOeval
 
 
-def require_pycocotools() -> None:
-    """Raise ConfigError, before any work is done, when the package is not installed."""
-    if importlib.util.find_spec("pycocotools") is None:
-        raise ConfigError("--save-json: needs pycocotools; install it with: pip install pycocotools")
+def coco_installed() -> bool:
+    """Return whether a package for COCO metrics is installed."""
+    return any(importlib.util.find_spec(name) is not None for name in ("faster_coco_eval", "pycocotools"))
+
+
+def require_coco() -> None:
+    """Raise ConfigError, before any work is done, if no package for COCO metrics is installed."""
+    if not coco_installed():
+        raise ConfigError("--save-json: needs faster-coco-eval or pycocotools: pip install faster-coco-eval")
 
 
 def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:

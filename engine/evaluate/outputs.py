@@ -136,8 +136,8 @@ class CocoSink:
 
     @staticmethod
     def check() -> None:
-        """Raise ConfigError when pycocotools is not installed."""
-        coco_eval.require_pycocotools()
+        """Raise ConfigError if no package for COCO metrics is installed."""
+        coco_eval.require_coco()
 
     @classmethod
     def for_data(cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str]) -> CocoSink:

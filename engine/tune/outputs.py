@@ -1,4 +1,4 @@
-"""What an hyperparameter search writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
+"""What a hyperparameter search writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ MOST_FAILED = 5
 
 @dataclass(frozen=True)
 class EvolveResult:
-    """What an hyperparameter search left behind.
+    """What a hyperparameter search left behind.
 
     Attributes:
         folder: with study.db, evolve.csv and the rest.
@@ -92,7 +92,7 @@ def evolve(config: TrainConfig) -> EvolveResult:
         )
     if config.resume:
         raise ConfigError(
-            "--evolve: cannot be combined with --resume; to continue with an hyperparameter search: --resume_evolve"
+            "--evolve: cannot be combined with --resume; to continue with a hyperparameter search: --resume_evolve"
         )
     with studies.quiet_optuna():
         if config.resume_evolve is not None:
@@ -161,7 +161,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
     if config.exist_ok:
         if (wanted / studies.FILE).exists() or any(wanted.glob("trial*")):
             raise ConfigError(
-                f"--exist-ok: {wanted} holds an hyperparameter search; to continue with it: --resume_evolve {wanted}"
+                f"--exist-ok: {wanted} holds a hyperparameter search; to continue with it: --resume_evolve {wanted}"
             )
         is_new = not wanted.exists()
         return make_folder(wanted), is_new

@@ -1,4 +1,4 @@
-"""What an hyperparameter search varies, between which bounds, and where it starts. No optuna here."""
+"""What a hyperparameter search varies, between which bounds, and where it starts. No optuna here."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def point_of(hyp: Hyperparameters, where: str) -> Point:
     point = {row.key: float(values[row.key]) for row in SPACE}
     bad = [key for key, value in point.items() if not math.isfinite(value)]
     if bad:
-        raise ConfigError(
-            f"{where}: {', '.join(bad)}: a finite number is needed to start an hyperparameter search from"
-        )
+        raise ConfigError(f"{where}: {', '.join(bad)}: a finite number is needed to start a hyperparameter search from")
     return point
 
 

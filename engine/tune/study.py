@@ -167,7 +167,7 @@ def find(text: str) -> Path:
         newest = newest_file(RUNS, f"*/{FILE}")
         near = f"; the newest one is {newest.parent}" if newest else ""
         raise ConfigError(
-            f"--resume_evolve {text}: no such study; give the folder of an hyperparameter search or its {FILE}{near}"
+            f"--resume_evolve {text}: no such study; give the folder of a hyperparameter search or its {FILE}{near}"
         )
     if not (os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)):
         raise ConfigError(f"--resume_evolve {path}: the file and its folder have to be writable")
@@ -175,10 +175,10 @@ def find(text: str) -> Path:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=rw", uri=True, timeout=WAIT)) as connection:
             names = [row[0] for row in connection.execute("SELECT study_name FROM studies")]
     except sqlite3.Error as error:
-        raise ConfigError(f"--resume_evolve {path}: is not the study of an hyperparameter search: {error}") from error
+        raise ConfigError(f"--resume_evolve {path}: is not the study of a hyperparameter search: {error}") from error
     if STUDY not in names:
         raise ConfigError(
-            f"--resume_evolve {path}: is not the study of an hyperparameter search (it holds no study '{STUDY}')"
+            f"--resume_evolve {path}: is not the study of a hyperparameter search (it holds no study '{STUDY}')"
         )
     return path
 

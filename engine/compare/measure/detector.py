@@ -157,7 +157,7 @@ class TrainingStep:
         self.step = TrainStep(parts, optimizer, config, hyp.clip_norm, device, World())
 
     def restart(self) -> None:
-        """Do one training step on the fixed batch."""
+        """Do nothing: the batch is always the same."""
 
     def loss(self) -> Tensor:
         """Forward pass and loss of the batch, 0-d."""

@@ -59,7 +59,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
 
 
 def available_memory() -> float:
-    """Bytes that is available without swapping; infinite where the system does not say."""
+    """Return the bytes available without swapping, infinite where the system does not report them."""
     return _meminfo("MemAvailable") or float("inf")
 
 

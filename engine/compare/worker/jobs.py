@@ -26,6 +26,7 @@ from engine.compare.measure.detector import (
     visit,
     warm_up,
 )
+from engine.evaluate.coco import coco_installed
 from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, prepare, split_annotations
 from engine.evaluate.outputs import CocoSink
 from engine.export.config import ExportConfig
@@ -173,7 +174,7 @@ def training_memory(state: State, *, sample: str, recipe: dict[str, Any], batch:
 
     Args:
         state: of a fresh process: the peak is that of its whole life.
-        sample: file of `SamplePictures`.
+        sample: file of `SampleImages`.
         recipe: options of train.py.
         batch: images per step.
     """
@@ -217,7 +218,7 @@ def open_inference(
     Args:
         state: of the process; for the peak of memory a fresh one.
         weights: checkpoint, or exported file.
-        sample: file of `SamplePictures`.
+        sample: file of `SampleImages`.
         batch: images per call.
         imgsz: side in pixels.
         training_form: the model as it is trained, not the deployed one.
@@ -334,7 +335,7 @@ def run_validation(
     config, described, runtime = prepare(
         ValConfig(
             weights=[weights], data=data, imgsz=imgsz, task=task, batch_size=batch, workers=workers,
-            device=str(state.device), save_json=coco_is_there(),
+            device=str(state.device), save_json=coco_installed(),
         )
     )  # fmt: skip
     annotations = split_annotations(config, described)
@@ -361,13 +362,6 @@ def run_validation(
             for k, c in enumerate(result.classes.tolist())
         },
     }
-
-
-def coco_is_there() -> bool:
-    """Whether pycocotools is installed; without it there are no figures by size of object."""
-    import importlib.util
-
-    return importlib.util.find_spec("pycocotools") is not None
 
 
 def objects_by_area(records: Any) -> dict[str, int]:

@@ -38,7 +38,7 @@ class JobFailedError(Exception):
 
 @dataclass(frozen=True)
 class Setting:
-    """What every process is reported first; see `engine.compare.worker.jobs.setup`."""
+    """Settings sent to every process first; see `engine.compare.worker.jobs.setup`."""
 
     file: str
     names: tuple[str, ...]
@@ -52,7 +52,7 @@ class Worker:
     """A process for one candidate; a context manager that ends it.
 
     Args:
-        setting: what it is reported first.
+        setting: sent to the process first.
         log: file that takes what it prints; appended to.
     """
 

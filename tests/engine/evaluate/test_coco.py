@@ -104,9 +104,15 @@ def test_score_from_a_file_and_its_errors(tmp_path):
             score(path, perfect(), [1, 2])
 
 
-def test_missing_package_is_said_before_any_work(monkeypatch):
+@pytest.mark.parametrize("installed", ["faster_coco_eval", "pycocotools"])
+def test_check_accepts_either_package(monkeypatch, installed):
+    monkeypatch.setattr(coco_eval.importlib.util, "find_spec", lambda name: object() if name == installed else None)
+    CocoSink.check()
+
+
+def test_check_refuses_without_any_package(monkeypatch):
     monkeypatch.setattr(coco_eval.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install pycocotools"):
+    with pytest.raises(ConfigError, match="pip install faster-coco-eval"):
         CocoSink.check()
 
 

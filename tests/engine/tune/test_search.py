@@ -287,7 +287,7 @@ def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with an hyperparameter search of one trial, a text and a database of another kind."""
+    """A folder with a hyperparameter search of one trial, a text and a database of another kind."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evolve_module, "train", Trainings())
@@ -304,14 +304,14 @@ def finished(tmp_path_factory) -> Path:
     [
         ({"resume": "last.pt"}, ["--evolve: cannot be combined with --resume"]),
         ({"resume_evolve": "nowhere"}, ["--resume_evolve nowhere: no such study", "study.db"]),
-        ({"resume_evolve": "text.db"}, ["text.db: is not the study of an hyperparameter search"]),
-        ({"resume_evolve": "other.db"}, ["other.db: is not the study of an hyperparameter search"]),
+        ({"resume_evolve": "text.db"}, ["text.db: is not the study of a hyperparameter search"]),
+        ({"resume_evolve": "other.db"}, ["other.db: is not the study of a hyperparameter search"]),
         ({"resume_evolve": "runs/exp", "epochs": 9, "seed": 1},
          ["--epochs is 9, the study was begun with 3", "--seed is 1, the study was begun with 0"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
         ({"evolve_population": "runs"}, ["holds no *.yaml file"]),
         ({"hyp": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
-        ({"exist_ok": True}, ["runs/exp holds an hyperparameter search", "--resume_evolve"]),
+        ({"exist_ok": True}, ["runs/exp holds a hyperparameter search", "--resume_evolve"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_one_line(finished, trainings, monkeypatch, options, words):
