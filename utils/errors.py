@@ -31,7 +31,7 @@ class ExportError(UserError):
 
 
 class TrainingError(RuntimeError):
-    """A training that cannot go on though nothing was asked wrongly; reported in one line too (exit status 1)."""
+    """A training that cannot continue for reasons other than user input; reported in one line, exit status 1."""
 
 
 def did_you_mean(found: object, allowed: Iterable[str]) -> str:

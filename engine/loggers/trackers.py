@@ -23,7 +23,7 @@ MLFLOW_CALL = 100  # parameters that its server takes in one request
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What a tracker is reported when a run begins.
+    """Facts of a run that trackers receive when it starts.
 
     Attributes:
         folder: run folder.

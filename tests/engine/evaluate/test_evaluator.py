@@ -1,4 +1,4 @@
-"""Validation: figures of a detector that knows the answers, files, tasks, and errors of the user."""
+"""Tests of validation: metrics of a detector with known detections, output files, tasks, user errors."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def weights(tmp_path_factory):
 
 
 class Oracle:
-    """A runtime that is reported what to find: per image number (n, 6) corners in original pixels, score, class."""
+    """A runtime with fixed detections: per image (n, 6) xyxy in original pixels, confidence, class."""
 
     names, stride, imgsz, fixed_batch, device = NAMES, 32, None, None, torch.device("cpu")
 

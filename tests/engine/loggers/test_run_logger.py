@@ -35,7 +35,7 @@ def epochs(folder):
 
 
 class Recorder(HostedLogger):
-    """A tracker that keeps what it is reported."""
+    """A tracker that records its calls."""
 
     name = "recorder"
     package = pip = "recorder"

@@ -10,15 +10,20 @@ import torch
 import yaml
 
 from engine.cli.config import TrainConfig
+from engine.devices.distributed import World
 from engine.devices.prefetch import prefetch
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import open_runtime
 from engine.train.autobatch import choose_batch
+from engine.train.ema import ModelEma
+from engine.train.freeze import Frozen
 from engine.train.optimizer import build_optimizer, parameter_groups
+from engine.train.setup import ModelParts
+from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.detectors import build, save
-from tests.helpers.training import config, interrupt_at, poison, rows
+from tests.helpers.training import config, detection_loss, interrupt_at, poison, rows
 from utils.structures import Batch
 
 pytestmark = pytest.mark.gpu
@@ -136,3 +141,21 @@ def test_fused_optimizer_steps_as_the_plain_one(name) -> None:
         moved.append({key: value.cpu() for key, value in model.state_dict().items()})
     for key, value in moved[0].items():
         torch.testing.assert_close(moved[1][key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_unscaled_before_clipping() -> None:
+    """A float16 step moves the weights as a float32 step does; clipping scaled gradients would shrink it by 65536."""
+    images = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
+    moved = []
+    for amp in ("off", "fp16"):
+        model = build("yolov5", seed=4).to(GPU).train()
+        before = [p.detach().clone() for p in model.parameters()]
+        parts = ModelParts(model, ModelEma(model), Frozen(), detection_loss(model), 32)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01)
+        step = TrainStep(parts, optimizer, TrainConfig(imgsz=64, amp=amp), 10.0, GPU, World())
+        step.backward(images.to(GPU), targets, (0, 0))
+        step.step()
+        moved.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]))
+    assert float(moved[0].norm()) > 1e-3
+    assert float((moved[1] - moved[0]).norm()) < 0.1 * float(moved[0].norm())

@@ -28,7 +28,7 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @register_backbone("TinyBackbone")
     class _Tiny(Backbone):
-        """Average pools by stride; gives the levels it is reported."""
+        """Average-pool by stride and return the declared levels."""
 
         def __init__(self, strides: Sequence[int] = (8, 16, 32), size_divisor: int = 32) -> None:
             super().__init__(normalize=False)
