@@ -30,5 +30,10 @@ def _device_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
     reason = unavailable()
     if reason or request.node.get_closest_marker("real_gpu"):
         pytest.skip(reason or "needs a real CUDA device")
-    with pretend_cuda():
+    with pretend_cuda(dirty="dirty_memory" in request.fixturenames):
         yield
+
+
+@pytest.fixture
+def dirty_memory() -> None:
+    """Ask for a pretended device whose fresh memory holds NaN; a real device's may hold anything."""

@@ -94,9 +94,31 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum
     """
     fused = any(p.is_cuda for group in groups for p in group["params"]) or None
     if name == "SGD":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=fused)
+        _fill_momentum(sgd)
+        return sgd
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]
     return kind(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimizer state; fused SGD gets zero momentum where the state has none."""
+    optimizer.load_state_dict(state)
+    _fill_momentum(optimizer)
+
+
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter of fused SGD a momentum of zeros, which computes the same first step as no momentum.
+
+    Without it the fused kernel allocates uninitialized memory in the first step and does not write it if that step is
+    skipped (non-finite gradients); and it refuses groups in which only some parameters have momentum (after thawing).
+    """
+    if not isinstance(optimizer, torch.optim.SGD) or not optimizer.defaults["fused"]:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if optimizer.state[parameter].get("momentum_buffer") is None:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def scaled_decay(decay: float, batch_size: int, nominal: int = 64) -> float:

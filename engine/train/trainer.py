@@ -39,6 +39,7 @@ from engine.train import state as checkpoints
 from engine.train.early_stopping import EarlyStopping
 from engine.train.freeze import Frozen, eval_frozen, unfreeze
 from engine.train.interrupt import StopNow, StopRequest
+from engine.train.optimizer import load_optimizer
 from engine.train.run_report import collect_facts, write_report
 from engine.train.schedule import apply_settings
 from engine.train.setup import TrainingParts, build_parts, resolve_run
@@ -383,7 +384,7 @@ class Trainer:
             state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": {}})}
         self.ema.updates = int(state["ema_updates"])
         self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.stepper.load_state_dict(state)
         self.progress.load_state_dict(state)
         self.early_stopping.load_state_dict(state)

@@ -17,7 +17,7 @@ from engine.runtimes.registry import open_runtime
 from engine.train.autobatch import choose_batch
 from engine.train.ema import ModelEma
 from engine.train.freeze import Frozen
-from engine.train.optimizer import build_optimizer, parameter_groups
+from engine.train.optimizer import build_optimizer, load_optimizer, parameter_groups
 from engine.train.setup import ModelParts
 from engine.train.step import TrainStep
 from engine.train.trainer import train
@@ -159,3 +159,54 @@ def test_gradients_are_unscaled_before_clipping() -> None:
         moved.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]))
     assert float(moved[0].norm()) > 1e-3
     assert float((moved[1] - moved[0]).norm()) < 0.1 * float(moved[0].norm())
+
+
+def sgd_on_gpu(*values: float) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """Parameters of four equal values each, on the device, and the trainer's SGD over them."""
+    parameters = [torch.nn.Parameter(torch.full((4,), value, device=GPU)) for value in values]
+    group = {"params": parameters, "weight_decay": 5e-4}
+    return parameters, build_optimizer("SGD", [group], 0.1, 0.9)
+
+
+def expected_sgd(value: float, gradients: list[float]) -> float:
+    """Nesterov momentum 0.9, learning rate 0.1 and weight decay 5e-4 in plain arithmetic."""
+    momentum = 0.0
+    for gradient in gradients:
+        gradient += 5e-4 * value
+        momentum = 0.9 * momentum + gradient
+        value -= 0.1 * (gradient + 0.9 * momentum)
+    return value
+
+
+def test_a_skipped_first_step_leaves_no_uninitialized_momentum(dirty_memory) -> None:
+    """The first float16 step often overflows; fused SGD allocates its momentum then, and returns before writing it."""
+    (weight,), optimizer = sgd_on_gpu(1.0)
+    scaler = torch.amp.GradScaler("cuda")
+    for gradient in (float("inf"), 1.0, 0.5):
+        weight.grad = scaler.scale(torch.full((4,), gradient, device=GPU))
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(weight.detach().cpu(), torch.full((4,), expected_sgd(1.0, [1.0, 0.5])))
+
+
+def test_thawed_parameters_join_a_group_that_has_momentum(dirty_memory) -> None:
+    (frozen, weight), optimizer = sgd_on_gpu(2.0, 1.0)
+    weight.grad = torch.ones(4, device=GPU)
+    optimizer.step()
+    for parameter in (frozen, weight):
+        parameter.grad = torch.full((4,), 0.5, device=GPU)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach().cpu(), torch.full((4,), expected_sgd(1.0, [1.0, 0.5])))
+    torch.testing.assert_close(frozen.detach().cpu(), torch.full((4,), expected_sgd(2.0, [0.5])))
+
+
+def test_momentum_of_a_run_without_it_starts_at_zero(dirty_memory) -> None:
+    """The state of a run that has not stepped yet has no momentum."""
+    (weight,), optimizer = sgd_on_gpu(1.0)
+    load_optimizer(optimizer, {"state": {}, "param_groups": optimizer.state_dict()["param_groups"]})
+    scaler = torch.amp.GradScaler("cuda")
+    for gradient in (float("inf"), 1.0):
+        weight.grad = scaler.scale(torch.full((4,), gradient, device=GPU))
+        scaler.step(optimizer)
+        scaler.update()
+    torch.testing.assert_close(weight.detach().cpu(), torch.full((4,), expected_sgd(1.0, [1.0])))
