@@ -10,7 +10,7 @@ import importlib.util
 import io
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from utils.errors import ConfigError, DataError
 from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
+STATISTICS = 12  # of COCO's summary for boxes; faster-coco-eval appends others
 
 # COCO numbers its categories 1..90 and leaves ten of them out; detectors number the remaining eighty 0..79.
 UNUSED_COCO_CATEGORIES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
@@ -145,8 +146,7 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
         DataError: an annotation file that cannot be read, or that does not know the images.
     """
     coco_class, eval_class = coco_package()
-    talk = io.StringIO()  # both packages print
-    with contextlib.redirect_stdout(talk):
+    with _captured() as output:
         known = coco_class()
         known.dataset = dict(truth) if isinstance(truth, Mapping) else _read(truth)
         known.createIndex()
@@ -156,15 +156,33 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
             raise DataError(f"{where}: does not know {len(strangers)} of the images, such as id {min(strangers)}")
         if not results:  # neither package reads an empty list
             LOGGER.info("COCO: no detections, all metrics are 0")
-            return [0.0] * 12
+            return [0.0] * STATISTICS
         evaluation = eval_class(known, known.loadRes([dict(row) for row in results]), "bbox")
         evaluation.params.imgIds = sorted(ids)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    table = [line for line in talk.getvalue().splitlines() if line.lstrip().startswith("Average")]
-    LOGGER.info("COCO evaluation:\n%s", "\n".join(table))
-    return [max(0.0, float(value)) for value in evaluation.stats[:12]]
+    table = [line for line in output.getvalue().splitlines() if line.lstrip().startswith("Average")]
+    LOGGER.info("COCO evaluation:\n%s", "\n".join(table[:STATISTICS]))
+    return [max(0.0, float(value)) for value in evaluation.stats[:STATISTICS]]
+
+
+@contextlib.contextmanager
+def _captured() -> Iterator[io.StringIO]:
+    """Collect what pycocotools prints and faster-coco-eval logs, instead of showing it."""
+    output = io.StringIO()
+    logger, handler = logging.getLogger("faster_coco_eval"), logging.StreamHandler(output)
+    level, propagate = logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        with contextlib.redirect_stdout(output):
+            yield output
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagate
 
 
 def _read(path: Path) -> dict[str, Any]:

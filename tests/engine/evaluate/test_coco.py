@@ -83,11 +83,16 @@ def test_score_is_equal_without_faster_coco_eval(monkeypatch, caplog):
     ]
     truth = ground_truth(IMAGES, IDS, (0, 1), NAMES)
     pytest.importorskip("faster_coco_eval")
-    fast = score(truth, results, [1, 2])
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    tables = []
     with caplog.at_level("INFO"):
+        fast = score(truth, results, [1, 2])
+        tables.append(caplog.messages[-1])
+        assert len(caplog.messages) == 1, "the package's own messages are not shown"
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
         plain = score(truth, results, [1, 2])
+        tables.append(caplog.messages[-1])
     assert "by pycocotools" in caplog.text
+    assert tables[0] == tables[1] and tables[0].count("Average") == 12
     assert 0 < plain[0] < 1
     assert fast == pytest.approx(plain, abs=1e-12)
 
