@@ -36,7 +36,8 @@ from benchmarks.report import machine, markdown_table, write_results
 from data.sources.files import open_source
 from engine.cli.config import DetectConfig
 from engine.predict.detections import DrawStyle
-from engine.predict.predictor import Predictor, input_size, prepare
+from engine.predict.inference import prepare
+from engine.predict.predictor import Predictor, input_size
 from engine.predict.writers import ImageWriter
 from engine.runtimes.registry import open_runtime
 from utils.device import Profile

@@ -17,18 +17,17 @@ from data.sources.frames import Frame
 from engine.hub.inputs import as_frames, as_list, pixels_of
 from engine.hub.results import Results
 from engine.predict.detections import Detections
-from engine.predict.predictor import Prepared, check_classes, input_size, prepare
+from engine.predict.inference import NmsSettings, Prepared, infer, prepare
+from engine.predict.predictor import check_classes, input_size
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, split_device
 from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector, transfer_weights
 from models.yolo import DetectionModel
-from utils.boxes import clip_boxes, scale_boxes
 from utils.device import Profile, select_device
 from utils.errors import ConfigError
 from utils.files import find_file
-from utils.nms import non_max_suppression
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
@@ -128,15 +127,19 @@ class HubModel(nn.Module):
             groups = self._groups(as_list(ims), size, timers[0])
         found: dict[int, Detections] = {}
         shape = (0, 3, 0, 0)
-        for prepared, is_tensor in groups:
+        nms = NmsSettings(self.conf, self.iou, self.classes, self.agnostic, self.multi_label, self.max_det)
+        if isinstance(self.runtime, PyTorchRuntime):
+            self.runtime.augment = augment
+            self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
+        for prepared in groups:
             shape = (len(prepared.images), 3, *prepared.images.shape[2:])
-            for detections in self._detect(prepared, is_tensor, augment, timers):
+            for detections in infer(self.runtime, prepared, nms, timers[1], timers[2]):
                 found[detections.frame.number] = detections
         share = 1000 / len(found)
         times = (timers[0].total * share, timers[1].total * share, timers[2].total * share)
         return Results([found[k] for k in sorted(found)], self.names, times, shape, self.device)
 
-    def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[tuple[Prepared, bool]]:
+    def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[Prepared]:
         """Images that fit into the same rectangle together, in the order of their first one."""
         with timer:
             wanted = input_size([size] if isinstance(size, int) else list(size), self.runtime)
@@ -145,13 +148,12 @@ class HubModel(nn.Module):
             for frame in as_frames(ims):
                 one = prepare((frame,), wanted, self.stride, auto)
                 together.setdefault(one.images.shape, []).append(one)
-            groups = (
+            return [
                 Prepared(tuple(p.frames[0] for p in some), torch.cat([p.images for p in some]))
                 for some in together.values()
-            )
-            return [(group, False) for group in groups]
+            ]
 
-    def _batch(self, images: torch.Tensor, timer: Profile) -> tuple[Prepared, bool]:
+    def _batch(self, images: torch.Tensor, timer: Profile) -> Prepared:
         """Pad a tensor with gray at the right and bottom to a multiple of the stride."""
         with timer:
             pixels = pixels_of(images)
@@ -164,31 +166,7 @@ class HubModel(nn.Module):
                 bottom, right = (-side % self.stride for side in images.shape[2:])
                 if bottom or right:
                     images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GRAY)
-        return Prepared(frames, images), True
-
-    def _detect(
-        self, prepared: Prepared, is_tensor: bool, augment: bool, timers: tuple[Profile, Profile, Profile]
-    ) -> list[Detections]:
-        """Run the network and the NMS on images of one shape; boxes in pixels of the images."""
-        if isinstance(self.runtime, PyTorchRuntime):
-            self.runtime.augment = augment
-            self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
-        with timers[1]:
-            limit = self.runtime.fixed_batch or len(prepared.images)
-            decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])
-        with timers[2]:
-            kept = non_max_suppression(
-                decoded, self.conf, self.iou, self.classes, self.agnostic, self.multi_label, max_det=self.max_det
-            )
-            kept = [rows.cpu() for rows in kept]
-        height, width = (int(side) for side in prepared.images.shape[2:])
-        out = []
-        for frame, rows in zip(prepared.frames, kept):
-            original = frame.image.shape[:2]
-            corners = clip_boxes(rows[:, :4], original) if is_tensor else scale_boxes((height, width), rows, original)
-            boxes = torch.cat((corners, rows[:, 4:]), 1).float().numpy()
-            out.append(Detections(frame, boxes, (height, width), timers[1].last / len(prepared.frames)))
-        return out
+        return Prepared(frames, images, letterboxed=False)
 
 
 def load(path: Weights, autoshape: bool = True, device: Device = None) -> HubModel | DetectionModel:

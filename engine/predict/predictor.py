@@ -20,12 +20,12 @@ import torch
 from numpy.typing import NDArray
 
 from data.config import load_data_config
-from data.letterbox import letterbox
 from data.sources.files import open_source
 from data.sources.frames import Frame, Source
 from engine.cli.config import DetectConfig
 from engine.cli.plugins import load_plugins
 from engine.predict.detections import Detections, DrawStyle, annotated
+from engine.predict.inference import NmsSettings, Prepared, infer, prepare
 from engine.predict.pipeline import Drain, Feed
 from engine.predict.progress import Progress
 from engine.predict.writers import (
@@ -42,12 +42,10 @@ from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from models.checkpoint.io import strip
-from utils.boxes import scale_boxes
 from utils.device import Profile, describe_device, select_device
 from utils.draw import feature_map_image
 from utils.errors import ConfigError
 from utils.files import ROOT, increment_path, make_folder
-from utils.nms import non_max_suppression
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
@@ -170,35 +168,6 @@ def input_size(imgsz: Sequence[int], runtime: Runtime) -> tuple[int, int]:
     return height, width
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """Frames with the network's input made from them.
-
-    Attributes:
-        frames: B frames.
-        images: (B, 3, H, W) uint8 RGB.
-    """
-
-    frames: tuple[Frame, ...]
-    images: torch.Tensor
-
-
-def prepare(frames: tuple[Frame, ...], size: tuple[int, int], stride: int, auto: bool) -> Prepared:
-    """Fit frames into the network's input.
-
-    Args:
-        frames: one or more.
-        size: (height, width) that they have to fit into.
-        stride: of the smallest rectangle.
-        auto: use the smallest rectangle that fits (one frame, or frames of one shape); else `size` itself.
-    """
-    auto = auto and len({f.image.shape for f in frames}) == 1
-    fitted = [letterbox(f.image, size, auto=auto, stride=stride)[0] for f in frames]
-    # As rows of RGB pixels, the layout (channels_last) that the network computes in: no copy later.
-    pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in fitted]))
-    return Prepared(frames, pixels.permute(0, 3, 1, 2))  # BHWC -> BCHW
-
-
 @dataclass
 class _Tally:
     """Running figures."""
@@ -221,6 +190,8 @@ class Predictor:
     def __init__(self, runtime: Runtime, config: DetectConfig, names: Mapping[int, str], size: tuple[int, int]) -> None:
         self.runtime, self.config, self.names, self.size = runtime, config, names, size
         self.style = DrawStyle(names, config.line_thickness, not config.hide_labels, not config.hide_conf)
+        c = config
+        self.nms = NmsSettings(c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
         self.network = Profile(runtime.device)
         self.nms_time = Profile(runtime.device)
         self.tally = _Tally()
@@ -273,21 +244,9 @@ class Predictor:
             yield prepared
 
     def predict(self, prepared: Prepared) -> list[Detections]:
-        """Run the network and the NMS on one batch; boxes are in pixels of the frames."""
-        c = self.config
+        """Run one batch and count it; see `infer`."""
         count = len(prepared.frames)
-        with self.network:
-            limit = self.runtime.fixed_batch or count
-            decoded = torch.cat([self.runtime(part) for part in prepared.images.split(limit)])
-        with self.nms_time:
-            kept = non_max_suppression(decoded, c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
-            kept = [boxes.cpu() for boxes in kept]
-        height, width = prepared.images.shape[2:]
-        out = []
-        for frame, boxes in zip(prepared.frames, kept):
-            corners = scale_boxes((height, width), boxes[:, :4], frame.image.shape[:2])
-            boxes = torch.cat((corners, boxes[:, 4:]), 1)
-            out.append(Detections(frame, boxes.float().numpy(), (height, width), self.network.last / count))
+        out = infer(self.runtime, prepared, self.nms, self.network, self.nms_time)
         self.tally.frames += count
         self.tally.detections += sum(len(d.boxes) for d in out)
         return out

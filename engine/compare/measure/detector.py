@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from data.letterbox import letterbox
+from data.sources.frames import Frame
 from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
 from engine.devices.distributed import World
+from engine.predict.inference import NmsSettings, Prepared, infer, preprocess
 from engine.runtimes.base import Runtime
 from engine.train.ema import ModelEma
 from engine.train.freeze import Frozen
@@ -25,13 +26,13 @@ from engine.train.optimizer import build_optimizer, parameter_groups, scaled_dec
 from engine.train.setup import ModelParts, build_loss
 from engine.train.step import TrainStep
 from models.yolo import DetectionModel
-from utils.device import synchronize
-from utils.nms import non_max_suppression
+from utils.device import Profile, synchronize
 from utils.structures import to_unit
 
 STAGES = ("preprocess", "forward", "nms")
 TOTAL, STEP = "total", "step"
 CONF, IOU, MAX_DET = DetectConfig().conf_thres, DetectConfig().iou_thres, DetectConfig().max_det
+NMS = NmsSettings(CONF, IOU, max_det=MAX_DET)
 SMALL_STEP = 1e-3  # of lr0: the same steps on one batch again and again are not to end in infinities
 
 LabeledImage = NDArray[np.uint8]
@@ -65,21 +66,6 @@ class SampleImages:
             return cls(images, tuple(content[f"labels{i}"] for i in range(count)))
 
 
-def preprocess(images: Sequence[LabeledImage], side: int) -> Tensor:
-    """Return decoded images as network input: letterboxed into a square, RGB.
-
-    Args:
-        images: (H, W, 3) uint8 BGR each.
-        side: of the square in pixels.
-
-    Returns:
-        (B, 3, side, side) uint8, its memory in rows of pixels, as `detect.py` makes it.
-    """
-    fitted = [letterbox(source, (side, side), auto=False)[0] for source in images]
-    pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in fitted]))
-    return pixels.permute(0, 3, 1, 2)  # BHWC -> BCHW
-
-
 class Inference:
     """Detection in three stages, each timed for itself with the device synchronized.
 
@@ -92,7 +78,7 @@ class Inference:
 
     def __init__(self, runtime: Runtime, sample: SampleImages, batch: int, side: int) -> None:
         self.runtime, self.batch, self.side = runtime, batch, side
-        self._images = sample.images
+        self._frames = [Frame(image, Path(f"image{i}.jpg"), "", "image") for i, image in enumerate(sample.images)]
         self._next = 0
 
     def restart(self) -> None:
@@ -101,22 +87,15 @@ class Inference:
 
     def call(self) -> Times:
         """One batch; milliseconds per image by stage, and their sum."""
-        sources = [self._images[(self._next + i) % len(self._images)] for i in range(self.batch)]
+        frames = tuple(self._frames[(self._next + i) % len(self._frames)] for i in range(self.batch))
         self._next += self.batch
         device = self.runtime.device
-        marks = [time.perf_counter()]
-        images = preprocess(sources, self.side).to(device)
-        synchronize(device)
-        marks.append(time.perf_counter())
-        decoded = self.runtime(images)
-        synchronize(device)
-        marks.append(time.perf_counter())
-        non_max_suppression(decoded, CONF, IOU, max_det=MAX_DET)
-        synchronize(device)
-        marks.append(time.perf_counter())
-        share = 1000 / self.batch
-        times = {stage: (b - a) * share for stage, a, b in zip(STAGES, marks, marks[1:])}
-        return {**times, TOTAL: (marks[-1] - marks[0]) * share}
+        timers = tuple(Profile(device) for _ in STAGES)
+        with timers[0]:
+            images = preprocess([frame.image for frame in frames], (self.side, self.side)).to(device)
+        infer(self.runtime, Prepared(frames, images), NMS, timers[1], timers[2])
+        times = {stage: timer.total * 1000 / self.batch for stage, timer in zip(STAGES, timers)}
+        return {**times, TOTAL: sum(times.values())}
 
     def rest(self) -> None:
         """Nothing to give back between visits."""
@@ -197,7 +176,7 @@ def training_batch(sample: SampleImages, batch: int, side: int) -> tuple[Tensor,
         scale = np.array([width, height, width, height], np.float32) * ratio / side
         boxes = labels[:, 1:] * scale + np.array([left, top, 0, 0], np.float32) / side
         rows.append(np.concatenate((np.full((len(labels), 1), number, np.float32), labels[:, :1], boxes), 1))
-    images = preprocess([sample.images[i] for i in chosen], side).contiguous()
+    images = preprocess([sample.images[i] for i in chosen], (side, side)).contiguous()
     return images, torch.from_numpy(np.concatenate(rows).astype(np.float32))
 
 

@@ -14,7 +14,8 @@ import torch
 import detect as script
 from engine.cli.config import DetectConfig
 from engine.predict import predictor
-from engine.predict.predictor import Predictor, detect, input_size, prepare
+from engine.predict.inference import prepare
+from engine.predict.predictor import Predictor, detect, input_size
 from engine.runtimes.pytorch import PyTorchRuntime
 from models.yolo import DetectionModel
 from tests.data.sources.test_files import write_video
