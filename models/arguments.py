@@ -1,6 +1,6 @@
-"""Arguments of a YAML row against the constructor of its layer: names, defaults, types; and activations by name.
+"""Bind the arguments of YAML rows to constructor signatures with type checks; activations by name.
 
-Sentences of SpecErrors lack the place; `models.build.builder` puts file, line and row before them.
+SpecErrors raised here have no location; `models.build.builder` prepends file, line and row.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 
 
 def activation_from_text(text: str) -> nn.Module:
-    """Return the activation for a string such as `nn.LeakyReLU(0.1)`, looked up in a fixed table.
+    """Build the activation described by a string such as `nn.LeakyReLU(0.1)`, without `eval`.
 
     Raises:
-        SpecError: not of that form, an unknown name, or arguments that it does not take.
+        SpecError: the string cannot be parsed, the name is unknown, or an argument is not accepted.
     """
     match = re.fullmatch(r"\s*(?:torch\.)?(?:nn\.)?(\w+)\s*(?:\((.*)\))?\s*", text)
     if not match or match[1] not in ACTIVATIONS:
@@ -51,25 +51,24 @@ def activation_from_text(text: str) -> nn.Module:
     except (TypeError, ValueError) as error:
         raise SpecError(f"activation '{text}' cannot be built: {error}") from error
     if hasattr(activation, "inplace"):
-        setattr(activation, "inplace", True)  # noqa: B010 - a plain attribute; nobody else reads the norm's output
+        setattr(activation, "inplace", True)  # noqa: B010 (the output of the norm has no other reader)
     return activation
 
 
-def _number(text: str, whole: str) -> float | bool:
-    words = {"True": True, "False": False}
-    if text.strip() in words:
-        return words[text.strip()]
+def _number(text: str, activation: str) -> float | bool:
+    if text.strip() in ("True", "False"):
+        return text.strip() == "True"
     try:
         return float(text)
     except ValueError as error:
-        raise SpecError(f"activation '{whole}' has the argument '{text.strip()}'; numbers are allowed") from error
+        raise SpecError(f"activation '{activation}' has the argument '{text.strip()}'; numbers are allowed") from error
 
 
-# ---- arguments against a constructor's annotations ------------------------------------------------------------------
+# ---- constructor signatures -----------------------------------------------------------------------------------------
 
 
 def parameters(layer: type[nn.Module]) -> tuple[tuple[inspect.Parameter, Any], ...]:
-    """Return the constructor parameters without `self`, with resolved annotations."""
+    """Return the constructor parameters except `self`, with resolved annotations."""
     constructor = layer.__init__
     hints = typing.get_type_hints(constructor)
     parameters = list(inspect.signature(constructor).parameters.values())[1:]
@@ -77,15 +76,15 @@ def parameters(layer: type[nn.Module]) -> tuple[tuple[inspect.Parameter, Any], .
 
 
 def bind(layer: type[nn.Module], args: Sequence[Any], given: Sequence[int] = ()) -> Arguments:
-    """Name a row's arguments, with defaults filled in, and check their types.
+    """Bind positional arguments to the constructor parameters, including defaults, and check their types.
 
     Args:
-        layer: class whose constructor is to be called.
-        args: arguments as the row gives them.
-        given: positions of the constructor's parameters that the builder gives and the row does not.
+        layer: class to construct.
+        args: arguments of the row.
+        given: positions of constructor parameters that are set by the builder and absent from the row.
 
     Raises:
-        SpecError: too few, too many, or of the wrong type.
+        SpecError: the number or the type of the arguments does not match.
     """
     own = [parameter for i, parameter in enumerate(parameters(layer)) if i not in given]
     if len(args) > len(own):
@@ -114,10 +113,10 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
 
 
 def check_type(value: Any, hint: Any, what: str) -> None:
-    """SpecError that names `what` unless `value` is of the annotated type `hint`."""
+    """Raise SpecError, naming `what`, unless `value` has the annotated type `hint`."""
     if not _fits(value, hint):
         shown = list(value) if isinstance(value, tuple) else value
-        raise SpecError(f"{what} is {shown!r}; allowed: {' or '.join(dict.fromkeys(map(_word, _choices(hint))))}")
+        raise SpecError(f"{what} is {shown!r}; allowed: {' or '.join(dict.fromkeys(map(_type_name, _choices(hint))))}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -153,7 +152,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def _word(choice: Any) -> str:
+def _type_name(choice: Any) -> str:
     members = typing.get_args(choice)
     if typing.get_origin(choice) is tuple:
         size = "" if Ellipsis in members else f"{len(members)} "
@@ -164,17 +163,17 @@ def _word(choice: Any) -> str:
         return "a mapping"
     if typing.get_origin(choice) is typing.Literal:
         return ", ".join(map(str, members))
-    words = {int: "an integer", float: "a number", bool: "True or False", str: "a text", nn.Module: "an activation"}
-    return "None" if choice is type(None) else words.get(choice, getattr(choice, "__name__", str(choice)))
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", nn.Module: "an activation"}
+    return "None" if choice is type(None) else names.get(choice, getattr(choice, "__name__", str(choice)))
 
 
 def construct(layer: type[nn.Module], bound: Arguments) -> nn.Module:
-    """Call the constructor; `bound` has all of its parameters.
+    """Construct the layer with the arguments in `bound`.
 
     Raises:
-        SpecError: the constructor refuses them.
+        SpecError: the constructor raises an error.
     """
-    # Modules among the arguments (activations) are copied: every repeat owns its own.
+    # Copy modules (activations), so that repeats do not share them.
     values = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in bound.items()}
     try:
         return layer(**values)

@@ -325,7 +325,7 @@ class GhostBottleneck(nn.Module):
         if s not in (1, 2):
             raise ValueError(f"s is {s}; the stride of a ghost bottleneck is 1 or 2")
         if s == 1 and c1 != c2:
-            raise ValueError(f"{c1} channels come in and {c2} go out; at stride 1 the shortcut needs as many")
+            raise ValueError(f"{c1} input and {c2} output channels; at stride 1 the shortcut needs equal numbers")
         hidden = c2 // 2
         between = DWConv(hidden, hidden, k, s, act=False) if s == 2 else nn.Identity()
         self.conv = nn.Sequential(GhostConv(c1, hidden, 1, 1), between, GhostConv(hidden, c2, 1, 1, act=False))

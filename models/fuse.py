@@ -1,7 +1,7 @@
-"""Re-parameterization: batch norm folded into the preceding convolution, and `reparameterize` for whole models.
+"""Fuse convolutions with BatchNorm and re-parameterize whole models.
 
-For a convolution with weight W and no bias, followed by batch norm with scale g, shift b, mean m, variance v:
-`g * (W x - m) / sqrt(v + eps) + b = (f W) x + (b - f m)` with `f = g / sqrt(v + eps)`, one factor per output channel.
+For a convolution with weight W followed by BatchNorm with weight g, bias b, running mean m and running variance v:
+`g * (W x - m) / sqrt(v + eps) + b = (s W) x + (b - s m)` with `s = g / sqrt(v + eps)`, one factor per output channel.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.base import Backbone
+from models.backbones.layers import batch_norm_affine
 
 M = TypeVar("M", bound=nn.Module)
 
 
 def fuse_conv_bn(model: M) -> M:
-    """Fold every `bn` into the `conv` beside it, in place: `conv.weight` and `conv.bias` stay, the keys of `bn` go.
+    """Fuse each BatchNorm `bn` with the convolution `conv` of the same module, in place.
 
-    Modules of the form act(bn(conv(x))), that is with a convolution called `conv` and a batch norm called `bn`, are
-    changed; all others stay, and so does all that is inside a `Backbone` (it has its own `reparameterize`). The sums
-    are made in float64 and stored in the weight's type. A second call changes nothing. Outputs in evaluation mode stay
-    the same up to rounding; training mode no longer uses batch statistics.
+    Applies to modules that compute act(bn(conv(x))) with these attribute names. Modules inside a `Backbone` are not
+    changed; they have their own `reparameterize`. Computed in float64, stored in the dtype of the weight. Outputs in
+    eval mode are unchanged up to rounding; the fused model has no batch statistics. Idempotent.
 
     Returns:
         `model`.
@@ -34,8 +34,8 @@ def fuse_conv_bn(model: M) -> M:
         if not isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d)) or not isinstance(norm, nn.BatchNorm2d):
             continue
         if norm.running_mean is None or norm.running_var is None:
-            continue  # it normalizes by the batch in evaluation mode too: no constant factor to fold
-        weight, bias = _folded(conv, norm)
+            continue  # batch statistics are used in eval mode too, so the scale is not constant
+        weight, bias = _fused_weights(conv, norm)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
         module.bn = nn.Identity()
@@ -43,40 +43,35 @@ def fuse_conv_bn(model: M) -> M:
 
 
 def _outside_backbones(model: nn.Module) -> list[nn.Module]:
-    """`model` and all modules in it, without backbones and what is inside them."""
+    """Return `model` and its submodules except backbones and their submodules."""
     if isinstance(model, Backbone):
         return []
     return [model, *(inner for child in model.children() for inner in _outside_backbones(child))]
 
 
-def _folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the convolution that does both, in the type and memory format of the weight."""
+def _fused_weights(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the fused convolution in the dtype of `conv.weight`."""
     with torch.no_grad():
-        mean, variance = norm.running_mean.double(), norm.running_var.double()  # type: ignore[union-attr]
-        scale = torch.ones_like(mean) if norm.weight is None else norm.weight.double()
-        shift = torch.zeros_like(mean) if norm.bias is None else norm.bias.double()
-        factor = scale / torch.sqrt(variance + norm.eps)
-        weight = conv.weight.double() * _per_output(factor, conv)
-        bias = shift - factor * mean
-        if conv.bias is not None:
-            bias = bias + factor * conv.bias.double()
+        scale, shift = batch_norm_affine(norm)
+        weight = conv.weight.double() * _broadcast_to_weight(scale, conv)
+        bias = shift if conv.bias is None else shift + scale * conv.bias.double()
         return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
 
 
-def _per_output(factor: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    """`factor` (c_out) in a shape that multiplies `conv.weight`."""
+def _broadcast_to_weight(scale: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    """Reshape `scale` (c_out,) for multiplication with `conv.weight`."""
     if isinstance(conv, nn.Conv2d):
-        return factor.reshape(-1, 1, 1, 1)  # (c_out, 1, 1, 1)
-    # The weight is (c_in, c_out / groups, kh, kw), and group j of the inputs makes group j of the outputs.
-    each = conv.in_channels // conv.groups
-    return factor.reshape(conv.groups, -1).repeat_interleave(each, 0)[:, :, None, None]  # (c_in, c_out / groups, 1, 1)
+        return scale.reshape(-1, 1, 1, 1)  # (c_out, 1, 1, 1)
+    # The weight is (c_in, c_out / groups, kh, kw); the inputs of group j produce the outputs of group j.
+    repeats = conv.in_channels // conv.groups
+    return scale.reshape(conv.groups, -1).repeat_interleave(repeats, 0)[:, :, None, None]  # (c_in, c_out/groups, 1, 1)
 
 
 def reparameterize(model: M) -> M:
-    """Bring every part that has a re-parameterized model into it, in place: one walk, and each part is asked once.
+    """Call `reparameterize()` of every submodule that defines it, in place and once each.
 
-    A part is a module with a `reparameterize()` method (every `Backbone`); what is inside it is its own business. A
-    second call changes nothing. Convolutions with batch norm in the neck are not touched: `fuse_conv_bn` does those.
+    Submodules of such a module are left to it. Idempotent. Convolutions with BatchNorm in the neck are handled by
+    `fuse_conv_bn`.
 
     Returns:
         `model`.
@@ -84,15 +79,15 @@ def reparameterize(model: M) -> M:
     if isinstance(model, Backbone):
         model.reparameterize()
         return model
-    asked: set[int] = set()
+    done: set[int] = set()
 
     def walk(module: nn.Module) -> None:
         for child in module.children():
             method = getattr(child, "reparameterize", None)
             if not callable(method):
                 walk(child)
-            elif id(child) not in asked:
-                asked.add(id(child))
+            elif id(child) not in done:
+                done.add(id(child))
                 method()
 
     walk(model)
@@ -100,22 +95,22 @@ def reparameterize(model: M) -> M:
 
 
 def max_output_difference(a: nn.Module, b: nn.Module, inputs: Tensor | Sequence[Tensor]) -> float:
-    """How far the outputs of two forms of one model are apart.
+    """Return the largest absolute difference between the outputs of two models.
 
     Args:
-        a, b: models; run in evaluation mode without gradients, their mode is put back.
-        inputs: one input tensor, or several that are tried one after the other.
+        a, b: models; run in eval mode without gradients, their modes are restored.
+        inputs: one input tensor (B, C, H, W), or several.
 
     Returns:
-        Largest absolute difference over all tensors of all outputs; infinity when one is not finite, or when the two
-        models return different structures or shapes.
+        Maximum over all output tensors and inputs; infinity if an output is not finite or the structures or shapes of
+        the outputs differ.
     """
     batches = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     modes = [(module, module.training) for model in (a, b) for module in model.modules()]
     a.eval(), b.eval()
     try:
         with torch.no_grad():
-            return max((_distance(_tensors(a(x)), _tensors(b(x))) for x in batches), default=0.0)
+            return max((_max_difference(_tensors(a(x)), _tensors(b(x))) for x in batches), default=0.0)
     finally:
         for module, training in modes:
             module.training = training
@@ -129,7 +124,7 @@ def _tensors(output: object) -> list[Tensor]:
     return [t for item in output for t in _tensors(item)] if isinstance(output, (list, tuple)) else []
 
 
-def _distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
+def _max_difference(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     if len(a) != len(b) or any(x.shape != y.shape for x, y in zip(a, b)):
         return math.inf
     differences = [(x.double() - y.double()).abs().max().item() for x, y in zip(a, b) if x.numel()]

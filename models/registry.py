@@ -1,4 +1,4 @@
-"""Tables from name to object: a clash is an error, and so is a miss, which names the nearest entry."""
+"""Registry of named objects with errors for duplicate and unknown names."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table of named objects of one kind.
+    """Mapping from names to objects.
 
     Args:
-        kind: the word for an entry in error sentences, e.g. `"module"`.
+        kind: what an entry is called in error messages, e.g. `"module"`.
     """
 
     def __init__(self, kind: str) -> None:
@@ -24,25 +24,25 @@ class Registry(Generic[T]):
         """Add an entry and return it.
 
         Raises:
-            SpecError: the name is taken by another object.
+            SpecError: the name is registered for another object.
         """
         if name in self._entries and self._entries[name] is not obj:
-            raise SpecError(f"{self.kind} '{name}' is registered twice; choose another name for the second")
+            raise SpecError(f"{self.kind} '{name}' is already registered; choose another name")
         self._entries[name] = obj
         return obj
 
     def get(self, name: str) -> T:
-        """Return the entry of that name.
+        """Return the entry registered under `name`.
 
         Raises:
-            SpecError: there is none; the nearest name is suggested.
+            SpecError: the name is unknown; the nearest name is suggested.
         """
         if name not in self._entries:
             raise SpecError(f"unknown {self.kind} '{name}'{did_you_mean(name, self._entries)}")
         return self._entries[name]
 
     def names(self) -> tuple[str, ...]:
-        """All names in the order of registration."""
+        """Return all names in the order of registration."""
         return tuple(self._entries)
 
     def __contains__(self, name: object) -> bool:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.build.builder import Route, Rows
+from models.build.rows import Route, Rows
 from models.common import Conv
 
 LOGGER = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from models.build.builder import Route
+from models.build.rows import Route
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError
 

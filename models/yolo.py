@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.build.builder import Rows, build_layers, with_backbone_weights
+from models.build.builder import build_layers, with_backbone_weights
+from models.build.rows import Rows
 from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
 from models.heads import Detect

@@ -83,8 +83,11 @@ def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return (C,) float64 tensors `scale`, `shift` with norm(x) = scale * x + shift for a BatchNorm in eval mode."""
     assert isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d))
     assert norm.running_mean is not None and norm.running_var is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    return scale, norm.bias.detach().double() - scale * norm.running_mean.double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:  # affine
+        scale = norm.weight.detach().double() * scale
+    shift = -scale * norm.running_mean.double()
+    return scale, shift if norm.bias is None else norm.bias.detach().double() + shift
 
 
 class DropPath(nn.Module):

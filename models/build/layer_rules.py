@@ -1,6 +1,6 @@
-"""One rule per module name of a model YAML: which arguments it takes, how it is built, what comes out.
+"""Layer rules: for each module name of a model YAML, its arguments, construction, output channels and stride.
 
-A rule raises SpecError with a sentence that lacks the place; `models.build.builder` puts file, line and row before it.
+Rules raise SpecError without a location; `models.build.builder` prepends file, line and row.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Layers = tuple[type[nn.Module], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """A YAML row as a rule sees it.
+    """Input of a rule: a YAML row.
 
     Attributes:
-        spec: of the model.
-        args: positional arguments, with `nc` and `anchors` filled in.
+        spec: model specification.
+        args: positional arguments, with `nc` and `anchors` substituted.
         repeats: number of repeats after `depth_multiple`.
     """
 
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Built:
-    """A row's module, what it was built with (for the table), and its output (None: predictions)."""
+    """Module of a row, its arguments as shown in the layer table, and its output level (None for predictions)."""
 
     module: nn.Module
     arguments: tuple[Any, ...]
@@ -51,24 +51,24 @@ class Built:
 
 
 class Rule(Protocol):
-    """How the rows of one module name are checked and built."""
+    """Checks and builds the rows of one module name."""
 
     @property
     def takes_list(self) -> bool:
-        """Whether the module's forward takes a list of maps."""
+        """Whether `forward` of the module takes a list of feature maps."""
 
     def check(self, row: Row) -> None:
-        """Check the arguments as far as that goes without knowing the inputs.
+        """Check the arguments independently of the inputs.
 
         Raises:
-            SpecError: wrong count, type or value.
+            SpecError: the number, type or value of an argument is not valid.
         """
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
-        """Build the module for its inputs.
+        """Build the module for the given inputs.
 
         Raises:
-            SpecError: the arguments do not fit each other or the inputs.
+            SpecError: the arguments are inconsistent with each other or with the inputs.
         """
 
 
@@ -76,10 +76,10 @@ class Rule(Protocol):
 
 
 def _one(value: Any, name: str) -> Fraction:
-    """Return a stride or factor that must be equal in both directions."""
+    """Return a stride or factor, which must be equal in both directions."""
     if isinstance(value, tuple):
         if len(set(value)) != 1:
-            raise SpecError(f"{name} is {list(value)}; both directions need the same")
+            raise SpecError(f"{name} is {list(value)}; height and width need the same value")
         value = value[0]
     if value <= 0:
         raise SpecError(f"{name} is {value}; a number above 0 is needed")
@@ -98,11 +98,11 @@ def _by_twice_s(bound: Arguments) -> Fraction:
     return 2 * _one(bound["s"], "s")
 
 
-def _enlarged_by_s(bound: Arguments) -> Fraction:
+def _upscaled_by_s(bound: Arguments) -> Fraction:
     return 1 / _one(bound["s"], "s")
 
 
-def _enlarged_by_stride(bound: Arguments) -> Fraction:
+def _upscaled_by_stride(bound: Arguments) -> Fraction:
     return 1 / _one(bound["stride"], "stride")
 
 
@@ -113,7 +113,7 @@ def _pooled(bound: Arguments) -> Fraction:
 
 def _upsampled(bound: Arguments) -> Fraction:
     if bound["size"] is not None or bound["scale_factor"] is None:
-        raise SpecError("a size is given; only a scale_factor keeps the stride known, as in [None, 2, nearest]")
+        raise SpecError("a fixed size has no defined stride; give a scale_factor, as in [None, 2, nearest]")
     if bound["mode"] not in UPSAMPLE_MODES:
         near = did_you_mean(bound["mode"], UPSAMPLE_MODES)
         raise SpecError(f"mode is '{bound['mode']}'; allowed: {', '.join(UPSAMPLE_MODES)}{near}")
@@ -131,9 +131,9 @@ def _after(level: FeatureLevel, factor: Fraction, channels: int) -> FeatureLevel
 
 
 def scaled_width(channels: int, spec: ModelSpec) -> int:
-    """Output channels after `width_multiple`, rounded up to a multiple of `channel_multiple`.
+    """Return the output channels after `width_multiple`, rounded up to a multiple of `channel_multiple`.
 
-    A width that equals the head's output count is not scaled: it is meant to be that.
+    A width equal to the number of outputs of the head is not scaled, as in YOLOv5.
     """
     if channels == spec.anchors_per_level * (spec.num_classes + 5):
         return channels
@@ -142,7 +142,7 @@ def scaled_width(channels: int, spec: ModelSpec) -> int:
 
 def _only_input(inputs: Sequence[FeatureLevel]) -> FeatureLevel:
     if len(inputs) != 1:
-        raise SpecError(f"from names {len(inputs)} slots; it reads one")
+        raise SpecError(f"from refers to {len(inputs)} slots; exactly one is needed")
     return inputs[0]
 
 
@@ -152,12 +152,12 @@ def _stack(copies: list[nn.Module]) -> nn.Module:
 
 @dataclass(frozen=True)
 class ScaledRule:
-    """Layers with input and (width-scaled) output channels first.
+    """Layers whose first arguments are input channels and (width-scaled) output channels.
 
     Attributes:
-        layer: class; its constructor begins (c1, c2) or, with `inner_repeats`, (c1, c2, n).
-        stride: factor on the stride, from the bound arguments.
-        inner_repeats: the row's number is an argument of the layer, instead of that many copies.
+        layer: class with a constructor (c1, c2, ...) or, with `inner_repeats`, (c1, c2, n, ...).
+        stride: returns the stride factor for the bound arguments.
+        inner_repeats: the row number is passed to the layer as `n` instead of stacking copies.
     """
 
     layer: type[nn.Module]
@@ -169,7 +169,7 @@ class ScaledRule:
         self._bound(row)
 
     def _bound(self, row: Row) -> tuple[str, Arguments]:
-        """Name of the parameter for output channels, and the row's arguments with that parameter width-scaled."""
+        """Return the name of the output-channel parameter and the arguments with that parameter width-scaled."""
         bound = bind(self.layer, row.args, (0, 2) if self.inner_repeats else (0,))
         c2 = next(iter(bound))
         if bound[c2] < 1:
@@ -191,7 +191,7 @@ class ScaledRule:
 
 @dataclass(frozen=True)
 class SameChannelsRule:
-    """Layers that know nothing of channels: pooling, padding, upsampling."""
+    """Layers without channel arguments: pooling, padding, upsampling."""
 
     layer: type[nn.Module]
     stride: Callable[[Arguments], Fraction] = _keeps
@@ -212,13 +212,13 @@ class SameChannelsRule:
 
 @dataclass(frozen=True)
 class BatchNormRule:
-    """`nn.BatchNorm2d`: takes its channels from the input, whatever the row says."""
+    """`nn.BatchNorm2d`: the number of channels is that of the input."""
 
     takes_list: bool = False
 
     def check(self, row: Row) -> None:
         if len(row.args) > 1:
-            raise SpecError(f"{len(row.args)} arguments are given; it takes none: its channels are the input's")
+            raise SpecError(f"{len(row.args)} arguments are given; it takes none (the channels are those of the input)")
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         level = _only_input(inputs)
@@ -228,7 +228,7 @@ class BatchNormRule:
 
 @dataclass(frozen=True)
 class TransformerRule:
-    """`TransformerBlock` with [c2, heads, layers], or as YOLOv5 takes it: [c1, c2, heads, layers], widths unscaled."""
+    """`TransformerBlock` with [c2, heads, layers], or as in YOLOv5 [c1, c2, heads, layers] without width scaling."""
 
     takes_list: bool = False
 
@@ -247,8 +247,8 @@ class TransformerRule:
 
 
 @dataclass(frozen=True)
-class SquaresRule:
-    """`Contract` and `Expand`: squares of gain x gain cells into channels and back."""
+class SpaceToDepthRule:
+    """`Contract` and `Expand`: space to depth and depth to space with block size `gain`."""
 
     layer: type[nn.Module]
     contracts: bool
@@ -263,7 +263,7 @@ class SquaresRule:
         bound = bind(self.layer, row.args)
         gain = bound["gain"]
         if not self.contracts and level.channels % gain**2:
-            raise SpecError(f"{level.channels} channels come in; a multiple of {gain**2} is needed for gain {gain}")
+            raise SpecError(f"{level.channels} input channels; a multiple of {gain**2} is needed for gain {gain}")
         channels = level.channels * gain**2 if self.contracts else level.channels // gain**2
         after = _after(level, Fraction(gain) if self.contracts else Fraction(1, gain), channels)
         return Built(construct(self.layer, bound), row.args, after)
@@ -271,18 +271,18 @@ class SquaresRule:
 
 @dataclass(frozen=True)
 class ConcatRule:
-    """`Concat`: several maps of one stride side by side."""
+    """`Concat`: concatenation of feature maps of equal stride along the channels."""
 
     takes_list: bool = True
 
     def check(self, row: Row) -> None:
         if (dimension := bind(common.Concat, row.args)["dimension"]) != 1:
-            raise SpecError(f"argument 1 (dimension) is {dimension}; allowed: 1, the channels")
+            raise SpecError(f"argument 1 (dimension) is {dimension}; allowed: 1 (channels)")
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         if len({level.stride for level in inputs}) > 1:
             listed = ", ".join(str(level.stride) for level in inputs)
-            raise SpecError(f"the inputs have strides {listed}; maps of one stride can be joined")
+            raise SpecError(f"the inputs have strides {listed}; equal strides are needed")
         level = FeatureLevel(sum(level.channels for level in inputs), inputs[0].stride)
         return Built(common.Concat(1), row.args, level)
 
@@ -300,15 +300,17 @@ class DetectRule:
             classes = row.spec.num_classes
             raise SpecError(f"argument 1 (nc) is {row.args[0]!r}; the model has {classes} classes; write nc")
         if row.args[1] != row.spec.anchors:
-            raise SpecError("argument 2 (anchors) is not the file's anchors; give those under that key; write anchors")
+            raise SpecError("argument 2 (anchors) differs from the key 'anchors' of the file; write anchors")
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         anchors = row.spec.anchors
         if isinstance(anchors, int):
-            # Placeholders, the same as YOLOv5's: the trainer fits anchors to the dataset before the first epoch.
+            # Placeholders as in YOLOv5; auto-anchor fits them to the dataset before the first epoch.
             anchors = (tuple(range(2 * anchors)),) * len(inputs)
         if len(anchors) != len(inputs):
-            raise SpecError(f"it reads {len(inputs)} levels; anchors have {len(anchors)} rows, one per level is needed")
+            raise SpecError(
+                f"{len(inputs)} input levels but {len(anchors)} rows of anchors; one row per level is needed"
+            )
         channels = tuple(level.channels for level in inputs)
         strides = tuple(level.stride for level in inputs)
         head = Detect(row.spec.num_classes, anchors, channels, strides)
@@ -328,8 +330,8 @@ def _table() -> Registry[Rule]:
         table.register(layer.__name__, ScaledRule(layer, inner_repeats=True))
     table.register("GhostBottleneck", ScaledRule(common.GhostBottleneck, _by_s))
     table.register("Focus", ScaledRule(common.Focus, _by_twice_s))
-    table.register("DWConvTranspose2d", ScaledRule(common.DWConvTranspose2d, _enlarged_by_s))
-    table.register("nn.ConvTranspose2d", ScaledRule(nn.ConvTranspose2d, _enlarged_by_stride))
+    table.register("DWConvTranspose2d", ScaledRule(common.DWConvTranspose2d, _upscaled_by_s))
+    table.register("nn.ConvTranspose2d", ScaledRule(nn.ConvTranspose2d, _upscaled_by_stride))
     table.register("TransformerBlock", TransformerRule())
     table.register("nn.BatchNorm2d", BatchNormRule())
     table.register("nn.Upsample", SameChannelsRule(nn.Upsample, _upsampled))
@@ -337,8 +339,8 @@ def _table() -> Registry[Rule]:
     table.register("nn.AvgPool2d", SameChannelsRule(nn.AvgPool2d, _pooled))
     table.register("nn.ZeroPad2d", SameChannelsRule(nn.ZeroPad2d))
     table.register("nn.Identity", SameChannelsRule(nn.Identity))
-    table.register("Contract", SquaresRule(common.Contract, contracts=True))
-    table.register("Expand", SquaresRule(common.Expand, contracts=False))
+    table.register("Contract", SpaceToDepthRule(common.Contract, contracts=True))
+    table.register("Expand", SpaceToDepthRule(common.Expand, contracts=False))
     table.register("Concat", ConcatRule())
     table.register("Detect", DetectRule())
     return table

@@ -1,8 +1,8 @@
-"""Model YAML -> ModelSpec: what the file says, checked for form, with the line of every row. No torch.
+"""Parse model YAMLs into `ModelSpec`, with the line number of every row.
 
-The format is YOLOv5's: `nc`, `depth_multiple`, `width_multiple`, `anchors`, and the rows of `backbone` and `head`, each
-`[from, number, module, arguments]`. What a row means (which modules there are, how `from` counts) is the business of
-`models.build.builder`.
+The format is that of YOLOv5: `nc`, `depth_multiple`, `width_multiple`, `anchors`, and the rows of `backbone` and
+`head`, each `[from, number, module, arguments]`. This module checks the syntax; `models.build.builder` resolves module
+names and `from`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Problems = list[str]
 
 SECTIONS = ("backbone", "head")
 REQUIRED = ("nc", "anchors", *SECTIONS)
-# `inplace` chooses between two ways of decoding in YOLOv5, with equal results; here there is one.
+# `inplace` selects between two equivalent decoders in YOLOv5; it has no effect here.
 KEYS = (
     *("nc", "ch", "depth_multiple", "width_multiple", "channel_multiple", "activation", "inplace", "anchors"),
     *SECTIONS,
@@ -36,12 +36,12 @@ class LayerSpec:
     """One row of a model YAML.
 
     Attributes:
-        row: index of the row, backbone and head counted through; also that of its module in `DetectionModel.model`.
-        sources: `from`: slot numbers (negative ones count back) and level names (`"P4"`).
-        repeats: `number` as it stands, before `depth_multiple`; 0 where the row could not be read.
+        row: index over backbone and head, equal to the index of its module in `DetectionModel.model`.
+        sources: `from` as slot indices (negative: relative to the row) and level names (`"P4"`).
+        repeats: `number` before `depth_multiple`; 0 for an invalid row.
         module: name of the module.
-        args: arguments, positional or (backbones) by name; lists are tuples.
-        line: line in the file, 0 if there is no file.
+        args: positional arguments or, for backbones, keyword arguments; lists are converted to tuples.
+        line: line number in the file, 0 without a file.
         section: `"backbone"` or `"head"`.
     """
 
@@ -56,18 +56,18 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model YAML, read and checked for form.
+    """Contents of a model YAML.
 
     Attributes:
-        path: the file as errors name it.
+        path: file name for error messages.
         num_classes: number of classes.
-        depth_multiple, width_multiple: factors on `number` and on output channels.
-        anchors: width, height, width, height ... in pixels, one row per level of the head; or their number per level.
-        channel_multiple: scaled output channels are rounded up to a multiple of it.
-        activation: text such as `"nn.LeakyReLU(0.1)"`, or None for SiLU.
+        depth_multiple, width_multiple: factors for `number` and for output channels.
+        anchors: widths and heights (w, h, w, h, ...) in pixels, one row per level, or their number per level.
+        channel_multiple: scaled output channels are rounded up to a multiple of this.
+        activation: string such as `"nn.LeakyReLU(0.1)"`, or None for SiLU.
         layers: the rows.
-        channels: channels of the input image if the file says so.
-        key_lines: line of each top-level key.
+        channels: channels of the input image if the file defines `ch`.
+        key_lines: line number of each top-level key.
     """
 
     path: str
@@ -83,34 +83,34 @@ class ModelSpec:
 
     @property
     def anchors_per_level(self) -> int:
-        """Number of anchors at each level of the head."""
+        """Return the number of anchors per level of the head."""
         return self.anchors if isinstance(self.anchors, int) else len(self.anchors[0]) // 2
 
     def where(self, line: int = 0) -> str:
-        """`file:line`, or the file alone for line 0."""
+        """Return `file:line`, or only the file for line 0."""
         return f"{self.path}:{line}" if line else self.path
 
     def key_where(self, key: str) -> str:
-        """`file:line` of a top-level key."""
+        """Return `file:line` of a top-level key."""
         return self.where(self.key_lines.get(key, 0))
 
     def replaced(self, channels: int, num_classes: int | None, anchors: Any) -> ModelSpec:
-        """Return the spec with another number of input channels, classes or anchors.
+        """Return the specification with input channels, number of classes or anchors replaced.
 
         Args:
-            channels: of the input image; the file's own `ch` wins.
-            num_classes: None = the file's.
-            anchors: pixels per level, or a number of anchors per level; None = the file's.
+            channels: channels of the input image; `ch` of the file takes precedence.
+            num_classes: number of classes; None keeps the value of the file.
+            anchors: sizes in pixels per level, or a number of anchors per level; None keeps those of the file.
 
         Raises:
-            SpecError: a number out of range.
+            SpecError: a value is out of range.
         """
         problems: Problems = []
         if num_classes is not None and (not _is_int(num_classes) or num_classes < 1):
             problems.append(f"{self.path}: nc is set to {num_classes!r}; an integer of at least 1 is needed")
-        # A number of anchors may come from a hyperparameter file as 3.0.
-        wanted = round(anchors) if isinstance(anchors, float) else anchors
-        new_anchors = self.anchors if wanted is None else _anchors(wanted, self.path, problems)
+        # Hyperparameter files may give the number of anchors as 3.0.
+        anchors = round(anchors) if isinstance(anchors, float) else anchors
+        new_anchors = self.anchors if anchors is None else _anchors(anchors, self.path, problems)
         _raise(problems)
         return replace(
             self,
@@ -120,7 +120,7 @@ class ModelSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists and scalars that `load_model_spec` turns into this spec again (without line numbers)."""
+        """Return dicts, lists and scalars from which `load_model_spec` restores this specification, without lines."""
         out: dict[str, Any] = {"nc": self.num_classes}
         if self.channels is not None:
             out["ch"] = self.channels
@@ -138,13 +138,13 @@ class ModelSpec:
 
 
 def load_model_spec(source: str | Path | Mapping[str, Any]) -> ModelSpec:
-    """Read a model YAML, or a mapping of the same form.
+    """Parse a model YAML or an equivalent mapping.
 
     Args:
-        source: a path, a file name in `models/` or `models/hub/`, or a mapping.
+        source: path, file name in `models/` or `models/hub/`, or mapping.
 
     Raises:
-        SpecError: everything that is wrong with the form, one line per mistake, each with file and line.
+        SpecError: the file is not valid; one line per error, each with file and line.
     """
     spec, problems = read_model_spec(source)
     _raise(problems)
@@ -152,12 +152,12 @@ def load_model_spec(source: str | Path | Mapping[str, Any]) -> ModelSpec:
 
 
 def read_model_spec(source: str | Path | Mapping[str, Any]) -> tuple[ModelSpec, Problems]:
-    """As `load_model_spec`, but mistakes inside the mapping are returned beside what could be read.
+    """Parse like `load_model_spec`, but return errors instead of raising them.
 
-    A row that cannot be read has 0 repeats; so `models.build.builder` can report the mistakes of the others with them.
+    Invalid rows get 0 repeats, so that `models.build.builder` can check the remaining rows.
 
     Raises:
-        SpecError: no such file, or not a mapping in YAML.
+        SpecError: the file does not exist or is not a YAML mapping.
     """
     if isinstance(source, Mapping):
         return _read_mapping(source, "model")
@@ -185,18 +185,18 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
         if key not in data:
             problems.append(f"{path}: key '{key}' is missing")
 
-    def number(key: str, default: Any, whole: bool) -> Any:
+    def number(key: str, default: Any, integer: bool) -> Any:
         value = data.get(key, default)
-        if (_is_int(value) if whole else _is_number(value)) and value > 0:
+        if (_is_int(value) if integer else _is_number(value)) and value > 0:
             return value
-        what = "an integer of at least 1" if whole else "a number above 0"
+        what = "an integer of at least 1" if integer else "a number above 0"
         problems.append(f"{where(key)}: {key} is {value!r}; {what} is needed")
         return default
 
     activation = data.get("activation")
     if activation is not None and not isinstance(activation, str):
-        found = f"{where('activation')}: activation is {plain(activation)!r}"
-        problems.append(f"{found}; a text such as nn.LeakyReLU(0.1) is needed")
+        message = f"{where('activation')}: activation is {plain(activation)!r}"
+        problems.append(f"{message}; a string such as nn.LeakyReLU(0.1) is needed")
         activation = None
     spec = ModelSpec(
         path=path,
@@ -214,7 +214,7 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
 
 
 def _anchors(value: Any, where: str, problems: Problems) -> Anchors:
-    """Anchors as a number or as tuples; 3 where they cannot be used."""
+    """Return the number of anchors per level or their sizes; 3 if they are not valid."""
     if _is_int(value) and value > 0:
         return int(value)
     rows = value if isinstance(value, Sequence) and not isinstance(value, str) else None
@@ -224,17 +224,17 @@ def _anchors(value: Any, where: str, problems: Problems) -> Anchors:
         return 3
     flat = [_flat(row) for row in rows]
     if any(not _is_number(side) or side < 0 for row in flat for side in row):
-        problems.append(f"{where}: anchors hold something that is not a size in pixels; allowed: {form}")
+        problems.append(f"{where}: anchors contain a value that is not a size in pixels; allowed: {form}")
         return 3
     if len(flat[0]) % 2 or any(len(row) != len(flat[0]) for row in flat):
         counts = ", ".join(str(len(row)) for row in flat)
-        problems.append(f"{where}: anchors have rows of {counts} numbers; an equal and even count is needed")
+        problems.append(f"{where}: rows of anchors have {counts} values; an equal and even number is needed")
         return 3
     return tuple(tuple(row) for row in flat)
 
 
 def _flat(row: Sequence[Any]) -> list[Any]:
-    """Widths and heights one after the other; pairs ([[10, 13], [16, 30]]) are allowed too."""
+    """Flatten a row of anchors, which may consist of pairs ([[10, 13], [16, 30]])."""
     return [side for item in row for side in (item if isinstance(item, Sequence) else (item,))]
 
 
@@ -249,40 +249,44 @@ def _layers(
             continue
         lines = getattr(rows, "lines", [0] * len(rows))
         for row, line in zip(rows, lines, strict=True):
-            place = f"{path}:{line}" if line else path
-            layers.append(_layer(row, len(layers), line, section, place, problems))
+            where_row = f"{path}:{line}" if line else path
+            layers.append(_layer(row, len(layers), line, section, where_row, problems))
     return tuple(layers)
 
 
-def _layer(row: Any, index: int, line: int, section: str, place: str, problems: Problems) -> LayerSpec:
+def _layer(row: Any, index: int, line: int, section: str, where_row: str, problems: Problems) -> LayerSpec:
     empty = LayerSpec(index, (-1,), 0, "", (), line, section)
     if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 4:
-        problems.append(f"{place}: row {index} is {plain(row)!r}; {ROW_FORM}")
+        problems.append(f"{where_row}: row {index} is {plain(row)!r}; {ROW_FORM}")
         return empty
     sources, repeats, module, args = row
     name = f"row {index} ({module})"
-    found = len(problems)
+    num_problems = len(problems)
     if not isinstance(module, str) or not module:
-        problems.append(f"{place}: row {index}: the module is {plain(module)!r}; a name is needed; {ROW_FORM}")
+        problems.append(f"{where_row}: row {index}: the module is {plain(module)!r}; a name is needed; {ROW_FORM}")
     if not _is_int(repeats) or repeats < 1:
-        problems.append(f"{place}: {name}: number is {plain(repeats)!r}; an integer of at least 1 is needed")
+        problems.append(f"{where_row}: {name}: number is {plain(repeats)!r}; an integer of at least 1 is needed")
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     if not listed or not all(_is_int(item) or isinstance(item, str) for item in listed):
-        found_sources = f"{place}: {name}: from is {plain(sources)!r}"
-        problems.append(f"{found_sources}; allowed: slot numbers and level names such as P4")
+        message = f"{where_row}: {name}: from is {plain(sources)!r}"
+        problems.append(f"{message}; allowed: slot indices and level names such as P4")
     if isinstance(args, Mapping):
         if not all(isinstance(key, str) for key in args):
-            problems.append(f"{place}: {name}: arguments are {plain(args)!r}; the names of arguments are texts")
+            problems.append(
+                f"{where_row}: {name}: arguments are {plain(args)!r}; the names of arguments must be strings"
+            )
     elif not isinstance(args, Sequence) or isinstance(args, str):
-        problems.append(f"{place}: {name}: arguments are {plain(args)!r}; a list is needed, such as [{plain(args)}]")
-    if len(problems) > found:
+        problems.append(
+            f"{where_row}: {name}: arguments are {plain(args)!r}; a list is needed, such as [{plain(args)}]"
+        )
+    if len(problems) > num_problems:
         return empty
     frozen = {key: _frozen(value) for key, value in args.items()} if isinstance(args, Mapping) else _frozen(args)
     return LayerSpec(index, tuple(listed), repeats, module, frozen, line, section)
 
 
 def _frozen(value: Any) -> Any:
-    """Convert lists to tuples and the words None, True and False of YOLOv5's files to their values."""
+    """Convert lists to tuples and the strings None, True and False, as in YOLOv5 files, to their values."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from models import common
-from models.build.builder import Rows
 from models.build.layer_rules import LAYERS
+from models.build.rows import Rows
 from tests.models.build.test_builder import SIDE, build, one_row
 
 LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [

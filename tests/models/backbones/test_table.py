@@ -143,7 +143,7 @@ def test_rows(name: str, args: Any, blocks: int, dims: int) -> None:
         ("RevViT", {"strides": 8}, "RevViT: strides is 8; allowed: a list of numbers"),
         ("RevViT", {"widths": "a"}, "RevViT: widths is 'a'; allowed: an integer or a list of numbers"),
         ("NextViT", {"frozen_stages": None}, "NextViT: frozen_stages is None; allowed: an integer"),
-        ("NextViT", {"arch": 3}, "NextViT: arch is 3; allowed: a text or a mapping"),
+        ("NextViT", {"arch": 3}, "NextViT: arch is 3; allowed: a string or a mapping"),
     ],
 )
 def test_wrong_rows(name: str, args: Any, sentence: str) -> None:

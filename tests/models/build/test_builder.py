@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from models import backbones, common
 from models.backbones import Backbone, FeatureLevel, register_backbone
-from models.build.builder import IMAGE, PAD_VALUE, Rows, build_layers, check_size, padded
+from models.build.builder import build_layers
+from models.build.rows import IMAGE, PAD_VALUE, Rows, check_size, padded
 from models.build.spec import load_model_spec, read_model_spec
 from utils.errors import ConfigError, SpecError
 
@@ -264,49 +265,50 @@ CASES = [
      "allowed: an integer or a list of 2 numbers"),
     (CONV0, "[-1, 1, Conv, [0]]",
      "my.yaml:4: row 0 (Conv): argument 1 (c2) is 0; an integer of at least 1 is needed"),
-    (CONV0, "[-1, 1, Conv, [8, 3, [1, 2]]]", "my.yaml:4: row 0 (Conv): s is [1, 2]; both directions need the same"),
+    (CONV0, "[-1, 1, Conv, [8, 3, [1, 2]]]",
+     "my.yaml:4: row 0 (Conv): s is [1, 2]; height and width need the same value"),
     (CONV0, "[-1, 1, Conv, [8, 3, 0]]", "my.yaml:4: row 0 (Conv): s is 0; a number above 0 is needed"),
     (CONV0, "[-1, 1, Conv, [8, 3, 1, None, 2]]", "my.yaml:4: row 0 (Conv): cannot be built with "
      "[3, 8, 3, 1, None, 2, 1, True]: in_channels must be divisible by groups"),
     (CONV0, "[-1, 1, Conv, {c2: 8}]", "my.yaml:4: row 0 (Conv): arguments are {'c2': 8}; this module takes a list"),
     (C3, "[-1, 3, C3, [16, maybe]]", "my.yaml:6: row 2 (C3): argument 2 (shortcut) is 'maybe'; allowed: True or False"),
     (C3, "[-1, 1, GhostBottleneck, [24]]", "my.yaml:6: row 2 (GhostBottleneck): cannot be built with [16, 24, 3, 1]: "
-     "16 channels come in and 24 go out; at stride 1 the shortcut needs as many"),
+     "16 input and 24 output channels; at stride 1 the shortcut needs equal numbers"),
     (C3, "[-1, 1, TransformerBlock, [24, 16, 4, 2]]", "my.yaml:6: row 2 (TransformerBlock): argument 1 (c1) is 24; "
      "the input has 16 channels"),
     (C3, "[-1, 1, Expand, [3]]",
-     "my.yaml:6: row 2 (Expand): 16 channels come in; a multiple of 9 is needed for gain 3"),
-    (C3, "[-1, 1, nn.BatchNorm2d, [1, 2]]", "my.yaml:6: row 2 (nn.BatchNorm2d): 2 arguments are given; it takes none: "
-     "its channels are the input's"),
-    (C3, "[[-1, 0], 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names 2 slots; it reads one"),
-    (C3, "[5, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot 5; available: 0 to 1, or -1 to -2"),
-    (C3, "[-3, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names slot -3; available: 0 to 1, or -1 to -2"),
-    (CONV0, "[0, 1, Conv, [8, 3, 2]]", "my.yaml:4: row 0 (Conv): from names slot 0; available: -1, the image"),
-    (C3, "[P4, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from names level P4, and no row above is a backbone; "
-     "use a slot number"),
+     "my.yaml:6: row 2 (Expand): 16 input channels; a multiple of 9 is needed for gain 3"),
+    (C3, "[-1, 1, nn.BatchNorm2d, [1, 2]]", "my.yaml:6: row 2 (nn.BatchNorm2d): 2 arguments are given; it takes none "
+     "(the channels are those of the input)"),
+    (C3, "[[-1, 0], 3, C3, [16]]", "my.yaml:6: row 2 (C3): from refers to 2 slots; exactly one is needed"),
+    (C3, "[5, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from refers to slot 5; available: 0 to 1, or -1 to -2"),
+    (C3, "[-3, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from refers to slot -3; available: 0 to 1, or -1 to -2"),
+    (CONV0, "[0, 1, Conv, [8, 3, 2]]", "my.yaml:4: row 0 (Conv): from refers to slot 0; available: -1, the image"),
+    (C3, "[P4, 3, C3, [16]]", "my.yaml:6: row 2 (C3): from refers to level P4, but no earlier row is a backbone; "
+     "use a slot index"),
     (C3, "[p3, 3, C3, [16]]",
-     "my.yaml:6: row 2 (C3): from names 'p3'; allowed: slot numbers, P1, P2, P3, P4, P5, image; "
+     "my.yaml:6: row 2 (C3): from is 'p3'; allowed: slot indices, P1, P2, P3, P4, P5, image; "
      "did you mean 'P3'?"),
     (UP, "[-1, 1, nn.Upsample, [None, 2, nearst]]", "my.yaml:8: row 3 (nn.Upsample): mode is 'nearst'; "
      "allowed: nearest, nearest-exact, bilinear, bicubic, area; did you mean 'nearest'?"),
-    (UP, "[-1, 1, nn.Upsample, [20]]", "my.yaml:8: row 3 (nn.Upsample): a size is given; only a scale_factor keeps the "
-     "stride known, as in [None, 2, nearest]"),
+    (UP, "[-1, 1, nn.Upsample, [20]]", "my.yaml:8: row 3 (nn.Upsample): a fixed size has no defined stride; "
+     "give a scale_factor, as in [None, 2, nearest]"),
     (UP, "[-1, 1, nn.Upsample, [None, 3]]", "my.yaml:8: row 3 (nn.Upsample): the input has stride 4; "
      "the output would have stride 1.33333"),
     (UP, "[-1, 1, nn.Identity, []]", "my.yaml:9: row 4 (Concat): the inputs have strides 4, 2; "
-     "maps of one stride can be joined"),
-    ("Concat, [1]", "Concat, [2]", "my.yaml:9: row 4 (Concat): argument 1 (dimension) is 2; allowed: 1, the channels"),
-    ("[[4, 2], 1", "[[4], 1", "my.yaml:10: row 5 (Detect): it reads 1 levels; anchors have 2 rows, "
-     "one per level is needed"),
+     "equal strides are needed"),
+    ("Concat, [1]", "Concat, [2]", "my.yaml:9: row 4 (Concat): argument 1 (dimension) is 2; allowed: 1 (channels)"),
+    ("[[4, 2], 1", "[[4], 1", "my.yaml:10: row 5 (Detect): 1 input levels but 2 rows of anchors; "
+     "one row per level is needed"),
     ("[nc, anchors]", "[80, anchors]", "my.yaml:10: row 5 (Detect): argument 1 (nc) is 80; the model has 3 classes; "
      "write nc"),
-    ("[nc, anchors]", "[nc, [[1, 2], [3, 4]]]", "my.yaml:10: row 5 (Detect): argument 2 (anchors) is not the file's "
-     "anchors; give those under that key; write anchors"),
+    ("[nc, anchors]", "[nc, [[1, 2], [3, 4]]]", "my.yaml:10: row 5 (Detect): argument 2 (anchors) differs from the "
+     "key 'anchors' of the file; write anchors"),
     ("[nc, anchors]", "[nc]", "my.yaml:10: row 5 (Detect): 1 arguments are given; it takes [nc, anchors]"),
     ("  - [[4, 2], 1, Detect, [nc, anchors]]\n", "",
-     "my.yaml:9: row 4 (Concat): the last row, and only it, must be Detect"),
+     "my.yaml:9: row 4 (Concat): Detect must be the last row and appear once"),
     # backbones
-    (CONV0, "[-1, 2, TinyBackbone, []]", "my.yaml:4: row 0 (TinyBackbone): number is 2; a backbone row stands once: 1"),
+    (CONV0, "[-1, 2, TinyBackbone, []]", "my.yaml:4: row 0 (TinyBackbone): number is 2; a backbone row needs number 1"),
     (CONV0, "[-1, 1, TinyBackbone, {width: 3}]",
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: unknown argument 'width'; "
      "allowed: weights, partial_weights, strides, size_divisor"),
@@ -318,10 +320,11 @@ CASES = [
     (CONV0, "[-1, 1, NeedyBackbone, []]", "my.yaml:4: row 0 (NeedyBackbone): cannot be built with []: "),
     (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): from is -1; a backbone reads the image: "
      "-1 in row 0, or image"),
-    (CONV0, "[-1, 1, TinyBackbone, []]\n  - [P2, 1, Conv, [8]]", "my.yaml:5: row 1 (Conv): from names P2, P2 of row 0 "
+    (CONV0, "[-1, 1, TinyBackbone, []]\n  - [P2, 1, Conv, [8]]",
+     "my.yaml:5: row 1 (Conv): from refers to P2, P2 of row 0 "
      "(TinyBackbone), which is empty; available: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
     (CONV0, "[-1, 1, TinyBackbone, []]\n  - [0, 1, Conv, [8]]",
-     "my.yaml:5: row 1 (Conv): from names slot 0, P1 of row 0 "
+     "my.yaml:5: row 1 (Conv): from refers to slot 0, P1 of row 0 "
      "(TinyBackbone), which is empty; available: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
 ]  # fmt: skip
 

@@ -101,10 +101,11 @@ CASES = [
     ("nc: 3", "nc: 0", ["my.yaml:1: nc is 0; an integer of at least 1 is needed"]),
     ("nc: 3", "nc: yes", ["my.yaml:1: nc is True; an integer of at least 1 is needed"]),
     ("0.25", "wide", ["my.yaml:3: width_multiple is 'wide'; a number above 0 is needed"]),
-    ("nn.LeakyReLU(0.1)", "[a]", ["my.yaml:4: activation is ['a']; a text such as nn.LeakyReLU(0.1) is needed"]),
+    ("nn.LeakyReLU(0.1)", "[a]", ["my.yaml:4: activation is ['a']; a string such as nn.LeakyReLU(0.1) is needed"]),
     ("[10, 13, 16, 30]", "[10, 13, 16]",
-     ["my.yaml:5: anchors have rows of 3, 4 numbers; an equal and even count is needed"]),
-    ("[10, 13, 16, 30]", "[10, 13, x, 30]", ["my.yaml:5: anchors hold something that is not a size in pixels; allowed: "
+     ["my.yaml:5: rows of anchors have 3, 4 values; an equal and even number is needed"]),
+    ("[10, 13, 16, 30]", "[10, 13, x, 30]",
+     ["my.yaml:5: anchors contain a value that is not a size in pixels; allowed: "
      "one list of width, height, width, height ... in pixels per level, or an integer of at least 1"]),
     (ROW, "[-1, 3, C3]", ["my.yaml:10: row 1 is [-1, 3, 'C3']; a row is [from, number, module, arguments]"]),
     (ROW, "[-1, 3, C3, [128], x]",
@@ -113,7 +114,7 @@ CASES = [
     (ROW, "[-1, 0, C3, [128]]", ["my.yaml:10: row 1 (C3): number is 0; an integer of at least 1 is needed"]),
     (ROW, "[-1, 3, C3, 128]", ["my.yaml:10: row 1 (C3): arguments are 128; a list is needed, such as [128]"]),
     (ROW, "[1.5, 3, C3, [128]]",
-     ["my.yaml:10: row 1 (C3): from is 1.5; allowed: slot numbers and level names such as P4"]),
+     ["my.yaml:10: row 1 (C3): from is 1.5; allowed: slot indices and level names such as P4"]),
     (ROW, "[-1, 3, 5, [128]]", ["my.yaml:10: row 1: the module is 5; a name is needed; "
      "a row is [from, number, module, arguments]"]),
     ("  - [-1, 1, Conv, [64, 6, 2, 2]]\n  - " + ROW, "  Conv",
@@ -174,7 +175,7 @@ def test_registry_refuses_a_clash_and_suggests_on_a_miss() -> None:
     assert registry.register("Conv", conv) is registry.get("Conv") is conv
     registry.register("Conv", conv)  # the same object again is no clash
     assert registry.names() == ("Conv",) and "Conv" in registry and "C3" not in registry
-    with pytest.raises(SpecError, match="module 'Conv' is registered twice"):
+    with pytest.raises(SpecError, match="module 'Conv' is already registered"):
         registry.register("Conv", object())
     with pytest.raises(SpecError, match=r"unknown module 'Konv'; did you mean 'Conv'\?"):
         registry.get("Konv")
