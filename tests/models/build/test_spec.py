@@ -179,3 +179,8 @@ def test_registry_refuses_a_clash_and_suggests_on_a_miss() -> None:
         registry.register("Conv", object())
     with pytest.raises(SpecError, match=r"unknown module 'Konv'; did you mean 'Conv'\?"):
         registry.get("Konv")
+
+
+@pytest.mark.parametrize("line", ["inplace: True", "ch: 3", "channel_multiple: 4"])
+def test_load_model_spec_accepts_optional_keys(tmp_path: Path, line: str) -> None:
+    load_model_spec(write(tmp_path, f"{line}\n{GOOD}"))
