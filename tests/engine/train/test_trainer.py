@@ -111,31 +111,6 @@ def test_same_seed_same_weights_and_other_seed_other_weights(project):
     assert not torch.equal(states[0][key], states[2][key])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"rect": True},
-        {"multi_scale": True},
-        {"single_cls": True},
-        {"image_weights": True},
-        {"quad": True},
-        {"cache": "ram"},
-        {"label_smoothing": 0.1},
-        {"optimizer": "Adam"},
-        {"freeze": ["2"]},
-        {"noval": True},
-        {"nosave": True},
-        {"save_period": 1},
-    ],
-    ids=lambda o: next(iter(o)),
-)
-def test_options(project, options):
-    result = train(config(project, **options))
-    assert len(rows(result.folder)) == 2
-    assert result.last.is_file()
-    assert (result.folder / "weights/epoch1.pt").is_file() == ("save_period" in options)
-
-
 def test_freeze_leaves_frozen_rows_unchanged(project):
     result = train(config(project, epochs=1, freeze=["1"], seed=5))
     torch.manual_seed(0)
@@ -153,7 +128,8 @@ def test_weights_of_a_run_start_another(project, caplog):
     first = train(config(project, epochs=1))
     with caplog.at_level("INFO"):
         second = train(config(project, cfg="", weights=str(first.best), epochs=1, name="second"))
-    assert "Transferred" in caplog.text
+    total = len(read_checkpoint(first.best).state)
+    assert f"Transferred {total}/{total}" in caplog.text
     assert second.best is not None
 
 
