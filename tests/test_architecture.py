@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -152,3 +153,11 @@ def test_help_does_not_import_torch(script):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.stderr.strip().endswith("False"), done.stderr
     assert "--imgsz" in done.stdout
+
+
+def test_test_modules_do_not_import_each_other() -> None:
+    paths = sorted((ROOT / "tests").rglob("test_*.py"))
+    assert len(paths) > 80
+    pattern = re.compile(r"^\s*(?:from|import) tests\.(?:\w+\.)*test_\w+", re.MULTILINE)
+    assert pattern.search("from tests.engine.test_a import b")
+    assert [str(path.relative_to(ROOT)) for path in paths if pattern.search(path.read_text())] == []

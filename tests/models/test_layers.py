@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models import common
 from models.build.layer_rules import LAYERS
 from models.build.rows import Rows
-from tests.models.build.test_builder import SIDE, build, one_row
+from tests.helpers.model_rows import SIDE, build, one_row
 
 LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
     # (module, arguments, (channels, SIDE / height) of what comes out of 16 channels, SIDE x SIDE)

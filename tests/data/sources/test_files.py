@@ -13,23 +13,13 @@ import pytest
 from data.sources import streams
 from data.sources.files import FileSource, find_files, open_source
 from data.sources.streams import StreamSource, parse_screen, stream_name, without_password
+from tests.helpers.videos import write_video
 from utils.errors import DataError
 
 
 def write_image(path, value=100, size=(24, 32)):
     path.parent.mkdir(parents=True, exist_ok=True)
     assert cv2.imwrite(str(path), np.full((*size, 3), value, np.uint8))
-    return path
-
-
-def write_video(path, frames=8, fps=20.0, size=(64, 48), code="MJPG"):
-    """A video whose frame i has the gray value 20 + 10 i."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*code), fps, size)
-    assert writer.isOpened()
-    for i in range(frames):
-        writer.write(np.full((size[1], size[0], 3), 20 + 10 * (i % 20), np.uint8))
-    writer.release()
     return path
 
 

@@ -41,7 +41,7 @@ from engine.train.interrupt import StopRequest
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
 from models.losses.anchor_based import LossOutput
-from tests.engine.evaluate.test_evaluator import NAMES, write_data
+from tests.helpers.detection_data import NAMES, write_data
 from tests.helpers.detectors import build
 from tests.helpers.processes import next_group, run_processes
 from tests.helpers.training import config, detection_loss, rows, train_step, write_project

@@ -21,13 +21,10 @@ from engine.loggers.run_logger import (
     project_name,
 )
 from engine.loggers.trackers import HostedLogger, check_loggers
+from tests.helpers.training import results_row
 from utils.errors import ConfigError, DataError
 
 OPTIONS = {"project": "runs/blood", "entity": None, "epochs": 3}
-
-
-def row(epoch, map50=0.5, map5095=0.25):
-    return [epoch, 0.1, 0.2, 0.3, 0.6, 0.7, map50, map5095, 0.4, 0.5, 0.6, 0.01, 0.01, 0.1]
 
 
 def epochs(folder):
@@ -74,31 +71,31 @@ def recorder(monkeypatch):
 
 def test_csv_has_a_header_and_a_row_per_epoch(tmp_path):
     log = CsvLog(tmp_path)
-    log.add(row(0))
-    log.add(row(1))
+    log.add(results_row(0))
+    log.add(results_row(1))
     lines = (tmp_path / "results.csv").read_text().splitlines()
     assert [c.strip() for c in lines[0].split(",")] == list(COLUMNS)
-    assert [float(c) for c in lines[2].split(",")] == row(1)
+    assert [float(c) for c in lines[2].split(",")] == results_row(1)
 
 
 @pytest.mark.parametrize("cut", [1, 12, 25, 270])
 def test_a_resumed_run_replaces_rows_and_drops_what_broke_off(tmp_path, cut):
     whole = CsvLog(tmp_path)
     for epoch in range(4):
-        whole.add(row(epoch))
+        whole.add(results_row(epoch))
     expected = (tmp_path / "results.csv").read_text()
     lines = expected.splitlines(keepends=True)
     (tmp_path / "results.csv").write_text("".join(lines[:4]) + lines[4][:cut])  # a full disk cut the last row
     whole.drop_from(2)
     assert epochs(tmp_path) == [0, 1]
-    whole.add(row(2))
-    whole.add(row(3))
+    whole.add(results_row(2))
+    whole.add(results_row(3))
     assert (tmp_path / "results.csv").read_text() == expected
 
 
 def test_a_row_that_broke_off_is_dropped_even_before_the_first_new_epoch(tmp_path):
     log = CsvLog(tmp_path)
-    log.add(row(0))
+    log.add(results_row(0))
     with open(tmp_path / "results.csv", "a") as stream:
         stream.write(f"{1:20.5g},{0.5:20.5g},   0.")
     log.drop_from(9)
@@ -108,7 +105,7 @@ def test_a_row_that_broke_off_is_dropped_even_before_the_first_new_epoch(tmp_pat
 def test_results_csv_that_cannot_be_written(tmp_path):
     (tmp_path / "results.csv").mkdir()
     with pytest.raises(DataError, match=r"results\.csv: cannot be written"):
-        CsvLog(tmp_path).add(row(0))
+        CsvLog(tmp_path).add(results_row(0))
 
 
 def test_tensorboard_holds_the_numbers_and_forgets_epochs_done_again(tmp_path):
@@ -116,7 +113,7 @@ def test_tensorboard_holds_the_numbers_and_forgets_epochs_done_again(tmp_path):
     for start, values in ((0, (0.1, 0.2, 0.3)), (1, (0.7, 0.8))):
         log = TensorBoardLog(tmp_path, start)
         for epoch, value in enumerate(values, start):
-            log.add(row(epoch, value))
+            log.add(results_row(epoch, value))
         log.close()
     found = reader.EventAccumulator(str(tmp_path))
     found.Reload()
@@ -167,8 +164,8 @@ def test_trackers_are_not_imported_unless_asked():
 
 def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
     with make_logs(["recorder", "recorder"], tmp_path, OPTIONS, {"lr0": 0.01}) as logs:
-        logs.add(row(0))
-        logs.add(row(1))
+        logs.add(results_row(0))
+        logs.add(results_row(1))
         (tmp_path / "weights").mkdir()
         (tmp_path / "weights/best.pt").write_bytes(b"x")
         (tmp_path / "results.png").write_bytes(b"x")
@@ -176,7 +173,7 @@ def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
     assert [what for what, _ in recorder.calls] == ["start", "add", "add", "finish", "close"]
     run, first, outcome, failed = (recorder.calls[i][1] for i in (0, 1, 3, 4))
     assert (run.project, run.options["epochs"], run.hyp, run.resume_id) == ("blood", 3, {"lr0": 0.01}, None)
-    assert first == (0, dict(zip(COLUMNS[1:], row(0)[1:])))
+    assert first == (0, dict(zip(COLUMNS[1:], results_row(0)[1:])))
     assert outcome.best == tmp_path / "weights/best.pt" and not failed
     assert [p.name for p in (*outcome.images, *outcome.files)] == ["results.png", "results.csv"]
     assert epochs(tmp_path) == [0, 1]
@@ -184,7 +181,7 @@ def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
 
 def test_a_resumed_run_goes_on_under_its_name(recorder, tmp_path):
     with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
-        logs.add(row(0))
+        logs.add(results_row(0))
     make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1).close()
     make_logs(["recorder"], tmp_path, OPTIONS, {}).close()  # a new run in the same folder (--exist-ok) has a new name
     assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1", None]
@@ -201,7 +198,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(recorder, tmp_path
     recorder.broken = step
     with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
         for epoch in range(3):
-            logs.add(row(epoch))
+            logs.add(results_row(epoch))
         logs.finish()
     assert [what for what, _ in recorder.calls].count(step) == 1
     assert "--logger recorder: given up: RuntimeError: no network" in caplog.text
@@ -216,7 +213,7 @@ def test_a_tracker_that_cannot_start_is_an_error(recorder, tmp_path):
 
 def test_other_ranks_write_nothing(tmp_path):
     with Logs(tmp_path) as logs:
-        logs.add(row(0))
+        logs.add(results_row(0))
         logs.finish()
     assert list(tmp_path.iterdir()) == []
 
@@ -224,7 +221,7 @@ def test_other_ranks_write_nothing(tmp_path):
 def test_the_best_epoch_is_the_one_of_best_pt(tmp_path):
     log = CsvLog(tmp_path)
     for epoch, value in enumerate((0.1, 0.3, 0.3, 0.2)):
-        log.add(row(epoch, 0.5, value))
+        log.add(results_row(epoch, 0.5, value))
     summary, last = best_epoch(tmp_path)
     assert summary == {
         "best/epoch": 2, "best/precision": 0.6, "best/recall": 0.7, "best/mAP_0.5": 0.5, "best/mAP_0.5:0.95": 0.3,

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from engine.loggers.run_logger import make_logs
-from tests.engine.loggers.test_run_logger import row
+from tests.helpers.training import results_row
 
 OPTIONS = {"project": "runs/blood", "entity": None, "epochs": 3, "freeze": ["0"], "cache": None}
 HYP = {"lr0": 0.01, "momentum": 0.937}
@@ -32,10 +32,10 @@ def folder(tmp_path):
 def train(name, folder):
     """Two epochs, a break, a resumed third, and the end."""
     with make_logs([name], folder, OPTIONS, HYP) as logs:
-        logs.add(row(0, 0.1))
-        logs.add(row(1, 0.2))
+        logs.add(results_row(0, 0.1))
+        logs.add(results_row(1, 0.2))
     with make_logs([name], folder, OPTIONS, HYP, start_epoch=2) as logs:
-        logs.add(row(2, 0.3))
+        logs.add(results_row(2, 0.3))
         logs.finish()
         assert logs.hosted, "given up"
 

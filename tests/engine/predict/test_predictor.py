@@ -18,7 +18,7 @@ from engine.predict.inference import prepare
 from engine.predict.predictor import Predictor, detect, input_size
 from engine.runtimes.pytorch import PyTorchRuntime
 from models.yolo import DetectionModel
-from tests.data.sources.test_files import write_video
+from tests.helpers.videos import write_video
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.files import ROOT
 

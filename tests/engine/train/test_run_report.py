@@ -19,8 +19,8 @@ from engine.evaluate.worst_images import ImageErrors, WorstImages, image_errors
 from engine.loggers.run_logger import CsvLog
 from engine.report.html import embedded, line_chart, number, table, ticks
 from engine.train.run_report import RunFacts, collect_facts, environment, git_commit, write_report
-from tests.engine.loggers.test_run_logger import row
 from tests.helpers import detectors
+from tests.helpers.training import results_row
 from utils.files import ROOT
 
 NASTY = "\"><script>alert('x')</script><img src=http://x/y onerror=alert(1)>&amp;"
@@ -122,7 +122,7 @@ def run(tmp_path) -> Path:
     folder.mkdir()
     log = CsvLog(folder)
     for epoch, value in enumerate((0.1, 0.4, 0.3)):
-        log.add(row(epoch, value + 0.2, value))
+        log.add(results_row(epoch, value + 0.2, value))
     for name in ("PR_curve.png", "F1_curve.png", "confusion_matrix.png", "labels.jpg", "train_batch0.jpg"):
         assert cv2.imwrite(str(folder / name), np.full((40, 60, 3), 200, np.uint8))
     return folder

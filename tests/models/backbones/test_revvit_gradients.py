@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from models.backbones.layers import DropPath
 from models.backbones.revvit import RevViT
-from tests.models.backbones.test_revvit import DROPS, TINY, build, image
+from tests.helpers.small_revvit import DROPS, TINY, build, image
 
 Gradients = dict[str, Tensor | None]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,12 +13,10 @@ from torch import Tensor, nn
 from models import backbones, common
 from models.backbones import Backbone, FeatureLevel, register_backbone
 from models.build.builder import build_layers
-from models.build.rows import IMAGE, PAD_VALUE, Rows, check_size, padded
+from models.build.rows import IMAGE, PAD_VALUE, check_size, padded
 from models.build.spec import load_model_spec, read_model_spec
+from tests.helpers.model_rows import build, one_row
 from utils.errors import ConfigError, SpecError
-
-ANCHORS = [[10, 13, 16, 30], [30, 61, 62, 45]]
-SIDE = 32
 
 
 @pytest.fixture(autouse=True)
@@ -49,20 +46,6 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
         def __init__(self, width: int) -> None:
             super().__init__(normalize=False)
-
-
-def spec_dict(backbone: list[Any], head: list[Any], anchors: Any = ANCHORS, **keys: Any) -> dict[str, Any]:
-    return {"nc": 3, "anchors": anchors, "backbone": backbone, "head": head, **keys}
-
-
-def build(backbone: list[Any], head: list[Any], anchors: Any = ANCHORS, **keys: Any) -> tuple[Rows, list[int]]:
-    return build_layers(load_model_spec(spec_dict(backbone, head, anchors, **keys)))
-
-
-def one_row(module: str, args: Any, channels: int = 16, repeats: int = 1, **keys: Any) -> Rows:
-    """Image of so many channels -> the row -> a head."""
-    rows, _ = build([[-1, repeats, module, args]], [[[-1], 1, "Detect", ["nc", "anchors"]]], 2, ch=channels, **keys)
-    return rows
 
 
 # ---- activation ----------------------------------------------------------------------------------
