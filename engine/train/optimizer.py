@@ -102,8 +102,14 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer state; fused SGD gets zero momentum where the state has none."""
-    optimizer.load_state_dict(state)
+    """Load an optimizer state, which may come from another device.
+
+    The implementation (fused or not) stays that of this device, and fused SGD gets zero momentum where the state has
+    none.
+    """
+    own = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
+    groups = [{**group, **own} for group in state["param_groups"]]
+    optimizer.load_state_dict({**state, "param_groups": groups})
     _fill_momentum(optimizer)
 
 

@@ -131,7 +131,7 @@ class TrainingParts:
 def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     """Resolve `--resume`: return the options of the interrupted run, and its checkpoint.
 
-    Device and workers may be given again, since the machine may be another one.
+    Device, workers and precision may be given again, since the machine may be another one.
 
     Raises:
         CheckpointError: nothing to resume, or the run is finished.
@@ -153,10 +153,11 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
         )
     saved = TrainConfig.from_keywords(**checkpoint.train["options"])
     LOGGER.info("Resuming %s after epoch %d", path, checkpoint.epoch)
+    default = TrainConfig()
+    given = {key: getattr(config, key) for key in ("device", "workers", "amp")}
     overrides = {
+        **{key: value for key, value in given.items() if value != getattr(default, key)},
         "resume": str(path),
-        "device": config.device or saved.device,
-        "workers": saved.workers if config.workers == TrainConfig().workers else config.workers,
         "project": str(path.resolve().parents[2]),
         "name": path.resolve().parents[1].name,
         "exist_ok": True,

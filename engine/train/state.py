@@ -12,6 +12,7 @@ import torch
 from models.checkpoint.io import FORMAT, write_checkpoint
 from models.loading import spec_without_weights
 from models.yolo import DetectionModel
+from utils.errors import TrainingError
 
 
 def inference_content(average: DetectionModel, epoch: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,10 +53,25 @@ def save_checkpoints(
         training: state of the trainer, for `--resume`.
         best: also write best.pt, without the training state.
         periodic: also write epoch<N>.pt.
+
+    Raises:
+        TrainingError: weights are not finite; no file is written, those of earlier epochs stay.
     """
+    _check_finite(folder / "last.pt", {"averaged weights": content["state"], "weights": training["model"]})
     full = {**content, "train": training}
     if best:
         write_checkpoint(folder / "best.pt", content)
     if periodic:
         write_checkpoint(folder / f"epoch{content['epoch']}.pt", full)
     write_checkpoint(folder / "last.pt", full)
+
+
+def _check_finite(last: Path, states: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
+    for kind, state in states.items():
+        bad = [key for key, value in state.items() if not torch.isfinite(value).all()]
+        if bad:
+            kept = f"the last good checkpoint is {last}" if last.is_file() else "there is no checkpoint yet"
+            raise TrainingError(
+                f"{len(bad)} of {len(state)} tensors of the {kind} are not finite (first: {bad[0]}): the training has "
+                f"diverged; {kept}; try a lower lr0 or a longer warm-up in the hyperparameters, or --amp off"
+            )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ class TrainStep:
 
     A step whose gradients are not finite is skipped: weights and EMA stay as they are, and BatchNorm statistics that
     became non-finite are restored from the EMA. After `MAX_SKIPPED` consecutive steps the training stops. (With
-    float16, GradScaler skips steps by design while it searches the loss scale; there the scale must be below 1, too.)
+    float16, GradScaler skips steps by design while it searches the loss scale, which is logged as INFO; there the
+    scale must be below 1, too.)
 
     Args:
         parts: model, loss and EMA.
@@ -83,16 +85,20 @@ class TrainStep:
             # A backbone may have levels that the neck does not read; their norms get no gradient.
             unused = any(isinstance(m, Backbone) for m in self.model.modules())
             self.network = DistributedDataParallel(
-                self.network, device_ids=ids, find_unused_parameters=unused, process_group=self.world.gradients
-            )
+                self.network, device_ids=ids, find_unused_parameters=unused, process_group=self.world.gradients,
+                gradient_as_bucket_view=True,
+            )  # fmt: skip
 
-    def backward(self, images: Tensor, targets: Tensor, position: tuple[int, int]) -> tuple[Tensor, int]:
+    def backward(
+        self, images: Tensor, targets: Tensor, position: tuple[int, int], *, average: bool = True
+    ) -> tuple[Tensor, int]:
         """Run forward and backward for one batch.
 
         Args:
             images: (B, 3, H, W) uint8 on the device.
             targets: (M, 6) image index, class, xywhn, on the CPU.
             position: epoch and batch index, which seed the random size.
+            average: average the gradients over the ranks; False for a batch whose gradients are only accumulated.
 
         Returns:
             Loss components (3,) box, objectness, class on the device, and the input width used.
@@ -102,7 +108,8 @@ class TrainStep:
         if config.multi_scale:
             rng = sample_rng(config.seed, position[0], _MULTI_SCALE_STREAM + position[1])
             images = multi_scale(images, config.imgsz, self.grid, rng)
-        with self._compiled(len(images)):
+        local = isinstance(self.network, DistributedDataParallel) and not average
+        with self._compiled(len(images)), self.network.no_sync() if local else nullcontext():  # type: ignore[operator]
             total, parts = self.loss(images, targets)
             if self.world.size > 1:
                 total = total * self.world.size  # DDP averages the gradients; the loss is a sum over images
@@ -167,13 +174,16 @@ class TrainStep:
         self.skipped += 1
         self.consecutive_skipped += 1
         restored = restore_statistics(self.model, self.ema.module)
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0.0
+        if scale >= 1 and not restored:
+            LOGGER.info("gradients overflow in float16: step skipped, loss scale reduced to %g", scale)
+            return
         LOGGER.warning(
             "gradients are not finite: step skipped (%d so far%s)",
             self.skipped,
             f", {restored} non-finite batch statistics restored" if restored else "",
         )
-        at_lowest_scale = not self.scaler.is_enabled() or self.scaler.get_scale() < 1
-        if self.consecutive_skipped >= MAX_SKIPPED and at_lowest_scale:
+        if self.consecutive_skipped >= MAX_SKIPPED and scale < 1:
             saved = self.last is not None and self.last.is_file()
             kept = f"the last good checkpoint is {self.last}" if saved else "there is no checkpoint yet"
             raise TrainingError(
@@ -187,7 +197,8 @@ class TrainStep:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned; other keys are ignored."""
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty when it comes from a run without float16
+            self.scaler.load_state_dict(state["scaler"])
         self.skipped = int(state.get("skipped", 0))
 
 
@@ -195,13 +206,13 @@ class TrainStep:
 def restore_statistics(model: nn.Module, average: nn.Module) -> int:
     """Replace non-finite floating-point buffers of `model` by those of `average`; return how many."""
     good = dict(average.named_buffers())
-    bad = [
-        (name, buffer)
-        for name, buffer in model.named_buffers()
-        if buffer.is_floating_point() and name in good and not torch.isfinite(buffer).all()
-    ]
-    for name, buffer in bad:
-        buffer.copy_(good[name])
+    pairs = [(b, good[name]) for name, b in model.named_buffers() if b.is_floating_point() and name in good]
+    if not pairs:
+        return 0
+    peaks = torch._foreach_norm([buffer for buffer, _ in pairs], math.inf)
+    bad = [pair for pair, finite in zip(pairs, torch.isfinite(torch.stack(peaks)).tolist(), strict=True) if not finite]
+    for buffer, value in bad:
+        buffer.copy_(value)
     return len(bad)
 
 

@@ -43,7 +43,7 @@ from engine.train.optimizer import load_optimizer
 from engine.train.run_report import collect_facts, write_report
 from engine.train.schedule import apply_settings
 from engine.train.setup import TrainingParts, build_parts, resolve_run
-from engine.train.step import TrainStep
+from engine.train.step import TrainStep, restore_statistics
 from models.checkpoint.io import strip
 from utils.device import cpu_has_bf16, describe_device, select_device
 from utils.log import is_main_process
@@ -239,15 +239,17 @@ class Trainer:
             apply_settings(self.optimizer, settings)
             if epoch == 0 and i < 3 and is_main_process() and not self.config.noplots:
                 plots.training_batch(self.run.folder, batch, i, self.data.names)
-            losses, size = self.stepper.backward(images, batch.targets, (epoch, i))
+            due = iteration - self.last_step >= settings.accumulate
+            losses, size = self.stepper.backward(images, batch.targets, (epoch, i), average=due)
             progress.add(losses)
-            if iteration - self.last_step >= settings.accumulate:
+            if due:
                 self.stepper.step()
                 self.last_step = iteration
                 self._exit_if_requested(epoch)
             if time.time() - shown > 0.5 or i + 1 == total:  # formatting waits for the device: not every step
                 shown = time.time()
                 bar.set_description_str(self._describe(epoch, len(batch.targets), size))
+        restore_statistics(self.model, self.ema.module)  # of batches after the last step of the epoch
         return settings.lr
 
     def _describe(self, epoch: int, instances: int, size: int) -> str:

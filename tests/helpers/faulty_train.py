@@ -24,10 +24,10 @@ def work(config: TrainConfig) -> None:
     rank, epoch, number = map(int, numbers)
     original, suppress = TrainStep.backward, evaluator._suppress
 
-    def backward(self: TrainStep, images: Any, targets: Any, at: tuple[int, int]) -> Any:
+    def backward(self: TrainStep, images: Any, targets: Any, at: tuple[int, int], **options: Any) -> Any:
         if at == (epoch, number) and int(os.environ["RANK"]) == rank:
             fail(kind)
-        return original(self, images, targets, at)
+        return original(self, images, targets, at, **options)
 
     def at_validation(*arguments: Any) -> Any:
         evaluator._suppress = suppress  # once

@@ -119,10 +119,12 @@ def signal_at(patch: pytest.MonkeyPatch, number: int, position: tuple[int, int])
     """Send this process a signal during the backward pass of one (epoch, batch)."""
     original = TrainStep.backward
 
-    def backward(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, current: tuple[int, int]) -> Any:
+    def backward(
+        self: TrainStep, images: torch.Tensor, targets: torch.Tensor, current: tuple[int, int], **options: Any
+    ) -> Any:
         if current == position:
             os.kill(os.getpid(), number)
-        return original(self, images, targets, current)
+        return original(self, images, targets, current, **options)
 
     patch.setattr(TrainStep, "backward", backward)
 
@@ -132,10 +134,12 @@ def poison(patch: pytest.MonkeyPatch, positions: set[tuple[int, int]]) -> None:
     loss, original = TrainStep.loss, TrainStep.backward
     current = (-1, -1)
 
-    def backward(self: TrainStep, images: torch.Tensor, targets: torch.Tensor, position: tuple[int, int]) -> Any:
+    def backward(
+        self: TrainStep, images: torch.Tensor, targets: torch.Tensor, position: tuple[int, int], **options: Any
+    ) -> Any:
         nonlocal current
         current = position
-        return original(self, images, targets, position)
+        return original(self, images, targets, position, **options)
 
     def poisoned(self: TrainStep, images: torch.Tensor, targets: torch.Tensor) -> Any:
         return loss(self, images * float("nan") if current in positions else images, targets)

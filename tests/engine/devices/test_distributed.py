@@ -37,6 +37,7 @@ from engine.devices.sync_bn import convert_sync_batchnorm
 from engine.evaluate import evaluator
 from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, evaluate, measure
 from engine.runtimes.pytorch import PyTorchRuntime
+from engine.train import trainer as trainer_module
 from engine.train.interrupt import StopRequest
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
@@ -174,6 +175,7 @@ GRADIENTS = {
     "sync": ("yolov5", "sync", "squares", 1e-10),
     "sync, backbone": ("nextvit", "sync", "squares", 1e-10),
     "detection": ("yolov5", "frozen", "detection", 1e-5),
+    "accumulated": ("yolov5", "frozen", "squares", 1e-10),
 }
 
 
@@ -195,7 +197,10 @@ def step(case: str, world: World) -> dict[str, Tensor]:
     boxes = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
     half = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
     targets = boxes if world.size > 1 else torch.cat((boxes, boxes + torch.tensor([2.0, 0, 0, 0, 0, 0])))
-    train_step(network, criterion, world).backward(images[half], targets, (0, 0))
+    stepper = train_step(network, criterion, world)
+    if case == "accumulated":
+        stepper.backward(images[half].flip(1), targets, (0, 0), average=False)
+    stepper.backward(images[half], targets, (0, 0))
     gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
     return gradients | {name: b for name, b in network.named_buffers() if "running" in name}
 
@@ -241,9 +246,13 @@ def pair(folder: Path) -> None:
     weights = watch(DetectionLoader, "set_image_weights")
     wrote = {word: watch(project, name) for word, (project, name) in WRITERS.items()}
     options = {"noplots": False, "sync_bn": True, "image_weights": True, "cache": "disk", "batch_size": 4}
+    options |= {"freeze": ["2"], "freeze_epochs": 1, "save_period": 1}
+    thawed = watch(trainer_module, "unfreeze")
     trained = train(config(folder, epochs=2, amp="off", **options))
     found |= {"weights": [given[1] for given in weights], "wrote": {word: len(calls) for word, calls in wrote.items()}}
     found |= {"trained": trained.metrics, "run": trained.folder}
+    (model, frozen) = thawed[0]
+    found |= {"weights after": model.state_dict(), "thawed": frozen.unfreeze}
     next_group()
     try:
         with process_group(world_from_environment()), main_first(world_from_environment()):
@@ -323,6 +332,18 @@ def validation_loader(folder: Path) -> DetectionLoader:
     records = load_annotations(load_data_config(folder / "data.yaml").split("val"), 3, progress=False).records
     dataset = DetectionDataset(records, 64, rect=True, batch_size=4, stride=32, pad=0.5)
     return create_loader(dataset, 4)
+
+
+def test_thawed_parameters_are_averaged_over_the_processes(found) -> None:
+    """`--freeze-epochs`: the set of trained parameters changes, so the model is wrapped again."""
+    first, second = (f["weights after"] for f in found[:2])
+    assert found[0]["thawed"] == found[1]["thawed"] and len(found[0]["thawed"]) == 6
+    checkpoint = read_checkpoint(found[0]["run"] / "weights/epoch0.pt")
+    initial = checkpoint.train["model"]
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=0, atol=0, msg=name)
+    for name in found[0]["thawed"]:
+        assert not torch.equal(first[name], initial[name]), name
 
 
 def test_all_draw_by_the_same_image_weights(found) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,10 +22,11 @@ from engine.train.freeze import Frozen
 from engine.train.optimizer import build_optimizer, load_optimizer, parameter_groups
 from engine.train.setup import ModelParts
 from engine.train.step import TrainStep
-from engine.train.trainer import train
+from engine.train.trainer import Trainer, train
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.detectors import build, save
 from tests.helpers.training import config, detection_loss, interrupt_at, poison, rows
+from utils.errors import ConfigError
 from utils.structures import Batch
 
 pytestmark = pytest.mark.gpu
@@ -159,6 +162,77 @@ def test_gradients_are_unscaled_before_clipping() -> None:
         moved.append(torch.cat([(p.detach() - b).flatten() for p, b in zip(model.parameters(), before, strict=True)]))
     assert float(moved[0].norm()) > 1e-3
     assert float((moved[1] - moved[0]).norm()) < 0.1 * float(moved[0].norm())
+
+
+def test_search_for_the_loss_scale_is_no_warning(caplog) -> None:
+    """The first float16 steps often overflow; that is how GradScaler finds the largest scale that does not."""
+    model = build("yolov5", seed=4).to(GPU).train()
+    parts = ModelParts(model, ModelEma(model), Frozen(), detection_loss(model), 32)
+    optimizer = build_optimizer("SGD", [{"params": list(model.parameters())}], 0.01, 0.9)
+    step = TrainStep(parts, optimizer, TrainConfig(imgsz=64, amp="fp16"), 10.0, GPU, World())
+    step.scaler = torch.amp.GradScaler("cuda", init_scale=2.0**36, backoff_factor=2.0**-10)
+    targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4]])
+    before = {key: value.cpu() for key, value in model.state_dict().items() if "running" not in key}
+    with caplog.at_level("INFO"):
+        for number in range(3):
+            step.backward(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=GPU), targets, (0, number))
+            step.step()
+    skipped = [record for record in caplog.records if "loss scale reduced" in record.message]
+    assert step.skipped == len(skipped) > 0 and {record.levelname for record in skipped} == {"INFO"}
+    after = model.state_dict()
+    assert not all(torch.equal(after[key].cpu(), value) for key, value in before.items()), "no step succeeded"
+    assert all(value.isfinite().all() for value in after.values())
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+@pytest.mark.parametrize("amp", ["auto", "bf16", "off"])
+@pytest.mark.parametrize(("start", "end"), [("cpu", "0"), ("0", "cpu")], ids=["to GPU", "to CPU"])
+def test_resume_on_another_device(start, end, amp, optimizer, project: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, device=start, epochs=2, amp=amp, optimizer=optimizer, noval=True, name="cut"))
+    last = project / "runs/cut/weights/last.pt"
+    before = read_checkpoint(last).train["optimizer"]
+    with monkeypatch.context() as patch:
+        seen = _optimizers(patch)
+        result = train(TrainConfig.from_keywords(resume=str(last), device=end))
+    assert finite_rows(result.folder).shape[0] == 2
+    assert {group["fused"] for group in seen[0].param_groups} == {True if end == "0" else None}
+    if optimizer == "AdamW":
+        (steps,) = {float(entry["step"]) for entry in seen[0].state.values()}
+        assert steps > float(before["state"][0]["step"]) > 0, "counting continues"
+
+
+def _optimizers(patch: pytest.MonkeyPatch) -> list[torch.optim.Optimizer]:
+    """Return a list to which the optimizer of each training that starts is added."""
+    seen: list[torch.optim.Optimizer] = []
+    original = Trainer.load_state_dict
+
+    def load_state_dict(self: Trainer, state: Mapping[str, Any]) -> None:
+        original(self, state)
+        seen.append(self.optimizer)
+
+    patch.setattr(Trainer, "load_state_dict", load_state_dict)
+    return seen
+
+
+def test_float16_of_a_gpu_is_resumed_on_a_cpu_with_another_precision(project: Path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, device="0", amp="fp16", name="cut"))
+    last = str(project / "runs/cut/weights/last.pt")
+    with pytest.raises(ConfigError, match="--amp fp16: not on a CPU"):
+        train(TrainConfig.from_keywords(resume=last, device="cpu"))
+    finite_rows(train(TrainConfig.from_keywords(resume=last, device="cpu", amp="off")).folder)
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_frozen_rows_are_trained_later(optimizer, project: Path, dirty_memory) -> None:
+    """`--freeze-epochs`: the thawed parameters join groups of a fused optimizer that has state already."""
+    result = train(config(project, device="0", freeze=["2"], freeze_epochs=1, optimizer=optimizer))
+    finite_rows(result.folder)
 
 
 def sgd_on_gpu(*values: float) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import yaml
 
+from engine.cli.config import TrainConfig
+from engine.cli.parser import run_main
 from engine.train.autobatch import CPU_BATCH, choose_batch, largest_batch
 from engine.train.step import MAX_SKIPPED, restore_statistics
-from engine.train.trainer import train
+from engine.train.trainer import Trainer, train
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.detectors import build
 from tests.helpers.training import config, poison, rows
 from utils.errors import TrainingError
+from utils.files import ROOT
 
 
 def test_step_skips_non_finite_gradients(project: Path, monkeypatch, caplog) -> None:
@@ -38,6 +43,40 @@ def test_step_error_without_checkpoint(project: Path, monkeypatch) -> None:
     poison(monkeypatch, {(epoch, i) for epoch in range(9) for i in range(3)})
     with pytest.raises(TrainingError, match="there is no checkpoint yet"):
         train(config(project, epochs=9, nosave=True))
+
+
+@pytest.mark.parametrize("kind", ["weights", "averaged weights"])
+def test_checkpoint_with_non_finite_weights_is_not_written(kind, project: Path, monkeypatch, capsys) -> None:
+    """One message, exit status 1, and the checkpoints of the epoch before stay."""
+    original = Trainer._validate
+
+    def validate(self: Trainer, epoch: int) -> Any:
+        result = original(self, epoch)
+        if epoch == 1:
+            model = self.model if kind == "weights" else self.ema.module
+            model.get_parameter("model.1.conv.weight").data[0] = float("inf")
+        return result
+
+    monkeypatch.setattr(Trainer, "_validate", validate)
+    options = config(project, epochs=3)
+    assert run_main(TrainConfig, "train.py", "", lambda _: train(options) and None, []) == 1
+    last = project / "runs/exp/weights/last.pt"
+    message = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(message) == 1 and f"tensors of the {kind} are not finite (first: model.1.conv.weight)" in message[0]
+    assert f"the last good checkpoint is {last}" in message[0]
+    for path in (last, last.with_name("best.pt")):
+        checkpoint = read_checkpoint(path)
+        assert checkpoint.epoch == 0
+        assert all(torch.isfinite(v.float()).all() for v in checkpoint.state.values())
+
+
+def test_statistics_of_batches_after_the_last_step_are_restored(project: Path, monkeypatch) -> None:
+    """The batches of an epoch that no step follows must not leave non-finite batch statistics either."""
+    hyp = yaml.safe_load((ROOT / "data/hyps/hyp.scratch-low.yaml").read_text())
+    (project / "hyp.yaml").write_text(yaml.safe_dump({**hyp, "warmup_epochs": 0, "nominal_batch": 8}))
+    poison(monkeypatch, {(0, 2)})  # of 3 batches, with a step after every second one
+    result = train(config(project, hyp=str(project / "hyp.yaml")))
+    assert all(torch.isfinite(v.float()).all() for v in read_checkpoint(result.last).state.values())
 
 
 def test_restore_statistics_replaces_only_non_finite() -> None:
