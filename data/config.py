@@ -1,13 +1,15 @@
 """Dataset YAMLs: where the images are, what the classes are called, and how to generate or download it.
 
-The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the set that is drawn
-on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). YOLOv5's format:
+The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the dataset that is
+drawn on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). Names and paths are
+strings, whatever they look like (`02146`, `no`, `2024_01`). YOLOv5's format:
 https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +18,23 @@ from typing import Any
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
 from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
 from data.shapes import ShapesRecipe, ensure, parse_shapes
-from utils.errors import DataError, did_you_mean
-from utils.files import ROOT, find_file
-from utils.yaml_lines import LineDict, load_yaml
+from utils.errors import DataError, did_you_mean, shown
+from utils.files import ROOT, expand_user, find_file
+from utils.yaml_lines import LineDict, LineList, load_yaml, text_of
 
 LOGGER = logging.getLogger(__name__)
 
 SPLITS = ("train", "val", "test")
 _OWN_KEYS = ("path", *SPLITS, "names", "nc", "images", "download", "generate")
-_EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date", "info", "yaml_file", "channels")
-"""Keys that exporters write; they say nothing about boxes and are passed over."""
+MAX_CLASSES = 100_000
+_EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date", "info", "yaml_file", "channels",
+               "kpt_shape", "flip_idx", "kpt_names")  # fmt: skip
+"""Keys that exporters write; they do not concern boxes and are ignored."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset as its YAML describes it. Reading the YAML touches no image; `split` sees to it that they are there.
+    """A dataset as its YAML describes it. Reading the YAML opens no image; `split` fetches or draws missing ones.
 
     Attributes:
         file: the YAML.
@@ -40,7 +44,7 @@ class DataConfig:
             disk.
         download: text of a foreign YAML's `download:` (a script or URL), None if there is none.
         recipe: our own download step, None if there is none.
-        shapes: how to draw the set, None for sets that are not drawn.
+        shapes: how to draw the dataset, None for datasets that are not drawn.
         roots: all folders that `path` can mean, in the order in which they were tried.
         lines: line of every key in the YAML.
         classes: names that annotations are read by; those of the YAML, whatever `names` is replaced by later.
@@ -78,9 +82,9 @@ class DataConfig:
         if self.shapes is not None:
             ensure(self.root, self.shapes)
         paths = self.splits[name]
-        if self.recipe is not None and not all(p.exists() for p in paths):
+        if self.recipe is not None and not all(os.path.exists(p) for p in paths):
             fetch(self.recipe, self.root)
-        missing = [p for p in paths if not p.exists()]
+        missing = [p for p in paths if not os.path.exists(p)]
         if missing:
             raise DataError(self._missing(name, missing))
         folders = [self.images[name]] if self.images and name in self.images else []
@@ -90,15 +94,15 @@ class DataConfig:
         where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
         text = f"{where}: split '{name}': no such folder, list or annotation file: {', '.join(map(str, missing))}"
         parent = missing[0].parent
-        text += did_you_mean(missing[0].name, [p.name for p in parent.iterdir()] if parent.is_dir() else [])
+        text += did_you_mean(missing[0].name, os.listdir(parent) if os.access(parent, os.R_OK | os.X_OK) else [])
         others = [str(root) for root in self.roots if root != self.root]
         if others:
             text += f" (nothing below {', '.join(others)} either)"
         if self.download:
             line = (self.lines or {}).get("download", 1)
             text += (
-                f"; the script under 'download:' (line {line}) is never run from here: read it, run it yourself, and"
-                f" put the result at {self.root}"
+                f"; the script under 'download:' (line {line}) is never run: read it, run it yourself, and put the"
+                f" result at {self.root}"
             )
         return text
 
@@ -147,45 +151,59 @@ def load_data_config(path: str | Path) -> DataConfig:
 def _check_keys(data: LineDict, file: Path, problems: list[str]) -> None:
     for key, line in data.lines.items():
         if key in _EXTRA_KEYS:
-            LOGGER.debug("%s:%d: '%s' is passed over", file, line, key)
+            LOGGER.debug("%s:%d: '%s' is ignored", file, line, key)
         elif key not in _OWN_KEYS:
             hint = did_you_mean(key, _OWN_KEYS) or f"; known keys are {', '.join(_OWN_KEYS)}"
-            problems.append(f"{file}:{line}: unknown key '{key}'{hint}")
+            problems.append(f"{file}:{line}: unknown key {shown(key)}{hint}")
 
 
 def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     """Class names by number; with `nc` alone they are class0, class1, ..., as YOLOv5 calls them."""
     count = data.get("nc")
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        problems.append(f"{file}:{data.lines['nc']}: nc is {count!r}; an integer from 1 is needed")
+    if count is not None and (type(count) is not int or not 1 <= count <= MAX_CLASSES):
+        problems.append(
+            f"{file}:{data.lines['nc']}: nc is {shown(count)}; an integer from 1 to {MAX_CLASSES} is needed"
+        )
         count = None
     given = data.get("names")
     if given is None:
         if count is None and "nc" in data:
             return {0: ""}  # that mistake is enough
         return {i: f"class{i}" for i in range(count or 0)}
-    line = data.lines["names"]
-    if isinstance(given, list):
-        given = dict(enumerate(given))
-    if not isinstance(given, dict) or not given:
-        problems.append(f"{file}:{line}: names is {given!r}; a list or a mapping 'number: name' is needed")
+    where = f"{file}:{data.lines['names']}"
+    if not isinstance(given, (LineDict, LineList)) or not given:
+        problems.append(f"{where}: names is {shown(given)}; a list or a mapping 'number: name' is needed")
         return {}
-    wrong = [key for key in given if not isinstance(key, int) or isinstance(key, bool)]
-    gaps = [] if wrong else sorted(set(range(len(given))) - set(given))
-    empty = [key for key, name in given.items() if name is None or isinstance(name, (list, dict)) or str(name) == ""]
+    keys = list(given) if isinstance(given, LineDict) else list(range(len(given)))
+    names = {key: text_of(given, key) for key in keys}
+    wrong = [key for key in keys if type(key) is not int]
+    gaps = [] if wrong else sorted(set(range(len(names))) - set(names))
+    empty = [key for key, name in names.items() if not isinstance(name, str) or not name.strip()]
     if wrong:
-        problems.append(f"{file}:{line}: names: {wrong[0]!r} is not a class number; numbers 0, 1, 2, ... are needed")
+        problems.append(f"{where}: names: {shown(wrong[0])} is not a class number; numbers 0, 1, 2, ... are needed")
     elif gaps:
-        problems.append(f"{file}:{line}: {len(given)} names, but number {gaps[0]} is missing; gaps are not allowed")
+        problems.append(f"{where}: {len(names)} names, but number {gaps[0]} is missing; gaps are not allowed")
     elif empty:
-        problems.append(f"{file}:{line}: names: class {empty[0]} is {given[empty[0]]!r}; a word is needed")
-    if count is not None and count != len(given):
-        problems.append(f"{file}:{data.lines['nc']}: nc is {count}, but there are {len(given)} names; leave out nc")
-    return {key: str(given[key]) for key in (given if wrong else sorted(given))}
+        problems.append(f"{where}: names: class {empty[0]} is {shown(names[empty[0]])}; a word is needed")
+    elif len(names) > MAX_CLASSES:
+        problems.append(f"{where}: {len(names)} names; at most {MAX_CLASSES} are allowed")
+    elif len(set(names.values())) < len(names):
+        _warn_of_duplicates(names, where)
+    if count is not None and count != len(names):
+        problems.append(f"{file}:{data.lines['nc']}: nc is {count}, but there are {len(names)} names; leave out nc")
+    return {key: str(names[key]) for key in (keys if wrong else sorted(keys))}
+
+
+def _warn_of_duplicates(names: Mapping[int, str], where: str) -> None:
+    numbers: dict[str, list[int]] = {}
+    for number in sorted(names):
+        numbers.setdefault(names[number], []).append(number)
+    repeated = [f"{shown(name)} (classes {', '.join(map(str, n[:5]))})" for name, n in numbers.items() if len(n) > 1]
+    LOGGER.warning("%s: the same name for different classes: %s", where, "; ".join(repeated[:5]))
 
 
 def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path]) -> list[AnnotatedSource]:
-    """Yield sources whose annotations name their classes."""
+    """Return the sources whose annotations name their classes."""
     found = [
         recognise(path, None, [images[name]] if name in images else ()) for name in splits for path in splits[name]
     ]
@@ -207,35 +225,43 @@ def _found_names(
 
 def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict[str, Path]:
     """Folder of the images per split: one for all, or a mapping."""
-    value = data.get("images")
-    if value is None:
+    if data.get("images") is None:
         return {}
-    table = value if isinstance(value, dict) else dict.fromkeys(SPLITS, value)
-    line = data.lines["images"]
+    value, line = text_of(data, "images"), data.lines["images"]
+    table = {key: text_of(value, key) for key in value} if isinstance(value, LineDict) else dict.fromkeys(SPLITS, value)
     for key, folder in table.items():
         if key not in SPLITS:
             hint = did_you_mean(key, SPLITS) or f"; splits are {', '.join(SPLITS)}"
-            problems.append(f"{file}:{line}: images: unknown split '{key}'{hint}")
-        elif not isinstance(folder, str) or not folder.strip():
-            problems.append(f"{file}:{line}: images is {value!r}; a folder, or a mapping 'split: folder', is needed")
-            return {}
-    found = {key: _locate(root, str(folder).strip()) for key, folder in table.items()}
-    missing = [str(path) for path in dict.fromkeys(found.values()) if not path.is_dir()]
-    if missing and not problems and "download" not in data:
+            problems.append(f"{file}:{line}: images: unknown split {shown(key)}{hint}")
+        elif not _is_path(folder):
+            problems.append(
+                f"{file}:{line}: images is {shown(value)}; a folder, or a mapping 'split: folder', is needed"
+            )
+    if problems:
+        return {}
+    found = {key: _locate(root, folder.strip()) for key, folder in table.items()}
+    missing = [str(path) for path in dict.fromkeys(found.values()) if not os.path.isdir(path)]
+    if missing and "download" not in data:
         problems.append(f"{file}:{line}: images: no such folder: {', '.join(missing)}")
     return found
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) < 4096
+
+
 def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tuple[str, ...]:
-    value = data.get(split)
-    entries = value if isinstance(value, list) else [] if value in (None, "") else [value]
-    if any(not isinstance(entry, str) or not entry.strip() for entry in entries):
-        line = data.lines[split]
+    if data.get(split) in (None, ""):
+        return ()
+    value = text_of(data, split)
+    entries = [text_of(value, i) for i in range(len(value))] if isinstance(value, LineList) else [value]
+    if not all(_is_path(entry) for entry in entries):
         problems.append(
-            f"{file}:{line}: {split} is {value!r}; a folder, a .txt list, a COCO .json or several are needed"
+            f"{file}:{data.lines[split]}: {split} is {shown(value)}; a folder, a .txt list, a COCO .json or several"
+            " are needed"
         )
         return ()
-    return tuple(entry.strip() for entry in entries)
+    return tuple(str(expand_user(entry.strip(), DataError)) for entry in entries)
 
 
 def _download(
@@ -257,26 +283,30 @@ def _generate(data: LineDict, names: dict[int, str], file: Path, problems: list[
 
 
 def _roots(data: LineDict, file: Path, problems: list[str]) -> tuple[Path, ...]:
-    value = data.get("path")
-    if value is not None and not isinstance(value, str):
-        problems.append(f"{file}:{data.lines['path']}: path is {value!r}; a folder is needed")
-        value = None
-    folder = Path(value or "").expanduser()
-    candidates = [(base / folder).resolve() for base in (file.parent, ROOT, Path.cwd())]
+    value = "" if data.get("path") in (None, "") else text_of(data, "path")
+    if value and not _is_path(value):
+        problems.append(f"{file}:{data.lines['path']}: path is {shown(value)}; a folder is needed")
+        value = ""
+    folder = expand_user(value, DataError)
+    candidates = [Path(os.path.abspath(base / folder)) for base in (file.parent, ROOT, Path.cwd())]
+    if "\\" in value:  # a relative path written on Windows
+        candidates += [Path(os.path.abspath(base / value.replace("\\", "/"))) for base in (file.parent, Path.cwd())]
     return tuple(dict.fromkeys(candidates))
 
 
 def _choose_root(roots: tuple[Path, ...], entries: Mapping[str, tuple[str, ...]]) -> Path:
     for root in roots:
-        if any(_locate(root, entry).exists() for found in entries.values() for entry in found):
+        if any(os.path.exists(_locate(root, entry)) for found in entries.values() for entry in found):
             return root
     return roots[0]
 
 
 def _locate(root: Path, entry: str) -> Path:
-    """Absolute path of a split's entry; exporters write `../train/images` for a folder beside the YAML."""
-    path = (root / Path(entry).expanduser()).resolve()
-    if not path.exists() and entry.startswith("../"):
-        inside = (root / entry[3:]).resolve()
-        return inside if inside.exists() else path
-    return path
+    """Absolute path of a split's entry, links kept as given.
+
+    Exporters write `../train/images` for a folder beside the YAML, and backslashes on Windows.
+    """
+    readings = [entry, *([entry[3:]] if entry.startswith("../") else [])]
+    readings += [text.replace("\\", "/") for text in readings if "\\" in text]
+    paths = [Path(os.path.abspath(root / text)) for text in readings]
+    return next((path for path in paths if os.path.exists(path)), paths[0])

@@ -10,22 +10,24 @@ The table under `download:` is data, not a program:
         keep_difficult: false
         sets: [{folder: VOCdevkit/VOC2007, list: train, split: train2007}]
 
-A download script in somebody else's YAML is never run. Everything is built in `<root>.download`, and renamed to the
-wanted folder at the end: a dataset is complete or absent, and the next try reuses what was downloaded before.
+A download script in a YAML is never run. Everything is built in `<root>.download` and renamed at the end: a dataset is
+complete or absent, and the next try reuses what was downloaded before. Every path of the table is relative and stays
+inside the dataset's folder; only folders that this run created are removed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import logging
+import lzma
 import os
 import shutil
 import tarfile
 import tempfile
-import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -33,8 +35,10 @@ from urllib.parse import urlparse
 
 from tqdm import tqdm
 
-from utils.errors import DataError, did_you_mean
-from utils.files import download, make_folder
+from data.formats.voc import identifiers, parse_voc
+from utils.errors import DataError, UserError, did_you_mean, shown
+from utils.files import download, file_digest, make_folder
+from utils.yaml_lines import LineDict, text_of
 
 LOGGER = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ class RemoteFile:
     Attributes:
         url: where it is.
         md5, sha256: hex digests that it must have; '' = not known.
-        unpack: folder below the dataset's root.
+        unpack: folder below the dataset's root, relative.
         strip: leading folders to drop from the names inside; -1 = one if the archive holds a single folder.
     """
 
@@ -59,7 +63,7 @@ class RemoteFile:
     @property
     def name(self) -> str:
         """File name of the archive."""
-        return Path(urlparse(self.url).path).name
+        return _archive_name(self.url)
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class DownloadRecipe:
 def recipe_from_url(text: str) -> DownloadRecipe | None:
     """Return the recipe for a `download:` that is only the URL of an archive, else None."""
     url = text.strip()
-    if len(url.split()) == 1 and urlparse(url).scheme in ("http", "https") and _kind(urlparse(url).path):
+    if url.startswith(("http://", "https://")) and _archive_name(url):
         return DownloadRecipe((RemoteFile(url, strip=-1),))
     return None
 
@@ -135,18 +139,19 @@ def parse_recipe(value: Any, names: Mapping[int, str], where: str, problems: lis
 
 
 def fetch(recipe: DownloadRecipe, root: Path) -> None:
-    """Make the folder `root` from the recipe's archives.
+    """Make the folder `root` from the recipe's archives; nothing outside of it and `<root>.download` is touched.
 
     Args:
         recipe: archives and conversion.
-        root: the dataset's folder; it must not be there, or be empty.
+        root: the dataset's folder; it must not exist, or be empty.
 
     Raises:
-        DataError: the folder holds something already, no network, a wrong digest, a broken archive.
+        DataError: the folder is not empty, no network, a wrong digest, an archive that cannot be unpacked.
     """
-    if root.is_dir() and any(root.iterdir()):
+    if not root.name or (os.path.exists(root) and not root.is_dir()) or (root.is_dir() and any(root.iterdir())):
         raise DataError(
-            f"{root}: holds something, but not all that the YAML names; complete it, or move it away to get it again"
+            f"{root}: is not empty, but does not hold all that the YAML names; complete it, or move it away to"
+            " download it again"
         )
     work = make_folder(root.with_name(root.name + ".download"))
     LOGGER.info("downloading %s to %s", ", ".join(f.name for f in recipe.files), root)
@@ -154,14 +159,27 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
     build = Path(tempfile.mkdtemp(prefix="build.", dir=work))
     try:
         for remote, archive in zip(recipe.files, archives):
-            unpack(archive, build / remote.unpack, remote.strip)
+            unpack(archive, contained(build, remote.unpack), remote.strip)
         if recipe.voc is not None:
             convert_voc(build, recipe.voc, recipe.names)
         build.chmod(0o755)  # mkdtemp makes folders private
         _move_into_place(build, root)
     finally:
         shutil.rmtree(build, ignore_errors=True)
-    shutil.rmtree(work, ignore_errors=True)
+    for archive in archives:
+        archive.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # holds something else, which is not ours
+        work.rmdir()
+
+
+def contained(folder: Path, relative: str) -> Path:
+    """Return `folder / relative`; DataError where that would be outside of the folder."""
+    parts = PurePosixPath(relative).parts
+    outside = relative.startswith(("/", "~")) or ".." in parts or "\\" in relative or "\0" in relative
+    path = folder / relative
+    if outside or (parts and ":" in parts[0]) or not path.resolve().is_relative_to(folder.resolve()):
+        raise DataError(f"{shown(relative)}: leads out of the folder {folder}; a path inside it is needed")
+    return path
 
 
 def _archive(remote: RemoteFile, folder: Path) -> Path:
@@ -170,13 +188,10 @@ def _archive(remote: RemoteFile, folder: Path) -> Path:
         wanted = getattr(remote, kind)
         if not wanted:
             continue
-        digest = hashlib.new(kind)
-        with open(path, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        if digest.hexdigest() != wanted.lower():
+        digest = file_digest(path, kind)
+        if digest != wanted.lower():
             path.unlink()
-            raise DataError(f"{remote.url}: {kind} is {digest.hexdigest()}, expected {wanted}; the file was not kept")
+            raise DataError(f"{remote.url}: {kind} is {digest}, expected {wanted}; the file was not kept")
     return path
 
 
@@ -187,8 +202,8 @@ def _move_into_place(build: Path, root: Path) -> None:
         os.rename(build, root)
     except OSError as error:
         if root.is_dir() and any(root.iterdir()):
-            return  # another process was faster: its set is as good as ours
-        raise DataError(f"{root}: cannot be made: {error.strerror or error}") from error
+            return  # another process was faster: its dataset is as good as ours
+        raise DataError(f"{root}: cannot be created: {error.strerror or error}") from error
 
 
 def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
@@ -208,18 +223,38 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
             if strip < 0:
                 tops = {PurePosixPath(name).parts[0] for name in names}
                 strip = 1 if len(tops) == 1 and all("/" in name for name in names) else 0
+            _check_sizes(archive, members.total)
             for name, key in tqdm(members.entries, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
+                contained(folder, name)
                 parts = PurePosixPath(name).parts
-                if name.startswith("/") or ".." in parts or "\\" in name or ":" in parts[0]:
-                    raise DataError(f"{archive}: holds the name {name!r}, which leads out of the folder")
                 if len(parts) <= strip:
                     continue
                 target = folder.joinpath(*parts[strip:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 with members.open(key) as source, open(target, "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except UserError:
+        raise
+    except _ARCHIVE_ERRORS as error:
         raise DataError(f"{archive}: cannot be unpacked: {error}; delete it and try again") from error
+
+
+_ARCHIVE_ERRORS = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError,
+    RuntimeError,  # an encrypted member
+    NotImplementedError,  # an unknown compression method
+    ValueError,
+)  # fmt: skip
+_MAX_RATIO = 200  # unpacked to packed bytes; images hardly shrink, label files by about 10
+
+
+def _check_sizes(archive: Path, total: int) -> None:
+    """Raise DataError for an archive that would fill the disk: a ratio that no dataset has, or more than is free."""
+    packed, free = archive.stat().st_size, shutil.disk_usage(archive.parent).free
+    if total > max(packed * _MAX_RATIO, 2**26) or total > free:
+        raise DataError(
+            f"{archive}: {packed} bytes would become {total}; {free} are free, a ratio of {_MAX_RATIO} allowed"
+        )
 
 
 class _ArchiveMembers:
@@ -230,10 +265,12 @@ class _ArchiveMembers:
         self.entries: list[tuple[str, Any]]
         if _kind(path.name) == "zip":
             self._archive = zipfile.ZipFile(path)
+            self.total = sum(info.file_size for info in self._archive.infolist())
             self.entries = [(info.filename, info) for info in self._archive.infolist() if not info.is_dir()]
         else:
             self._archive = tarfile.open(path)  # noqa: SIM115 (open until `close`)
             self.entries = [(member.name, member) for member in self._archive if member.isfile()]
+            self.total = sum(member.size for _, member in self.entries)
 
     def open(self, key: Any) -> IO[bytes]:
         if isinstance(self._archive, zipfile.ZipFile):
@@ -257,65 +294,52 @@ def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> 
     """
     numbers = {name: number for number, name in enumerate(names)}
     for part in conversion.sets:
-        folder = root / part.folder
+        folder = contained(root, part.folder)
         images = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}
-        for identifier in tqdm(_identifiers(folder, part.list), desc=f"converting {part.split}", mininterval=1):
+        listing = contained(root, f"{part.folder}/ImageSets/Main/{part.list}.txt")
+        for identifier in tqdm(identifiers(listing), desc=f"converting {part.split}", mininterval=1):
             image = images.get(identifier)
             if image is None:
                 raise DataError(f"{folder}: has no image JPEGImages/{identifier}.*, which the list {part.list} names")
             rows = voc_rows(folder / "Annotations" / f"{identifier}.xml", numbers, conversion)
-            label = root / "labels" / part.split / f"{identifier}.txt"
+            label = contained(root, f"labels/{part.split}/{identifier}.txt")
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
-            target = root / "images" / part.split / image.name
+            target = contained(root, f"images/{part.split}/{image.name}")
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(image, target)
-    for top in {PurePosixPath(part.folder).parts[0] for part in conversion.sets}:
-        shutil.rmtree(root / top, ignore_errors=True)
-
-
-def _identifiers(folder: Path, name: str) -> Iterator[str]:
-    path = folder / "ImageSets" / "Main" / f"{name}.txt"
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return iter([line.split()[0] for line in lines if line.strip()])
+    for top in {PurePosixPath(part.folder).parts[0] for part in conversion.sets} - {"images", "labels"}:
+        shutil.rmtree(contained(root, top), ignore_errors=True)
 
 
 def voc_rows(path: Path, numbers: Mapping[str, int], conversion: VocConversion) -> list[str]:
     """Label rows of one VOC annotation, in the order of the XML.
 
-    Corners are moved by `corner_base`, clipped to the image; boxes without area and classes without a number are
+    Corners are shifted by `corner_base` and clipped to the image; boxes without area and classes without a number are
     left out. Center and size are divided by the image's width and height and written with six decimals.
 
     Returns:
         Rows 'class x y w h'.
 
     Raises:
-        DataError: missing or broken XML.
+        DataError: missing or invalid XML.
     """
-    try:
-        tree = ElementTree.parse(path).getroot()
-        width, height = (float(tree.findtext(f"size/{side}", "")) for side in ("width", "height"))
-        rows = []
-        for item in tree.findall("object"):
-            name = (item.findtext("name") or "").strip()
-            if name not in numbers or (item.findtext("difficult") == "1" and not conversion.keep_difficult):
-                continue
-            corner = [float(item.findtext(f"bndbox/{key}", "")) - conversion.corner_base for key in _CORNERS]
-            x1, x2 = (min(max(v, 0.0), width) for v in corner[:2])
-            y1, y2 = (min(max(v, 0.0), height) for v in corner[2:])
-            if x2 <= x1 or y2 <= y1:
-                continue
-            box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
-            rows.append(" ".join([str(numbers[name]), *(f"{value:.6f}" for value in box)]))
-    except (ElementTree.ParseError, ValueError, OSError) as error:
-        raise DataError(f"{path}: not a VOC annotation: {error}") from error
+    annotation = parse_voc(path)
+    height, width = annotation.size
+    if min(height, width) <= 0:
+        raise DataError(f"{path}: size: width and height are needed")
+    rows = []
+    for item in annotation.objects:
+        if item.name not in numbers or (item.difficult and not conversion.keep_difficult):
+            continue
+        x1, y1, x2, y2 = (value - conversion.corner_base for value in item.box())
+        x1, x2 = (min(max(v, 0.0), width) for v in (x1, x2))
+        y1, y2 = (min(max(v, 0.0), height) for v in (y1, y2))
+        if x2 <= x1 or y2 <= y1:
+            continue
+        box = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height)
+        rows.append(" ".join([str(numbers[item.name]), *(f"{value:.6f}" for value in box)]))
     return rows
-
-
-_CORNERS = ("xmin", "xmax", "ymin", "ymax")
 
 
 def _kind(name: str) -> str:
@@ -325,27 +349,53 @@ def _kind(name: str) -> str:
 
 def _only(table: Mapping[str, Any], allowed: tuple[str, ...], where: str, problems: list[str]) -> None:
     unknown = [key for key in table if key not in allowed]
-    problems += [f"{where}: unknown key '{key}'{did_you_mean(key, allowed)}" for key in unknown]
+    problems += [f"{where}: unknown key {shown(key)}{did_you_mean(key, allowed)}" for key in unknown]
 
 
 def _record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
-    """Build a frozen dataclass from a mapping after checking its keys and value types."""
+    """Build a frozen dataclass from a mapping after checking its keys, the types of its values and its paths."""
     if not isinstance(value, dict):
-        problems.append(f"{where}: {value!r}; a mapping is needed")
+        problems.append(f"{where}: {shown(value)}; a mapping is needed")
         return None
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     _only(value, tuple(types), where, problems)
     known = {key: item for key, item in value.items() if key in types}
     for key, item in known.items():
+        wanted = types[key]
+        if wanted == "str" and isinstance(value, LineDict):
+            known[key] = item = text_of(value, key)
         given = type(item).__name__
-        if (
-            types[key] in ("str", "int", "bool", "float")
-            and given != types[key]
-            and (given, types[key]) != ("int", "float")
-        ):
-            problems.append(f"{where}: {key} is {item!r}; a value of type {types[key]} is needed")
+        if wanted in ("str", "int", "bool", "float") and given != wanted and (given, wanted) != ("int", "float"):
+            problems.append(f"{where}: {key} is {shown(item)}; a value of type {wanted} is needed")
+        elif key in _PATHS:
+            try:
+                contained(Path("dataset"), item)
+            except DataError as error:
+                problems.append(f"{where}: {key}: {error}")
+    if isinstance(known.get("folder"), str) and not PurePosixPath(known["folder"]).parts:
+        problems.append(f"{where}: folder is {shown(known['folder'])}; a folder below the dataset's is needed")
+    if "url" in known and isinstance(known["url"], str) and not _archive_name(known["url"]):
+        problems.append(f"{where}: url is {shown(known['url'])}; the address of a {_ENDINGS} file is needed")
+    if known.get("strip", 0) not in range(-1, 33):
+        problems.append(f"{where}: strip is {shown(known['strip'])}; -1 to 32 are allowed")
     try:
         return kind(**known)
     except TypeError as error:  # a key without default is missing
         problems.append(f"{where}: {error}".replace(f"{kind.__name__}.__init__()", "the table"))
         return None
+
+
+_PATHS = ("unpack", "folder", "list", "split")
+_ENDINGS = ".zip, .tar, .tar.gz or .tgz"
+
+
+def _archive_name(url: str) -> str:
+    """File name of the archive behind an address; '' where there is none."""
+    try:
+        parts = urlparse(url)
+        parts.port  # noqa: B018 -- raises for a port out of range
+    except ValueError:
+        return ""
+    name = PurePosixPath(parts.path).name
+    plain = url.isprintable() and " " not in url and name not in ("", ".", "..") and "/" not in name
+    return name if plain and parts.scheme in ("http", "https", "file") and _kind(name) else ""

@@ -3,11 +3,59 @@
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 from collections.abc import Iterable
+
+MAX_MESSAGE = 4000
+"""Characters of an error message; the rest is cut."""
+
+_SECRET_KEYS = "password|passwd|pass|pwd|token|access_token|api_?key|key|secret|auth|signature|sig|user|username|login"
+_SECRETS = (
+    (re.compile(r"(://)[^\s/?#]*@"), r"\1***@"),  # user and password
+    (re.compile(r"(://)(?!\*{3}@)[^\s/@]*:(?!\d{1,5}/)[^\s@]*@"), r"\1***@"),  # a password that holds a slash
+    (re.compile(rf"((?:[?&;,/_]|(?<=\*))(?:{_SECRET_KEYS})=)[^&\s;,'\"]*", re.IGNORECASE), r"\1***"),
+)
+
+
+def hide_passwords(text: str) -> str:
+    """Return the text with users, passwords and keys in its URLs replaced by `***`.
+
+    >>> hide_passwords("rtsp://user:secret@10.0.0.8/live?token=1")
+    'rtsp://***@10.0.0.8/live?token=***'
+    """
+    if "://" not in text:
+        return text
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def printable(text: str) -> str:
+    """Return the text as it may be shown in a terminal: control and direction characters escaped, passwords hidden."""
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() or c in "\n\t\u3000\xa0" else ascii(c)[1:-1] for c in text)
+    return hide_passwords(text)
+
+
+def shown(value: object, limit: int = 80) -> str:
+    """Return `repr(value)` for a message, cut at `limit` characters without ever building a longer text."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, limit, limit, limit
+    short.maxlist = short.maxtuple = short.maxdict = short.maxset = 8
+    try:
+        text = short.repr(value)
+    except ValueError:  # an integer of thousands of digits
+        text = f"an integer of {value.bit_length() if isinstance(value, int) else '?'} bits"
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 class UserError(ValueError):
     """A mistake in user input (file, name, value), reported in one line: where, what was found, what is allowed."""
+
+    def __init__(self, message: object = "") -> None:
+        text = str(message)
+        super().__init__(printable(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."))
 
 
 class SpecError(UserError):

@@ -1,14 +1,15 @@
-"""Files and folders: run folders that count up, atomic writes, verified downloads."""
+"""Files and folders: looking them up, run folders that count up, atomic writes, verified downloads."""
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import re
 import shutil
+import stat
 import tempfile
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from utils.errors import ConfigError, DataError, UserError, did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
+MAX_TEXT = 2**26
+"""Bytes of a text file that are read."""
 
 
 def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
@@ -49,6 +52,11 @@ def make_folder(path: str | Path) -> Path:
     return path
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether files may be written to a folder; not if it is marked as read-only, which root could ignore."""
+    return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
+
+
 @contextmanager
 def atomic_path(final: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `final`; rename it to `final` when the block ends well, remove it when it does not.
@@ -73,25 +81,98 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def expand_user(path: str | Path, error: type[UserError] = ConfigError) -> Path:
+    """Return the path with a leading `~` replaced by the home folder; `error` for an unknown user."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as cause:
+        raise error(f"{path}: there is no such user") from cause
+
+
+def check_regular(path: str | Path, error: type[UserError] = DataError) -> os.stat_result:
+    """Return the status of a regular file, before anything opens it.
+
+    Raises:
+        error: missing, not accessible, or a folder, FIFO, device or socket.
+    """
+    try:
+        info = os.stat(path)
+    except (OSError, ValueError) as cause:  # ValueError: a NUL in the name
+        raise error(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+    if not stat.S_ISREG(info.st_mode):
+        kind = next((name for test, name in _KINDS if test(info.st_mode)), "special file")
+        raise error(f"{path}: cannot be read: is a {kind}; a file is needed")
+    return info
+
+
+_KINDS = (
+    (stat.S_ISDIR, "folder"),
+    (stat.S_ISFIFO, "FIFO"),
+    (stat.S_ISCHR, "device"),
+    (stat.S_ISBLK, "device"),
+    (stat.S_ISSOCK, "socket"),
+)
+
+
+def read_text(path: str | Path, error: type[UserError] = DataError, limit: int = MAX_TEXT) -> str:
+    """Read a text file in UTF-8, without its byte-order mark if it has one.
+
+    Raises:
+        error: missing, unreadable, not a regular file, of more than `limit` bytes, or in another encoding.
+    """
+    size = check_regular(path, error).st_size
+    if size > limit:
+        raise error(f"{path}: {size} bytes; at most {limit} are read")
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(limit + 1).decode("utf-8-sig")  # files of /proc have size 0
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: cannot be read as text: is not a text file in UTF-8 (byte {cause.start})") from cause
+    except OSError as cause:
+        raise error(f"{path}: cannot be read: {cause.strerror or cause}") from cause
+
+
 def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = ConfigError) -> Path:
-    """Find a file as given, else in `folders` (relative ones below the project's root), with `.yaml` added if need be.
+    """Find a file; `.yaml` is added if need be.
+
+    A name without a folder is looked for in the current folder, in the project's root and in `folders` (relative ones
+    below the project's root). A path with a folder is taken relative to the current folder, else to the project's root,
+    and is never searched by its last part: a mistyped folder is an error.
 
     Raises:
         error: names what was looked for and the nearest file name in those folders.
     """
-    given = Path(name)
+    given = expand_user(name, error)
     places = [Path(f) if Path(f).is_absolute() else ROOT / f for f in folders]
-    candidates = [given, ROOT / given, *(p / given for p in places), *(p / given.name for p in places)]
-    for candidate in candidates:
+    bare = len(given.parts) == 1
+    candidates = [given, ROOT / given, *([place / given for place in places] if bare else [])]
+    for candidate in dict.fromkeys(candidates):
         for path in (candidate, candidate.with_name(candidate.name + ".yaml") if candidate.name else candidate):
-            if path.is_file():
+            if _is_there(path, error):
+                if path != given:
+                    LOGGER.info("%s: using %s", name, path)
                 return path
-    at_hand = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
-    if given.parent.is_dir():
-        at_hand += [p.name for p in given.parent.iterdir() if p.is_file()]
-    names = [f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places]
-    looked = ", ".join(["the current folder", *names])
-    raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, at_hand)}")
+    near = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
+    if _is_folder(given.parent):
+        near += [p.name for p in given.parent.iterdir() if p.is_file()]
+    names = [f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places] if bare else ["the project"]
+    looked = ", ".join(["the current folder", *names]) if not given.is_absolute() else str(given.parent)
+    raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, near)}")
+
+
+def _is_there(path: Path, error: type[UserError]) -> bool:
+    """Whether a path exists as a file; `error` where that cannot be found out, or it is a FIFO, device or socket."""
+    try:
+        mode = os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as cause:
+        raise error(f"{path}: cannot be read: {getattr(cause, 'strerror', None) or cause}") from cause
+    return not stat.S_ISDIR(mode) and bool(check_regular(path, error))
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
 
 
 def newest_file(folder: str | Path, pattern: str) -> Path | None:
@@ -106,7 +187,7 @@ def newest_weights(runs: str | Path = "runs/train") -> Path | None:
 
 
 def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Path:
-    """Fetch `url` into the file `dest` with a progress bar; nothing is left under that name unless it is whole.
+    """Fetch `url` into the file `dest` with a progress bar; nothing is left under that name unless it is complete.
 
     Args:
         url: http(s) or file URL.
@@ -114,7 +195,7 @@ def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Pa
         sha256_prefix: leading hex digits that the file's SHA-256 must have.
 
     Raises:
-        DataError: no network, an HTTP error, or another hash; says where to put the file by hand.
+        DataError: no network, an HTTP error, fewer bytes than announced, or another hash; says where to put the file.
     """
     dest = Path(dest)
     if dest.is_file():
@@ -122,14 +203,27 @@ def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Pa
     hint = f"fetch it by hand and put it at {dest}"
     try:
         with atomic_path(dest) as part, urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:
-            total = int(reply.headers.get("Content-Length") or 0) or None
+            announced = str(reply.headers.get("Content-Length") or "")
+            total = int(announced) if announced.isascii() and announced.isdigit() else None
             with tqdm.wrapattr(reply, "read", total=total, desc=dest.name) as body:
                 shutil.copyfileobj(body, out, 1 << 20)
             out.flush()
-            if sha256_prefix:
-                digest = hashlib.sha256(part.read_bytes()).hexdigest()
-                if not digest.startswith(sha256_prefix.lower()):
-                    raise DataError(f"{url}: SHA-256 is {digest[:16]}, expected {sha256_prefix}; not kept; {hint}")
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise DataError(f"{url}: cannot be fetched ({getattr(error, 'reason', error)}); {hint}") from error
+            size = part.stat().st_size
+            if size == 0 or (total is not None and size != total and not reply.headers.get("Content-Encoding")):
+                raise DataError(f"{url}: {size} of {total or 'an unknown number of'} bytes came; not kept; {hint}")
+            if sha256_prefix and not (digest := file_digest(part)).startswith(sha256_prefix.lower()):
+                raise DataError(f"{url}: SHA-256 is {digest[:16]}, expected {sha256_prefix}; not kept; {hint}")
+    except UserError:
+        raise
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL at all
+        raise DataError(f"{url}: cannot be fetched ({getattr(error, 'reason', None) or error}); {hint}") from error
     return dest
+
+
+def file_digest(path: str | Path, kind: str = "sha256") -> str:
+    """Return the hex digest of a file."""
+    digest = hashlib.new(kind)
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -8,6 +8,8 @@ import sys
 import time
 from typing import NoReturn
 
+from utils.errors import printable
+
 LINGER = 10.0
 """Seconds that a process lives on while another one of the training says why all of them end."""
 
@@ -53,8 +55,8 @@ def end_silently(status: int) -> NoReturn:
 
 
 class _LevelFormatter(logging.Formatter):
-    """The message alone for INFO, `WARNING: message` above."""
+    """The message alone for INFO, `WARNING: message` above; control characters escaped, passwords hidden."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record))
         return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"

@@ -142,46 +142,6 @@ def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
 # ---- COCO
 
 
-@dataclass(frozen=True)
-class CocoTruth:
-    """A COCO file as the ground truth that detections are scored against, groups included.
-
-    Attributes:
-        content: images, annotations, categories; every annotation with `area` and `iscrowd`.
-        images: image id by path of the image.
-        categories: category id by class number; a class that the file does not have gets an id of its own.
-    """
-
-    content: Mapping[str, Any]
-    images: Mapping[str, Any]
-    categories: tuple[Any, ...]
-
-
-def coco_truth(source: AnnotatedSource) -> CocoTruth:
-    """Return what `val --save-json` needs to write results under the ids of a COCO file.
-
-    Raises:
-        DataError: annotations that cannot be read, or with classes that the dataset does not name.
-    """
-    content = coco.read_coco(source.path)
-    ids = {number: category for category, number in coco.class_numbers(content, source.classes).items()}
-    free = max(content.categories, default=0) + 1
-    count = len(source.classes) if source.classes is not None else len(content.categories)
-    annotations: list[dict[str, Any]] = []
-    for items in content.annotations.values():
-        for item in items:
-            _, _, width, height = item.get("bbox") or (0, 0, 0, 0)
-            entry = {"area": float(width * height), "iscrowd": 0} | dict(item)
-            annotations.append(entry | {"id": len(annotations) + 1})
-    images = [{"id": image.id, "file_name": image.file_name} for image in content.images]
-    listed = [{"id": number, "name": name} for number, name in content.categories.items()]
-    return CocoTruth(
-        {"images": images, "annotations": annotations, "categories": listed},
-        {str(path): image.id for path, image in reversed(list(located(source, content.images)))},
-        tuple(ids.get(number, free + number) for number in range(count)),
-    )
-
-
 def _coco_folders(folder: Path, root: Path | None, words: Sequence[str]) -> tuple[Path, ...]:
     above = folder.parent if folder.name.lower() == "annotations" else folder
     bases = [base for start in (folder, root or above, above) for base in (start, start / "images")]
@@ -232,16 +192,16 @@ def _voc_base(path: Path) -> Path | None:
         return path
     files = _in_folder(path, {".xml"})
     labels = label_path(path / "x").parent
-    if not files or any((labels / f"{file.stem}.txt").is_file() for file in files.values()):
+    if not files or any((labels / f"{file.stem}.txt").is_file() for file in files):
         return None
     return path
 
 
 def _voc_images(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
-    at_hand: dict[str, Path] = {}
+    candidates: dict[str, list[Path]] = {}
     for folder in source.folders:
-        for stem, path in _in_folder(folder, IMAGE_SUFFIXES).items():
-            at_hand.setdefault(stem, path)
+        for path in _in_folder(folder, IMAGE_SUFFIXES):
+            candidates.setdefault(path.stem, []).append(path)
     names = source.classes or class_names([source])
     listed: Mapping[Path, str]
     if source.path.is_file():
@@ -250,29 +210,26 @@ def _voc_images(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
         listed = {base / "Annotations" / f"{name}.xml": f"{source.path}:{line}" for name, line in lines.items()}
     else:
         listed = {path: str(path) for path in _xml_files(source)}
-    seen = set()
+    folder = source.path / "Annotations" if (source.path / "Annotations").is_dir() else source.path
+    seen: set[Path] = set()
     for xml, origin in listed.items():
-        image = at_hand.get(xml.stem) or _named_image(xml, source.folders)
-        seen.add(image)
+        image = _image_of(xml, candidates.get(xml.stem, ()), source.folders)
+        seen.update((image, *candidates.pop(xml.stem, ())))
         yield image, Listed(origin, xml, partial(voc.read_voc, xml, names))
-    folder, inside = _backgrounds(source, at_hand)
-    for image in sorted(inside - seen):
-        xml = folder / f"{image.stem}.xml"
-        yield image, Listed("", xml, partial(voc.read_voc, xml, names))
+    for image in sorted({paths[0] for paths in candidates.values()} - seen):  # backgrounds; a list has none
+        if folder != source.path or image.parent == source.path:
+            xml = folder / f"{image.stem}.xml"
+            yield image, Listed("", xml, partial(voc.read_voc, xml, names))
 
 
-def _backgrounds(source: AnnotatedSource, at_hand: Mapping[str, Path]) -> tuple[Path, set[Path]]:
-    """Where annotations lie, and the images that belong to a source even without one; none do in a list."""
-    inner = source.path / "Annotations"
-    if inner.is_dir():
-        return inner, set(at_hand.values())
-    return source.path, {path for path in at_hand.values() if path.parent == source.path}
-
-
-def _named_image(xml: Path, folders: Sequence[Path]) -> Path:
-    """Return the image that the XML names, or the path where it was expected."""
-    name = Path((voc.file_name(xml) if xml.is_file() else "").replace("\\", "/")).name or f"{xml.stem}.jpg"
-    return next((folder / name for folder in folders if (folder / name).is_file()), folders[0] / name)
+def _image_of(xml: Path, candidates: Sequence[Path], folders: Sequence[Path]) -> Path:
+    """Return the image of an annotation: of several with its stem, or of none, the one that the XML names."""
+    if len(candidates) == 1:
+        return candidates[0]
+    named = (voc.parse_voc(xml).file_name if os.path.exists(xml) else "") or f"{xml.stem}.jpg"
+    if candidates:
+        return next((path for path in candidates if path.name == named), candidates[0])
+    return next((folder / named for folder in folders if os.path.isfile(folder / named)), folders[0] / named)
 
 
 def _xml_files(source: AnnotatedSource) -> list[Path]:
@@ -280,14 +237,19 @@ def _xml_files(source: AnnotatedSource) -> list[Path]:
         base = _voc_base(source.path) or source.path.parent
         return [base / "Annotations" / f"{name}.xml" for name in voc.identifiers(source.path)]
     inner = source.path / "Annotations"
-    return sorted(_in_folder(inner if inner.is_dir() else source.path, {".xml"}).values())
+    return _in_folder(inner if inner.is_dir() else source.path, {".xml"})
 
 
-def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> dict[str, Path]:
-    """Files of a folder, not of those below it, by their name without suffix."""
+def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> list[Path]:
+    """Files of a folder, not of those below it, sorted; none where it does not exist.
+
+    Raises:
+        DataError: a folder that cannot be read.
+    """
     try:
-        with os.scandir(folder) as entries:
-            names = sorted(entry.name for entry in entries if not entry.name.startswith("."))
-    except OSError:
-        return {}
-    return {os.path.splitext(name)[0]: folder / name for name in names if os.path.splitext(name)[1].lower() in suffixes}
+        names = sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    return [folder / name for name in names if name[:1] != "." and os.path.splitext(name)[1].lower() in suffixes]

@@ -1,27 +1,112 @@
-"""Pascal VOC XML: objects of an image with name, box and, where a tool wrote it, an outline.
+"""Pascal VOC XML: objects of an image with name, box and, where a tool wrote it, a polygon.
 
 Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. Corners count in pixels from 0, as
-labelling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) the first pixel has number 1, so
-there 1 is taken off, as YOLOv5 does. Objects marked as difficult are left out, as YOLOv5 does.
+labeling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) the first pixel has number 1,
+which is subtracted, as YOLOv5 does. Objects marked as difficult are left out, as YOLOv5 does.
 """
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.yolo import LabelFile, checked, from_pixels
-from utils.errors import DataError, did_you_mean
+from data.formats.yolo import LabelFile, checked, from_pixels, number
+from utils.errors import DataError, did_you_mean, shown
+from utils.files import check_regular, read_text
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_LIMIT = 2**26  # bytes of an annotation
 
 
 class UnknownClassError(DataError):
-    """An object of a class that the dataset does not name: a mistake of the set, not of one image."""
+    """An object of a class that the dataset does not name: a mistake of the dataset, not of one image."""
+
+
+@dataclass(frozen=True)
+class VocObject:
+    """One `<object>` as written; box and polygon are parsed when they are asked for.
+
+    Attributes:
+        element: the XML element.
+        place: file and number of the object, for messages.
+    """
+
+    element: ElementTree.Element
+    place: str
+
+    @property
+    def name(self) -> str:
+        """Class name, '' where it is missing."""
+        return (self.element.findtext("name") or "").strip()
+
+    @property
+    def difficult(self) -> bool:
+        """Whether the object is marked as difficult."""
+        return (self.element.findtext("difficult") or "").strip() == "1"
+
+    def box(self) -> list[float]:
+        """Return left, top, right, bottom as written; DataError where a number is missing."""
+        try:
+            return [number(self.element.findtext(f"bndbox/{key}", "").strip()) for key in _CORNERS]
+        except ValueError as error:
+            raise DataError(f"{self.place}: bndbox: numbers {', '.join(_CORNERS)} are needed") from error
+
+    def polygon(self) -> NDArray[np.float64] | None:
+        """Return (k, 2) points of `<polygon><x1/><y1/><x2/>...`, an addition of labeling tools; None without."""
+        node = self.element.find("polygon")
+        if node is None:
+            return None
+        values: Mapping[str, str] = {child.tag: (child.text or "").strip() for child in node}
+        count = len(values) // 2
+        try:
+            points = [[number(values[f"{axis}{i}"]) for axis in "xy"] for i in range(1, count + 1)]
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{self.place}: polygon: numbers x1, y1, x2, y2, ... are needed") from error
+        if not np.isfinite(points).all():
+            raise DataError(f"{self.place}: polygon is not finite")
+        return np.array(points, np.float64) if count >= 3 else None
+
+
+@dataclass(frozen=True)
+class VocAnnotation:
+    """One annotation file.
+
+    Attributes:
+        file_name: image that it names, without folders; '' where it names none.
+        size: (height, width) in pixels as written; 0 where it is missing.
+        corner_base: coordinate of the first pixel: 1 in PASCAL's own files, else 0.
+        objects: in the order of the file.
+    """
+
+    file_name: str
+    size: tuple[float, float]
+    corner_base: float
+    objects: tuple[VocObject, ...]
+
+
+def parse_voc(path: Path) -> VocAnnotation:
+    """Parse an annotation file without judging its objects.
+
+    Raises:
+        DataError: not XML, not an annotation, or a size that is not a number.
+    """
+    root = _parse(path)
+    try:
+        width, height = (number((root.findtext(f"size/{side}") or "0").strip()) for side in ("width", "height"))
+    except ValueError as error:
+        raise DataError(f"{path}: size: {error}") from error
+    pascal = (root.findtext("source/annotation") or "").strip().upper().startswith("PASCAL VOC")
+    name = (root.findtext("filename") or "").strip().replace("\\", "/").rpartition("/")[2]
+    objects = []
+    for i, item in enumerate(root.findall("object"), 1):
+        title = (item.findtext("name") or "").strip()
+        objects.append(VocObject(item, f"{path}: object {i} ({title[:80] or 'without name'})"))
+    return VocAnnotation(name, (height, width), 1.0 if pascal else 0.0, tuple(objects))
 
 
 def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> LabelFile:
@@ -33,45 +118,41 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
         size: (height, width) of the image, in pixels.
 
     Raises:
-        UnknownClassError: an object is called otherwise.
-        DataError: broken XML, another size, or the first object that cannot be used.
+        UnknownClassError: an object of another class.
+        DataError: invalid XML, another size, or the first object that cannot be used.
     """
-    root = _parse(path)
-    _check_size(root, path, size)
-    numbers = {name: i for i, name in enumerate(classes)}
-    base = 1.0 if (root.findtext("source/annotation") or "").strip().upper().startswith("PASCAL VOC") else 0.0
-    labels, boxes, polygons, places = [], [], [], []
-    difficult = 0
-    for i, item in enumerate(root.findall("object"), 1):
-        name = _name(item)
-        place = f"{path}: object {i} ({name or 'without name'})"
-        if name not in numbers:
-            raise UnknownClassError(f"{place}: the classes are {', '.join(classes)}{did_you_mean(name, classes)}")
-        if (item.findtext("difficult") or "").strip() == "1":
-            difficult += 1
-            continue
-        labels.append(numbers[name])
-        boxes.append(_box(item, place, base))
-        polygons.append(_polygon(item, place, base, size))
-        places.append(place)
-    rows = np.zeros((len(labels), 5), np.float32)
-    rows[:, 0] = labels
-    rows[:, 1:] = from_pixels(np.array(boxes, np.float64).reshape(-1, 4), size, places)
-    return checked(rows, polygons, places, difficult=difficult)
+    annotation = parse_voc(path)
+    if min(annotation.size) > 0 and annotation.size != size:  # some tools write 0
+        written = "x".join(f"{side:g}" for side in reversed(annotation.size))
+        raise DataError(
+            f"{path}: {written} pixels there, {size[1]}x{size[0]} in the image; boxes in pixels would be wrong"
+        )
+    numbers = {name: i for i, name in reversed(list(enumerate(classes)))}
+    used = []
+    for item in annotation.objects:
+        if item.name not in numbers:
+            raise UnknownClassError(
+                f"{item.place}: the classes are {', '.join(classes)}{did_you_mean(item.name, classes)}"
+            )
+        if not item.difficult:
+            used.append(item)
+    base, sides = annotation.corner_base, np.array((size[1], size[0]))
+    boxes = np.array([item.box() for item in used], np.float64).reshape(-1, 4) - base
+    points = [item.polygon() for item in used]
+    polygons = [None if p is None else ((p - base) / sides).clip(0, 1).astype(np.float32) for p in points]
+    places = [item.place for item in used]
+    labels = np.array([numbers[item.name] for item in used], np.float64)
+    rows = np.concatenate((labels[:, None], from_pixels(boxes, size, places)), 1)
+    return checked(rows, polygons, places, difficult=len(annotation.objects) - len(used))
 
 
 def class_names(files: Iterable[Path]) -> tuple[str, ...]:
     """All names that objects have, sorted.
 
     Raises:
-        DataError: a file is no XML.
+        DataError: a file that cannot be parsed.
     """
-    return tuple(sorted({_name(item) for path in files for item in _parse(path).findall("object")} - {""}))
-
-
-def file_name(path: Path) -> str:
-    """Return the image file that an annotation names, or ''."""
-    return (_parse(path).findtext("filename") or "").strip()
+    return tuple(sorted({item.name for path in files for item in parse_voc(path).objects} - {""}))
 
 
 def identifiers(listing: Path) -> dict[str, int]:
@@ -80,14 +161,10 @@ def identifiers(listing: Path) -> dict[str, int]:
     Raises:
         DataError: not readable.
     """
-    try:
-        lines = listing.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: cannot be read as a list of images: {error}") from error
     found: dict[str, int] = {}
-    for number, line in enumerate(lines, 1):
+    for i, line in enumerate(read_text(listing).splitlines(), 1):
         if line.strip():
-            found.setdefault(line.split()[0], number)
+            found.setdefault(line.split()[0], i)
     return found
 
 
@@ -107,7 +184,7 @@ def annotation(
     Args:
         image: file name.
         size: (height, width) in pixels.
-        objects: name, (left, top, right, bottom) and outline (k, 2) or None, in pixels from 0.
+        objects: name, (left, top, right, bottom) and polygon (k, 2) or None, in pixels from 0.
     """
     items = []
     for name, box, polygon in objects:
@@ -126,50 +203,14 @@ def annotation(
 
 
 def _parse(path: Path) -> ElementTree.Element:
+    if check_regular(path).st_size > _LIMIT:
+        raise DataError(f"{path}: more than {_LIMIT} bytes for one annotation")
     try:
-        root = ElementTree.parse(path).getroot()
+        root = ElementTree.fromstring(path.read_bytes())
     except ElementTree.ParseError as error:
         raise DataError(f"{path}:{error.position[0]}: not valid XML: {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, LookupError) as error:  # unreadable; an encoding that does not exist
         raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if root.tag != "annotation":
-        raise DataError(f"{path}: begins with <{root.tag}>; a VOC annotation begins with <annotation>")
+        raise DataError(f"{path}: begins with <{shown(root.tag)[1:-1]}>; a VOC annotation begins with <annotation>")
     return root
-
-
-def _name(item: ElementTree.Element) -> str:
-    return (item.findtext("name") or "").strip()
-
-
-def _check_size(root: ElementTree.Element, path: Path, size: tuple[int, int]) -> None:
-    try:
-        width, height = (int(float(root.findtext(f"size/{side}") or 0)) for side in ("width", "height"))
-    except ValueError as error:
-        raise DataError(f"{path}: size: {error}") from error
-    if width > 0 and height > 0 and (height, width) != size:  # some tools write 0
-        raise DataError(
-            f"{path}: {width}x{height} pixels there, {size[1]}x{size[0]} in the image; boxes in pixels would be wrong"
-        )
-
-
-def _box(item: ElementTree.Element, place: str, base: float) -> list[float]:
-    try:
-        return [float(item.findtext(f"bndbox/{key}", "")) - base for key in _CORNERS]
-    except ValueError as error:
-        raise DataError(f"{place}: bndbox: numbers {', '.join(_CORNERS)} are needed") from error
-
-
-def _polygon(item: ElementTree.Element, place: str, base: float, size: tuple[int, int]) -> NDArray[np.float32] | None:
-    """(k, 2) parts of the sides from `<polygon><x1/><y1/><x2/>...`, an addition of labelling tools."""
-    node = item.find("polygon")
-    if node is None:
-        return None
-    values: Mapping[str, str] = {child.tag: child.text or "" for child in node}
-    count = len(values) // 2
-    try:
-        points = np.array([[float(values[f"{axis}{i}"]) for axis in "xy"] for i in range(1, count + 1)], np.float64)
-    except (KeyError, ValueError) as error:
-        raise DataError(f"{place}: polygon: numbers x1, y1, x2, y2, ... are needed") from error
-    if count < 3:
-        return None
-    return ((points - base) / (size[1], size[0])).clip(0, 1).astype(np.float32)

@@ -2,12 +2,13 @@
 
 A label file lies where YOLOv5 looks for it (`.../images/a/b.jpg` -> `.../labels/a/b.txt`, the last `images` counts; a
 image outside an `images` folder has its label beside it) and holds a row per object: `class x y w h`, or
-`class x1 y1 x2 y2 x3 y3 ...` for a polygon, all as parts of the image's sides.
+`class x1 y1 x2 y2 x3 y3 ...` for a polygon, all normalized by the image's sides.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.errors import DataError
+from utils.errors import DataError, shown
+from utils.files import read_text
+
+MAX_CLASS = 2**24  # class numbers are exact in float32 up to here
 
 ROUNDING = 1.0
-"""Pixels by which a box in pixels may reach over the border before it counts as a mistake; it is then cut."""
+"""Pixels by which a box in pixels may reach over the border before it counts as a mistake; it is then clipped."""
+
+TOLERANCE = 1e-5
+"""By how much a normalized value may lie outside of 0..1 (rounding of six decimals); it is then clipped."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +33,7 @@ class LabelFile:
     """The objects of one image, checked.
 
     Attributes:
-        labels: (n, 5) float32 class, center x, center y, width, height, as parts of the sides.
+        labels: (n, 5) float32 class, center x, center y, width, height, normalized.
         segments: n polygons (k, 2) float32, or none.
         duplicates: rows removed.
         notes: what is odd but kept or fixed, by file and place.
@@ -48,66 +55,123 @@ def label_path(image: str | Path) -> Path:
     return Path(f"{head}{os.sep}labels{os.sep}{tail}" if found else image).with_suffix(".txt")
 
 
+def number(text: str) -> float:
+    """Return a number in ASCII decimal notation (`float` also takes `1_0`, `nan` and digits of other scripts).
+
+    Raises:
+        ValueError: anything else.
+    """
+    if not _DECIMAL.fullmatch(text):
+        raise ValueError(f"{shown(text)} is not a number")
+    return float(text)
+
+
+_DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
+
+
 def read_labels(path: str | Path) -> LabelFile:
     """Read and check one label file.
 
     Rows with more than six numbers are polygons and become boxes. Where one row is a polygon, every box of the file
-    gets its four corners as one.
+    gets its corners as one. Rows of a box and its key points (pose labels) are recognized, and keep the box.
 
     Raises:
         DataError: the first wrong row, by file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as text: {error}") from error
-    rows = [(number, line.split()) for number, line in enumerate(lines, 1) if line.strip()]
-    labels = np.zeros((len(rows), 5), np.float32)
-    polygons: list[NDArray[np.float32] | None] = []
-    for i, (number, row) in enumerate(rows):
+    rows = [(i, line.split()) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    values: list[list[float]] = []
+    for i, words in rows:
         try:
-            values = np.array([float(text) for text in row], np.float32)
+            values.append([number(word) for word in words])
         except ValueError as error:
-            raise DataError(f"{path}:{number}: {str(error).split(': ')[-1]} is not a number") from error
+            raise DataError(f"{path}:{i}: {error}") from error
+    places = [f"{path}:{i}" for i, _ in rows]
+    notes = []
+    if _is_pose(values):
+        notes.append(f"{places[0]}: rows of a box and key points; the key points are ignored")
+        values = [row[:5] for row in values]
+    labels = np.zeros((len(rows), 5), np.float64)
+    polygons: list[NDArray[np.floating] | None] = []
+    for i, row in enumerate(values):
         if len(row) > 6:
             if len(row) % 2 == 0:
-                raise DataError(f"{path}:{number}: {len(row)} columns; a polygon has a class and pairs of x and y")
-            polygon = values[1:].reshape(-1, 2)
-            polygons.append(polygon)
-            labels[i] = (values[0], *enclosing_box(polygon))
+                raise DataError(f"{places[i]}: {len(row)} columns; a polygon has a class and pairs of x and y")
+            polygon = np.array(row[1:]).reshape(-1, 2)
+            _check_polygon(polygon, places[i])
+            polygons.append(polygon.clip(0, 1))
+            labels[i, 0], labels[i, 1:] = row[0], enclosing_box(polygon.clip(0, 1))
         elif len(row) == 5:
-            labels[i] = values
+            labels[i] = row
             polygons.append(None)
         else:
-            raise DataError(f"{path}:{number}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
-    return checked(labels, polygons, [f"{path}:{number}" for number, _ in rows])
+            raise DataError(f"{places[i]}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
+    return checked(labels, polygons, places, notes=notes)
+
+
+def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
+    """Whether all rows of a file are a box with the same number of key points (at least 3), not polygons.
+
+    Sure signs: visibilities 0, 1 or 2 as every third number; or key points that all lie inside the box while the
+    box's (width, height), read as a point, lies far from all of them, which a polygon's second point never does.
+    """
+    lengths = {len(row) for row in rows}
+    count = lengths.pop() - 5 if len(lengths) == 1 else 0
+    if count < 6:
+        return False
+    table = np.array(rows, np.float64)
+    if count % 3 == 0 and count >= 9 and np.isin(table[:, 7::3], (0, 1, 2)).all():
+        return True
+    if count % 2:
+        return False
+    center, size = table[:, None, 1:3], table[:, None, 3:5]
+    points = table[:, 5:].reshape(len(table), -1, 2)
+    inside = (np.abs(points - center) <= size / 2 + 0.01).all()
+    low, high = points.min(1), points.max(1)
+    distance = np.maximum(low - size[:, 0], size[:, 0] - high).max(1)
+    return bool(inside and (distance > (high - low).max(1)).any())
+
+
+def _check_polygon(points: NDArray[np.float64], place: str) -> None:
+    with np.errstate(invalid="ignore"):
+        wrong = ~((points >= -TOLERANCE) & (points <= 1 + TOLERANCE)).all(1)
+    if wrong.any():
+        x, y = points[int(np.argmax(wrong))]
+        raise DataError(f"{place}: polygon point {x:g} {y:g} is not between 0 and 1")
 
 
 def checked(
-    labels: NDArray[np.float32],
-    polygons: Sequence[NDArray[np.float32] | None],
+    labels: NDArray[np.floating],
+    polygons: Sequence[NDArray[np.floating] | None],
     places: Sequence[str],
     *,
+    notes: Sequence[str] = (),
     crowd: int = 0,
     difficult: int = 0,
 ) -> LabelFile:
     """Check the rows of one image; remove repetitions and sort the rest then (as YOLOv5 does).
 
     Args:
-        labels: (n, 5) float32 class, center x, center y, width, height, as parts of the sides.
-        polygons: outline of each row, (k, 2) parts of the sides; None where there is none.
+        labels: (n, 5) class, center x, center y, width, height, normalized; checked before they become float32.
+        polygons: polygon of each row, (k, 2) normalized; None where there is none.
         places: file and place of each row, for messages.
+        notes: what is odd about the file already.
         crowd, difficult: objects left out.
 
     Raises:
         DataError: the first row with a value that is not allowed.
     """
     _check_values(labels, places)
-    outlined = any(polygon is not None for polygon in polygons)
-    pairs = zip(labels, polygons)
-    segments = [corners(row[1:]) if given is None else given for row, given in pairs] if outlined else []
+    notes = list(notes)
+    over = np.flatnonzero(((labels[:, 1:] < 0) | (labels[:, 1:] > 1)).any(1))
+    if len(over):
+        notes.append(f"{places[over[0]]}: {len(over)} boxes over the border by rounding, the first one here; clipped")
+    labels = np.concatenate((labels[:, :1], labels[:, 1:].clip(0, 1)), 1).astype(np.float32) + 0.0  # no -0.0
+    has_polygons = any(polygon is not None for polygon in polygons)
+    pairs = zip(labels, polygons) if has_polygons else ()
+    segments = [corners(row[1:]) if given is None else given.astype(np.float32) for row, given in pairs]
     flat = np.flatnonzero((labels[:, 3:] <= 0).any(1))
-    notes = [f"{places[flat[0]]}: {len(flat)} boxes without area, the first one here; kept"] if len(flat) else []
+    if len(flat):
+        notes.append(f"{places[flat[0]]}: {len(flat)} boxes without area, the first one here; kept")
     removed = 0
     if len(labels) > 1:
         _, first = np.unique(labels, axis=0, return_index=True)
@@ -116,11 +180,11 @@ def checked(
         place = places[min(set(range(len(labels))) - set(first.tolist()))]
         notes.append(f"{place}: {removed} duplicate rows, the first one here; removed")
         labels = labels[first]
-        segments = [segments[i] for i in first] if outlined else []
+        segments = [segments[i] for i in first] if has_polygons else []
     return LabelFile(labels, tuple(segments), removed, tuple(notes), crowd, difficult)
 
 
-def enclosing_box(points: NDArray[np.float32]) -> tuple[np.float32, ...]:
+def enclosing_box(points: NDArray[np.floating]) -> tuple[np.floating, ...]:
     """Center x, center y, width, height of the box around (k, 2) points."""
     low, high = points.min(0), points.max(0)
     return (*((low + high) / 2), *(high - low))
@@ -131,10 +195,10 @@ def corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
     return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
 
 
-def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: Sequence[str]) -> NDArray[np.float32]:
+def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: Sequence[str]) -> NDArray[np.float64]:
     """Boxes in pixels as a label file has them.
 
-    A box that a label file could not hold, because it reaches over the border, is cut where that is no more than
+    A box that a label file could not hold, because it reaches over the border, is clipped where that is no more than
     `ROUNDING`, and is a mistake where it is more.
 
     Args:
@@ -143,14 +207,14 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
         places: file and place of each box, for messages.
 
     Returns:
-        (n, 4) float32 center x, center y, width, height, as parts of the sides.
+        (n, 4) float64 center x, center y, width, height, normalized.
 
     Raises:
         DataError: the first box that has a negative side, or lies outside of the image.
     """
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     sides = np.array((size[1], size[0]) * 2, np.float64)
-    out = _centerd(boxes / sides)
+    out = _centered(boxes / sides)
     wrong = ~((out >= 0) & (out <= 1)).all(1)  # of NaN too
     for i in np.flatnonzero(wrong).tolist():
         cut = boxes[i].clip(0, sides)
@@ -162,26 +226,30 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
         if np.abs(cut - boxes[i]).max() > ROUNDING:
             where = f"the image of {size[1]}x{size[0]} pixels"
             raise DataError(f"{places[i]}: box {text} (left top right bottom) does not lie in {where}")
-        out[i] = _centerd(cut[None] / sides)[0]
-    return out.clip(0, 1).astype(np.float32)
+        out[i] = _centered(cut[None] / sides)[0]
+    return out.clip(0, 1)
 
 
-def _centerd(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
+def _centered(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), 1)
 
 
-def _check_values(labels: NDArray[np.float32], places: Sequence[str]) -> None:
+def _check_values(labels: NDArray[np.floating], places: Sequence[str]) -> None:
     """Raise for the first row with a value that is not allowed."""
     classes, boxes = labels[:, 0], labels[:, 1:]
     with np.errstate(invalid="ignore"):
         checks = (
             (~np.isfinite(labels).all(1), "is not finite"),
             ((classes < 0) | (classes != np.floor(classes)), "has a class that is not an integer from 0"),
-            ((boxes < 0).any(1), "has a negative value"),
-            ((boxes > 1).any(1), "has a value above 1; center and size are parts of the image's sides"),
+            (classes > MAX_CLASS, f"has a class above {MAX_CLASS}"),
+            ((boxes < -TOLERANCE).any(1), "has a negative value"),
+            (
+                (boxes > 1 + TOLERANCE).any(1),
+                "has a value above 1; center and size are normalized by the image's sides",
+            ),
         )
     for wrong, problem in checks:
         if wrong.any():
             i = int(np.argmax(wrong))
-            row = " ".join(f"{value:g}" for value in labels[i])
+            row = " ".join(f"{value:.10g}" for value in labels[i])
             raise DataError(f"{places[i]}: row '{row}' {problem}")

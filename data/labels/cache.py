@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import UserError
-from utils.files import atomic_path
+from utils.files import atomic_path, is_writable
 
 LOGGER = logging.getLogger(__name__)
 
@@ -90,8 +90,8 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
         "segment_points": np.concatenate([np.zeros((0, 2), np.float32), *segments]),
     }
     try:
-        if not path.parent.stat().st_mode & 0o222:
-            raise OSError("the folder is marked as read-only")  # also for root, who could write all the same
+        if not is_writable(path.parent):
+            raise OSError("the folder is read-only")
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
             np.savez(stream, **arrays)  # type: ignore[arg-type]
     except (OSError, UserError) as error:

@@ -44,8 +44,8 @@ class DetectionDataset:
         batch_size: of the rectangular batches.
         stride: rectangular shapes are multiples of it.
         pad: extra padding of rectangular shapes, in strides.
-        cache: keep decoded images in memory ("ram") or as .npy files ("disk").
-        cache_folder: where the .npy files go; None means beside the images.
+        cache: keep decoded images in memory ("ram") or in files ("disk").
+        cache_folder: where these files go; None means beside the images.
         seed: of all random choices.
         close_mosaic_from: first epoch without mosaics, and so without mixup and copy-paste; None: there is none. The
             epoch comes with each key, so worker processes need not be reported.

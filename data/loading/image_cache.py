@@ -1,10 +1,12 @@
-"""Decoded images, at most as large as the network needs them: read, kept for a while, kept in memory or on disk."""
+"""Decoded images, no larger than the network needs them: read on demand, or cached in memory or on disk."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import os
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import psutil
 from tqdm import tqdm
 
 from data.images import read
@@ -20,7 +23,7 @@ from data.labels.labels import ImageRecord
 from data.letterbox import Image
 from data.sizes import HW, fit_long_side
 from utils.errors import ConfigError, DataError
-from utils.files import atomic_path
+from utils.files import atomic_path, is_writable
 
 LOGGER = logging.getLogger(__name__)
 
@@ -38,12 +41,12 @@ class ImageStore:
         records: the images.
         imgsz: longest side kept, in pixels.
         smooth: shrink by area averaging (validation) instead of linear interpolation.
-        mode: None reads an image each time, "ram" keeps all, "disk" keeps .npy files of the decoded originals.
-        folder: of the .npy files; None: each lies beside its image.
+        mode: None reads an image each time, "ram" keeps all, "disk" keeps files of the decoded originals.
+        folder: of these files; None: beside the images, or in the user's cache folder where that is read-only.
         recent_bytes: how much of what was read last is kept, in bytes.
 
     Raises:
-        DataError: an image cannot be read, is not of the size its record says, or a .npy file cannot be written.
+        DataError: an image cannot be read, is not of the size its record says, or a cache file cannot be written.
     """
 
     def __init__(
@@ -106,7 +109,7 @@ class ImageStore:
     def _fits_in_memory(self) -> bool:
         needed = sum(bytes_kept(self._size(i), self._imgsz) for i in range(len(self._records)))
         free = available_memory()
-        if free is not None and needed * SAFETY > free:
+        if needed * SAFETY > free:
             LOGGER.warning(
                 "images are not cached in memory: %.1f GiB needed, %.1f GiB free; 'disk' may help",
                 needed * SAFETY / GIB,
@@ -119,40 +122,61 @@ class ImageStore:
     # ---- disk
 
     def file_of(self, index: int) -> Path:
-        """Return the .npy cache file of an image."""
-        path = self._records[index].path
-        if self._folder is None:
-            return path.with_suffix(".npy")
-        name = hashlib.sha1(os.fspath(path.absolute()).encode(), usedforsecurity=False).hexdigest()[:16]
-        return self._folder / f"{path.stem}-{name}.npy"
+        """Return the cache file of an image: beside it, or in the cache folder."""
+        path, folder = self._records[index].path, self._folder
+        if folder is None and is_writable(path.parent):
+            return path.with_name(path.name + CACHE_SUFFIX)
+        name = hashlib.sha1(os.fsencode(path.absolute()), usedforsecurity=False).hexdigest()[:16]
+        return (folder or user_cache_folder()) / f"{path.stem[:100]}-{name}{CACHE_SUFFIX}"
 
-    def _is_fresh(self, index: int) -> bool:
-        """Give the .npy file the time stamp of its image."""
-        try:
-            return self.file_of(index).stat().st_mtime_ns == self._records[index].path.stat().st_mtime_ns
-        except OSError:
-            return False
+    def _header(self, index: int, checksum: int) -> bytes:
+        """Identity of the cached pixels: source, its size and modification time, image size, checksum of the pixels."""
+        path = self._records[index].path
+        info = path.stat()
+        fields = (ascii(str(path.absolute())), info.st_size, info.st_mtime_ns, *self._size(index), checksum)
+        return _MAGIC + " ".join(map(str, fields)).encode("ascii") + b"\n"
 
     def _from_file(self, index: int) -> Image | None:
-        if not self._is_fresh(index):
-            return None
+        """Return the cached image; None where there is none, it is damaged, or its source has changed."""
+        shape = (*self._size(index), 3)
         try:
-            image = np.load(self.file_of(index), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+            data = np.fromfile(self.file_of(index), np.uint8)
+            pixels = data[-math.prod(shape) :]
+            head = self._header(index, zlib.crc32(pixels.data))
+        except OSError:
             return None
-        return image if image.dtype == np.uint8 and image.shape == (*self._size(index), 3) else None
+        fits = len(data) == len(head) + math.prod(shape) and data[: len(head)].tobytes() == head
+        return pixels.reshape(shape) if fits else None
 
     def _write_file(self, index: int) -> None:
         if self._from_file(index) is not None:
             return
         image, target = self._decode(index), self.file_of(index)
+        if target.exists() and not _is_cache_file(target):
+            raise DataError(f"{target}: is not a cache file of ours, so it is not overwritten; move it, or use 'ram'")
         try:
-            with atomic_path(target) as part:
-                np.save(part, image)
-                stamp = self._records[index].path.stat().st_mtime_ns
-                os.utime(part, ns=(stamp, stamp))
+            with atomic_path(target) as part, open(part, "wb") as stream:
+                stream.write(self._header(index, zlib.crc32(image.data)))
+                stream.write(image.data)
         except (OSError, ConfigError) as error:
             raise DataError(f"{target}: cannot be written: {error}; choose another cache folder or 'ram'") from error
+
+
+CACHE_SUFFIX = ".image-cache"
+_MAGIC = b"decoded image 1 "
+
+
+def user_cache_folder() -> Path:
+    """Return the folder for caches of datasets that are read-only."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "yolov5-backbones" / "images"
+
+
+def _is_cache_file(path: Path) -> bool:
+    try:
+        with open(path, "rb") as stream:
+            return path.is_file() and stream.read(len(_MAGIC)) == _MAGIC
+    except OSError:
+        return False
 
 
 def enlarged(image: Image, size: HW) -> Image:
@@ -162,18 +186,10 @@ def enlarged(image: Image, size: HW) -> Image:
     return cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_LINEAR)
 
 
-def available_memory() -> int | None:
-    """Bytes that can still be used, within the machine's and the container's limits; None when not known."""
-    known = [v for v in (_meminfo_available(), _cgroup_available()) if v is not None]
-    return min(known, default=None)
-
-
-def _meminfo_available() -> int | None:
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+def available_memory() -> int:
+    """Bytes that can still be used, within the machine's and the container's limits."""
+    known = [int(psutil.virtual_memory().available), _cgroup_available()]
+    return min(value for value in known if value is not None)
 
 
 def _cgroup_available() -> int | None:

@@ -112,7 +112,7 @@ class TrainConfig(Options):
     )
     bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(
-        None, "keep images in memory (ram) or as .npy files beside the images (disk)", str,
+        None, "keep images in memory (ram) or in files beside the images (disk)", str,
         form=OPTIONAL, const="ram", choices=(None, "ram", "disk"),
     )  # fmt: skip
     image_weights: bool = flag("sample images by class weight and by the last mAP per class")

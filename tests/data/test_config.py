@@ -104,8 +104,8 @@ def test_names(tmp_path: Path, text: str, names: dict[int, str]) -> None:
         ("train: t\nnames: [a]\nnc: 0\n", 3, "nc is 0"),
         ("train: t\n\nnmaes: [a]\nnames: [a]\n", 3, "unknown key 'nmaes'; did you mean 'names'?"),
         ("train: t\nzzzzzz: 1\nnames: [a]\n", 2, "unknown key 'zzzzzz'; known keys are path, train"),
-        ("train: 7\nnames: [a]\n", 1, "train is 7; a folder"),
-        ("train: [a, 3]\nnames: [a]\n", 1, "a folder"),
+        ("train: {a: 7}\nnames: [a]\n", 1, "train is {'a': 7}; a folder"),
+        ("train: [a, [3]]\nnames: [a]\n", 1, "a folder"),
         ("train: t\nnames: [a]\npath: [x]\n", 3, "path is ['x']"),
         ("names: [a]\n", None, "names no split"),
         ("train: t\nnames: [circle]\ngenerate: squares\n", 3, "'shapes' or a mapping"),
@@ -317,7 +317,7 @@ def test_broken_off_fetch_leaves_no_set_and_goes_on(tmp_path: Path) -> None:
     files = voc_files()
     del files["kit/V/Annotations/two.xml"]
     config = load_data_config(voc_yaml(tmp_path, archive("tar", files)))
-    with pytest.raises(DataError, match=r"two\.xml: not a VOC annotation"):
+    with pytest.raises(DataError, match=r"two\.xml: cannot be read"):
         config.split("train")
     assert not (tmp_path / "set").exists()
     assert [path.name for path in (tmp_path / "set.download").iterdir()] == ["kit.tar"]  # the next try uses it
@@ -326,9 +326,122 @@ def test_broken_off_fetch_leaves_no_set_and_goes_on(tmp_path: Path) -> None:
 def test_existing_folder_is_not_overwritten(tmp_path: Path) -> None:
     write(tmp_path / "set/notes.txt", "mine")
     config = load_data_config(voc_yaml(tmp_path, archive("tar", voc_files())))
-    with pytest.raises(DataError, match="holds something, but not all"):
+    with pytest.raises(DataError, match="is not empty, but does not hold all"):
         config.split("train")
     assert (tmp_path / "set/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("folder: kit/V", "folder: {outside}"),
+        ("folder: kit/V", "folder: ../outside"),
+        ("folder: kit/V", "folder: ."),
+        ("split: train", "split: ../../outside"),
+        ("list: train", "list: ../../../../outside/x"),
+        ("unpack: .", "unpack: {outside}"),
+    ],
+)
+def test_paths_of_a_download_stay_inside_the_dataset(tmp_path: Path, change: tuple[str, str]) -> None:
+    kept = write(tmp_path / "outside/x.txt", "mine")
+    text = (
+        "path: set\ntrain: images/train\nnames: [a]\ndownload:\n"
+        f"  files: [{{url: 'file://{tmp_path}/kit.tar', unpack: .}}]\n"
+        "  voc: {sets: [{folder: kit/V, list: train, split: train}]}\n"
+    )
+    (tmp_path / "kit.tar").write_bytes(archive("tar", voc_files()))
+    assert change[0] in text
+    file = write(tmp_path / "d.yaml", text.replace(change[0], change[1].format(outside=tmp_path / "outside")))
+    with pytest.raises(DataError, match=r"leads out of the folder|a folder below the dataset's is needed"):
+        load_data_config(file)
+    assert kept.read_text() == "mine" and not (tmp_path / "set").exists()
+
+
+def test_fetch_keeps_foreign_files_of_its_work_folder(tmp_path: Path) -> None:
+    kept = write(tmp_path / "set.download/mine.txt", "mine")
+    load_data_config(voc_yaml(tmp_path, archive("tar", voc_files()))).split("train")
+    assert [path.name for path in kept.parent.iterdir()] == ["mine.txt"]
+
+
+def test_archive_that_would_fill_the_disk(tmp_path: Path) -> None:
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as out:
+        out.writestr("a.txt", bytes(2**27))
+    with pytest.raises(DataError, match="would become"):
+        download.unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(("at", "value"), [(8, 1), (10, 99)])  # encrypted; an unknown method
+def test_archive_that_cannot_be_decoded(tmp_path: Path, at: int, value: int) -> None:
+    path = tmp_path / "x.zip"
+    data = bytearray(archive("zip", {"a.txt": b"x"}))
+    data[data.find(b"PK\x01\x02") + at] = value
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="cannot be unpacked"):
+        download.unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("[02146, 21008, 2.10]", ["02146", "21008", "2.10"]),
+        ("{0: no, 1: yes, 2: true}", ["no", "yes", "true"]),
+        ("[12:30, 1_000, 2024-02-30]", ["12:30", "1_000", "2024-02-30"]),
+        ("[0x10, 1e3, on]", ["0x10", "1e3", "on"]),
+    ],
+)
+def test_names_are_strings_as_written(tmp_path: Path, names: str, expected: list[str]) -> None:
+    config = load_data_config(write(tmp_path / "d.yaml", f"train: t\nnames: {names}\n"))
+    assert list(config.names.values()) == expected
+
+
+@pytest.mark.parametrize("folder", ["2024_01", "07", "1", "no"])
+def test_paths_are_strings_as_written(tmp_path: Path, folder: str) -> None:
+    (tmp_path / folder / folder).mkdir(parents=True)
+    text = f"path: {folder}\ntrain: {folder}\nval: [{folder}]\nnames: [a]\n"
+    config = load_data_config(write(tmp_path / "d.yaml", text))
+    assert config.splits == {"train": (tmp_path / folder / folder,), "val": (tmp_path / folder / folder,)}
+
+
+def test_linked_folder_keeps_its_path(tmp_path: Path) -> None:
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "images").symlink_to(tmp_path / "pool")
+    config = load_data_config(write(tmp_path / "d.yaml", "train: images\nnames: [a]\n"))
+    assert config.splits["train"] == (tmp_path / "images",)
+
+
+def test_paths_written_on_windows(tmp_path: Path) -> None:
+    (tmp_path / "set/images/train").mkdir(parents=True)
+    config = load_data_config(write(tmp_path / "d.yaml", "path: set\ntrain: images\\train\nnames: [a]\n"))
+    assert config.splits["train"] == (tmp_path / "set/images/train",)
+
+
+def test_duplicate_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_data_config(write(tmp_path / "d.yaml", "train: t\nnames: [cat, dog, cat]\n"))
+    assert "the same name for different classes: 'cat' (classes 0, 2)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("nc: 1000000", "nc is 1000000"),
+        ("names: [a]\npath: ~nosuchuser/x", "no such user"),
+        ("names: [a]\npath: 'a\\0b'", "path is"),
+        ("names: [a]\nval: " + "x" * 5000, "val is 'xxx"),
+        ("names: [a]\nimages: {train: 'a\\0b'}", "not valid YAML|images is"),
+    ],
+)
+def test_values_that_are_no_path_or_out_of_range(tmp_path: Path, text: str, problem: str) -> None:
+    text = text.replace("'a\\0b'", '"a\\0b"')
+    with pytest.raises(DataError, match=problem) as caught:
+        load_data_config(write(tmp_path / "d.yaml", f"train: t\n{text}\n"))
+    assert len(str(caught.value)) < 1000
+
+
+def test_mistyped_folder_of_a_dataset_yaml_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        load_data_config(tmp_path / "nowhere/coco128.yaml")
+    assert load_data_config("coco128").file == ROOT / "data/coco128.yaml"
 
 
 def test_no_network_is_one_line(tmp_path: Path) -> None:

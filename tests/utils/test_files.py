@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import socket
+import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from utils.errors import ConfigError, DataError, did_you_mean
-from utils.files import atomic_path, download, find_file, increment_path, make_folder, newest_weights
+from utils.files import atomic_path, download, find_file, increment_path, make_folder, newest_weights, read_text
 
 
 def test_increment_path(tmp_path):
@@ -82,3 +86,92 @@ def test_download_checks_the_hash(tmp_path):
 )
 def test_did_you_mean(found, expected):
     assert did_you_mean(found, ["C3", "SPPF", "Concat"]) == expected
+
+
+def test_find_file_does_not_search_by_the_last_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mien/yolov5n.yaml", "/nowhere/yolov5n.yaml", "./yolov5n.yaml/x"):
+        with pytest.raises(ConfigError, match="no such file"):
+            find_file(name, "models")
+    assert find_file("models/yolov5n.yaml") == find_file("yolov5n", "models")
+    (tmp_path / "yolov5n.yaml").write_text("mine")
+    assert find_file("yolov5n.yaml", "models").read_text() == "mine"
+
+
+def test_find_file_logs_what_it_chose(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO"):
+        find_file("yolov5n", "models")
+    assert "yolov5n: using " in caplog.text and "models/yolov5n.yaml" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "~nosuchuser/x", "fifo", "loop"])
+def test_find_file_refuses_what_is_no_file(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("fifo")
+    os.symlink("loop", "loop")
+    with pytest.raises(ConfigError):
+        find_file(name, "models")
+
+
+def test_read_text_skips_the_byte_order_mark(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa")
+    assert read_text(tmp_path / "a.txt") == "a"
+
+
+@pytest.mark.parametrize("kind", ["folder", "fifo", "device", "socket"])
+def test_read_text_refuses_special_files(tmp_path, kind):
+    path = tmp_path / "a"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path = Path("/tmp") / f"socket-{os.getpid()}"
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(str(path))
+    try:
+        with pytest.raises(DataError, match=f"(?i)is a {kind}"):
+            read_text(path)
+    finally:
+        if kind == "socket":
+            server.close()
+            path.unlink()
+
+
+class _Reply(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "10" if self.path != "/odd" else "ten")
+        self.end_headers()
+        self.wfile.write(b"0123456789"[: 4 if self.path == "/cut" else 10])
+
+    def log_message(self, *_):
+        pass
+
+
+def test_download_refuses_a_truncated_file(tmp_path):
+    server = http.server.HTTPServer(("127.0.0.1", 0), _Reply)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        base = f"http://127.0.0.1:{server.server_port}"
+        assert download(f"{base}/whole", tmp_path / "whole").read_bytes() == b"0123456789"
+        assert download(f"{base}/odd", tmp_path / "odd").read_bytes() == b"0123456789"
+        with pytest.raises(DataError, match="4 of 10 bytes|cannot be fetched"):
+            download(f"{base}/cut", tmp_path / "cut")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["odd", "whole"]
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/x", "x", "http://127.0.0.1:99999/x", "http://a b/x", "http://u:secret@127.0.0.1:1/x"]
+)
+def test_download_of_an_odd_address_is_one_line(tmp_path, url):
+    with pytest.raises(DataError) as caught:
+        download(url, tmp_path / "x")
+    assert "secret" not in str(caught.value) and "\n" not in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from utils.errors import ConfigError, DataError
-from utils.yaml_lines import dump_yaml, load_yaml, plain
+from utils.yaml_lines import dump_yaml, key_text, load_yaml, plain, text_of
 
 
 def _write(tmp_path, text: str | bytes):
@@ -61,3 +61,54 @@ def test_dump_and_load(tmp_path):
 def test_numbers_with_an_exponent(tmp_path, text, value):
     found = load_yaml(_write(tmp_path, f"a: {text}\n"))["a"]
     assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"), ("on", "on"), ("true", True), ("FALSE", False), ("~", None), ("02146", 2146), ("12:30", "12:30"),
+        ("1_000", "1_000"), ("0o17", 15), ("0x1F", 31), ("2.10", 2.1), ("2024-02-30", "2024-02-30"), ("'7'", "7"),
+    ],
+)  # fmt: skip
+def test_scalars_follow_the_core_schema(tmp_path, text, value):
+    data = load_yaml(_write(tmp_path, f"a: {text}\n{text}: 1\n"))
+    assert data["a"] == value and type(data["a"]) is type(value)
+    assert text_of(data, "a") == (None if value is None else text.strip("'"))
+    assert key_text(data, value) == ("None" if value is None else text.strip("'"))
+
+
+@pytest.mark.parametrize(
+    "text", ["no", "true", "7", "02146", "2.10", "1e3", "", "~", "<<", "12:30", "a: b", "- x", "\u2028"]
+)
+def test_strings_survive_a_round_trip(tmp_path, text):
+    dump_yaml(tmp_path / "out.yaml", {"a": [text], text or "k": 1})
+    assert plain(load_yaml(tmp_path / "out.yaml")) == {"a": [text], text or "k": 1}
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{k}: &a{k} [*a{k - 1}, *a{k - 1}]\n" for k in range(1, 26))
+MERGE_BOMB = "m0: &m0 {a0: 1}\n" + "".join(
+    f"m{k}: &m{k} {{<<: [*m{k - 1}, *m{k - 1}], a{k}: 1}}\n" for k in range(1, 24)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BOMB, "more than 200000 values"),
+        (MERGE_BOMB, "more than 200000 values"),
+        ("a: &a [*a]\n", "an alias refers to a value that contains it"),
+        ("a: " + "[" * 2000 + "]" * 2000, "levels of nesting"),
+        ("".join(f"{' ' * k}k:\n" for k in range(2000)), "levels of nesting"),
+        ("a: " + "9" * 5000, "is not of type int"),
+        ("a: !!bool maybe\n", "'maybe' is not of type bool"),
+        ("a: !!int abc\n", "'abc' is not of type int"),
+        ("a: !!timestamp 2024-02-30\n", "is not allowed"),
+        ("a: !!str [b]\n", "not valid YAML"),
+        ("a: !!map [b]\n", "a mapping is needed"),
+        ("? [a]\n: 1\n", "a key must be a plain value"),
+    ],
+)
+def test_values_that_are_refused(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_yaml(_write(tmp_path, text))
+    assert len(str(caught.value)) < 400

@@ -15,7 +15,7 @@ import pytest
 from data.config import load_data_config
 from data.formats import coco
 from data.formats.coco import join_polygons
-from data.formats.detect_format import AnnotatedSource, coco_truth, recognise
+from data.formats.detect_format import AnnotatedSource, recognise
 from data.labels import labels
 from data.labels.labels import Annotations, load_annotations
 from utils.errors import DataError
@@ -264,7 +264,7 @@ def test_missing_image_and_other_size_are_named(tmp_path: Path) -> None:
     ("text", "problem"),
     [
         ("images: {trian: x}", r"d\.yaml:2: images: unknown split 'trian'; did you mean 'train'"),
-        ("images: 7", r"d\.yaml:2: images is 7; a folder, or a mapping"),
+        ("images: [7]", r"d\.yaml:2: images is \[7\]; a folder, or a mapping"),
         ("images: gone", r"d\.yaml:2: images: no such folder: .*gone"),
     ],
 )
@@ -387,11 +387,3 @@ def test_lists_and_annotations_can_be_mixed(tmp_path: Path) -> None:
     config = load_data_config(yaml(tmp_path, f"train: [images, {file}]\nnames: [ant, cat, dog]\n"))
     assert [r.labels[:, 0].tolist() for r in load(*config.split("train")).records] == [[1], [], [2]]
     assert coco.is_coco(file)
-
-
-def test_coco_truth_keeps_the_ids_and_the_groups_of_the_file(tmp_path: Path) -> None:
-    crowd = box(2, 7, 1, 1, 9, 9, iscrowd=1)
-    file = coco_set(tmp_path, [box(1, 90, 6, 4, 12, 8), crowd])
-    truth = coco_truth(AnnotatedSource(file, "coco", ("dog", "cat", "newt"), (tmp_path,)))
-    assert truth.categories == (90, 7, 93) and truth.images == {str(tmp_path / "a.jpg"): 1, str(tmp_path / "b.jpg"): 2}
-    assert [(a["area"], a["iscrowd"]) for a in truth.content["annotations"]] == [(96.0, 0), (81.0, 1)]

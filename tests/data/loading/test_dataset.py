@@ -210,28 +210,57 @@ def test_memory_cache_is_left_out_when_it_does_not_fit(tmp_path, monkeypatch, ca
 
 def test_available_memory_is_a_plausible_number():
     free = image_store.available_memory()
-    assert free is None or 2**20 < free < 2**50
+    assert 2**20 < free < 2**50
 
 
-def test_disk_cache_lies_beside_the_images_and_notices_changes(tmp_path):
+def test_disk_cache_is_read_until_its_image_changes(tmp_path):
     records = write_set(tmp_path, 2)
-    DetectionDataset(records, 64, cache="disk")
-    file = tmp_path / "000.npy"
-    assert np.load(file).shape == (48, 64, 3)
-    marked = np.full((48, 64, 3), 7, np.uint8)
-    stamp = file.stat().st_mtime_ns
-    np.save(file, marked)
-    os.utime(file, ns=(stamp, stamp))
     store = ImageStore(records, 64, smooth=True, mode="disk")
-    assert (store[0] == 7).all()  # the cache file is what is read
-    os.utime(records[0].path, ns=(stamp - 10**9, stamp - 10**9))  # replaced, even by an older file
-    assert not (ImageStore(records, 64, smooth=True, mode="disk")[0] == 7).all()
-    np.save(file, marked[:10])  # of another size
-    os.utime(file, ns=(stamp - 10**9, stamp - 10**9))
-    assert ImageStore(records, 64, smooth=True, mode="disk")[0].shape == (48, 64, 3)
-    file.write_bytes(b"no array")
-    os.utime(file, ns=(stamp - 10**9, stamp - 10**9))
-    assert not (store[0] == 7).all()  # broken: read from the image
+    file = store.file_of(0)
+    assert file.parent == tmp_path and file.name.startswith("000.")
+    expected = store[0].copy()
+    original = records[0].path.read_bytes()
+    status = records[0].path.stat()
+    records[0].path.write_bytes(bytes(len(original)))  # same size and time: only the cache holds the image now
+    os.utime(records[0].path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (ImageStore(records, 64, smooth=True, mode="disk")[0] == expected).all()
+    os.utime(records[0].path, ns=(status.st_atime_ns, status.st_mtime_ns - 10**9))  # replaced, even by an older file
+    with pytest.raises(DataError, match="cannot be decoded"):
+        ImageStore(records, 64, smooth=True, mode="disk")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda d: d[:-1], lambda d: d[:-1] + bytes([d[-1] ^ 1]), lambda d: d[:20], lambda _: b""]
+)
+def test_damaged_disk_cache_is_not_used(tmp_path, damage):
+    records = write_set(tmp_path, 1)
+    store = ImageStore(records, 64, smooth=True, mode="disk")
+    expected, file = store[0].copy(), store.file_of(0)
+    file.write_bytes(damage(file.read_bytes()))
+    assert (store[0] == expected).all()
+
+
+def test_disk_cache_never_overwrites_a_file_of_the_user(tmp_path):
+    records = write_set(tmp_path, 1)
+    depth = records[0].path.with_suffix(".npy")
+    np.save(depth, np.full((48, 64), 0.5, np.float32))
+    store = ImageStore(records, 64, smooth=True, mode="disk")
+    assert np.load(depth).dtype == np.float32
+    store.file_of(0).write_bytes(b"notes of mine")
+    with pytest.raises(DataError, match="not a cache file of ours"):
+        ImageStore(records, 64, smooth=True, mode="disk")
+    assert store.file_of(0).read_bytes() == b"notes of mine"
+
+
+def test_disk_cache_of_a_read_only_dataset_is_in_the_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    records = write_set(tmp_path / "set", 1)
+    (tmp_path / "set").chmod(0o555)
+    store = ImageStore(records, 64, smooth=True, mode="disk")
+    (tmp_path / "set").chmod(0o755)
+    assert [path.name for path in (tmp_path / "set").iterdir()] == ["000.png"] and store[0].shape == (48, 64, 3)
+    assert len(list((tmp_path / "cache").rglob("000-*"))) == 1
 
 
 def test_disk_cache_in_a_folder_that_cannot_be_made(tmp_path):

@@ -99,7 +99,7 @@ CASES = [
      "did you mean 'width_multiple'?"]),
     ("nc: 3\n", "", ["my.yaml: key 'nc' is missing"]),
     ("nc: 3", "nc: 0", ["my.yaml:1: nc is 0; an integer of at least 1 is needed"]),
-    ("nc: 3", "nc: yes", ["my.yaml:1: nc is True; an integer of at least 1 is needed"]),
+    ("nc: 3", "nc: true", ["my.yaml:1: nc is True; an integer of at least 1 is needed"]),
     ("0.25", "wide", ["my.yaml:3: width_multiple is 'wide'; a number above 0 is needed"]),
     ("nn.LeakyReLU(0.1)", "[a]", ["my.yaml:4: activation is ['a']; a string such as nn.LeakyReLU(0.1) is needed"]),
     ("[10, 13, 16, 30]", "[10, 13, 16]",

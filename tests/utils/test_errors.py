@@ -1,0 +1,48 @@
+"""What may be shown: passwords hidden, control characters escaped, long values cut."""
+
+from __future__ import annotations
+
+import pytest
+
+from utils.errors import DataError, UserError, hide_passwords, printable, shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("rtsp://user:secret@10.0.0.8:554/live/1", "rtsp://***@10.0.0.8:554/live/1"),
+        ("rtsp://u:p/ss@h/1", "rtsp://***@h/1"),
+        ("rtsp://u:p@ss@h/1", "rtsp://***@h/1"),
+        ("http://h/x.jpg?password=a&size=1", "http://h/x.jpg?password=***&size=1"),
+        ("rtsp://h:554/user=admin&password=a1", "rtsp://h:554/user=***&password=***"),
+        ("rtsp://h/user=admin_password=a1_channel=1", "rtsp://h/user=***"),
+        ("http://h/x?token=a b", "http://h/x?token=*** b"),
+        ("rtsp://host/a@b", "rtsp://host/a@b"),
+        ("http://host:8080/a/b.jpg", "http://host:8080/a/b.jpg"),
+        ("a.yaml:3: user=x", "a.yaml:3: user=x"),
+    ],
+)
+def test_hide_passwords(text: str, expected: str) -> None:
+    assert hide_passwords(text) == expected
+
+
+def test_printable_escapes_control_characters() -> None:
+    assert printable("a\x1b[31m\u202eb\x00\udcff\n日本 ü") == "a\\x1b[31m\\u202eb\\x00\\udcff\n日本 ü"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, [["a"] * 1000] * 1000, 10**5000, {i: i for i in range(1000)}, b"x" * 999],
+    ids=["str", "list", "int", "dict", "bytes"],
+)
+def test_shown_is_short(value: object) -> None:
+    assert len(shown(value)) <= 80
+
+
+def test_shown_of_short_values_is_repr() -> None:
+    assert [shown(v) for v in ("a", 1.5, None, ["a", 2], {"a": 7})] == ["'a'", "1.5", "None", "['a', 2]", "{'a': 7}"]
+
+
+def test_user_errors_are_printable_and_bounded() -> None:
+    assert str(DataError("rtsp://u:p@h\x1b")) == "rtsp://***@h\\x1b"
+    assert len(str(UserError("x" * 10**6))) < 5000
