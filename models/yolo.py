@@ -1,4 +1,4 @@
-"""The detector that a model YAML describes, under the names that YOLOv5's users know."""
+"""DetectionModel: a detector built from a model YAML, with the interface of YOLOv5."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from models.heads import Detect
 from models.summary import ModelInfo, layer_table, recorded_maps, summarize
 
 LOGGER = logging.getLogger(__name__)
-# Test-time augmentation: (scale, flipped left-right).
+# Test-time augmentation: (scale, horizontal flip).
 AUGMENTATIONS = ((1.0, False), (0.83, True), (0.67, False))
-AUGMENT_PAD = 0.447  # the letterbox's gray, 114 / 255, as YOLOv5 rounds it
+AUGMENT_PAD = 0.447  # gray of the letterbox, 114 / 255, rounded as in YOLOv5
 
 Predictions = list[Tensor] | tuple[Tensor, list[Tensor]]
 
@@ -32,21 +32,21 @@ class DetectionModel(nn.Module):
 
     Args:
         cfg: path of a model YAML, its name in `models/` or `models/hub/`, or a mapping of the same form.
-        ch: channels of the input image; the YAML's `ch` wins.
-        nc: number of classes, instead of the YAML's.
-        anchors: widths and heights in pixels per level, or a number of anchors per level, instead of the YAML's.
-        backbone_weights: weights for the YAML's backbone row: a path, a URL or a published name.
+        ch: channels of the input image; `ch` of the YAML takes precedence.
+        nc: number of classes; None = that of the YAML.
+        anchors: widths and heights in pixels per level, or number of anchors per level; None = those of the YAML.
+        backbone_weights: weights of the backbone row: path, URL or published name.
 
     Attributes:
-        model: the rows; state-dict keys are `model.<row>...`.
-        spec: what it was built from, with the overrides.
-        yaml: the same as plain values; `DetectionModel(model.yaml)` builds an equal network.
-        save: slots that are read by number or level name, in rising order.
+        model: rows; state-dict keys are `model.<row>...`.
+        spec: model specification including the overrides.
+        yaml: the specification as plain values; `DetectionModel(model.yaml)` builds the same network.
+        save: slots read by index or level name, in ascending order.
         names: class names by index.
         nc: number of classes.
 
     Raises:
-        SpecError: everything that is wrong with the YAML, one line per mistake, each with file and line.
+        SpecError: the YAML is not valid; one line per error, each with file and line.
     """
 
     model: Rows
@@ -72,31 +72,31 @@ class DetectionModel(nn.Module):
 
     @property
     def head(self) -> Detect:
-        """The last row."""
+        """Return the detection head, which is the last row."""
         head = self.model[-1]
         assert isinstance(head, Detect)
         return head
 
     @property
     def stride(self) -> Tensor:
-        """Input pixels per cell, per level of the head; float32 on the CPU."""
+        """Return the stride of each level, shape (levels,), in input pixels per cell; float32 on the CPU."""
         return self.head.stride
 
     def forward(self, x: Tensor, augment: bool = False) -> Predictions:
-        """Predict.
+        """Run the detector.
 
         Args:
-            x: (B, ch, H, W) in [0, 1], RGB. H and W are multiples of the largest stride, unless a backbone reads the
-                image: that pads it for itself.
-            augment: test-time augmentation (evaluation mode only): the rows of three scales one after the other.
+            x: (B, ch, H, W) in [0, 1], RGB. H and W must be multiples of the largest stride, except for models with a
+                backbone, which pads its input.
+            augment: test-time augmentation (eval mode only): concatenate the predictions of three scales.
 
         Returns:
-            Training mode: per level the raw predictions (B, A, ny, nx, 5 + nc).
-            Evaluation mode: (decoded, raw); decoded is (B, N, 5 + nc), box center, width and height in pixels of x,
-            objectness and class scores. With `augment`, raw is that of the unscaled image.
+            Training mode: raw predictions of each level.
+            Eval mode: (decoded, raw); decoded is (B, N, 5 + nc): xywh in pixels of x, objectness, class probabilities.
+            With `augment`, raw is that of the first scale.
 
         Raises:
-            ConfigError: a size that is no multiple of the stride.
+            ConfigError: height or width is not a multiple of the stride.
         """
         return self._forward_augment(x) if augment and not self.training else self._forward_once(x)
 
@@ -109,11 +109,10 @@ class DetectionModel(nn.Module):
         first_raw: list[Tensor] = []
         for i, (scale, flipped) in enumerate(AUGMENTATIONS):
             decoded, raw = self._forward_once(scaled_image(x.flip(3) if flipped else x, scale, multiple))
-            assert isinstance(raw, list)  # as in evaluation mode
+            assert isinstance(raw, list)  # eval mode
             first_raw = first_raw or raw
             decoded = unscaled_boxes(decoded, scale, x.shape[3] if flipped else None)
-            # The coarsest level of the largest image and the finest of the smallest one see sizes that the others
-            # see as well or better: their rows are left out.
+            # As in YOLOv5, the coarsest level at the largest scale and the finest level at the smallest are dropped.
             rows = [level[0, ..., 0].numel() for level in raw]
             if i == 0:
                 decoded = decoded[:, : decoded.shape[1] - rows[-1]]
@@ -123,15 +122,15 @@ class DetectionModel(nn.Module):
         return torch.cat(outputs, 1), first_raw
 
     def fuse(self) -> DetectionModel:
-        """Fold batch norms into their convolutions, in place; outputs in evaluation mode stay as they are."""
+        """Fuse convolutions with BatchNorm in place; outputs in eval mode are unchanged up to rounding."""
         fuse_conv_bn(self)
         return self
 
     def info(self, imgsz: int | Sequence[int] = 640) -> ModelInfo:
-        """Return the number of layers, parameters, gradients and GFLOPs; as a string, the summary line.
+        """Return the number of layers, parameters, gradients and GFLOPs.
 
         Args:
-            imgsz: side of a square image in pixels, or (height, width); rounded up to the stride.
+            imgsz: image side, or (height, width), in pixels; rounded up to a multiple of the stride.
         """
         sides = (imgsz, imgsz) if isinstance(imgsz, int) else tuple(imgsz)
         multiple = self.model.size_multiple
@@ -139,11 +138,11 @@ class DetectionModel(nn.Module):
         return summarize(self, self.spec.channels or 3, height, width, self.model)
 
     def layer_table(self) -> str:
-        """One line per row: slot, from, n, params, module, arguments, output channels @ stride."""
+        """Return a table with one line per row: slot, from, n, params, module, arguments, channels @ stride."""
         return layer_table(self.model)
 
     def feature_maps(self, x: Tensor) -> dict[str, Tensor]:
-        """Return the feature map (B, C, H, W) of every slot but the head's, by row, module and level (`17_C3_P3`).
+        """Return the feature map (B, C, H, W) of every slot except the head, by row, module and level (`17_C3_P3`).
 
         Args:
             x: as for `forward`.
@@ -153,24 +152,24 @@ class DetectionModel(nn.Module):
 
 
 def parse_model(d: str | Path | Mapping[str, Any], ch: int | Sequence[int] = 3) -> tuple[Rows, list[int]]:
-    """Build the rows of a model YAML.
+    """Build the modules of a model YAML.
 
     Args:
         d: path or mapping.
-        ch: channels of the input image (YOLOv5 passes a list whose last entry they are).
+        ch: channels of the input image, or a list whose last entry is that number, as in YOLOv5.
 
     Returns:
-        The rows, an nn.Sequential that knows where each row reads, and the slots that are read by number or level name.
+        The rows (an nn.Sequential with routes), and the slots read by index or level name.
 
     Raises:
-        SpecError: as `DetectionModel`.
+        SpecError: the YAML is not valid, see `DetectionModel`.
     """
     channels = ch if isinstance(ch, int) else ch[-1]
     return build_layers(load_model_spec(d).replaced(channels, None, None))
 
 
 def scaled_image(image: Tensor, scale: float, multiple: int) -> Tensor:
-    """Resize (B, C, H, W) by `scale`, then pad with gray at right and bottom up to multiples of `multiple`."""
+    """Resize (B, C, H, W) by `scale` and pad with gray at the right and bottom to multiples of `multiple`."""
     if scale == 1.0:
         return image
     height, width = image.shape[-2:]
@@ -183,11 +182,12 @@ def scaled_image(image: Tensor, scale: float, multiple: int) -> Tensor:
 
 
 def unscaled_boxes(decoded: Tensor, scale: float, flipped_width: int | None) -> Tensor:
-    """Return decoded rows (B, N, 5 + nc) of a scaled image in the coordinates of the unscaled one.
+    """Map decoded predictions (B, N, 5 + nc) of a scaled image to the coordinates of the original image.
 
     Args:
-        scale: factor between them.
-        flipped_width: width of the unscaled image in pixels if the scaled one was flipped left-right.
+        decoded: predictions at `scale`.
+        scale: size of the scaled image relative to the original.
+        flipped_width: width of the original image in pixels if the scaled one was flipped horizontally, else None.
     """
     x, y, size, scores = decoded.split((1, 1, 2, decoded.shape[2] - 4), dim=2)
     x = x / scale if flipped_width is None else flipped_width - x / scale

@@ -1,8 +1,8 @@
-"""Boxes: conversions between forms, clipping, scaling back, overlaps.
+"""Box operations: format conversion, clipping, rescaling, IoU.
 
-Suffixes name the form: `xyxy` left, top, right, bottom; `xywh` center x, center y, width, height; a trailing `n` means
-parts of the image's sides instead of pixels. Every function takes NumPy arrays and tensors alike (unless it says
-otherwise), keeps dtype and device, and returns a new array.
+Formats: `xyxy` left, top, right, bottom; `xywh` center x, center y, width, height; a trailing `n` means normalized by
+the image width and height. Unless stated otherwise, functions take NumPy arrays or tensors, keep dtype and device and
+return a new array.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RatioPad = tuple[tuple[float, float], tuple[float, float]]
 
 
 def _stack(columns: Sequence[Array], like: Array) -> Array:
-    """Join columns as the last axis, in the dtype of `like` when that is a floating one."""
+    """Stack columns along a new last axis, with the dtype of `like` if it is floating point."""
     if isinstance(like, torch.Tensor):
         return torch.stack(list(columns), -1)
     stacked = np.stack(columns, -1)
@@ -37,25 +37,25 @@ def _clamp(values: Array, low: float, high: float) -> Array:
 
 
 def xyxy2xywh(x: Array) -> Array:
-    """Corners to center and size; (..., 4) in, (..., 4) out, any unit."""
+    """Convert xyxy boxes (..., 4) to xywh (..., 4) in the same unit."""
     x1, y1, x2, y2 = _columns(x)
     return _stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), x)
 
 
 def xywh2xyxy(x: Array) -> Array:
-    """Center and size to corners; (..., 4) in, (..., 4) out, any unit."""
+    """Convert xywh boxes (..., 4) to xyxy (..., 4) in the same unit."""
     cx, cy, w, h = _columns(x)
     half_w, half_h = w / 2, h / 2
     return _stack((cx - half_w, cy - half_h, cx + half_w, cy + half_h), x)
 
 
 def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Convert normalized cxcywh boxes (n, 4) to pixel xyxy.
+    """Convert normalized xywh boxes (..., 4) to xyxy (..., 4) in pixels.
 
     Args:
-        x: (..., 4) center x, center y, width, height as parts of the sides.
-        w, h: sides in pixels.
-        padw, padh: pixels added at the left and at the top.
+        x: (..., 4) normalized xywh.
+        w, h: image width and height in pixels.
+        padw, padh: padding at the left and top in pixels.
     """
     cx, cy, bw, bh = _columns(x)
     half_w, half_h = bw / 2, bh / 2
@@ -65,12 +65,13 @@ def xywhn2xyxy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: 
 
 
 def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps: float = 0.0) -> Array:
-    """Pixel corners to normalized center and size.
+    """Convert xyxy boxes in pixels (..., 4) to normalized xywh (..., 4).
 
     Args:
-        x: (..., 4) corners in pixels.
-        w, h: sides in pixels.
-        clip: first clip the boxes to the image, less `eps` pixels at the right and the bottom.
+        x: (..., 4) xyxy in pixels.
+        w, h: image width and height in pixels.
+        clip: clip the boxes to the image first.
+        eps: with `clip`, margin at the right and bottom in pixels.
     """
     boxes = clip_boxes(x, (h - eps, w - eps)) if clip else x
     x1, y1, x2, y2 = _columns(boxes)
@@ -78,18 +79,18 @@ def xyxy2xywhn(x: Array, w: float = 640, h: float = 640, clip: bool = False, eps
 
 
 def xyn2xy(x: Array, w: float = 640, h: float = 640, padw: float = 0, padh: float = 0) -> Array:
-    """Convert normalized points (..., 2) to pixels: image size `w`, `h`, padding `padw` left and `padh` top."""
+    """Convert normalized points (..., 2) to pixels; arguments as for `xywhn2xyxy`."""
     return _stack((w * x[..., 0] + padw, h * x[..., 1] + padh), x)
 
 
 def segment2box(segment: np.ndarray, width: float = 640, height: float = 640) -> np.ndarray:
-    """Bounding box of those points of a polygon that lie in the image.
+    """Return the bounding box of the points of a polygon that lie inside the image.
 
     Args:
         segment: (n, 2) x, y in pixels.
 
     Returns:
-        (4,) corners in pixels; zeros when no point is inside.
+        (4,) xyxy in pixels; zeros if no point is inside.
     """
     x, y = segment[:, 0], segment[:, 1]
     points = segment[(x >= 0) & (y >= 0) & (x <= width) & (y <= height)]
@@ -99,9 +100,9 @@ def segment2box(segment: np.ndarray, width: float = 640, height: float = 640) ->
 
 
 def segments2boxes(segments: Sequence[np.ndarray]) -> np.ndarray:
-    """Bounding boxes of k polygons of (n, 2) points: (k, 4) center and size, in the unit of the points."""
-    corners = [np.concatenate((s.min(0), s.max(0))) for s in segments]
-    return xyxy2xywh(np.array(corners).reshape(-1, 4))
+    """Return the bounding boxes (k, 4) xywh of k polygons (n, 2), in the unit of the points."""
+    boxes = [np.concatenate((s.min(0), s.max(0))) for s in segments]
+    return xyxy2xywh(np.array(boxes).reshape(-1, 4))
 
 
 def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.ndarray]:
@@ -116,7 +117,7 @@ def resample_segments(segments: Sequence[np.ndarray], n: int = 1000) -> list[np.
 
 
 def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
-    """Corners (..., 4) limited to an image of `shape` (height, width, ...)."""
+    """Clip xyxy boxes (..., 4) to an image of `shape` (height, width, ...) in pixels."""
     height, width = float(shape[0]), float(shape[1])
     x1, y1, x2, y2 = _columns(boxes)
     limited = (_clamp(x1, 0, width), _clamp(y1, 0, height), _clamp(x2, 0, width), _clamp(y2, 0, height))
@@ -126,17 +127,17 @@ def clip_boxes(boxes: Array, shape: Sequence[float]) -> Array:
 def scale_boxes(
     img1_shape: Sequence[float], boxes: Array, img0_shape: Sequence[float], ratio_pad: RatioPad | None = None
 ) -> Array:
-    """Corners in a network input to corners in the original image, clipped to it.
+    """Rescale xyxy boxes from the letterboxed network input to the original image, and clip them to it.
 
     Args:
         img1_shape: (height, width) of the network input.
-        boxes: (..., 4) corners in its pixels; of wider rows only the first four columns are used and returned.
+        boxes: (..., 4) xyxy in pixels of the network input; further columns are dropped.
         img0_shape: (height, width, ...) of the original image.
-        ratio_pad: ((ratio, ratio), (left, top)) as kept by the loader; None = computed from the two shapes, for a
-            image resized to fit and centerd.
+        ratio_pad: ((ratio, ratio), (left, top)) from the loader; None = computed from the two shapes for a centered
+            letterbox.
 
     Returns:
-        (..., 4) corners in original pixels.
+        (..., 4) xyxy in pixels of the original image.
     """
     if ratio_pad is None:
         gain = min(img1_shape[0] / img0_shape[0], img1_shape[1] / img0_shape[1])
@@ -151,14 +152,15 @@ def scale_boxes(
 
 
 def box_iou(a: Array, b: Array, eps: float = 1e-7) -> Array:
-    """Intersection over union of every box of `a` with every box of `b`.
+    """Compute the pairwise IoU of two sets of boxes.
 
     Args:
-        a: (n, 4) corners.
-        b: (m, 4) corners.
+        a: (n, 4) xyxy.
+        b: (m, 4) xyxy.
+        eps: added to the union.
 
     Returns:
-        (n, m) in 0..1.
+        (n, m) in [0, 1].
     """
     ax1, ay1, ax2, ay2 = (column[:, None] for column in _columns(a))
     bx1, by1, bx2, by2 = (column[None] for column in _columns(b))
@@ -167,14 +169,14 @@ def box_iou(a: Array, b: Array, eps: float = 1e-7) -> Array:
 
 
 def _overlap(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> Array:
-    """Length of the common part of intervals, 0 where there is none."""
+    """Return the length of the intersection of intervals."""
     if isinstance(a_low, torch.Tensor):
         return (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
     return (np.minimum(a_high, b_high) - np.maximum(a_low, b_low)).clip(0)
 
 
 def _span(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> Array:
-    """Length of the smallest interval that holds both."""
+    """Return the length of the smallest interval that contains both."""
     if isinstance(a_low, torch.Tensor):
         return torch.maximum(a_high, b_high) - torch.minimum(a_low, b_low)
     return np.maximum(a_high, b_high) - np.minimum(a_low, b_low)
@@ -189,17 +191,20 @@ def bbox_iou(
     CIoU: bool = False,
     eps: float = 1e-7,
 ) -> torch.Tensor:
-    """Overlap of paired boxes: IoU, or one of its relatives; differentiable.
+    """Compute IoU, GIoU, DIoU or CIoU of paired boxes; differentiable.
 
-    IoU; GIoU (https://arxiv.org/abs/1902.09630) = IoU - (hull - union) / hull; DIoU and CIoU
+    GIoU (https://arxiv.org/abs/1902.09630) = IoU - (hull - union) / hull; DIoU and CIoU
     (https://arxiv.org/abs/1911.08287) = IoU - center distance^2 / hull diagonal^2 (- alpha * v), with
-    v = (4 / pi^2) (atan(w2 / h2) - atan(w1 / h1))^2 and alpha = v / (1 - IoU + v) held constant in the gradient.
+    v = (4 / pi^2) (atan(w2 / h2) - atan(w1 / h1))^2 and alpha = v / (1 - IoU + v), which has no gradient.
 
     Args:
-        box1, box2: tensors (..., 4) that broadcast; center and size when `xywh`, else corners.
+        box1, box2: (..., 4), broadcastable.
+        xywh: the boxes are xywh, else xyxy.
+        GIoU, DIoU, CIoU: variant to compute; none = IoU.
+        eps: added to denominators.
 
     Returns:
-        (...) without the last axis; 1 for equal boxes, GIoU/DIoU/CIoU go below 0.
+        Broadcast shape without the last axis; at most 1, and negative values are possible for GIoU, DIoU and CIoU.
     """
     first = _sides(box1, xywh, eps)
     second = _sides(box2, xywh, eps)
@@ -224,7 +229,7 @@ def bbox_iou(
 
 
 def _sides(box: torch.Tensor, xywh: bool, eps: float) -> tuple[torch.Tensor, ...]:
-    """Corners, width and height of boxes; heights of corner boxes are kept above `eps` for the aspect ratio."""
+    """Return x1, y1, x2, y2, width, height; the height of xyxy boxes is clamped to `eps` for the aspect ratio."""
     if xywh:
         cx, cy, w, h = box.unbind(-1)
         half_w, half_h = w / 2, h / 2
@@ -234,14 +239,15 @@ def _sides(box: torch.Tensor, xywh: bool, eps: float) -> tuple[torch.Tensor, ...
 
 
 def bbox_ioa(box1: Array, box2: Array, eps: float = 1e-7) -> Array:
-    """Part of each box of `box2` that `box1` covers.
+    """Compute the intersection of `box1` and `box2` divided by the area of `box2`.
 
     Args:
-        box1: (4,) corners, or (n, 4).
-        box2: (m, 4) corners.
+        box1: (4,) or (n, 4) xyxy.
+        box2: (m, 4) xyxy.
+        eps: added to the area.
 
     Returns:
-        (m,), or (n, m), in 0..1.
+        (m,) or (n, m) in [0, 1].
     """
     ax1, ay1, ax2, ay2 = (column[..., None] for column in _columns(box1))
     bx1, by1, bx2, by2 = _columns(box2)
@@ -250,14 +256,15 @@ def bbox_ioa(box1: Array, box2: Array, eps: float = 1e-7) -> Array:
 
 
 def wh_iou(wh1: Array, wh2: Array, eps: float = 1e-7) -> Array:
-    """Intersection over union of boxes that share their center.
+    """Compute the pairwise IoU of boxes with a common center.
 
     Args:
         wh1: (n, 2) widths and heights.
-        wh2: (m, 2).
+        wh2: (m, 2) widths and heights.
+        eps: added to the union.
 
     Returns:
-        (n, m) in 0..1.
+        (n, m) in [0, 1].
     """
     a, b = wh1[:, None], wh2[None]
     inter = torch.minimum(a, b).prod(-1) if isinstance(a, torch.Tensor) else np.minimum(a, b).prod(-1)

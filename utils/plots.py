@@ -92,7 +92,7 @@ def plot_precision_recall(
     _save(figure, path)
 
 
-def plot_score_curve(
+def plot_confidence_curve(
     path: str | Path, score: np.ndarray, values: np.ndarray, quantity: str, classes: Sequence[int], names: Names
 ) -> None:
     """Precision, recall or F1 over the score threshold.

@@ -14,7 +14,7 @@ from utils.boxes import xyxy2xywhn
 from utils.draw import image_grid
 from utils.errors import DataError
 from utils.files import atomic_path
-from utils.plots import plot_confusion_matrix, plot_precision_recall, plot_score_curve
+from utils.plots import plot_confusion_matrix, plot_precision_recall, plot_confidence_curve
 from utils.structures import Batch
 
 
@@ -57,7 +57,7 @@ def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> N
         ("P", "Precision", curves.precision),
         ("R", "Recall", curves.recall),
     ):
-        plot_score_curve(folder / f"{letter}_curve.png", curves.score, values, word, classes, names)
+        plot_confidence_curve(folder / f"{letter}_curve.png", curves.confidence, values, word, classes, names)
     if result.confusion is not None:
         plot_confusion_matrix(folder / "confusion_matrix.png", result.confusion, names)
 

@@ -132,7 +132,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the state dict of a published file (`torch.save` or safetensors).
 
     Raises:
-        CheckpointError: damaged, or no state dict in it.
+        CheckpointError: the file is damaged or contains no state dict.
     """
     if path.suffix != ".safetensors":
         return read_state_dict(path)

@@ -29,7 +29,7 @@ def precision_recall(path, seed=0, labels=60):
 
 def f1(path, seed=0, labels=60):
     r = result(seed, labels)
-    curves.plot_score_curve(path, r.curves.score, r.curves.f1, "F1", r.classes, NAMES)
+    curves.plot_confidence_curve(path, r.curves.confidence, r.curves.f1, "F1", r.classes, NAMES)
 
 
 def confusion(path, seed=0, labels=60):
@@ -82,7 +82,7 @@ def test_many_classes_stay_readable(tmp_path):
     names = {k: f"class {k}" for k in range(120)}
     curves.plot_confusion_matrix(tmp_path / "matrix.png", np.eye(121), names, normalize=False)
     score = np.linspace(0, 1, 50)
-    curves.plot_score_curve(tmp_path / "curve.png", score, np.tile(score, (120, 1)), "Recall", range(120), names)
+    curves.plot_confidence_curve(tmp_path / "curve.png", score, np.tile(score, (120, 1)), "Recall", range(120), names)
     for name in ("matrix.png", "curve.png"):
         assert max(cv2.imread(str(tmp_path / name)).shape) < 1000
 
