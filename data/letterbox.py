@@ -87,7 +87,7 @@ def letterbox(
 
 
 def place(im: Image, f: Fit, color: tuple[int, int, int] = (FILL, FILL, FILL)) -> Image:
-    """Draw an image into a new rectangle as `f` says; linear interpolation."""
+    """Resize an image (H, W, 3) and pad it to `f.shape` as described by `f`; linear interpolation."""
     gray = color[0] == color[1] == color[2]
     out = np.full((*f.shape, 3), color[0] if gray else color, np.uint8)  # one value fills a hundred times faster
     (left, top), (h, w) = f.offset, f.size

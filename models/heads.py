@@ -45,7 +45,7 @@ class Detect(nn.Module):
 
     @property
     def stride(self) -> Tensor:
-        """Input pixels per cell, per level; float32 on the CPU."""
+        """Return the stride of each level, shape (levels,), in input pixels per cell; float32 on the CPU."""
         return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
 
     def reset_biases(self) -> None:

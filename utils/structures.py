@@ -77,8 +77,8 @@ class Batch:
 
 
 def to_unit(images: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Pixels 0..255 (uint8) as numbers in [0, 1]: the one place where this happens, on whatever device they are.
+    """Convert uint8 pixels to [0, 1] on their device, the only place where this happens; any shape.
 
-    Floating-point input is taken to be in [0, 1] already, and only changes its type.
+    Floating-point input is assumed to be in [0, 1] and only converted to `dtype`.
     """
     return images.to(dtype).div_(255) if images.dtype == torch.uint8 else images.to(dtype)

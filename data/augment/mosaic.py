@@ -155,11 +155,13 @@ def mirror(labels: Labels, segments: Segments, chosen: Sequence[int], width: flo
 
 
 def paste_mirrored(image: Image, canvas: Canvas, segments: Segments, warp: Warp) -> None:
-    """Draw parts of the canvas's left-right mirror image over `image`, in place.
+    """Draw polygons of the horizontally flipped canvas over `image` (H, W, 3), in place.
 
     Args:
-        image: the canvas as rendered through `warp`.
-        segments: outlines, in canvas pixels of the unmirrored canvas, of what is drawn.
+        image: the canvas rendered through `warp`.
+        canvas: source of the pixels.
+        segments: polygons (k, 2) of the objects to draw, in pixels of the unflipped canvas.
+        warp: transformation from canvas to image.
     """
     flip = np.array(((-1.0, 0, canvas.shape[1]), (0, 1, 0), (0, 0, 1)))
     through = Warp(warp.matrix @ flip, warp.scale, warp.shape)

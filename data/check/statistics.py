@@ -66,7 +66,7 @@ def gather(name: str, annotations: Annotations, num_classes: int, imgsz: int) ->
 
 
 def below(statistics: SplitStatistics, side: float) -> NDArray[np.int64]:
-    """Objects with a side shorter than `side` pixels, the smallest first."""
+    """Return the indices (k,) of the objects with a side shorter than `side` pixels, smallest first."""
     shorter = statistics.sizes.min(1, initial=np.inf)
     order = np.argsort(shorter, kind="stable")
     return order[shorter[order] < side]

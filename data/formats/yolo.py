@@ -191,7 +191,7 @@ def enclosing_box(points: NDArray[np.floating]) -> tuple[np.floating, ...]:
 
 
 def corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Return the four corners of a box, clockwise from the upper left."""
+    """Return the corners (4, 2) of a box (4,) xywh, clockwise from the upper left."""
     return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
 
 

@@ -100,7 +100,7 @@ class DetectionLoader:
         self.epoch, self.skip = epoch, skip
 
     def set_image_weights(self, weights: NDArray[np.floating] | Sequence[float] | None) -> None:
-        """Choose the weights that the next pass draws by; None ends the weighted drawing."""
+        """Set the image weights (n,) used for sampling from the next pass on; None disables weighted sampling."""
         self.image_weights = weights
 
     def close(self) -> None:

@@ -54,7 +54,7 @@ def class_loss_weights(
     Args:
         wanted: None, `'balanced'`, a number per class, or numbers by class name or number (1 for the others).
         names: class names by number, 0 and on.
-        labels: of the training images, as in `labels_to_class_weights`.
+        labels: per training image (n, 5), class first.
         where: file that it stands in.
 
     Returns:

@@ -87,7 +87,7 @@ class StreamReader(threading.Thread):
         self._stop_asked.set()
 
     def take(self) -> tuple[NDArray[np.uint8], int] | None:
-        """Return the newest frame and its number once, or None if there is no new one. Requires the lock `news`."""
+        """Return the newest frame (H, W, 3) with its number, or None if it was taken. Requires the lock `news`."""
         newest, self._newest = self._newest, None
         return newest
 

@@ -102,7 +102,7 @@ class Tally:
     def add(
         self, path: str, shape: tuple[int, int], detections: torch.Tensor, labels: torch.Tensor, batch: int = 0
     ) -> ImageOutcome:
-        """Count one image of a batch; boxes in its own pixels."""
+        """Add the detections (n, 6) and labels (m, 5) of one image, boxes xyxy in pixels of that image."""
         correct = match_detections(detections, labels, self.thresholds)
         self.images += 1
         self.batches.append(batch)

@@ -14,7 +14,7 @@ from utils.boxes import xyxy2xywhn
 from utils.draw import image_grid
 from utils.errors import DataError
 from utils.files import atomic_path
-from utils.plots import plot_confusion_matrix, plot_precision_recall, plot_confidence_curve
+from utils.plots import plot_confidence_curve, plot_confusion_matrix, plot_precision_recall
 from utils.structures import Batch
 
 

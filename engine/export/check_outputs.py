@@ -97,7 +97,7 @@ def run(detector: Detector, inputs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def choose_conf(rows: Sequence[Tensor]) -> float:
-    """Return a confidence threshold, at most 0.25, that leaves enough boxes to compare."""
+    """Return a confidence threshold, at most 0.25, that keeps enough boxes of `rows` (B, N, 5 + nc) to compare."""
     scores = torch.cat([(r[..., 4:5] * r[..., 5:]).amax(2).flatten() for r in rows])
     wanted = min(CANDIDATES * sum(len(r) for r in rows), len(scores))
     value = float(scores.sort(descending=True).values[wanted - 1])

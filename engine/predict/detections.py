@@ -65,7 +65,7 @@ def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
 
 
 def counts_text(classes: NDArray[np.integer], names: Mapping[int, str]) -> str:
-    """`17 RBCs, 1 WBC`, by class number; `no detections` where there are none."""
+    """Return the counts of classes (n,) as `17 RBCs, 1 WBC` in class order, or `no detections`."""
     parts = []
     for number, count in zip(*np.unique(classes, return_counts=True)):
         name = class_name(names, int(number))

@@ -306,6 +306,6 @@ class Predictor:
 
 
 def show(frame: Frame, drawn: NDArray[np.uint8]) -> bool:
-    """Show a frame in its window (an image until a key is pressed); True when `q` or Escape asks to stop."""
+    """Show the annotated frame (H, W, 3) in a window; return True if `q` or Escape was pressed."""
     cv2.imshow(frame.path.name if frame.kind == "live" else "detect", drawn)
     return cv2.waitKey(0 if frame.kind == "image" else 1) & 0xFF in (ord("q"), 27)

@@ -38,7 +38,7 @@ class Writer(Protocol):
     """Something that keeps detections."""
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
-        """Keep one frame; `drawn` is the annotated image, if it has been drawn already."""
+        """Write the detections of one frame; `drawn` (H, W, 3) is the annotated image if it exists already."""
 
     def close(self) -> None:
         """Bring the files into their final state. Called once, also after an error or Ctrl-C."""
@@ -125,7 +125,7 @@ class VideoFile:
             raise DataError(f"{path}: a video of {size[0]} x {size[1]} at {fps:g} frames/s cannot be written")
 
     def write(self, image: NDArray[np.uint8]) -> None:
-        """Append a frame."""
+        """Append a frame (H, W, 3)."""
         if image.shape[1::-1] != self._size:
             image = cv2.resize(image, self._size).astype(np.uint8)
         self._writer.write(image)
@@ -345,7 +345,7 @@ class Outputs:
     writers: Sequence[Writer] = field(default_factory=list)
 
     def write(self, item: tuple[Detections, NDArray[np.uint8] | None]) -> None:
-        """Give a frame, and its annotated image if there is one already, to every writer."""
+        """Pass a frame, and its annotated image (H, W, 3) if it exists already, to every writer."""
         for writer in self.writers:
             writer.write(*item)
 

@@ -59,7 +59,7 @@ class ExportedRuntime(ABC):
         return rows_from_boxes(self.output(images), len(self.names)) if self.metadata.nms else self.output(images)
 
     def output(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the file and return its float32 output on `device`; a batch below the fixed size is padded and cut."""
+        """Run the model on (B, 3, H, W) and return float32 (B, N, 5 + nc); batches below the fixed size are padded."""
         count, _, height, width = images.shape
         self._check_size(count, height, width)
         pixels = to_unit(images.to(self.device))

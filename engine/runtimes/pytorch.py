@@ -108,7 +108,7 @@ class PyTorchRuntime:
 
     @torch.no_grad()
     def with_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """See `RawRuntime`; the raw levels are those of the first model, without augmentation."""
+        """Return decoded rows (B, N, 5 + nc) and the raw levels of the first model without augmentation."""
         pixels = to_unit(images.to(self.device), self.dtype).contiguous(memory_format=torch.channels_last)
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             outputs = [model(pixels, augment=self.augment) for model in self.models]

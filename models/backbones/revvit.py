@@ -414,7 +414,7 @@ class RevViT(Backbone):
         return self.pyramid(self.forward_features(self.normalized(image))[0])
 
     def forward_features(self, image: Tensor) -> tuple[Tensor]:
-        """Return the map (B, 2 C or C, ceil(height / patch), ceil(width / patch)) of a normalized image."""
+        """Return the feature map (B, C or 2 C, ceil(H / patch), ceil(W / patch)) of a normalized image (B, 3, H, W)."""
         x = self.patch_embed(image)
         height, width = x.shape[-2:]
         x = x.flatten(2).transpose(1, 2)  # (B, L, C)

@@ -123,7 +123,7 @@ class LoadedFile:
         )
 
     def tensor(self, value: Tensor) -> Tensor:
-        """Return a copy that shares no memory with the file or another tensor.
+        """Return a copy of the same shape that shares no memory with the file or another tensor.
 
         Raises:
             CheckpointError: not an ordinary CPU tensor, or more numbers than there are in the file.

@@ -139,7 +139,7 @@ class TrainingStep:
         """Do nothing: the batch is always the same."""
 
     def loss(self) -> Tensor:
-        """Forward pass and loss of the batch, 0-d."""
+        """Return the loss of the batch, a scalar."""
         images = to_unit(self.images.to(self.device)).contiguous(memory_format=torch.channels_last)
         return self.step.loss(images, self.targets)[0]
 
@@ -206,7 +206,7 @@ def warm_up(subject: Subject) -> float:
 
 
 def kept_for_backward(forward: Callable[[], Tensor | tuple[Tensor, ...]], parameters: Mapping[int, Any]) -> int:
-    """Bytes of all storages that autograd holds after a forward pass, parameters apart.
+    """Return the bytes of all storages that autograd keeps for backward, except parameters; of any shape.
 
     Args:
         forward: gives the loss, or any output.
