@@ -95,17 +95,20 @@ class Detect(nn.Module):
         stride = self.strides[i]
         scores = level.to(torch.promote_types(level.dtype, torch.float32)).sigmoid()
         xy, wh, rest = scores.split((2, 2, o - 4), dim=4)
-        xy = (xy * 2 + cell_offsets(h, w, scores)) * stride
+        xy = (xy * 2 + cell_offsets(scores)) * stride
         wh = (wh * 2) ** 2 * (self.anchors[i].to(scores.dtype) * stride).view(1, a, 1, 1, 2)
         return torch.cat((xy, wh, rest), 4).reshape(b, a * h * w, o)
 
 
-def cell_offsets(height: int, width: int, like: Tensor) -> Tensor:
-    """(1, 1, H, W, 2): x and y index of every cell, less one half, with the type and on the device of `like`."""
-    y = torch.arange(height, dtype=like.dtype, device=like.device) - 0.5
-    x = torch.arange(width, dtype=like.dtype, device=like.device) - 0.5
+def cell_offsets(level: Tensor) -> Tensor:
+    """Return the x and y index of every cell of a level (B, A, H, W, O), less one half: (H, W, 2) of its dtype.
+
+    They are counted with `cumsum`, since `arange` would store the device in traced graphs.
+    """
+    y = torch.ones_like(level[0, 0, :, 0, 0]).cumsum(0) - 1.5
+    x = torch.ones_like(level[0, 0, 0, :, 0]).cumsum(0) - 1.5
     grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack((grid_x, grid_y), 2).view(1, 1, height, width, 2)
+    return torch.stack((grid_x, grid_y), 2)
 
 
 def ordered_anchors(anchors: Sequence[Sequence[float]], strides: Sequence[int]) -> list[Sequence[float]]:

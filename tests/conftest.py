@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -30,8 +32,17 @@ def _device_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
     reason = unavailable()
     if reason or request.node.get_closest_marker("real_gpu"):
         pytest.skip(reason or "needs a real CUDA device")
+    if "gpu_block" in request.fixturenames:
+        yield
+        return
     with pretend_cuda(dirty="dirty_memory" in request.fixturenames):
         yield
+
+
+@pytest.fixture
+def gpu_block() -> Callable[[], AbstractContextManager[Any]]:
+    """Return a context manager for the part of a test that runs on a CUDA device, real or pretended."""
+    return nullcontext if torch.cuda.is_available() else pretend_cuda
 
 
 @pytest.fixture
