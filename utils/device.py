@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -42,7 +44,15 @@ def select_device(text: str = "") -> torch.device:
     if len(numbers) > 1:
         start = f"torchrun --nproc_per_node {len(numbers)} train.py ..."
         raise ConfigError(f"--device {text}: one process uses one GPU; start with: {start}")
+    _set_float32_arithmetic()
     return torch.device("cuda", int(numbers[0]))
+
+
+def _set_float32_arithmetic() -> None:
+    """Set how CUDA computes float32, whatever the defaults of the PyTorch version are (docs/gpu.md)."""
+    torch.backends.cudnn.allow_tf32 = True  # convolutions
+    torch.backends.cuda.matmul.allow_tf32 = False  # attention and linear layers
+    torch.backends.cudnn.benchmark = False  # sizes vary (rectangular batches), and equal runs take equal algorithms
 
 
 def describe_device(device: torch.device) -> str:
@@ -68,13 +78,37 @@ def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
     show the same accuracy (docs/yolov5-compatibility.md).
 
     Raises:
-        ConfigError: float16 on a CPU, which has no fast arithmetic for it.
+        ConfigError: float16 on a CPU, or bfloat16 on a GPU before compute capability 8.0: neither has fast arithmetic
+            for it.
     """
+    if text == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise ConfigError(f"--amp bf16: {name} has no bfloat16 arithmetic; allowed there are fp16 and off")
     if text == "fp16" and device.type == "cpu":
         raise ConfigError("--amp fp16: not on a CPU; allowed there are bf16 and off")
     if text == "auto":
         return torch.float16 if device.type == "cuda" else None
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[text]
+
+
+@contextmanager
+def out_of_memory(shape: Sequence[int], advice: str) -> Iterator[None]:
+    """Report a lack of memory inside the block in one line.
+
+    Args:
+        shape: (B, C, H, W) of the images that are processed.
+        advice: what to try.
+
+    Raises:
+        ConfigError: instead of PyTorch's errors.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        batch, _, height, width = shape
+        raise ConfigError(f"out of memory with {batch} images of {height} x {width} pixels; try {advice}") from error
 
 
 @cache

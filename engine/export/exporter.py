@@ -37,11 +37,12 @@ from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_r
 from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector
 from models.yolo import DetectionModel
-from utils.device import select_device
+from utils.device import out_of_memory, select_device
 from utils.errors import ConfigError, ExportError
 from utils.files import make_folder
 
 LOGGER = logging.getLogger(__name__)
+MEMORY_ADVICE = "a smaller --batch-size, a smaller --imgsz, or --device cpu"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Job:
         calibration = find_images(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else images
         inputs = verification_inputs(images, shape)
         deployed = reparameterized_copy(model)
-        verification = Verification(model, deployed, inputs, images.origin, device)
+        with out_of_memory(shape.example, MEMORY_ADVICE):
+            verification = Verification(model, deployed, inputs, images.origin, device)
         done = verification.deployment
         LOGGER.info(
             "%s: re-parameterized model verified equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
@@ -170,10 +172,11 @@ class Job:
         final = self.final_path(name)
         with tempfile.TemporaryDirectory(prefix=".export-", dir=final.parent) as scratch:
             made = Path(scratch) / final.name
-            self._write(name, made)
-            runtime = _opened(made, self.device)
-            assert isinstance(runtime, ExportedRuntime)
-            comparison = self.verification.of_file(name, runtime, self.config)
+            with out_of_memory(self.shape.example, MEMORY_ADVICE):
+                self._write(name, made)
+                runtime = _opened(made, self.device)
+                assert isinstance(runtime, ExportedRuntime)
+                comparison = self.verification.of_file(name, runtime, self.config)
             del runtime
             _move(made, final)
         verification_path = final.with_name(f"{final.name}.proof.json")

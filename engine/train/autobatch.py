@@ -26,7 +26,7 @@ def choose_batch(
 
     Args:
         model: on the device.
-        imgsz: height and width of the images in pixels.
+        imgsz: largest height and width of the images in pixels.
         device: of the training.
         amp: autocast dtype, None for float32.
         num_images: in the training split. A larger batch would only raise the weight decay, which scales with it.

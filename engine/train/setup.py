@@ -17,6 +17,7 @@ from data.labels.labels import Annotations, load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader, create_loader
 from data.loading.weights import class_loss_weights, labels_to_class_weights
+from data.sizes import multi_scale_sizes
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first
@@ -298,7 +299,8 @@ def _batch_size(config: TrainConfig, model: DetectionModel, device: torch.device
         raise ConfigError("--batch-size 0: give a number of images, or -1 to choose it by GPU memory")
     if batch_size == -1:
         share = max(images // world.size, 1)
-        batch = choose_batch(model, config.imgsz, device, amp_dtype(config.amp, device), share)
+        sizes = multi_scale_sizes(config.imgsz, grid_of(model)) if config.multi_scale else [config.imgsz]
+        batch = choose_batch(model, max(sizes), device, amp_dtype(config.amp, device), share)
         batch_size = min(gather_all(batch, world)) * world.size  # the GPUs may differ
     if batch_size % world.size:
         raise ConfigError(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from engine.cli.config import TrainConfig
 from engine.devices.distributed import World
 from engine.train.setup import ModelParts
 from models.backbones.base import Backbone
-from utils.device import amp_dtype
+from utils.device import amp_dtype, out_of_memory
 from utils.errors import ConfigError, TrainingError
 from utils.seed import sample_rng
 from utils.structures import to_unit
@@ -72,6 +72,7 @@ class TrainStep:
         self.skipped = self.consecutive_skipped = 0
         self.sizes_vary = config.multi_scale or config.rect
         self.full_batch = 0
+        self.shape: Sequence[int] = (0, 3, 0, 0)
         self.network: nn.Module = self.model
         self.wrap()
 
@@ -108,8 +109,10 @@ class TrainStep:
         if config.multi_scale:
             rng = sample_rng(config.seed, position[0], _MULTI_SCALE_STREAM + position[1])
             images = multi_scale(images, config.imgsz, self.grid, rng)
+        self.shape = images.shape
         local = isinstance(self.network, DistributedDataParallel) and not average
-        with self._compiled(len(images)), self.network.no_sync() if local else nullcontext():  # type: ignore[operator]
+        unsynchronized = self.network.no_sync() if local else nullcontext()  # type: ignore[operator]
+        with self._memory(), self._compiled(len(images)), unsynchronized:
             total, parts = self.loss(images, targets)
             if self.world.size > 1:
                 total = total * self.world.size  # DDP averages the gradients; the loss is a sum over images
@@ -157,6 +160,16 @@ class TrainStep:
         Raises:
             TrainingError: too many consecutive steps were skipped.
         """
+        with self._memory():  # the first step allocates the optimizer's state
+            finite = self._step()
+        if not finite:
+            self._skip()
+            return
+        self.consecutive_skipped = 0
+        self.ema.update(self.model)
+
+    def _step(self) -> bool:
+        """Step the optimizer unless the gradients are not finite; returns whether they are."""
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), max_norm=self.clip_norm)
         finite = bool(torch.isfinite(norm))  # gradients are averaged over ranks: all of them decide alike
@@ -164,11 +177,12 @@ class TrainStep:
             self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if not finite:
-            self._skip()
-            return
-        self.consecutive_skipped = 0
-        self.ema.update(self.model)
+        return finite
+
+    def _memory(self) -> AbstractContextManager[None]:
+        return out_of_memory(
+            self.shape, "a smaller --batch-size (-1 measures what fits), a smaller --imgsz, or --amp fp16"
+        )
 
     def _skip(self) -> None:
         self.skipped += 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from utils import device as devices
-from utils.device import amp_dtype, cpu_has_bf16
+from utils.device import amp_dtype, cpu_has_bf16, select_device
 from utils.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
@@ -31,6 +31,26 @@ def test_amp(text, device, wanted):
 def test_no_float16_on_a_cpu():
     with pytest.raises(ConfigError, match="allowed there are bf16 and off"):
         amp_dtype("fp16", CPU)
+
+
+@pytest.mark.gpu
+def test_no_bfloat16_on_an_old_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    with pytest.raises(ConfigError, match="--amp bf16: .* has no bfloat16 arithmetic; allowed there are fp16 and off"):
+        amp_dtype("bf16", CUDA)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    assert amp_dtype("bf16", CUDA) == torch.bfloat16
+
+
+@pytest.mark.gpu
+def test_float32_arithmetic_of_a_gpu(monkeypatch):
+    options = (torch.backends.cudnn, torch.backends.cuda.matmul)
+    torch.backends.cudnn.benchmark = True
+    for option, other in zip(options, (False, True)):
+        option.allow_tf32 = other
+    assert select_device("0") == CUDA
+    assert [option.allow_tf32 for option in options] == [True, False]
+    assert not torch.backends.cudnn.benchmark
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,19 @@ def test_batch_by_memory(project: Path) -> None:
     assert 1 <= yaml.safe_load((result.folder / "opt.yaml").read_text())["batch_size"] <= 10, "images"
 
 
+@pytest.mark.parametrize(("multi_scale", "size"), [(False, 64), (True, 96)])
+def test_batch_by_memory_is_measured_at_the_largest_size(multi_scale, size, project: Path, monkeypatch) -> None:
+    sizes = []
+
+    def choose(model: Any, imgsz: int, *_: Any) -> int:
+        sizes.append(imgsz)
+        return 4
+
+    monkeypatch.setattr("engine.train.setup.choose_batch", choose)
+    train(config(project, device="0", epochs=1, batch_size=-1, multi_scale=multi_scale, noval=True))
+    assert sizes == [size]
+
+
 @pytest.mark.slow
 def test_compile(project: Path) -> None:
     plain = finite_rows(train(config(project, device="0", epochs=1, amp="off", name="plain")).folder)

@@ -43,6 +43,7 @@ def pixels(height: int = 64, width: int = 96) -> torch.Tensor:
 )
 def test_what_amp_means(amp, half, device, dtype, monkeypatch) -> None:
     monkeypatch.setattr("utils.device.cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert mixed_precision(amp, half, device) is dtype
 
 

@@ -333,6 +333,8 @@ def pretend_cuda(record: Record | None = None, dirty: bool = False) -> Iterator[
         if dirty:
             stack.callback(torch.use_deterministic_algorithms, torch.are_deterministic_algorithms_enabled())
             torch.use_deterministic_algorithms(True)  # fills uninitialized memory
+        for backend in (torch.backends.cuda.matmul, torch.backends.cudnn):
+            stack.callback(setattr, backend, "allow_tf32", backend.allow_tf32)
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(_Mode())
         yield _State.record
