@@ -132,7 +132,7 @@ def check_anchors(
     """
     given = np.asarray(anchors, np.float64)
     given = given.reshape(len(given), -1, 2)
-    wh = box_sizes(records, imgsz, np.random.default_rng((seed, 0)))
+    wh = _with_area(box_sizes(records, imgsz, np.random.default_rng((seed, 0))))
     if not len(wh):
         perfect = AnchorFit(1.0, 0.0, 0.0, 0.0, 0.0)
         return AnchorReport(given, perfect, perfect)
@@ -140,7 +140,7 @@ def check_anchors(
     if not before.is_poor:
         return AnchorReport(given, before, before)
     count = given.shape[0] * given.shape[1]
-    searched = box_sizes(records, imgsz)
+    searched = _with_area(box_sizes(records, imgsz))
     if (searched >= MIN_BOX).any(1).sum() < count:
         return AnchorReport(given, before, before)
     found = kmean_anchors(searched, count, thr=thr, seed=seed).reshape(given.shape)
@@ -166,7 +166,7 @@ def kmean_anchors(
     Returns:
         (n, 2) float64 widths and heights in pixels, by rising area.
     """
-    boxes = np.asarray(wh, np.float64).reshape(-1, 2)
+    boxes = _with_area(np.asarray(wh, np.float64).reshape(-1, 2))
     boxes = boxes[(boxes >= MIN_BOX).any(1)]
     if len(boxes) < n:
         raise ValueError(f"{n} anchors from {len(boxes)} boxes; there must be at least as many boxes")
@@ -180,6 +180,11 @@ def kmean_anchors(
         if of_child > fitness:
             best, fitness = child, of_child
     return _by_area(best)
+
+
+def _with_area(wh: Sizes) -> Sizes:
+    """Return the boxes whose sides are both longer than zero; no anchor fits the others."""
+    return wh[(wh > 0).all(1)]
 
 
 def _ratios(wh: Sizes, anchors: Sizes) -> Sizes:

@@ -284,7 +284,7 @@ def _generate(data: LineDict, names: dict[int, str], file: Path, problems: list[
 
 def _roots(data: LineDict, file: Path, problems: list[str]) -> tuple[Path, ...]:
     value = "" if data.get("path") in (None, "") else text_of(data, "path")
-    if value and not _is_path(value):
+    if value != "" and not _is_path(value):
         problems.append(f"{file}:{data.lines['path']}: path is {shown(value)}; a folder is needed")
         value = ""
     folder = expand_user(value, DataError)

@@ -3,8 +3,8 @@
     python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--link]
 
 SOURCE is a dataset YAML, a COCO .json file or a VOC folder; TARGET a new folder, which gets the images, the labels
-and a `data.yaml`. It appears when all is done, or not at all. Images and objects that training leaves out (broken
-images, repetitions, groups, difficult objects) are left out here too, and counted.
+and a `data.yaml`; it is complete or absent. Images and objects that training leaves out (damaged images, repetitions,
+groups, difficult objects) are left out here too, and counted.
 """
 
 from __future__ import annotations
@@ -19,18 +19,17 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data import command
 from data.config import load_data_config
-from data.formats import voc
+from data.formats import coco, voc
 from data.formats.detect_format import AnnotatedSource, class_names, recognise
+from data.formats.yolo import to_pixels
 from data.labels.labels import Annotations, ImageRecord, load_annotations
-from utils.errors import DataError
+from utils.errors import DataError, shown
 from utils.files import make_folder
 from utils.yaml_lines import dump_yaml
 
@@ -91,7 +90,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
     make_folder(final.parent)
     build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        _WRITERS[to](loaded, _ImageReader(build, link, progress))
+        _WRITERS[to](loaded, _ImageWriter(build, link, progress))
         build.chmod(0o755)  # mkdtemp makes folders private
         if final.is_dir():
             final.rmdir()
@@ -104,7 +103,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
 
 
 @dataclass(frozen=True)
-class _ImageReader:
+class _ImageWriter:
     """Puts images into the new folder `root`."""
 
     root: Path
@@ -135,7 +134,7 @@ class _ImageReader:
         dump_yaml(self.root / "data.yaml", {"path": ".", **splits, "names": dict(enumerate(names))})
 
 
-def _write_yolo(loaded: LoadedSet, images: _ImageReader) -> None:
+def _write_yolo(loaded: LoadedSet, images: _ImageWriter) -> None:
     for split, part in loaded.splits.items():
         names = file_names([record.path for record in part.records])
         for record in images.bar(part.records, split):
@@ -145,23 +144,30 @@ def _write_yolo(loaded: LoadedSet, images: _ImageReader) -> None:
     images.describe(loaded.names, {split: f"images/{split}" for split in loaded.splits})
 
 
-def _write_coco(loaded: LoadedSet, sources: _ImageReader) -> None:
-    categories = [{"id": i, "name": name, "supercategory": ""} for i, name in enumerate(loaded.names, 1)]
+def _write_coco(loaded: LoadedSet, sources: _ImageWriter) -> None:
+    _check_distinct(loaded.names, "coco")
     for split, part in loaded.splits.items():
         names = file_names([record.path for record in part.records])
-        images: list[dict[str, Any]] = []
-        annotations: list[dict[str, Any]] = []
-        for number, record in enumerate(sources.bar(part.records, split), 1):
-            name = names[record.path]
-            sources.put(record, f"images/{split}/{name}")
-            images.append({"id": number, "file_name": name, "width": record.width, "height": record.height})
-            annotations += coco_annotations(record, number, len(annotations) + 1)
-        content = {"images": images, "annotations": annotations, "categories": categories}
+        for record in sources.bar(part.records, split):
+            sources.put(record, f"images/{split}/{names[record.path]}")
+        images = [(number, names[record.path], record) for number, record in enumerate(part.records, 1)]
+        classes = dict(enumerate(loaded.names))
+        content = coco.annotation_file(images, range(1, len(classes) + 1), classes, digits=4)
         sources.write(f"annotations/{split}.json", json.dumps(content))
     sources.describe(loaded.names, {split: f"annotations/{split}.json" for split in loaded.splits})
 
 
-def _write_voc(loaded: LoadedSet, images: _ImageReader) -> None:
+def _check_distinct(names: Sequence[str], to: str) -> None:
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise DataError(
+            f"--to {to}: classes are distinguished by name there, and {len(repeated)} names are given twice, such as"
+            f" {shown(repeated[0])}; rename them in the dataset YAML"
+        )
+
+
+def _write_voc(loaded: LoadedSet, images: _ImageWriter) -> None:
+    _check_distinct(loaded.names, "voc")
     names = file_names([record.path for part in loaded.splits.values() for record in part.records], spaces=False)
     written: set[Path] = set()
     for split, part in loaded.splits.items():
@@ -171,7 +177,7 @@ def _write_voc(loaded: LoadedSet, images: _ImageReader) -> None:
             written.add(record.path)
             name = names[record.path]
             images.put(record, f"JPEGImages/{name}")
-            objects = [(loaded.names[int(c)], box, polygon) for c, box, polygon in pixel_objects(record)]
+            objects = [(loaded.names[int(c)], box, polygon) for c, box, polygon in to_pixels(record)]
             text = voc.annotation(name, (record.height, record.width), objects)
             images.write(f"Annotations/{Path(name).with_suffix('.xml')}", text)
         stems = [Path(names[record.path]).stem for record in part.records]
@@ -179,7 +185,7 @@ def _write_voc(loaded: LoadedSet, images: _ImageReader) -> None:
     images.describe(loaded.names, {split: f"ImageSets/Main/{split}.txt" for split in loaded.splits})
 
 
-_WRITERS: Mapping[str, Callable[[LoadedSet, _ImageReader], None]] = {
+_WRITERS: Mapping[str, Callable[[LoadedSet, _ImageWriter], None]] = {
     "yolo": _write_yolo,
     "coco": _write_coco,
     "voc": _write_voc,
@@ -193,37 +199,6 @@ def label_rows(record: ImageRecord) -> str:
         values = record.segments[i].reshape(-1) if record.segments else row[1:]
         lines.append(" ".join([f"{int(row[0])}", *(np.format_float_positional(v, trim="-") for v in values)]))
     return "".join(f"{line}\n" for line in lines)
-
-
-def pixel_objects(record: ImageRecord) -> list[tuple[int, list[float], NDArray[np.float64] | None]]:
-    """Class, (left, top, right, bottom) and outline (k, 2) or None of every object, in pixels."""
-    sides = np.array((record.width, record.height), np.float64)
-    found = []
-    for i, row in enumerate(record.labels.astype(np.float64)):
-        center, half = row[1:3] * sides, row[3:5] * sides / 2
-        polygon = record.segments[i].astype(np.float64) * sides if record.segments else None
-        found.append((int(row[0]), [*(center - half), *(center + half)], polygon))
-    return found
-
-
-def coco_annotations(record: ImageRecord, image_id: int, first_id: int) -> list[dict[str, Any]]:
-    """COCO annotations of an image; category ids are class numbers + 1."""
-    found = []
-    for i, (number, (left, top, right, bottom), polygon) in enumerate(pixel_objects(record)):
-        points = [] if polygon is None else [[round(float(v), 4) for v in polygon.reshape(-1)]]
-        box = [round(v, 4) for v in (left, top, right - left, bottom - top)]
-        area = round((right - left) * (bottom - top) if polygon is None else _area(polygon), 4)
-        found.append(
-            {"id": first_id + i, "image_id": image_id, "category_id": number + 1, "bbox": box, "area": area}
-            | {"iscrowd": 0, "segmentation": points}
-        )
-    return found
-
-
-def _area(polygon: NDArray[np.float64]) -> float:
-    """Area inside an outline, by the shoelace formula."""
-    x, y = polygon.T
-    return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
 
 
 def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:

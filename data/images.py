@@ -6,26 +6,53 @@ OpenCV decodes, as in YOLOv5, so that pixels agree; Pillow steps in for what Ope
 - 16 bits become 8 by dropping the low byte (decoders differ by at most 1), so the whole range 0..65535 maps to 0..255.
   Floating-point pixels have no agreed range and are refused.
 - Of an animation the first frame counts.
-- A JPEG that breaks off is refused: some OpenCV versions fill the rest with gray, which would be trained on unseen.
+- A truncated JPEG is refused: some OpenCV versions fill the rest with gray, which would be trained on unseen.
   Bytes *after* the end of a JPEG (phones append previews) do no harm and are accepted.
+- The header's size is checked before anything is decoded: at most `MAX_PIXELS` pixels.
 """
 
 from __future__ import annotations
 
 import io
-import mmap
 import os
-import struct
-import zlib
+import tempfile
+import warnings
 from pathlib import Path
+from typing import IO
 
 import cv2
 import numpy as np
+import PIL.Image
+import PIL.ImageOps
 from numpy.typing import NDArray
 
 from utils.errors import DataError
+from utils.files import check_regular
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".dng", ".jpe", ".jpeg", ".jpg", ".mpo", ".pfm", ".png", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".avif",
+        ".bmp",
+        ".dng",
+        ".gif",
+        ".j2k",
+        ".jfif",
+        ".jp2",
+        ".jpe",
+        ".jpeg",
+        ".jpg",
+        ".mpo",
+        ".pbm",
+        ".pfm",
+        ".pgm",
+        ".png",
+        ".pnm",
+        ".ppm",
+        ".tif",
+        ".tiff",
+        ".webp",
+    ]
+)
 """Lower-case endings of the files that a dataset folder is searched for."""
 
 VIDEO_SUFFIXES = frozenset(
@@ -33,11 +60,16 @@ VIDEO_SUFFIXES = frozenset(
 )
 """Lower-case endings of what is read as a sequence of frames; GIF is one of them, as in YOLOv5."""
 
-_PNG_START = b"\x89PNG\r\n\x1a\n"
+CACHE_SUFFIX = ".image-cache"
+"""Ending of the files that `--cache disk` writes."""
+
+MAX_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS") or 178_956_970)
+"""Most pixels of an image (Pillow's limit); the environment variable MAX_IMAGE_PIXELS changes it."""
+
 _ORIENTATION = 0x0112  # EXIF tag
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
-_CUT = "the JPEG data breaks off before the end of the image"
+_CUT = "truncated: the JPEG data ends before the image does"
 _START_OF_SCAN = 0xDA
 _MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
@@ -52,8 +84,10 @@ def read(path: str | Path) -> NDArray[np.uint8]:
         (H, W, 3) uint8 BGR, C-contiguous, upright (EXIF orientation applied).
 
     Raises:
-        DataError: no such file, not readable, empty, not an image, interrupted, or with floating-point pixels.
+        DataError: no such file, not a file, not readable, empty, not an image, too large, truncated, or with
+            floating-point pixels.
     """
+    check_regular(path)
     try:
         data = np.fromfile(path, np.uint8)
     except OSError as error:
@@ -81,6 +115,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
         raise DataError(f"{name}: {_CUT}")
     if head[:2] in (b"PF", b"Pf"):
         raise DataError(f"{name}: {_FLOATS}")
+    _check_pixels(io.BytesIO(data.tobytes()), name)
     image = None
     if head[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
         try:
@@ -91,9 +126,7 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
 
 
 def probe(path: str | Path) -> tuple[int, int]:
-    """Size of an image as `read` gives it, without decoding JPEG and PNG files.
-
-    Checks what can be checked cheaply: JPEG header and end, PNG checksums. Other formats are decoded in full.
+    """Size of an image as `read` gives it; a JPEG is decoded at an eighth of its size for it, others in full.
 
     Returns:
         (height, width) in pixels, upright.
@@ -101,27 +134,58 @@ def probe(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: see `read`.
     """
-    size = None
+    check_regular(path)
     try:
-        with open(path, "rb") as stream:
-            head = stream.read(8)
-            if head == _PNG_START:
-                size = _png_size(stream)
-            elif head.startswith(_JPEG_START):
-                size = _jpeg_size(stream)
-                if size is not None and not _jpeg_file_is_whole(stream):
-                    raise DataError(f"{path}: {_CUT}")
+        data = np.fromfile(path, np.uint8)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return size or read(path).shape[:2]
+    size = _jpeg_size(data, str(path)) if data[:2].tobytes() == _JPEG_START else None
+    return size or decode(data, str(path)).shape[:2]
+
+
+def decoding_problem(path: Path) -> str:
+    """Decode an image and return what the JPEG decoder reports about damaged data; '' if nothing.
+
+    libjpeg reports on the standard error of the process, so only one thread may call this at a time.
+    """
+    with tempfile.TemporaryFile() as log:
+        stderr = os.dup(2)
+        try:
+            os.dup2(log.fileno(), 2)
+            read(path)
+        except DataError as error:
+            return str(error)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        log.seek(0)
+        lines = log.read().decode("utf-8", "replace").splitlines()
+    return next((line.strip() for line in lines if "JPEG" in line), "")
+
+
+def _check_pixels(stream: IO[bytes], name: str) -> PIL.Image.Image | None:
+    """Return the opened header, where Pillow knows the format; DataError where it has more pixels than allowed."""
+    PIL.Image.MAX_IMAGE_PIXELS = MAX_PIXELS  # an error from twice as many on; below, a warning
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
+            image = PIL.Image.open(stream)
+    except PIL.Image.DecompressionBombError as error:
+        raise DataError(f"{name}: too large: {str(error).split(' (')[-1].split(')')[0]}; {_RAISE}") from error
+    except Exception:  # noqa: BLE001 -- Pillow raises anything on damaged headers; a full decode decides
+        return None
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{name}: too large: {image.width}x{image.height} pixels; {_RAISE}")
+    return image
+
+
+_RAISE = f"at most {MAX_PIXELS} pixels are read (environment variable MAX_IMAGE_PIXELS)"
 
 
 def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
-    from PIL import Image, ImageOps
-
     try:
-        with Image.open(io.BytesIO(data.tobytes())) as image:
-            upright = ImageOps.exif_transpose(image)
+        with PIL.Image.open(io.BytesIO(data.tobytes())) as image:
+            upright = PIL.ImageOps.exif_transpose(image)
             if upright.mode == "F":
                 raise DataError(f"{name}: {_FLOATS}")
             if upright.mode.startswith("I"):  # I;16 and its kin, or 16-bit values held in 32
@@ -132,56 +196,29 @@ def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]
             return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
     except DataError:
         raise
-    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on broken files
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on damaged files
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "cannot identify" in reason:
             reason = "no known image format"
         raise DataError(f"{name}: cannot be decoded: {reason}") from error
 
 
-def _png_size(stream: io.BufferedReader) -> tuple[int, int] | None:
-    """(height, width) of a PNG whose checksums are all right; None where only a full decode can tell.
-
-    Args:
-        stream: behind the signature.
-    """
-    size = None
-    while len(head := stream.read(8)) == 8:
-        length, kind = struct.unpack(">I4s", head)
-        body = stream.read(length)
-        if stream.read(4) != struct.pack(">I", zlib.crc32(kind + body)) or kind == b"eXIf":
-            return None
-        if kind == b"IHDR" and length == 13:
-            size = struct.unpack(">II", body[:8])[::-1]
-        elif kind == b"IEND":
-            return size
-    return None
-
-
-def _jpeg_size(stream: io.BufferedReader) -> tuple[int, int] | None:
-    """(height, width) of a JPEG, upright; None where the header is broken."""
-    from PIL import Image
-
-    stream.seek(0)
-    try:
-        with Image.open(stream, formats=("JPEG", "MPO")) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-            stream.seek(0)
-            return (width, height) if turned else (height, width)
-    except Exception:  # noqa: BLE001 -- Pillow raises anything on broken headers; a full decode has the last word
+def _jpeg_size(data: NDArray[np.uint8], name: str) -> tuple[int, int] | None:
+    """(height, width) of a JPEG, upright; None where only a full decode can tell."""
+    image = _check_pixels(io.BytesIO(data.tobytes()), name)
+    if image is None or image.format not in ("JPEG", "MPO") or not _jpeg_is_whole(data.data):
         return None
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        small = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+    except Exception:  # noqa: BLE001 -- Pillow raises anything on damaged metadata; a full decode decides
+        return None
+    if small is None:
+        return None
+    return (image.width, image.height) if turned else (image.height, image.width)
 
 
-def _jpeg_file_is_whole(stream: io.BufferedReader) -> bool:
-    stream.seek(-2, os.SEEK_END)
-    if stream.read(2) == _JPEG_END:
-        return True
-    with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return _jpeg_is_whole(data)
-
-
-def _jpeg_is_whole(data: memoryview | mmap.mmap) -> bool:
+def _jpeg_is_whole(data: memoryview) -> bool:
     """Whether an end marker follows the start of the image's scan (one in an embedded preview does not count)."""
     size = len(data)
     if bytes(data[size - 2 : size]) == _JPEG_END:

@@ -125,7 +125,7 @@ def read_text(path: str | Path, error: type[UserError] = DataError, limit: int =
         raise error(f"{path}: {size} bytes; at most {limit} are read")
     try:
         with open(path, "rb") as stream:
-            return stream.read(limit + 1).decode("utf-8-sig")  # files of /proc have size 0
+            return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path}: cannot be read as text: is not a text file in UTF-8 (byte {cause.start})") from cause
     except OSError as cause:

@@ -1,10 +1,11 @@
 """What is in a dataset, and what is wrong with it.
 
-    python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER]
+    python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER] [--strict]
 
 Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and images
 that are nearly the same in different splits. Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and
-check.png. Exit status 0 whatever is found; 2 when the set cannot be used.
+check.png. Exit status 0 whatever is found; 2 when the dataset cannot be used, or with --strict when labels or images
+are wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from data import command
 from data.anchors import anchor_fit
@@ -23,14 +25,16 @@ from data.check.near_duplicates import Pair, find_pairs, thumbnails
 from data.check.plots import draw
 from data.check.statistics import SplitStatistics, below, doubled, gather, level_shares, outside
 from data.config import DataConfig, load_data_config
+from data.images import decoding_problem
 from data.labels.labels import load_annotations
-from utils.errors import ConfigError
+from utils.errors import ConfigError, DataError, shown
 from utils.files import atomic_path, find_file, increment_path, make_folder
 from utils.yaml_lines import load_yaml
 
 SHOWN = 10  # lines of a list on the terminal; check.txt has all
 RARE = 0.01  # part of all boxes below which a class is named
 FINEST_STRIDE = 8
+MAX_IMGSZ = 16384
 ANCHOR_T = 4.0  # of the hyperparameter files
 
 Anchors = NDArray[np.float64]
@@ -38,11 +42,12 @@ Anchors = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the report: a title, lines that are always shown, and a list of findings, shown in short."""
+    """A part of the report: title, lines that are always shown, findings, and whether `--strict` refuses them."""
 
     title: str
     lines: tuple[str, ...] = ()
     findings: tuple[str, ...] = ()
+    strict: bool = False
 
     def text(self, most: int | None = None) -> str:
         """Return the section as text, with at most `most` findings."""
@@ -117,9 +122,15 @@ def read_anchors(cfg: str | Path) -> Anchors | None:
     if not isinstance(given, list):
         return None
     try:
-        return np.array(given, np.float64).reshape(len(given), -1, 2)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{path}:{data.lines['anchors']}: anchors: lists of widths and heights are needed") from error
+        anchors = np.array(given, np.float64).reshape(len(given), -1, 2)
+    except (TypeError, ValueError, OverflowError):
+        anchors = np.zeros((1, 1, 2))
+    if not anchors.size or not ((anchors > 0) & (anchors <= MAX_IMGSZ)).all():
+        where = f"{path}:{data.lines['anchors']}"
+        raise ConfigError(
+            f"{where}: anchors is {shown(given)}; lists of widths and heights, above 0 to {MAX_IMGSZ}, are needed"
+        )
+    return anchors
 
 
 def _percent(part: float, whole: float) -> str:
@@ -232,7 +243,18 @@ def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sect
             record = split.records[i]
             name = names[int(record.labels[row, 0])]
             findings.append(f"{record.path} ({split.name}): two boxes of '{name}' on one place (IoU {iou:.2f})")
-    return Section(f"Label errors and doubtful boxes: {len(findings) or 'none'}", (), tuple(findings))
+    return Section(f"Label errors and doubtful boxes: {len(findings) or 'none'}", (), tuple(findings), strict=True)
+
+
+def _damaged(splits: Sequence[SplitStatistics]) -> Section:
+    """JPEG files with an end marker whose data is damaged all the same: decoders fill the rest with gray."""
+    findings = [
+        f"{record.path} ({split.name}): {problem}"
+        for split in splits
+        for record in tqdm(split.records, desc=f"decoding {split.name}", unit="image")
+        if (problem := decoding_problem(record.path))
+    ]
+    return Section(f"Images with damaged data: {len(findings) or 'none'}", (), tuple(findings), strict=True)
 
 
 def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Section:
@@ -254,23 +276,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("data", help="dataset YAML")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
     parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")
+    parser.add_argument("--strict", action="store_true", help="decode every image; exit status 2 if anything is wrong")
     parser.add_argument("--out", help="folder for check.txt and check.png (runs/check/exp, counted up)")
     return command.run(parser, _check, argv)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     imgsz = arguments.imgsz
-    if imgsz < 32:
-        raise ConfigError(f"--imgsz: {imgsz} is out of range; allowed: 32 to inf")
+    if not 32 <= imgsz <= MAX_IMGSZ:
+        raise ConfigError(f"--imgsz: {imgsz} is out of range; allowed: 32 to {MAX_IMGSZ}")
     config = load_data_config(arguments.data)
     anchors = read_anchors(arguments.cfg)
     splits = inspect(config, imgsz)
     records = {split.name: split.records for split in splits}
     pairs = find_pairs(records, {name: thumbnails(part, name=name) for name, part in records.items()})
     sections = report(splits, config.names, pairs, anchors, imgsz)
+    if arguments.strict:
+        sections.append(_damaged(splits))
     folder = make_folder(arguments.out or increment_path("runs/check/exp"))
     with atomic_path(folder / "check.txt") as part:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
     print("\n\n".join(section.text(SHOWN) for section in sections))
-    print(f"\nAll of it: {folder / 'check.txt'}; an image: {folder / 'check.png'}")
+    print(f"\nAll of it: {folder / 'check.txt'}; charts: {folder / 'check.png'}")
+    wrong = sum(len(section.findings) for section in sections if section.strict)
+    if arguments.strict and wrong:
+        raise DataError(f"{arguments.data}: {wrong} findings; {folder / 'check.txt'} lists them")

@@ -1,4 +1,4 @@
-"""COCO detection JSON: images, categories, boxes and outlines.
+"""COCO detection JSON: images, categories, boxes and polygons.
 
 Format: https://cocodataset.org/#format-data. Category ids are arbitrary numbers: classes are numbered by rising id, or
 by name where the dataset YAML names its classes. Boxes are `x y width height` in pixels from the upper left corner.
@@ -7,6 +7,7 @@ by name where the dataset YAML names its classes. Boxes are `x y width height` i
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,10 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.yolo import LabelFile, checked, from_pixels
-from utils.errors import DataError, did_you_mean
+from data.formats.yolo import ImageWithLabels, LabelFile, checked, from_pixels, to_pixels
+from utils.errors import DataError, did_you_mean, shown
+from utils.files import read_text
 
 Segment = NDArray[np.float32]
+
+MAX_PAIRS = 4_000_000
+_LARGEST = 1e9  # pixels
 
 NEEDED = ("images", "annotations", "categories")
 """Lists of a file; `annotations` may be missing altogether, as in COCO's own lists of test images."""
@@ -66,28 +71,74 @@ def read_coco(path: Path) -> CocoFile:
             unknown category.
     """
     content = _load(path)
-    categories = _categories(content["categories"], path)
+    categories, notes = _categories(content, path)
     images = tuple(_image(item, i, path) for i, item in enumerate(content["images"]))
-    found: dict[Any, list[Mapping[str, Any]]] = {image.id: [] for image in images}
-    if len(found) != len(images):
-        seen: set[Any] = set()
-        twice = next(image.id for image in images if image.id in seen or seen.add(image.id))  # type: ignore[func-returns-value]
-        raise DataError(f"{path}: images: id {twice!r} is given twice")
-    strangers = []
+    found: dict[Any, list[Mapping[str, Any]]] = {}
+    for image in images:
+        if image.id in found:
+            raise DataError(f"{path}: images: id {shown(image.id)} is given twice")
+        found[image.id] = []
+    unlisted = []
     for i, item in enumerate(content["annotations"]):
-        if not isinstance(item, dict) or "image_id" not in item or "category_id" not in item:
+        if not isinstance(item, dict) or not all(_is_id(item.get(key)) for key in ("image_id", "category_id")):
             raise DataError(f"{path}: annotations[{i}]: a mapping with image_id, category_id and bbox is needed")
         if item["category_id"] not in categories:
             known = ", ".join(f"{number} ({name})" for number, name in list(categories.items())[:10])
             raise DataError(
-                f"{path}: annotation {item.get('id', i)}: no category has id {item['category_id']!r}; there are {known}"
+                f"{path}: annotation {shown(item.get('id', i))}: no category has id {shown(item['category_id'])};"
+                f" there are {known}"
             )
         if item["image_id"] in found:
             found[item["image_id"]].append(item)
         else:
-            strangers.append(item.get("id", i))
-    lost = f"{path}: {len(strangers)} annotations of images that are not listed, first {strangers[:1]}; left out"
-    return CocoFile(path, categories, images, found, (lost,) if strangers else ())
+            unlisted.append(item.get("id", i))
+    if unlisted:
+        first = shown(unlisted[0])
+        notes.append(f"{path}: {len(unlisted)} annotations of images that are not listed, first {first}; left out")
+    return CocoFile(path, categories, images, found, tuple(notes))
+
+
+def annotation_file(
+    images: Iterable[tuple[Any, str, ImageWithLabels]],
+    category_ids: Sequence[Any],
+    names: Mapping[int, str],
+    *,
+    polygons: bool = True,
+    digits: int | None = None,
+) -> dict[str, Any]:
+    """Return labels in COCO's format: images, annotations, categories.
+
+    Args:
+        images: id, file name and objects of each image.
+        category_ids: by class number.
+        names: class number -> name.
+        polygons: write segmentations, and the areas that they enclose.
+        digits: decimals of pixel values; None keeps them all.
+    """
+    entries: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for image_id, file_name, image in images:
+        entries.append({"id": image_id, "file_name": file_name, "width": image.width, "height": image.height})
+        for label, (left, top, right, bottom), polygon in to_pixels(image):
+            box, area = [left, top, right - left, bottom - top], (right - left) * (bottom - top)
+            points: list[list[float]] = []
+            if polygons and polygon is not None:
+                points, area = [_rounded(polygon.reshape(-1).tolist(), digits)], _polygon_area(polygon)
+            fields = {"id": len(annotations) + 1, "image_id": image_id, "category_id": category_ids[label]}
+            fields |= {"bbox": _rounded(box, digits), "area": _rounded([area], digits)[0], "iscrowd": 0}
+            annotations.append(fields | ({"segmentation": points} if polygons else {}))
+    listed = [{"id": category_ids[number], "name": name, "supercategory": ""} for number, name in names.items()]
+    return {"images": entries, "annotations": annotations, "categories": listed}
+
+
+def _rounded(values: list[float], digits: int | None) -> list[float]:
+    return values if digits is None else [round(value, digits) for value in values]
+
+
+def _polygon_area(polygon: NDArray[np.float64]) -> float:
+    """Area inside a polygon, by the shoelace formula."""
+    x, y = polygon.T
+    return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
 
 
 def is_coco(path: Path) -> bool:
@@ -136,17 +187,19 @@ def image_labels(
         )
     items = [item for number in (image.id, *others) for item in coco.annotations[number]]
     kept = [item for item in items if not item.get("iscrowd")]
-    places = [f"{coco.path}: annotation {item.get('id', i)}" for i, item in enumerate(kept)]
+    places = [f"{coco.path}: annotation {shown(item.get('id', i))}" for i, item in enumerate(kept)]
     polygons = [_polygon(item.get("segmentation"), place, size) for item, place in zip(kept, places)]
     boxes = [_box(item, polygon, size, place) for item, polygon, place in zip(kept, polygons, places)]
-    labels = np.zeros((len(kept), 5), np.float32)
+    labels = np.zeros((len(kept), 5), np.float64)
     labels[:, 0] = [numbers[item["category_id"]] for item in kept]
     labels[:, 1:] = from_pixels(np.array(boxes, np.float64).reshape(-1, 4), size, places)
     return checked(labels, polygons, places, crowd=len(items) - len(kept))
 
 
 def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """One outline through all parts of an object, joined where they are nearest by a bridge without width.
+    """One polygon through all parts of an object, joined where they are nearest by a bridge without width.
+
+    Of parts with many points, every n-th one is tried for the bridge: at most `MAX_PAIRS` pairs are compared.
 
     Args:
         parts: (k, 2) points of each part.
@@ -156,21 +209,24 @@ def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """
     joined = parts[0]
     for part in parts[1:]:
-        distance = ((joined[:, None] - part[None]) ** 2).sum(2)
-        here, there = np.unravel_index(int(distance.argmin()), distance.shape)
+        step = (
+            max(1, math.isqrt(len(joined) * len(part) // MAX_PAIRS) + 1) if len(joined) * len(part) > MAX_PAIRS else 1
+        )
+        distance = ((joined[::step, None] - part[None, ::step]) ** 2).sum(2)
+        here, there = (int(k) * step for k in np.unravel_index(int(distance.argmin()), distance.shape))
         round_trip = np.concatenate((part[there:], part[: there + 1]), 0)
         joined = np.concatenate((joined[: here + 1], round_trip, joined[here:]), 0)
     return joined
 
 
 def _load(path: Path) -> dict[str, Any]:
+    text = read_text(path, limit=2**33)
     try:
-        with open(path, encoding="utf-8") as stream:
-            content = json.load(stream)
+        content = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+        raise DataError(f"{path}: not valid JSON: {error}") from error
     table = content if isinstance(content, dict) else {}
     lists = {"annotations": [], **table}
     missing = [key for key in NEEDED if not isinstance(lists.get(key), list)]
@@ -180,57 +236,84 @@ def _load(path: Path) -> dict[str, Any]:
     return lists
 
 
-def _categories(items: Sequence[Any], path: Path) -> dict[Any, str]:
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[Any, str], list[str]]:
+    """Category id -> name by rising id, and what was dropped.
+
+    Exports of Roboflow begin with a category that groups the others and has no objects: it is no class.
+    """
+    entries: list[tuple[Any, str, str]] = []
+    for i, item in enumerate(content["categories"]):
+        known = (
+            isinstance(item, dict) and type(item.get("id")) is int and isinstance(item.get("name"), (str, int, float))
+        )
+        if not known or not str(item["name"]).strip():
+            raise DataError(
+                f"{path}: categories[{i}] is {shown(item)}; a mapping with a number 'id' and a 'name' is needed"
+            )
+        entries.append((item["id"], str(item["name"]).strip(), str(item.get("supercategory") or "none").strip()))
+    groups = [(number, name) for number, name, above in entries if above == "none"
+              and any(name == other for key, _, other in entries if key != number)]  # fmt: skip
+    used = {item.get("category_id") for item in content["annotations"] if isinstance(item, dict)
+            and _is_id(item.get("category_id"))}  # fmt: skip
+    dropped = {number: name for number, name in groups if number not in used}
+    notes = [
+        f"{path}: category {shown(name)} (id {number}) groups the others and has no objects; it is no class"
+        for number, name in dropped.items()
+    ]
     found: dict[Any, str] = {}
-    for i, item in enumerate(items):
-        if not isinstance(item, dict) or not isinstance(item.get("id"), int) or not str(item.get("name") or "").strip():
-            raise DataError(f"{path}: categories[{i}] is {item!r}; a mapping with a number 'id' and a 'name' is needed")
-        name = str(item["name"]).strip()
-        if item["id"] in found or name in found.values():
-            raise DataError(f"{path}: categories[{i}]: id {item['id']} or name '{name}' is given twice")
-        found[item["id"]] = name
-    return {number: found[number] for number in sorted(found)}
+    for number, name, _ in entries:
+        if number in dropped and name == dropped[number]:
+            continue
+        if number in found or name in found.values():
+            raise DataError(f"{path}: categories: id {number} or name {shown(name)} is given twice")
+        found[number] = name
+    return {number: found[number] for number in sorted(found)}, notes
 
 
 def _image(item: Any, i: int, path: Path) -> CocoImage:
-    if not isinstance(item, dict) or not isinstance(item.get("id"), (int, str)) or not item.get("file_name"):
-        raise DataError(f"{path}: images[{i}] is {item!r}; a mapping with 'id' and 'file_name' is needed")
-    height, width = item.get("height"), item.get("width")
-    known = isinstance(height, (int, float)) and isinstance(width, (int, float)) and height > 0 and width > 0
-    return CocoImage(item["id"], str(item["file_name"]), (int(height), int(width)) if known else None)  # type: ignore[arg-type]
+    name = item.get("file_name") if isinstance(item, dict) else None
+    if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(name, str) or not name:
+        raise DataError(f"{path}: images[{i}] is {shown(item)}; a mapping with 'id' and 'file_name' is needed")
+    sides = [int(v) for v in (item.get("height"), item.get("width")) if isinstance(v, (int, float)) and 0 < v < 2**31]
+    return CocoImage(item["id"], name, (sides[0], sides[1]) if len(sides) == 2 else None)
 
 
 def _polygon(value: Any, place: str, size: tuple[int, int]) -> Segment | None:
-    """(k, 2) parts of the sides, all parts of the object joined; None for masks, boxes and lines."""
+    """(k, 2) normalized points, all parts of the object joined; None for masks, boxes and lines."""
     if not isinstance(value, list):
-        return None  # run lengths: no outline, the box counts
+        return None  # run lengths: no polygon, the box counts
     try:
         parts = [np.asarray(part, np.float64).reshape(-1, 2) for part in value if len(part) >= 6]
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{place}: segmentation: lists of x, y, x, y, ... are needed") from error
     if not parts:
         return None
-    points = join_polygons(parts) / (size[1], size[0])
-    if not np.isfinite(points).all():
+    if not all((np.abs(part) < _LARGEST).all() for part in parts):
         raise DataError(f"{place}: segmentation is not finite")
+    points = join_polygons(parts) / (size[1], size[0])
     return points.clip(0, 1).astype(np.float32)
 
 
 def _box(
     item: Mapping[str, Any], polygon: Segment | None, size: tuple[int, int], place: str
 ) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom in pixels: `bbox`, or what encloses the outline where that is missing."""
+    """Left, top, right, bottom in pixels: `bbox`, or what encloses the polygon where that is missing."""
     value = item.get("bbox")
     if not value and polygon is not None:
         (left, top), (right, bottom) = polygon.min(0) * (size[1], size[0]), polygon.max(0) * (size[1], size[0])
         return float(left), float(top), float(right), float(bottom)
-    numbers = isinstance(value, list) and len(value) == 4
-    if not isinstance(value, list) or not numbers or not all(isinstance(v, (int, float)) for v in value):
-        raise DataError(f"{place}: bbox is {value!r}; four numbers x, y, width, height are needed")
+    if not isinstance(value, list) or len(value) != 4 or not all(isinstance(v, (int, float)) for v in value):
+        raise DataError(f"{place}: bbox is {shown(value)}; four numbers x, y, width, height are needed")
+    if not all(abs(v) < _LARGEST for v in value):
+        raise DataError(f"{place}: bbox {shown(value)} is not finite")
     x, y, width, height = map(float, value)
     return x, y, x + width, y + height
 
 
 def _listed(names: Sequence[str], most: int = 12) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(f"'{name}'" for name in names[:most]) + more
+    return ", ".join(shown(name) for name in names[:most]) + more

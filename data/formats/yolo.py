@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,8 +112,8 @@ def read_labels(path: str | Path) -> LabelFile:
 def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
     """Whether all rows of a file are a box with the same number of key points (at least 3), not polygons.
 
-    Sure signs: visibilities 0, 1 or 2 as every third number; or key points that all lie inside the box while the
-    box's (width, height), read as a point, lies far from all of them, which a polygon's second point never does.
+    Signs: visibilities 0, 1 or 2 as every third number; or all key points lie inside the boxes, while some row, read as
+    a polygon, crosses itself and has its second point (width, height) far from the rest.
     """
     lengths = {len(row) for row in rows}
     count = lengths.pop() - 5 if len(lengths) == 1 else 0
@@ -128,7 +129,27 @@ def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
     inside = (np.abs(points - center) <= size / 2 + 0.01).all()
     low, high = points.min(1), points.max(1)
     distance = np.maximum(low - size[:, 0], size[:, 0] - high).max(1)
-    return bool(inside and (distance > (high - low).max(1)).any())
+    far = distance > (high - low).max(1)
+    return bool(inside and any(_crosses_itself(row[1:].reshape(-1, 2)) for row in table[far][:50]))
+
+
+def _crosses_itself(points: NDArray[np.float64]) -> bool:
+    """Whether two edges of a closed polygon that are no neighbors meet."""
+    points = points[(points != np.roll(points, 1, 0)).any(1)]  # no edges of length 0
+    n = len(points)
+    if n < 4 or n > 500:
+        return False
+    ends = np.roll(points, -1, 0)
+    edge = ends - points
+
+    def side(of: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(n, n) sign of the side of edge i on which point j lies."""
+        offset = of[None] - points[:, None]
+        return np.sign(edge[:, None, 0] * offset[..., 1] - edge[:, None, 1] * offset[..., 0])
+
+    parted = side(points) * side(ends) <= 0
+    gap = np.abs(np.arange(n)[:, None] - np.arange(n))
+    return bool((parted & parted.T & (gap > 1) & (gap < n - 1)).any())
 
 
 def _check_polygon(points: NDArray[np.float64], place: str) -> None:
@@ -193,6 +214,35 @@ def enclosing_box(points: NDArray[np.floating]) -> tuple[np.floating, ...]:
 def corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return the corners (4, 2) of a box (4,) xywh, clockwise from the upper left."""
     return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
+
+
+class ImageWithLabels(Protocol):
+    """An image with its objects, as the writers of all formats take it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def labels(self) -> NDArray[np.float32]: ...
+    @property
+    def segments(self) -> Sequence[NDArray[np.float32]]: ...
+
+
+PixelObject = tuple[int, list[float], "NDArray[np.float64] | None"]
+
+
+def to_pixels(image: ImageWithLabels) -> list[PixelObject]:
+    """Return class, (left, top, right, bottom) and polygon (k, 2) or None of every object, in pixels."""
+    sides = np.array((image.width, image.height), np.float64)
+    objects: list[PixelObject] = []
+    for i, row in enumerate(image.labels.astype(np.float64)):
+        center, half = row[1:3] * sides, row[3:5] * sides / 2
+        polygon = image.segments[i].astype(np.float64) * sides if image.segments else None
+        objects.append((int(row[0]), [*(center - half).tolist(), *(center + half).tolist()], polygon))
+    return objects
 
 
 def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: Sequence[str]) -> NDArray[np.float64]:

@@ -1,17 +1,17 @@
 """The label cache: verified images and labels of a split in one .npz file, without pickle.
 
 An entry counts as long as size and modification time of its image and label file are unchanged; entries are kept one
-by one, so a changed file costs the verification of that file only. A cache that is broken, of another version or not
-writable is no error: it is made again, or done without.
+by one, so a changed file costs the verification of that file only. A SHA-256 digest follows the archive. A cache
+that is damaged, of another version or not writable is no error: it is written again, or not used.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,8 @@ from utils.files import atomic_path, is_writable
 
 LOGGER = logging.getLogger(__name__)
 
-VERSION = 2
-"""Raise it whenever the verification or this layout changes: older caches are then made again."""
+VERSION = 3
+"""Raise it whenever the verification or this layout changes: older caches are then written again."""
 
 STATUSES = ("labelled", "missing", "empty", "corrupt")
 
@@ -36,7 +36,8 @@ class Entry:
     """What is known about one image.
 
     Attributes:
-        stamp: size and modification time (ns) of the image, then of its label file; -1 = not there.
+        stamp: size and modification time (ns) of the image, then of its label file; -1 = missing, -2 =
+            cannot be read.
         height, width: pixels, upright; 0 if unknown.
         labels: (n, 5) float32.
         segments: n polygons (k, 2) float32, or none.
@@ -64,7 +65,7 @@ class Entry:
 
 
 def stamp(image: Path, label: Path) -> tuple[int, int, int, int]:
-    """Size and modification time in ns of the image and of its label file, -1 where a file is missing."""
+    """Size and modification time in ns of the image and of its label file; see `Entry.stamp`."""
     return (*_stat(image), *_stat(label))
 
 
@@ -92,8 +93,11 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
     try:
         if not is_writable(path.parent):
             raise OSError("the folder is read-only")
+        archive = io.BytesIO()
+        np.savez(archive, **arrays)  # type: ignore[arg-type]
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)  # type: ignore[arg-type]
+            stream.write(archive.getbuffer())
+            stream.write(hashlib.sha256(archive.getbuffer()).digest())
     except (OSError, UserError) as error:
         LOGGER.info("%s: labels are not cached: %s", path, error)
 
@@ -103,11 +107,18 @@ def read(path: Path) -> dict[str, Entry]:
     if not path.is_file():
         return {}
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        data = path.read_bytes()
+        content, digest = data[:-_DIGEST], data[-_DIGEST:]
+        if hashlib.sha256(content).digest() != digest:
+            raise ValueError("damaged, or of another version")
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
             return _entries({name: archive[name] for name in archive.files})
-    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        LOGGER.info("%s: label cache is not usable and is made again: %s", path, error)
+    except (OSError, ValueError) as error:
+        LOGGER.info("%s: label cache is not usable and is written again: %s", path, error)
         return {}
+
+
+_DIGEST = hashlib.sha256().digest_size
 
 
 def _numbers(entry: Entry) -> tuple[int, ...]:
@@ -120,8 +131,6 @@ def _entries(arrays: dict[str, NDArray[Any]]) -> dict[str, Entry]:
     if header.get("version") != VERSION:
         raise ValueError(f"version {header.get('version')}, not {VERSION}")
     images, numbers, labels = header["images"], arrays["numbers"], arrays["labels"]
-    if not len(images) == len(numbers) == len(arrays["stamps"]) or numbers[:, 3].sum() != len(labels):
-        raise ValueError("the parts do not fit together")
     points = np.split(arrays["segment_points"], np.cumsum(arrays["segment_lengths"])[:-1])
     found: dict[str, Entry] = {}
     label_at = segment_at = 0
@@ -148,6 +157,8 @@ def _entries(arrays: dict[str, NDArray[Any]]) -> dict[str, Entry]:
 def _stat(path: Path) -> tuple[int, int]:
     try:
         info = os.stat(path)
-    except OSError:
-        return -1, -1
+    except (FileNotFoundError, NotADirectoryError):
+        return (-2, -2) if os.path.islink(path) else (-1, -1)
+    except (OSError, ValueError):  # no permission, a loop of links, a name that no file can have
+        return -2, -2
     return info.st_size, info.st_mtime_ns

@@ -3,9 +3,9 @@
 Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
 `data.formats.detect_format` determines which. All pass the same checks.
 
-What happens to mistakes, as in YOLOv5: an image that cannot be used, or that has a wrong row, is left out and
-reported; repeated rows count once; an image without labels is background. A class that the dataset has no name for is
-an error for the whole set. COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
+As in YOLOv5, an image that cannot be used, or that has a wrong row, is left out and reported; repeated rows count once;
+an image without labels is background. A class that the dataset has no name for is an error for the whole dataset.
+COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,9 +26,10 @@ from tqdm import tqdm
 from data.formats.detect_format import AnnotatedSource, Listed, Source, images, plain, recognise
 from data.formats.voc import UnknownClassError
 from data.formats.yolo import LabelFile, label_path, read_labels
-from data.images import IMAGE_SUFFIXES, probe
+from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
 from data.labels import cache as label_cache
 from utils.errors import DataError
+from utils.files import check_regular, read_text
 
 __all__ = [
     "Annotations",
@@ -57,8 +59,8 @@ class ImageRecord:
     Attributes:
         path: the image.
         height, width: its size in pixels, upright.
-        labels: (n, 5) float32: class, center x, center y, width, height; 0..1 of the sides.
-        segments: n polygons, (k, 2) float32 x, y of the sides; empty if the label file has boxes only.
+        labels: (n, 5) float32: class, center x, center y, width, height, normalized.
+        segments: n polygons, (k, 2) float32 x, y, normalized; empty if the label file has boxes only.
     """
 
     path: Path
@@ -141,7 +143,7 @@ def load_annotations(
             `DataConfig.split` gives them, or paths (COCO and VOC classes are then numbered as the files have them).
         num_classes: class numbers run from 0 to `num_classes - 1`.
         single_cls: turn every class into 0.
-        cache_folder: where the cache file goes; None = where YOLOv5 has it, beside the labels folder or the list.
+        cache_folder: where the cache file goes; None = where YOLOv5 has it: beside the labels folder or the list.
         progress: show a bar on standard error.
         require_labels: refuse a split without a single object.
 
@@ -153,7 +155,7 @@ def load_annotations(
     if not listed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
         raise DataError(f"{', '.join(map(str, sources))}: no images found; allowed are files that end in {kinds}")
-    paths = sorted(listed, key=str)  # the order of the texts, as in YOLOv5
+    paths = sorted(listed, key=str)  # the order of the strings, as in YOLOv5
     cache = _cache_path(known, paths[0], cache_folder)
     entries = _verified(paths, listed, cache, progress)
     report = _report(entries, repeated, notes)
@@ -177,8 +179,8 @@ def load_annotations(
 def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
     """Images of all sources.
 
-    Folders are searched with all below them, hidden files and folders left out. In a list, an entry that begins with
-    `./` is relative to the list's folder, any other to the current folder or else to the list's.
+    Folders are searched with all below them, hidden files and folders left out. In a list, entries are relative to the
+    list's folder, or else to the current folder.
 
     Returns:
         ({path: where it is listed, '' for a folder}, number of repetitions left out).
@@ -194,53 +196,117 @@ def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str
     """Images with their labels, the number of repetitions, and what is odd about whole sources."""
     found: dict[Path, Listed] = {}
     repeated = 0
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     for source in sources:
         if isinstance(source, AnnotatedSource):
             new, more = images(source)
             notes += more
         else:
-            new = _plain_images(source)
+            new = _plain_images(source, notes)
         for path, listed in new:
             repeated += path in found
             found.setdefault(path, listed)
-    return found, repeated, notes
+    return found, repeated, (*notes, *_shared_labels(found))
 
 
-def _plain_images(source: Path) -> Iterator[tuple[Path, Listed]]:
-    """Images whose labels are YOLO text."""
-    if source.is_dir():
-        return ((path, plain(path)) for path in _walk(source))
-    if source.is_file() and source.suffix.lower() in IMAGE_SUFFIXES:
+def _shared_labels(found: Mapping[Path, Listed]) -> Iterator[str]:
+    """Yield a message for each YOLO label file that several images share, such as a photo and its mask."""
+    owners: dict[Path, list[Path]] = {}
+    for path, listed in found.items():
+        if listed.label.suffix == ".txt":
+            owners.setdefault(listed.label, []).append(path)
+    for label, paths in owners.items():
+        if len(paths) > 1 and label.exists():
+            yield f"{label}: its labels are used for {len(paths)} images: {', '.join(map(str, sorted(paths)))}"
+
+
+def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed]]:
+    """Images whose labels are YOLO text; what is left out is added to `notes` once they are all read."""
+    suffix = source.suffix.lower()
+    if os.path.isdir(source):
+        return ((path, plain(path)) for path in _walk(source, notes))
+    if os.path.exists(source):
+        check_regular(source)
+    if os.path.isfile(source) and suffix in IMAGE_SUFFIXES:
         return iter([(source, plain(source))])
-    if source.is_file() and source.suffix.lower() == ".txt":
-        return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source))
-    if source.exists():
+    if os.path.isfile(source) and suffix == ".txt":
+        return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source, notes))
+    if os.path.exists(source):
         raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor an image")
     raise DataError(f"{source}: no such folder, list of images or annotation file")
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for base, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+_SIDECARS = frozenset(
+    [
+        "",
+        ".txt",
+        ".xml",
+        ".json",
+        ".csv",
+        ".yaml",
+        ".yml",
+        ".md",
+        ".html",
+        ".names",
+        ".data",
+        ".cache",
+        ".npz",
+        ".npy",
+        ".db",
+        ".ini",
+        ".py",
+        ".sh",
+        ".pkl",
+        ".mat",
+    ]
+) | {CACHE_SUFFIX}
+"""Endings of files beside images that are no images."""
+
+
+def _walk(folder: Path, notes: list[str]) -> Iterator[Path]:
+    others: list[str] = []
+    for base, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(os.path.join(base, name))]
         for name in files:
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES:
+            suffix = os.path.splitext(name)[1].lower()
+            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
                 yield Path(base, name)
+            elif not name.startswith(".") and suffix not in _SIDECARS:
+                others.append(os.path.join(base, name))
+    _note_others(str(folder), others, notes)
 
 
-def _read_list(source: Path) -> Iterator[tuple[Path, str]]:
-    try:
-        lines = source.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{source}: cannot be read as a list of images: {error}") from error
-    for number, line in enumerate(lines, 1):
+def _is_loop(folder: str) -> bool:
+    """Whether a folder is a link to one that contains it."""
+    above = os.path.realpath(os.path.dirname(folder))
+    return os.path.islink(folder) and Path(above).is_relative_to(os.path.realpath(folder))
+
+
+def _unreadable(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+
+
+def _note_others(where: str, others: Sequence[str], notes: list[str]) -> None:
+    if others:
+        counts = Counter(os.path.splitext(name)[1].lower() for name in others)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+        notes.append(f"{where}: {len(others)} files left out whose format is not read ({kinds}), first {others[0]}")
+
+
+def _read_list(source: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
+    others: list[str] = []
+    for number, line in enumerate(read_text(source).splitlines(), 1):
         text = line.strip()
-        if not text or os.path.splitext(text)[1].lower() not in IMAGE_SUFFIXES:
+        if not text:
             continue
-        path = Path(text)
-        if text.startswith("./") or not (path.is_absolute() or path.exists()):
-            path = source.parent / path
+        if os.path.splitext(text)[1].lower() not in IMAGE_SUFFIXES:
+            others.append(text)
+            continue
+        readings = [text, text.replace("\\", "/")] if "\\" in text else [text]
+        paths = [base / reading for reading in readings for base in (source.parent, Path())]
+        path = next((path for path in paths if os.path.exists(path)), paths[0])
         yield Path(os.path.abspath(path)), f"{source}:{number}"
+    _note_others(str(source), others, notes)
 
 
 def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path | None) -> Path:
@@ -251,7 +317,7 @@ def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path
         base = first if len(sources) == 1 and first.suffix == ".txt" else label_path(first_image).parent
     name = base.stem if base.is_file() else base.name
     annotated = any(isinstance(source, AnnotatedSource) for source in sources)
-    if len(sources) > 1 or annotated:  # so that sets which share their first folder do not share a cache
+    if len(sources) > 1 or annotated:  # so that datasets which share their first folder do not share a cache
         keys = (source.key if isinstance(source, AnnotatedSource) else str(source) for source in sources)
         name += f"-{label_cache.short_hash(keys)}"
     return Path(folder if folder is not None else base.parent) / f"{name}.cache.npz"
@@ -303,12 +369,12 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> lab
     status = "missing"
     height = width = 0
     try:
-        if stamp[0] < 0:
+        if stamp[0] == -1:
             raise DataError(f"{image}: no such file{f' (listed in {listed.origin})' if listed.origin else ''}")
         height, width = probe(image)
         if min(height, width) < MIN_SIDE:
             raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
-        if stamp[2] >= 0:
+        if stamp[2] != -1:
             found = listed.read((height, width))
             status = "labelled" if len(found.labels) else "empty"
     except UnknownClassError:
@@ -358,7 +424,7 @@ def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Map
 
 
 def _line_of_class(path: Path, number: int) -> int:
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(read_text(path).splitlines(), 1):
         first = line.split()[:1]
         if first and math.isclose(float(first[0]), number):
             return i

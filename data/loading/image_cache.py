@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from tqdm import tqdm
 
-from data.images import read
+from data.images import CACHE_SUFFIX, read
 from data.labels.labels import ImageRecord
 from data.letterbox import Image
 from data.sizes import HW, fit_long_side
@@ -162,7 +162,6 @@ class ImageStore:
             raise DataError(f"{target}: cannot be written: {error}; choose another cache folder or 'ram'") from error
 
 
-CACHE_SUFFIX = ".image-cache"
 _MAGIC = b"decoded image 1 "
 
 

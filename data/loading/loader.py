@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
 from data.loading.order import WINDOW, Index, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
-from utils.errors import UserError
+from utils.errors import TrainingError, UserError
 from utils.seed import sample_rng
 from utils.structures import Batch
 
@@ -53,6 +53,7 @@ class DetectionLoader:
 
     Raises:
         UserError: while iterating, as raised in the worker: one line, without the worker's traceback.
+        TrainingError: a worker process was killed.
     """
 
     dataset: DetectionDataset
@@ -90,10 +91,17 @@ class DetectionLoader:
         batches = self.batches()[self.skip :]
         group = self._batches_per_task()
         self._tasks.tasks = [batches[i : i + group] for i in range(0, len(batches), group)]
-        for made in self._loader:
-            if isinstance(made, UserError):
-                raise made
-            yield from made
+        try:
+            for made in self._loader:
+                if isinstance(made, UserError):
+                    raise made
+                yield from made
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            self._loader = None
+            reason = " ".join(str(error).split())
+            raise TrainingError(f"a loader worker ended ({reason}); out of memory? fewer --workers may help") from error
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch of the next pass, and how many of its batches to leave out at the beginning."""

@@ -1,13 +1,14 @@
 """Where `detect.py` gets its images: files, folders, globs, lists, videos, cameras, network streams, the screen.
 
 `open_source` looks at the text that the user gave and returns a `Source`, which is iterated once and then closed. What
-cannot be read is logged when it is met, kept in `Source.failures`, and the rest goes on.
+cannot be read is logged when it is met and kept in `Source.failures`; the rest is processed.
 """
 
 from __future__ import annotations
 
 import glob
 import logging
+import os
 import re
 import tempfile
 import urllib.parse
@@ -21,14 +22,16 @@ from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read
 from data.sources.frames import DEFAULT_FPS, Frame, Source
 from data.sources.streams import ScreenSource, StreamSource
 from utils.errors import DataError, did_you_mean
-from utils.files import download
+from utils.files import check_regular, download, expand_user, read_text
 
 LOGGER = logging.getLogger(__name__)
 
 _URL = re.compile(r"^(https?|rtsps?|rtmps?|rtp|udp|tcp|mms|srt)://", re.IGNORECASE)
 _YOUTUBE = re.compile(r"^(https?://)?((www|m)\.)?(youtube\.com|youtu\.be)(/|$)", re.IGNORECASE)
 _INDEXED_VIDEOS = frozenset({".mp4", ".mov", ".m4v", ".avi"})
-"""Formats whose header counts the frames exactly; elsewhere the count is an estimate from the duration."""
+"""Formats whose header counts the frames exactly."""
+_TIMED_VIDEOS = frozenset({".mkv", ".webm"})
+"""Formats whose header has the duration, from which the number of frames is estimated."""
 
 
 def open_source(text: str, vid_stride: int = 1) -> Source:
@@ -51,7 +54,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
             f"{text}: a YouTube page is not a stream; get the stream's address with the tool yt-dlp "
             "(pip install yt-dlp; yt-dlp -g -f b PAGE) and give that as --source"
         )
-    if text.isdigit():
+    if text.isascii() and text.isdigit():
         return StreamSource([text], vid_stride)
     if text.split()[0].lower() == "screen" and not Path(text).exists():
         return ScreenSource(text, vid_stride)
@@ -60,7 +63,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
         if text.lower().startswith("http") and suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             return DownloadedSource(text, vid_stride)
         return StreamSource([text], vid_stride)
-    path = Path(text).expanduser()
+    path = expand_user(text, DataError)
     if path.suffix.lower() == ".streams" and path.is_file():
         return StreamSource(_list_entries(path), vid_stride)
     return FileSource(find_files(path), vid_stride)
@@ -85,9 +88,10 @@ def find_files(path: Path) -> FoundFiles:
     Raises:
         DataError: nothing there, or nothing usable in it.
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         return FoundFiles(_of_folder(path))
-    if path.is_file():
+    if os.path.exists(path):
+        check_regular(path)
         if path.suffix.lower() == ".txt":
             return _of_list(path)
         if not _usable(path):
@@ -95,7 +99,7 @@ def find_files(path: Path) -> FoundFiles:
         return FoundFiles([path])
     if glob.has_magic(str(path)):
         return FoundFiles(_of_glob(str(path)))
-    names = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    names = os.listdir(path.parent) if os.access(path.parent, os.R_OK | os.X_OK) and path.parent.is_dir() else []
     raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, names)}")
 
 
@@ -118,7 +122,10 @@ def _sift(files: Sequence[Path], where: str) -> list[Path]:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    try:
+        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
     good = _sift([p for p in entries if p.is_file()], str(folder))
     if not good:
         deeper = any(p.is_dir() for p in entries)
@@ -140,9 +147,9 @@ def _of_list(path: Path) -> FoundFiles:
     found = FoundFiles()
     seen: set[Path] = set()
     for entry in _list_entries(path):
-        near = path.parent / Path(entry).expanduser()
         try:
-            there = find_files(near if near.exists() or not Path(entry).exists() else Path(entry))
+            near = path.parent / expand_user(entry, DataError)
+            there = find_files(near if os.path.exists(near) or not os.path.exists(entry) else Path(entry))
         except DataError as error:
             found.problems.append(f"{path}: {error}")
             continue
@@ -155,14 +162,17 @@ def _of_list(path: Path) -> FoundFiles:
 
 def _list_entries(path: Path) -> list[str]:
     """Return the lines of a list file without empty lines and comments."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    lines = read_text(path).splitlines()
     entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not entries:
         raise DataError(f"{path}: empty list; one file or address per line is needed")
     return entries
+
+
+def _missing_below(path: Path, promised: int) -> float:
+    """Return the number of frames below which a video that promises so many counts as truncated."""
+    suffix = path.suffix.lower()
+    return 0.98 * promised - 2 if suffix in _INDEXED_VIDEOS else 0.9 * promised - 5 if suffix in _TIMED_VIDEOS else 0
 
 
 class FileSource(Source):
@@ -211,8 +221,8 @@ class FileSource(Source):
                     yield (Frame(image, path, str(path), "video", number, len(self.files), position, promised, fps),)  # type: ignore[arg-type]
             if position == 0:
                 self.reject(f"{path}: no frame of this video can be decoded")
-            elif path.suffix.lower() in _INDEXED_VIDEOS and position < 0.98 * promised - 2:
-                self.reject(f"{path}: the video breaks off after {position} of {promised} frames")
+            elif position < _missing_below(path, promised):
+                self.reject(f"{path}: truncated: {position} of {promised} frames can be decoded")
         finally:
             capture.release()
 

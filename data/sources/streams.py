@@ -1,8 +1,8 @@
 """Live sources: cameras, network streams and the screen.
 
 Each stream has a thread that reads all the time and keeps the newest frame only, so that a slow detector sees the
-present and not a growing past. A network stream that breaks is opened again a few times; a camera or
-recording that ends has ended.
+present and not a growing past. A network stream that is lost is opened again a few times; a camera or
+recording that ends is not.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.sources.frames import DEFAULT_FPS, Frame, Source
-from utils.errors import DataError
+from utils.errors import DataError, UserError, hide_passwords
+from utils.files import check_regular
 
 LOGGER = logging.getLogger(__name__)
 RECONNECTS = 5
@@ -35,13 +36,8 @@ def stream_name(address: str) -> str:
     >>> stream_name("rtsp://user:secret@10.0.0.8:554/live/1")
     '10.0.0.8_554_live_1'
     """
-    plain = re.sub(r"^[a-z0-9+]+://([^/@]*@)?", "", address, flags=re.IGNORECASE)
+    plain = re.sub(r"^[a-z0-9+]+://", "", hide_passwords(address), flags=re.IGNORECASE).replace("***", "")
     return re.sub(r"[^\w.\-]+", "_", plain).strip("._") or "stream"
-
-
-def without_password(address: str) -> str:
-    """Return the address with its user and password hidden, for messages."""
-    return re.sub(r"(://)[^/@]+@", r"\1***@", address)
 
 
 class StreamReader(threading.Thread):
@@ -55,9 +51,9 @@ class StreamReader(threading.Thread):
     """
 
     def __init__(self, address: str, news: threading.Condition, vid_stride: int = 1, retry_wait: float = 1.0) -> None:
-        super().__init__(name=f"stream {without_password(address)}", daemon=True)
+        super().__init__(name=f"stream {hide_passwords(address)}", daemon=True)
         self.address = address
-        self.shown = without_password(address)
+        self.shown = hide_passwords(address)
         self.fps = DEFAULT_FPS
         self.opened = False
         self.connected = False
@@ -70,11 +66,13 @@ class StreamReader(threading.Thread):
         self._newest: tuple[NDArray[np.uint8], int] | None = None
         self._received = 0
         self._remote = "://" in address
-        self._finite = not self._remote and not address.isdigit()
+        self._finite = not self._remote and not (address.isascii() and address.isdigit())
 
     def run(self) -> None:
         try:
             self._read_all()
+        except UserError as error:
+            self.failure = str(error)
         except cv2.error as error:
             self.failure = f"{self.shown}: reading stopped: {str(error).strip().splitlines()[-1]}"
         finally:
@@ -101,6 +99,7 @@ class StreamReader(threading.Thread):
             limits = [cv2.CAP_PROP_OPEN_TIMEOUT_MSEC, OPEN_TIMEOUT_MS, cv2.CAP_PROP_READ_TIMEOUT_MSEC, OPEN_TIMEOUT_MS]
             capture = cv2.VideoCapture(self.address, cv2.CAP_FFMPEG, limits)
         elif self._finite:
+            check_regular(self.address)
             capture = cv2.VideoCapture(self.address)
         else:
             capture = cv2.VideoCapture(int(self.address))

@@ -11,11 +11,9 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from utils.boxes import xyxy2xywh
@@ -29,22 +27,6 @@ STATISTICS = 12  # of COCO's summary for boxes; faster-coco-eval appends others
 UNUSED_COCO_CATEGORIES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 COCO_CATEGORIES = tuple(k for k in range(1, 91) if k not in UNUSED_COCO_CATEGORIES)
 OFFICIAL_ANNOTATIONS = "annotations/instances_val2017.json"
-
-
-@dataclass(frozen=True)
-class GroundTruthImage:
-    """One image of the ground truth.
-
-    Attributes:
-        path: file.
-        height, width: in pixels.
-        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
-    """
-
-    path: Path
-    height: int
-    width: int
-    labels: np.ndarray
 
 
 def coco_package() -> tuple[Any, Any]:
@@ -100,32 +82,6 @@ def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[in
         }
         for box, score, label in zip(boxes.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist())
     ]
-
-
-def ground_truth(
-    images: Sequence[GroundTruthImage], ids: Mapping[str, int], categories: Sequence[int], names: Mapping[int, str]
-) -> dict[str, Any]:
-    """Return the labels of a dataset in COCO's format: images, annotations, categories."""
-    entries: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for image in images:
-        number = ids[str(image.path)]
-        entries.append({"id": number, "file_name": image.path.name, "height": image.height, "width": image.width})
-        sides = np.array([image.width, image.height] * 2, np.float64)
-        for label, *box in image.labels.astype(np.float64).tolist():
-            cx, cy, w, h = (np.array(box) * sides).tolist()
-            annotations.append(
-                {
-                    "id": len(annotations) + 1,
-                    "image_id": number,
-                    "category_id": categories[int(label)],
-                    "bbox": [cx - w / 2, cy - h / 2, w, h],
-                    "area": w * h,
-                    "iscrowd": 0,
-                }
-            )
-    listed = [{"id": categories[number], "name": name} for number, name in names.items()]
-    return {"images": entries, "annotations": annotations, "categories": listed}
 
 
 def write_json(path: str | Path, content: Any) -> None:

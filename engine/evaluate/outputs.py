@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from data.config import DataConfig
+from data.formats.coco import annotation_file
 from data.labels.labels import Annotations
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
@@ -151,8 +152,8 @@ class CocoSink:
         if is_coco and official.is_file() and all("val2017" in record.path.parts for record in records):
             truth = official
         elif annotations.report.boxes:
-            images = [coco_eval.GroundTruthImage(r.path, r.height, r.width, r.labels) for r in records]
-            truth = coco_eval.ground_truth(images, ids, categories, names)
+            images = [(ids[str(record.path)], record.path.name, record) for record in records]
+            truth = annotation_file(images, categories, names, polygons=False)
         return cls(ids, categories, truth)
 
     def __call__(self, outcome: ImageOutcome) -> None:

@@ -86,3 +86,15 @@ def test_kmean_anchors_finds_clusters():
     assert refined > start
     with pytest.raises(ValueError, match="9 anchors from 2 boxes"):
         kmean_anchors([[10, 10], [20, 20], [1, 1]], 9)
+
+
+@pytest.mark.parametrize("flat", [1, 3, 30])
+@pytest.mark.filterwarnings("error")
+def test_boxes_without_area_do_not_take_part(flat):
+    sizes = [(12, 10)] * 20 + [(13, 9)] * 20
+    expected = check_anchors([record(sizes)], YOLO, 640)
+    found = check_anchors([record(sizes + [(192, 0)] * flat)], YOLO, 640)
+    assert np.isfinite(found.anchors).all() and (found.anchors >= 2).all()
+    assert found.before.best_possible_recall == expected.before.best_possible_recall
+    clusters = [(200, 12)] * 30 + [(12, 200)] * 30
+    assert (check_anchors([record(clusters + [(192, 0)] * flat)], YOLO, 640).anchors > 0).all()

@@ -154,3 +154,18 @@ def test_command_writes_and_counts(tmp_path: Path, source: Path, caplog: pytest.
     assert main([str(source), str(tmp_path / "out"), "--to", "coco"]) == 0
     content = json.loads((tmp_path / "out/annotations/train.json").read_text())
     assert [image["file_name"] for image in content["images"]] == ["b.png", "c.png", "d e.png"]
+
+
+@pytest.mark.parametrize(("to", "refused"), [("voc", True), ("coco", True), ("yolo", False)])
+def test_duplicate_names_are_refused_where_names_tell_classes_apart(
+    tmp_path: Path, source: Path, to: str, refused: bool
+) -> None:
+    text = source.read_text()
+    names = load_data_config(source).names
+    source.write_text(text.replace(text[text.index("names:") :].splitlines()[0], f"names: {['cat'] * len(names)}"))
+    if not refused:
+        convert(source, tmp_path / "new", to, progress=False)
+        return
+    with pytest.raises(DataError, match="names are given twice, such as 'cat'"):
+        convert(source, tmp_path / "new", to, progress=False)
+    assert not (tmp_path / "new").exists()

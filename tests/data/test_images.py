@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -171,9 +172,9 @@ def broken_png() -> bytes:
 BROKEN = {
     "empty file": b"",
     "no known image format": b"just a line of text\n",
-    "breaks off": encode("RGB", "JPEG")[:-200],
-    "breaks off before": with_preview(encode("RGB", "JPEG"))[:-200],
-    "breaks": encode("RGB", "JPEG")[:100],
+    "truncated": encode("RGB", "JPEG")[:-200],
+    "truncated: the JPEG data ends": with_preview(encode("RGB", "JPEG"))[:-200],
+    "the JPEG data ends before": encode("RGB", "JPEG")[:100],
     "cannot be decoded": encode("RGB", "PNG")[:-100],
     "cannot be decoded: ": encode("RGB", "WEBP")[:200],
     "floating-point": b"PF\n2 2\n-1.0\n" + np.zeros((2, 2, 3), np.float32).tobytes(),
@@ -189,10 +190,29 @@ def test_broken_files_are_refused_in_one_line(tmp_path: Path, reason: str, funct
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_probe_decodes_no_jpeg_and_no_png(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_probe_decodes_no_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.images.decode", lambda *_: pytest.fail("decoded"))
-    for kind in ("JPEG", "PNG"):
-        assert probe(put(tmp_path, kind, encode("RGB", kind))) == (HEIGHT, WIDTH)
+    assert probe(put(tmp_path, "JPEG", encode("RGB", "JPEG"))) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "PPM"])
+@pytest.mark.parametrize("function", [read, probe])
+def test_headers_of_huge_images_are_refused_before_decoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, function: Any
+) -> None:
+    path = put(tmp_path, kind, encode("RGB", kind))
+    assert function(path)[:1] if function is probe else function(path).shape[:1]
+    monkeypatch.setattr("data.images.MAX_PIXELS", WIDTH * HEIGHT - 1)
+    with pytest.raises(DataError, match="too large: .*MAX_IMAGE_PIXELS"):
+        function(path)
+
+
+@pytest.mark.parametrize("function", [read, probe])
+@pytest.mark.parametrize("target", ["/dev/zero", "/proc/self/mem", "/etc"])
+def test_special_files_are_not_opened(tmp_path: Path, function: Any, target: str) -> None:
+    (tmp_path / "x.png").symlink_to(target)
+    with pytest.raises(DataError, match="is a|cannot be read|cannot be decoded|empty"):
+        function(tmp_path / "x.png")
 
 
 def test_probe_checks_png_checksums(tmp_path: Path) -> None:
@@ -209,5 +229,5 @@ def test_missing_file_and_folder(tmp_path: Path, name: str) -> None:
 
 
 def test_suffixes_are_lower_case_and_apart() -> None:
-    assert not IMAGE_SUFFIXES & VIDEO_SUFFIXES
+    assert {".gif"} == IMAGE_SUFFIXES & VIDEO_SUFFIXES  # an image in a dataset, a video for detect
     assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES)

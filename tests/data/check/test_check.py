@@ -13,6 +13,7 @@ from data.check import near_duplicates
 from data.check.check import main, read_anchors, table
 from data.check.near_duplicates import find_pairs, thumbnails
 from data.check.statistics import below, doubled, gather, level_shares, outside
+from data.images import decoding_problem, read
 from data.labels.labels import Annotations, ImageRecord, LabelReport
 from utils.errors import ConfigError
 
@@ -208,9 +209,41 @@ def test_anchors_of_a_model_file(tmp_path: Path) -> None:
     (tmp_path / "m.yaml").write_text("anchors: 3\n")
     assert read_anchors(tmp_path / "m.yaml") is None
     (tmp_path / "m.yaml").write_text("nc: 1\nanchors: [[1, 2], [3, x]]\n")
-    with pytest.raises(ConfigError, match=r"m\.yaml:2: anchors: lists of widths"):
+    with pytest.raises(ConfigError, match=r"m\.yaml:2: anchors is .*lists of widths"):
         read_anchors(tmp_path / "m.yaml")
 
 
 def test_table_is_aligned() -> None:
     assert table([("a", "bb", 1), ("long", 2, 333)]) == ("  a     bb    1", "  long   2  333")
+
+
+def test_strict_refuses_what_is_wrong(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = [str(dataset), "--out", str(dataset.parent / "out")]
+    assert main(options) == 0
+    assert main([*options, "--strict"]) == 2
+    assert "findings; " in capsys.readouterr().err
+
+
+def test_strict_finds_damaged_jpegs_with_an_end_marker(tmp_path: Path) -> None:
+    path = tmp_path / "a.jpg"
+    cv2.imwrite(str(path), scene(1, (200, 300)))
+    assert decoding_problem(path) == ""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + data[-2:])
+    assert read(path).shape == (200, 300, 3)
+    assert "JPEG data" in decoding_problem(path)
+
+
+@pytest.mark.parametrize(
+    "anchors", ["[[192, 0]]", "[[-1, 2]]", "[[.nan, 2]]", "[[1.0e30, 2]]", "[]", "[[1" + "0" * 400 + ", 2]]"]
+)
+def test_anchors_that_are_no_sizes(tmp_path: Path, anchors: str) -> None:
+    (tmp_path / "m.yaml").write_text(f"anchors: {anchors}\n")
+    with pytest.raises(ConfigError, match=r"m\.yaml:1: anchors is"):
+        read_anchors(tmp_path / "m.yaml")
+
+
+@pytest.mark.parametrize("imgsz", ["0", "16", "1000000"])
+def test_input_size_is_bounded(dataset: Path, imgsz: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(dataset), "--imgsz", imgsz]) == 2
+    assert "out of range" in capsys.readouterr().err

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from data.config import load_data_config
-from data.formats import coco
+from data.formats import coco, voc
 from data.formats.coco import join_polygons
 from data.formats.detect_format import AnnotatedSource, recognise
 from data.labels import labels
@@ -197,7 +197,7 @@ def test_box_that_reaches_over_the_border_by_rounding_is_cut(tmp_path: Path) -> 
         ({"images": {}, "image": []}, r"lists images are missing; did you mean 'image'"),
         ({"annotations": None}, r"lists annotations are missing"),
         ({"images": {}}, r"is no COCO detection file: lists images are missing"),
-        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories\[1\]: id 1 .* given twice"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories: id 1 .* given twice"),
         ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \(a\)"),
         ({"images": [image(1, "a.jpg"), image(1, "b.jpg")]}, r"images: id 1 is given twice"),
         ({"images": [{"id": 1}]}, r"images\[0\] is \{'id': 1\}; a mapping with 'id' and 'file_name'"),
@@ -387,3 +387,106 @@ def test_lists_and_annotations_can_be_mixed(tmp_path: Path) -> None:
     config = load_data_config(yaml(tmp_path, f"train: [images, {file}]\nnames: [ant, cat, dog]\n"))
     assert [r.labels[:, 0].tolist() for r in load(*config.split("train")).records] == [[1], [], [2]]
     assert coco.is_coco(file)
+
+
+def roboflow(root: Path, group: str) -> Path:
+    categories = [{"id": 0, "name": group, "supercategory": "none"}, {"id": 1, "name": "fish", "supercategory": group}]
+    return coco_set(root, [box(1, 1, 6, 4, 12, 8)], categories=categories)
+
+
+@pytest.mark.parametrize("group", ["cells", "fish"])
+@pytest.mark.parametrize("names", ["", "names: [fish]"])
+def test_category_that_only_groups_others_is_no_class(tmp_path: Path, group: str, names: str) -> None:
+    roboflow(tmp_path, group)
+    config = load_data_config(yaml(tmp_path, f"train: train.json\n{names}\n"))
+    assert config.names == {0: "fish"}
+    found = load(*config.split("train"), num_classes=1)
+    assert found.records[0].labels[:, 0].tolist() == [0] and "groups the others" in found.report.messages[0]
+
+
+def test_group_with_objects_stays_a_class(tmp_path: Path) -> None:
+    roboflow(tmp_path, "cells")
+    content = json.loads((tmp_path / "train.json").read_text())
+    content["annotations"].append(box(2, 0, 7, 4, 12, 8))
+    dump(tmp_path / "train.json", content)
+    assert load_data_config(yaml(tmp_path, "train: train.json\n")).names == {0: "cells", 1: "fish"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("category_id", [1], "a mapping with image_id, category_id"),
+        ("image_id", {}, "a mapping with image_id, category_id"),
+        ("category_id", float("inf"), "a mapping with image_id, category_id"),
+        ("bbox", [10**400, 1, 2, 3], "not finite"),
+        ("bbox", [float("inf"), 1, 2, 3], "not finite"),
+        ("bbox", "x" * 10**6, "four numbers"),
+        ("segmentation", [[10**400] * 6], "lists of x, y"),
+        ("segmentation", [[float("nan")] * 6], "not finite"),
+        ("id", "x" * 10**6, ""),
+    ],
+)
+def test_odd_values_of_coco_are_short_errors(tmp_path: Path, field: str, value: Any, problem: str) -> None:
+    file = coco_set(tmp_path, [{**box(1, 7, 6, 4, 12, 8), field: value}, box(2, 7, 6, 4, 50, 50)])
+    try:
+        message = load(file).report.messages[0]
+    except DataError as error:
+        message = str(error)
+    assert problem in message and len(message) < 1000
+
+
+@pytest.mark.parametrize("text", ["[" * 10**5, '{"images": ' + "9" * 5000 + "}", "\ufeff{"])
+def test_json_that_python_cannot_hold_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match="not valid JSON"):
+        load(tmp_path / "a.json")
+
+
+def test_polygons_with_many_points_are_joined_in_bounded_memory() -> None:
+    angles = np.linspace(0, 2 * np.pi, 20_000, endpoint=False)
+    circle = np.stack([np.cos(angles), np.sin(angles)], 1)
+    joined = join_polygons([circle, circle + np.array((5, 0))])
+    assert len(joined) == 40_002
+    jumps = np.abs(np.diff(joined, axis=0)).max(1)
+    assert (jumps > 0.01).sum() == 2 and jumps.max() < 3.05  # one bridge, there and back, near the nearest points
+
+
+@pytest.mark.parametrize("layout", ["flat", "voc"])
+def test_image_that_the_xml_names_wins_over_a_mask_of_its_stem(tmp_path: Path, layout: str) -> None:
+    images, xmls = (tmp_path / "JPEGImages", tmp_path / "Annotations") if layout == "voc" else (tmp_path, tmp_path)
+    for name in ("x.bmp", "x.jpg", "x.png"):
+        image_file(images / name)
+    voc_file(xmls / "x.xml", voc_object("ant", 1, 1, 9, 9))  # names x.jpg
+    found = load(recognise(tmp_path, ["ant"]))
+    assert [(record.path.name, len(record.labels)) for record in found.records] == [("x.jpg", 1)]
+
+
+@pytest.mark.parametrize("value", ["1_0", "９", "1,5", "nan", "1e400", "x"])
+def test_numbers_of_xml_are_ascii_decimals(tmp_path: Path, value: str) -> None:
+    image_file(tmp_path / "x.jpg")
+    image_file(tmp_path / "y.jpg")
+    voc_file(tmp_path / "y.xml", voc_object("ant", 1, 1, 9, 9))
+    path = voc_file(tmp_path / "x.xml", voc_object("ant", 1, 1, 9, 9))
+    path.write_text(path.read_text().replace("<xmin>1<", f"<xmin>{value}<"))
+    assert load(recognise(tmp_path, ["ant"])).report.corrupt == 1
+
+
+ENTITIES = "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 10}">' for k in range(1, 9))
+BOMB = f'<!DOCTYPE a [<!ENTITY a0 "x">{ENTITIES}]><annotation>&a8;</annotation>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '<?xml version="1.0" encoding="nosuch"?><annotation/>',
+        "<annotation>" + "<object>" * 50_000,
+        '<!DOCTYPE a [<!ENTITY x SYSTEM "file:///etc/passwd">]><annotation>&x;</annotation>',
+        '<!DOCTYPE a [<!ENTITY a0 "x">'
+        + "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 10}">' for k in range(1, 9))
+        + "]><annotation>&a8;</annotation>",
+    ],
+)
+def test_hostile_xml_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "x.xml").write_text(text)
+    with pytest.raises(DataError, match=r"x\.xml"):
+        voc.parse_voc(tmp_path / "x.xml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -135,7 +136,7 @@ def test_broken_images_are_left_out_by_name(tmp_path: Path) -> None:
     assert [record.path.stem for record in result.records] == ["good", "tall"]
     assert result.report.corrupt == 4
     text = "\n".join(result.report.messages)
-    for name, reason in (("empty", "0 bytes"), ("text", "no known"), ("cut", "breaks off"), ("small", "at least 10")):
+    for name, reason in (("empty", "0 bytes"), ("text", "no known"), ("cut", "truncated"), ("small", "at least 10")):
         assert any(f"{name}.jpg" in line and reason in line for line in text.splitlines()), name
 
 
@@ -186,8 +187,8 @@ def test_folders_lists_and_repetitions(tmp_path: Path, monkeypatch: pytest.Monke
     assert len(found) == 4 and repeated == 5
     monkeypatch.chdir(tmp_path / "images")
     image(tmp_path / "images" / "images/b/1.PNG")
-    found, _ = list_images([tmp_path / "train.txt"])  # the current folder comes first for an entry without ./
-    assert tmp_path / "images/images/b/1.PNG" in found
+    found, _ = list_images([tmp_path / "train.txt"])  # the list's folder comes first
+    assert tmp_path / "images/b/1.PNG" in found
 
 
 def test_order_is_that_of_the_texts(tmp_path: Path) -> None:
@@ -384,3 +385,169 @@ def test_sets_that_share_their_first_folder_have_their_own_cache(tmp_path: Path,
     load(first)
     load_annotations([first, second], 3, progress=False)
     assert verified == [] and len(list((tmp_path / "labels").glob("*.npz"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ("0.99999999 0.5 0.5 0.2 0.2", "not an integer"),
+        ("4.0000000001 0.5 0.5 0.2 0.2", "not an integer"),
+        ("16777217 0.5 0.5 0.2 0.2", "class above"),
+        ("0_1 0.5 0.5 0.2 0.2", "'0_1' is not a number"),
+        ("１ 0.5 0.5 0.2 0.2", "is not a number"),
+        ("0 0.5 1e400 0.2 0.2", "not finite"),
+        ("0 0.1 0.1 0.5 0.1 0.5 1.2", "polygon point 0.5 1.2 is not between 0 and 1"),
+        ("0 0.1 0.1 0.5 -0.1 0.5 0.2", "polygon point"),
+        ("0 0.5 0.5 0.2 1.0001", "above 1"),
+        ("0 0.5 0.5 0.2 " + "3" * 5000, "not finite|above 1"),
+    ],
+)
+def test_values_are_checked_as_written(tmp_path: Path, row: str, problem: str) -> None:
+    report = load(make_set(tmp_path, {"good": GOOD, "wrong": f"{row}\n"})).report
+    assert report.corrupt == 1 and len(report.messages[0]) < 500
+    assert re.search(rf"wrong\.txt:1: .*({problem})", report.messages[0])
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ("0 0.5 0.5 1.000001 0.3", (0, 0.5, 0.5, 1, 0.3)),
+        ("0 -0.000001 0.5 0.1 0.1", (0, 0, 0.5, 0.1, 0.1)),
+        ("0 0 0 1.000001 0 0.5 0.5", (0, 0.5, 0.25, 1, 0.5)),
+    ],
+)
+def test_values_over_the_border_by_rounding_are_clipped(tmp_path: Path, row: str, expected: tuple[float, ...]) -> None:
+    found = load(make_set(tmp_path, {"a": f"{row}\n"}))
+    np.testing.assert_array_equal(found.records[0].labels, np.array([expected], np.float32))
+    assert len(row.split()) > 5 or "by rounding, the first one here; clipped" in found.report.messages[0]
+
+
+def test_negative_zero_becomes_zero(tmp_path: Path) -> None:
+    (record,) = load(make_set(tmp_path, {"a": "0 0.5 0.5 0.2 -0.0\n"})).records
+    assert not np.signbit(record.labels).any()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-8"])
+def test_byte_order_marks_are_skipped(tmp_path: Path, encoding: str) -> None:
+    source = make_set(tmp_path, {"a": None})
+    label_path(source / "a.jpg").write_text(GOOD, encoding=encoding)
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\r\n", encoding=encoding)
+    assert load(tmp_path / "list.txt").report.boxes == 2
+
+
+KEY_POINTS = "0.45 0.40 0.55 0.40 0.45 0.60 0.55 0.60"
+
+
+@pytest.mark.parametrize(
+    ("text", "boxes"),
+    [
+        (f"1 0.5 0.5 0.2 0.4 {KEY_POINTS}\n", [(1, 0.5, 0.5, 0.2, 0.4)]),
+        (
+            f"1 0.5 0.5 0.2 0.4 {KEY_POINTS}\n1 0.5 0.5 0.6 0.6 {KEY_POINTS}\n",
+            [(1, 0.5, 0.5, 0.2, 0.4), (1, 0.5, 0.5, 0.6, 0.6)],
+        ),
+        ("0 0.5 0.5 0.9 0.9 0.3 0.3 2 0.4 0.4 1 0 0 0 0.6 0.6 2\n", [(0, 0.5, 0.5, 0.9, 0.9)]),  # with visibility
+    ],
+)
+def test_pose_rows_keep_their_box(tmp_path: Path, text: str, boxes: list[tuple[float, ...]]) -> None:
+    found = load(make_set(tmp_path, {"a": text}))
+    np.testing.assert_array_equal(found.records[0].labels, np.array(boxes, np.float32))
+    assert not found.records[0].segments and "key points are ignored" in found.report.messages[0]
+
+
+def test_polygons_are_not_taken_for_pose_rows(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(300):
+        count = int(rng.integers(5, 30))
+        angles = np.sort(rng.uniform(0, 2 * np.pi, count))
+        radius = rng.uniform(0.005, 0.2, 2)
+        points = rng.uniform(0.2, 0.8, 2) + radius * np.stack([np.cos(angles), np.sin(angles)], 1)
+        row = " ".join(f"{value:.6f}" for value in np.roll(points, int(rng.integers(count)), 0).reshape(-1))
+        (tmp_path / "a.txt").write_text(f"0 {row}\n")
+        assert len(read_labels(tmp_path / "a.txt").segments) == 1, (i, row)
+
+
+def test_two_images_of_one_stem_are_named(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": GOOD, "b": GOOD})
+    image(source / "a.png")
+    (message,) = load(source).report.messages
+    assert "used for 2 images" in message and "a.jpg" in message and "a.png" in message
+
+
+def test_files_of_other_formats_are_counted_and_named(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": GOOD})
+    for name in ("x.heic", "y.HEIC", "z.psd", "notes.txt", ".hidden.heic"):
+        (source / name).write_text("")
+    (message,) = load(source).report.messages
+    assert "3 files left out whose format is not read (2 .heic, 1 .psd), first" in message
+    (tmp_path / "list.txt").write_text("images/train/a.jpg\nimages/train/x.heic\n")
+    (message,) = load(tmp_path / "list.txt").report.messages
+    assert "1 files left out" in message and "x.heic" in message
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jp2", ".gif", ".jfif", ".ppm"])
+def test_formats_that_are_read(tmp_path: Path, suffix: str) -> None:
+    source = make_set(tmp_path, {"a": GOOD})
+    (source / "b").with_suffix(suffix).write_bytes(b"no image")
+    report = load(source).report
+    assert report.corrupt == 1 and f"b{suffix}: " in report.messages[0]
+
+
+@pytest.mark.parametrize("kind", ["folder", "loop", "dangling link", "fifo"])
+def test_label_file_that_cannot_be_read_is_an_error_not_background(tmp_path: Path, kind: str) -> None:
+    source = make_set(tmp_path, {"a": GOOD, "b": None})
+    label = label_path(source / "b.jpg")
+    if kind == "folder":
+        label.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(label)
+    else:
+        label.symlink_to(label.name if kind == "loop" else "nowhere")
+    report = load(source).report
+    assert (report.corrupt, report.missing) == (1, 0) and f"{label}: cannot be read" in report.messages[0]
+
+
+def test_unreadable_folder_is_not_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = make_set(tmp_path, {"a": GOOD, "deep/b": GOOD})
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(DataError, match="deep: cannot be read: Permission denied"):
+        load(source)
+
+
+def test_folder_that_links_to_itself_is_listed_once(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": GOOD})
+    (source / "loop").symlink_to(source)
+    assert load(source).report.images == 1
+
+
+def test_linked_images_have_their_labels_beside_the_link(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": GOOD})
+    source.rename(tmp_path / "pool")
+    source.symlink_to(tmp_path / "pool")
+    assert load(source).report.boxes == 2
+
+
+def test_list_entries_written_on_windows(tmp_path: Path) -> None:
+    make_set(tmp_path, {"a": GOOD})
+    (tmp_path / "list.txt").write_bytes(b"images\\train\\a.jpg\r\n.\\images\\train\\a.jpg\r\n")
+    report = load(tmp_path / "list.txt").report
+    assert (report.boxes, report.duplicate_images) == (2, 1)
+
+
+def test_every_damaged_byte_of_the_cache_is_noticed(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": GOOD, "b": "0 0.1 0.1 0.3 0.1 0.3 0.4\n"})
+    load(source)
+    (cache,) = tmp_path.rglob("*.cache.npz")
+    data = cache.read_bytes()
+    for at in range(0, len(data), 37):
+        cache.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
+        assert not label_cache.read(cache)
+    cache.write_bytes(data)
+    assert len(label_cache.read(cache)) == 2

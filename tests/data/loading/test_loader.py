@@ -19,7 +19,7 @@ from data.loading.dataset import DetectionDataset
 from data.loading.loader import create_loader
 from data.loading.order import as_key, epoch_order
 from tests.helpers.image_files import write_set
-from utils.errors import DataError
+from utils.errors import DataError, TrainingError
 from utils.structures import Sample
 
 RECIPE = AugmentConfig(hsv_s=0.5, translate=0.1, scale=0.5, fliplr=0.5, mosaic=0.8, mixup=0.2)
@@ -245,3 +245,14 @@ def test_close_ends_the_workers_of_a_pass_that_was_broken_off(records, two_proce
     loader.close()
     assert time.monotonic() - begin < 4 and not any(worker.is_alive() for worker in workers)
     going.close()
+
+
+class _Killed(DetectionDataset):
+    def __getitem__(self, key):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_killed_worker_is_one_line(records, two_processors):
+    loader = create_loader(_Killed(records, 32), 4, workers=2)
+    with pytest.raises(TrainingError, match="a loader worker ended"):
+        list(loader)

@@ -2,9 +2,11 @@
 
 import functools
 import http.server
+import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -12,9 +14,9 @@ import pytest
 
 from data.sources import streams
 from data.sources.files import FileSource, find_files, open_source
-from data.sources.streams import StreamSource, parse_screen, stream_name, without_password
+from data.sources.streams import StreamSource, parse_screen, stream_name
 from tests.helpers.videos import write_video
-from utils.errors import DataError
+from utils.errors import DataError, hide_passwords
 
 
 def write_image(path, value=100, size=(24, 32)):
@@ -211,8 +213,8 @@ def test_stream_names_are_file_names(address, name):
 
 
 def test_passwords_are_not_shown():
-    assert without_password("rtsp://user:secret@host/1") == "rtsp://***@host/1"
-    assert without_password("rtsp://host/a@b") == "rtsp://host/a@b"
+    assert hide_passwords("rtsp://user:secret@host/1") == "rtsp://***@host/1"
+    assert hide_passwords("rtsp://host/a@b") == "rtsp://host/a@b"
 
 
 def test_streams_give_batches_and_end(tmp_path):
@@ -321,3 +323,56 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
     found.files[0] = tmp_path / "v\udcff.avi"
     source = FileSource(found)
     assert read_all(source) == [] and "UTF-8" in source.failures[0]
+
+
+@pytest.mark.parametrize(
+    "source", ["²", "x" * 300, "a\0b", "~nosuchuser/x.jpg", "fifo", "fifo.txt", "loop", "folder.jpg/x"]
+)
+def test_sources_that_are_nothing_are_one_line(tmp_path, monkeypatch, source):
+    monkeypatch.chdir(tmp_path)
+    for name in ("fifo", "fifo.txt"):
+        os.mkfifo(name)
+    os.symlink("loop", "loop")
+    with pytest.raises(DataError) as caught:
+        open_source(source)
+    assert "\n" not in str(caught.value)
+
+
+def test_special_file_in_a_list_of_streams_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "a.streams").write_text(f"{tmp_path / 'fifo'}\n")
+    with pytest.raises(DataError, match="is a FIFO"):
+        open_source(str(tmp_path / "a.streams"))
+
+
+def test_unreadable_folder_is_one_line(tmp_path, monkeypatch):
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match="cannot be read: Permission denied"):
+        open_source(str(tmp_path))
+
+
+def test_truncated_matroska_video_is_reported(tmp_path):
+    path = tmp_path / "v.mkv"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*"MJPG"), 25, (96, 64))
+    if not writer.isOpened():
+        pytest.skip("this OpenCV cannot write Matroska")
+    rng = np.random.default_rng(0)
+    for _ in range(80):
+        writer.write(rng.integers(0, 255, (64, 96, 3), np.uint8))
+    writer.release()
+    whole = open_source(str(path))
+    assert len(read_all(whole)) == 80 and not whole.failures
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source = open_source(str(path))
+    read_all(source)
+    assert len(source.failures) == 1 and "truncated" in source.failures[0]
+
+
+def test_stream_names_have_no_password():
+    names = [
+        stream_name(a) for a in ("rtsp://u:p/ss@h/1", "http://h/v?password=p/ss&x=1", "rtsp://h/user=u&password=p/ss")
+    ]
+    assert names == ["h_1", "h_v_password_x_1", "h_user_password"]

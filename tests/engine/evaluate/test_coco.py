@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from data.formats.coco import annotation_file
+from data.labels.labels import ImageRecord
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
-from engine.evaluate.coco import COCO_CATEGORIES, GroundTruthImage, ground_truth, image_numbers, result_rows, score
+from engine.evaluate.coco import COCO_CATEGORIES, image_numbers, result_rows, score
 from engine.evaluate.outputs import CocoSink
 from utils.errors import ConfigError, DataError
 
@@ -44,18 +46,20 @@ def test_rows_name_the_corner():
 
 
 LABELS = np.array([[0, 0.25, 0.25, 0.2, 0.3], [1, 0.7, 0.6, 0.4, 0.5]], np.float32)
-IMAGES = [GroundTruthImage(Path("a.jpg"), 100, 200, LABELS), GroundTruthImage(Path("b.jpg"), 80, 50, LABELS[:1])]
-IDS = {"a.jpg": 1, "b.jpg": 2}
+IMAGES = [
+    (1, "a.jpg", ImageRecord(Path("a.jpg"), 100, 200, LABELS)),
+    (2, "b.jpg", ImageRecord(Path("b.jpg"), 80, 50, LABELS[:1])),
+]
 NAMES = {0: "disc", 1: "bar"}
 
 
 def perfect():
     rows = []
-    for image in IMAGES:
+    for number, _, image in IMAGES:
         for label, cx, cy, w, h in image.labels.tolist():
             x, y = (cx - w / 2) * image.width, (cy - h / 2) * image.height
             corner = [x, y, x + w * image.width, y + h * image.height]
-            rows += result_rows(torch.tensor([[*corner, 0.9, label]]), IDS[str(image.path)], (0, 1))
+            rows += result_rows(torch.tensor([[*corner, 0.9, label]]), number, (0, 1))
     return rows
 
 
@@ -70,7 +74,7 @@ SCORES = [
 
 @pytest.mark.parametrize(("results", "expected"), SCORES)
 def test_score_of_known_answers(results, expected, capsys):
-    figures = score(ground_truth(IMAGES, IDS, (0, 1), NAMES), results, [1, 2])
+    figures = score(annotation_file(IMAGES, (0, 1), NAMES, polygons=False), results, [1, 2])
     assert len(figures) == 12 and figures[0] == pytest.approx(expected, abs=0.01)
     assert capsys.readouterr().out == ""
 
@@ -81,7 +85,7 @@ def test_score_is_equal_without_faster_coco_eval(monkeypatch, caplog):
         {**row, "bbox": [float(v) + generator.uniform(0, 6) for v in row["bbox"]], "score": generator.uniform(0.1, 1)}
         for row in perfect() * 3
     ]
-    truth = ground_truth(IMAGES, IDS, (0, 1), NAMES)
+    truth = annotation_file(IMAGES, (0, 1), NAMES, polygons=False)
     pytest.importorskip("faster_coco_eval")
     tables = []
     with caplog.at_level("INFO"):
@@ -99,7 +103,7 @@ def test_score_is_equal_without_faster_coco_eval(monkeypatch, caplog):
 
 def test_score_from_a_file_and_its_errors(tmp_path):
     path = tmp_path / "truth.json"
-    path.write_text(json.dumps(ground_truth(IMAGES, IDS, (0, 1), NAMES)))
+    path.write_text(json.dumps(annotation_file(IMAGES, (0, 1), NAMES, polygons=False)))
     assert score(path, perfect(), [1, 2])[0] == pytest.approx(1, abs=0.01)
     with pytest.raises(DataError, match=r"truth\.json: does not know 1 of the images, such as id 3"):
         score(path, perfect(), [1, 3])
@@ -122,7 +126,7 @@ def test_check_refuses_without_any_package(monkeypatch):
 
 
 def coco_like(tmp_path, file, boxes=2):
-    records = [SimpleNamespace(path=tmp_path / "images/val2017/000000000139.jpg", height=100, width=200, labels=LABELS)]
+    records = [ImageRecord(tmp_path / "images/val2017/000000000139.jpg", 100, 200, LABELS)]
     data = SimpleNamespace(file=Path(file), root=tmp_path)
     return data, SimpleNamespace(records=records, report=SimpleNamespace(boxes=boxes))
 
