@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.report import machine, markdown_table, write_results
-from models.backbones.nextvit import ARCHITECTURES, MIXERS, NextViT
+from models.backbones.nextvit import ARCHITECTURES, NextViT
+from models.backbones.nextvit_attention import MIXERS
 
 
 def build(arch: str, mixer: str, device: torch.device) -> NextViT:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from models.backbones.base import Backbone
-from models.backbones.layers import batch_norm_affine
+from models.backbones.layers import fused_weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,7 +35,7 @@ def fuse_conv_bn(model: M) -> M:
             continue
         if norm.running_mean is None or norm.running_var is None:
             continue  # batch statistics are used in eval mode too, so the scale is not constant
-        weight, bias = _fused_weights(conv, norm)
+        weight, bias = fused_weights(conv, norm)
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
         module.bn = nn.Identity()
@@ -47,24 +47,6 @@ def _outside_backbones(model: nn.Module) -> list[nn.Module]:
     if isinstance(model, Backbone):
         return []
     return [model, *(inner for child in model.children() for inner in _outside_backbones(child))]
-
-
-def _fused_weights(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Return weight and bias of the fused convolution in the dtype of `conv.weight`."""
-    with torch.no_grad():
-        scale, shift = batch_norm_affine(norm)
-        weight = conv.weight.double() * _broadcast_to_weight(scale, conv)
-        bias = shift if conv.bias is None else shift + scale * conv.bias.double()
-        return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
-
-
-def _broadcast_to_weight(scale: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
-    """Reshape `scale` (c_out,) for multiplication with `conv.weight`."""
-    if isinstance(conv, nn.Conv2d):
-        return scale.reshape(-1, 1, 1, 1)  # (c_out, 1, 1, 1)
-    # The weight is (c_in, c_out / groups, kh, kw); the inputs of group j produce the outputs of group j.
-    repeats = conv.in_channels // conv.groups
-    return scale.reshape(conv.groups, -1).repeat_interleave(repeats, 0)[:, :, None, None]  # (c_in, c_out/groups, 1, 1)
 
 
 def reparameterize(model: M) -> M:

@@ -14,7 +14,7 @@ from tests.helpers import structure
 from tests.helpers.structure import LAZY, ONLY, SourceTree
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILY_MAY_IMPORT = ("models.backbones.base", "models.backbones.layers")
+FAMILY_MAY_IMPORT = ("models.backbones.base", "models.backbones.layers", "models.backbones.nextvit_attention")
 FAMILIES = ("nextvit", "repmlp", "revvit", "riformer")
 
 RULES: dict[str, Callable[[SourceTree], list]] = {

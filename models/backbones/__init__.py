@@ -15,6 +15,7 @@ from typing import Any, TypeVar, overload
 
 from models.arguments import check_type
 from models.backbones.base import Backbone, FeatureLevel
+from models.backbones.layers import find_architecture
 from utils.errors import SpecError, did_you_mean
 
 __all__ = [
@@ -78,6 +79,7 @@ BACKBONES: dict[str, BackboneEntry] = {
 ROW_CLASSES: dict[str, BackboneEntry] = {
     "RIFormer": BackboneEntry(RIFORMER),
     "RevViT": BackboneEntry(REVVIT),
+    "RevVisionTransformer": BackboneEntry(REVVIT, {"arch": "base"}),  # published name and default architecture
     "RepMLPNet": BackboneEntry(REPMLP),
     "NextViT": BackboneEntry(NEXTVIT),
 }
@@ -140,7 +142,7 @@ def is_backbone_name(name: str) -> bool:
     That is a registered name, a class name, `timm/...`, or exactly a name that timm has. A misspelled name is not, so
     that its own error is shown.
     """
-    if name in BACKBONES or name in ROW_CLASSES or name in _PLUGINS or name.startswith(TIMM_PREFIX):
+    if name.startswith(TIMM_PREFIX) or _registered(name) is not None:
         return True
     # timm's names are lower case; so a misspelt layer ('C33') does not cost the import of timm.
     if not name.islower() or name.startswith("nn."):
@@ -165,10 +167,18 @@ def backbone_class(name: str) -> type[Backbone]:
     return _class_of(_entry(name))
 
 
+def _registered(name: str) -> BackboneEntry | None:
+    """Return the entry of a registered or class name; built-in names ignore case."""
+    if name in _PLUGINS:
+        return _PLUGINS[name]
+    lower = name.lower()
+    return next((entry for key, entry in {**BACKBONES, **ROW_CLASSES}.items() if key.lower() == lower), None)
+
+
 def _entry(name: str) -> BackboneEntry:
-    for table in (BACKBONES, ROW_CLASSES, _PLUGINS):
-        if name in table:
-            return table[name]
+    known_entry = _registered(name)
+    if known_entry is not None:
+        return known_entry
     if is_backbone_name(name):
         return BackboneEntry(TIMM, {"name": name.removeprefix(TIMM_PREFIX)})
     known = row_names()
@@ -190,8 +200,8 @@ def create_backbone(
 
     Args:
         name: a registered name (`riformer_s12`), a class name (`RIFormer`), a plugin's, `timm/<name>`, or a timm name.
-        weights: None or False for random weights; True for the published default (timm: its pretrained weights); or a
-            published name, a path, a URL. What was loaded is logged; less than 90 % is an error. Only rank zero loads.
+        weights: None, False or "" for random weights; True for the default published weights; or a published name, a
+            path, a URL. What was loaded is logged; less than 90 % is an error. Only rank zero loads.
         partial_weights: accept a file that fits only in part.
         arguments: of the class; they override those of the entry.
 
@@ -201,13 +211,14 @@ def create_backbone(
     """
     entry = _entry(name)
     cls = _class_of(entry)
+    arguments = _own_names(name, cls, arguments)
     _check_arguments(name, cls, arguments)
     given = {**entry.arguments, **arguments}
     if entry.target == TIMM and weights is True:
         return cls(**{**given, "pretrained": True})
     backbone = cls(**given)
     _check_declaration(name, backbone)
-    if weights is not None and weights is not False:
+    if weights not in (None, False, ""):
         from models.backbones.published import load_published
 
         load_published(backbone, weights, _published_key(name, entry, cls, given), partial=partial_weights)
@@ -239,11 +250,28 @@ def _published_key(name: str, entry: BackboneEntry, cls: type[Backbone], given: 
         return name
     known = importlib.import_module(cls.__module__).ARCHITECTURES
     arch = given.get("arch", inspect.signature(cls).parameters["arch"].default)
-    built = known.get(arch) if isinstance(arch, str) else None
+    built = find_architecture(arch, known) if isinstance(arch, str) else None
     for key, row in BACKBONES.items():
         if row.target == entry.target and built is not None and known[row.arguments["arch"]] == built:
             return key
     return None
+
+
+def _own_names(name: str, cls: type[Backbone], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Translate argument names of the published class.
+
+    Raises:
+        SpecError: an argument without meaning here, or one given under two names.
+    """
+    own: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key in cls.REFUSED:
+            raise SpecError(f"{name}: argument '{key}' is not supported: {cls.REFUSED[key]}")
+        target = cls.ALIASES.get(key, key)
+        if target in own:
+            raise SpecError(f"{name}: '{key}' and another argument both set '{target}'")
+        own[target] = value
+    return own
 
 
 def _check_arguments(name: str, cls: type[Backbone], arguments: Mapping[str, Any]) -> None:
@@ -257,7 +285,7 @@ def _check_arguments(name: str, cls: type[Backbone], arguments: Mapping[str, Any
     for key, value in arguments.items():
         check_type(value, hints.get(key, Any), f"{name}: {key}")
         if key not in parameters:
-            allowed = ["weights", "partial_weights", *parameters]
+            allowed = ["weights", "partial_weights", *parameters, *cls.ALIASES]
             raise SpecError(
                 f"{name}: unknown argument '{key}'; allowed: {', '.join(allowed)}{did_you_mean(key, allowed)}"
             )
@@ -268,16 +296,17 @@ def backbone_from_row(name: str, args: Sequence[Any] | Mapping[str, Any]) -> Bac
 
     Args:
         name: see `create_backbone`.
-        args: a mapping of arguments, `weights` among them; or a list of: the architecture's name (`s12`), True, False
-            or the word `pretrained` (whether to take the published weights), and a mapping of arguments, in any order.
-            An empty list means the default architecture with random weights.
+        args: a mapping of arguments, `weights` among them; or a list of: the name of the architecture (`s12`) and,
+            after it, weights (a path, URL or published name); True, False or the string `pretrained` (whether to load
+            the published weights); and a mapping of arguments. An empty list or `['']` means the default architecture
+            with random weights.
 
     Raises:
         SpecError, CheckpointError: see `create_backbone`.
     """
     arguments: dict[str, Any] = {}
     for arg in [args] if isinstance(args, Mapping) else args:
-        for key, value in _row_argument(name, arg).items():
+        for key, value in _row_argument(name, arg, "arch" in arguments).items():
             if key in arguments:
                 raise SpecError(f"{name}: '{key}' is given twice: {arguments[key]!r} and {value!r}")
             arguments[key] = value
@@ -287,7 +316,7 @@ def backbone_from_row(name: str, args: Sequence[Any] | Mapping[str, Any]) -> Bac
     return create_backbone(name, weights, **arguments)
 
 
-def _row_argument(name: str, arg: Any) -> dict[str, Any]:
+def _row_argument(name: str, arg: Any, has_arch: bool) -> dict[str, Any]:
     if isinstance(arg, Mapping):
         unfit = [key for key in arg if not isinstance(key, str) or key in ("name", "self")]
         if unfit:
@@ -297,8 +326,12 @@ def _row_argument(name: str, arg: Any) -> dict[str, Any]:
         return {}
     if isinstance(arg, bool) or arg == "pretrained":
         return {"weights": bool(arg)}
-    if isinstance(arg, str) and name in ROW_CLASSES:
-        return {"arch": arg}
+    if arg == "":
+        return {"weights": None}
+    is_class = name.lower() in {key.lower() for key in ROW_CLASSES}
+    if isinstance(arg, str) and is_class:
+        known = getattr(importlib.import_module(backbone_class(name).__module__), "ARCHITECTURES", {})
+        return {"weights": arg} if has_arch and find_architecture(arg, known) is None else {"arch": arg}
     if isinstance(arg, str) and name not in _PLUGINS:
         raise SpecError(
             f"{name}: argument '{arg}' is not allowed, the name says the architecture; allowed: pretrained, True, "

@@ -6,10 +6,10 @@ BatchNorm statistics and fail for fixed-size networks).
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,22 @@ class Backbone(nn.Module):
         frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages. They stay in eval mode.
         norm_eval: every BatchNorm stays in eval mode (its weights are still trained).
 
+    `ALIASES` maps argument names of the published class to names of this one; `REFUSED` maps those that have no meaning
+    for dense features to the reason. `create_backbone` and model YAMLs accept the former and raise for the latter.
+
     Args:
-        normalize: subtract `mean` and divide by `std` first, as in the training of the published weights.
+        normalize: subtract `mean` and divide by `std` first, as in the training of the published weights. Inputs that
+            are not RGB images (`in_channels` other than 3) are normalized only if `mean` and `std` are given for them.
         mean: mean of each channel (R, G, B), for pixels in [0, 1].
         std: standard deviation of each channel, for pixels in [0, 1].
+        in_channels: channels of the input.
+
+    Raises:
+        SpecError: if the number of means or standard deviations differs from the number of channels.
     """
+
+    ALIASES: ClassVar[Mapping[str, str]] = {}
+    REFUSED: ClassVar[Mapping[str, str]] = {}
 
     levels: tuple[FeatureLevel, ...]
     size_divisor: int = 32
@@ -70,15 +81,23 @@ class Backbone(nn.Module):
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
+        in_channels: int = 3,
     ) -> None:
         super().__init__()
-        self.normalize = normalize
+        self.in_channels = in_channels
+        default = tuple(mean) == IMAGENET_MEAN and tuple(std) == IMAGENET_STD
+        self.normalize = normalize and (in_channels == 3 or not default)
+        if self.normalize and not len(mean) == len(std) == in_channels:
+            kind = type(self).__name__
+            raise SpecError(
+                f"{kind}: {len(mean)} means and {len(std)} stds for {in_channels} channels; one each is needed"
+            )
         # Not persistent, so that the state-dict keys equal the published ones.
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
     def normalized(self, image: Tensor) -> Tensor:
-        """Normalize an image (B, 3, H, W) in [0, 1]; return it unchanged if `normalize` is False."""
+        """Normalize an image (B, C, H, W) in [0, 1]; return it unchanged if `normalize` is False."""
         if not self.normalize:
             return image
         return (image - self.pixel_mean.to(image.dtype)) / self.pixel_std.to(image.dtype)

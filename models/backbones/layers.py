@@ -40,6 +40,11 @@ def require_integers(family: str, arch: object, names: Sequence[str], count: int
         require(valid, f"{family}: {name} of arch is {shown!r}; allowed: {count} integers >= {minimum}")
 
 
+def find_architecture(name: str, table: Mapping[str, Architecture]) -> Architecture | None:
+    """Return the architecture of a name, ignoring case, or None."""
+    return next((value for key, value in table.items() if key.lower() == name.lower()), None)
+
+
 def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mapping[str, Architecture]) -> Architecture:
     """Return the architecture of a name, or build one from a mapping of its fields.
 
@@ -53,9 +58,10 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
         SpecError: if the name or a field is unknown, or a required field is missing.
     """
     if isinstance(arch, str):
-        if arch not in table:
+        known = find_architecture(arch, table)
+        if known is None:
             raise SpecError(f"{family}: unknown arch '{arch}'; allowed: {', '.join(table)}{did_you_mean(arch, table)}")
-        return table[arch]
+        return known
     if not isinstance(arch, Mapping):
         raise SpecError(f"{family}: arch is {arch!r}; allowed: a name ({', '.join(table)}) or a mapping of its fields")
     cls: Any = type(next(iter(table.values())))
@@ -74,6 +80,50 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
     return built
 
 
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    **{"GELU": nn.GELU, "ReLU": nn.ReLU, "ReLU6": nn.ReLU6, "LeakyReLU": nn.LeakyReLU, "ELU": nn.ELU, "Mish": nn.Mish},
+    **{"SiLU": nn.SiLU, "Swish": nn.SiLU, "Hardswish": nn.Hardswish, "HSwish": nn.Hardswish, "Tanh": nn.Tanh},
+}
+
+
+def activation_from_cfg(family: str, cfg: Mapping[str, Any] | None, default: type[nn.Module]) -> type[nn.Module]:
+    """Return the activation class of a published `act_cfg`, such as {type: GELU}.
+
+    Raises:
+        SpecError: if the type is unknown or there are further fields.
+    """
+    if cfg is None:
+        return default
+    kind = cfg.get("type")
+    if kind not in ACTIVATIONS or set(cfg) - {"type", "inplace"}:
+        near = did_you_mean(str(kind), ACTIVATIONS)
+        raise SpecError(
+            f"{family}: act_cfg is {dict(cfg)!r}; allowed: {{type: NAME}} of {', '.join(ACTIVATIONS)}{near}"
+        )
+    return ACTIVATIONS[kind]
+
+
+def norm_eps(family: str, cfg: Mapping[str, Any] | None, published: Mapping[str, Any], default: float) -> float:
+    """Check a published `norm_cfg` and return the eps of its norms.
+
+    Args:
+        family: name of the backbone class, for error messages.
+        cfg: {type: ...}, optionally with `eps` and `requires_grad`; None for the published one.
+        published: fields that must be equal, such as {type: GN, num_groups: 1}: blocks are re-parameterized with them.
+        default: eps if `cfg` has none.
+
+    Raises:
+        SpecError: if another norm is asked for.
+    """
+    cfg = {"requires_grad": True, **(cfg or published)}
+    eps = cfg.pop("eps", default)
+    trained = cfg.pop("requires_grad") is True
+    valid = isinstance(eps, float) and eps > 0 and trained and {**published, **cfg} == dict(published)
+    form = ", ".join(f"{key}: {value}" for key, value in published.items())
+    require(valid, f"{family}: norm_cfg is {cfg!r}; allowed: {{{form}}}, optionally with eps")
+    return float(eps)
+
+
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Return the drop-path rate of each of `depth` blocks, increasing linearly from 0 to `rate`."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
@@ -88,6 +138,58 @@ def batch_norm_affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
         scale = norm.weight.detach().double() * scale
     shift = -scale * norm.running_mean.double()
     return scale, shift if norm.bias is None else norm.bias.detach().double() + shift
+
+
+def fused_weights(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of a convolution fused with the BatchNorm after it.
+
+    With scale s and shift t of the norm: s (W x + b) + t = (s W) x + (s b + t), computed in float64.
+
+    Returns:
+        Weight of the shape of `conv.weight` and bias (c_out,), in the dtype of the weight.
+    """
+    with torch.no_grad():
+        scale, shift = batch_norm_affine(norm)
+        weight = conv.weight.double() * _broadcast_to_weight(scale, conv)
+        bias = shift if conv.bias is None else shift + scale * conv.bias.double()
+        return weight.to(conv.weight.dtype), bias.to(conv.weight.dtype)
+
+
+def _broadcast_to_weight(scale: Tensor, conv: nn.Conv2d | nn.ConvTranspose2d) -> Tensor:
+    """Reshape `scale` (c_out,) for multiplication with `conv.weight`."""
+    if isinstance(conv, nn.Conv2d):
+        return scale.reshape(-1, 1, 1, 1)  # (c_out, 1, 1, 1)
+    # The weight is (c_in, c_out / groups, kh, kw); the inputs of group j produce the outputs of group j.
+    repeats = conv.in_channels // conv.groups
+    return scale.reshape(conv.groups, -1).repeat_interleave(repeats, 0)[:, :, None, None]  # (c_in, c_out/groups, 1, 1)
+
+
+def fold_norm_after(conv: nn.Conv2d, norm: nn.Module) -> nn.Module:
+    """Fold `norm` into the convolution before it; return the module that replaces `norm`."""
+    if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)):
+        _set_weights(conv, *fused_weights(conv, norm))
+    return nn.Identity()
+
+
+def fold_norm_before(norm: nn.Module, *layers: nn.Conv2d | nn.Linear) -> nn.Module:
+    """Fold `norm` into the 1x1 convolutions or linear layers after it; return the module that replaces `norm`.
+
+    With scale s and shift t of the norm: W (s x + t) + b = (W s) x + (W t + b), computed in float64.
+    """
+    if isinstance(norm, nn.Identity):
+        return norm
+    scale, shift = batch_norm_affine(norm)
+    for layer in layers:
+        weight = layer.weight.detach().double().flatten(1)  # (c_out, c_in)
+        bias = 0 if layer.bias is None else layer.bias.detach().double()
+        _set_weights(layer, (weight * scale).view_as(layer.weight), weight @ shift + bias)
+    return nn.Identity()
+
+
+def _set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
+    dtype, requires_grad = layer.weight.dtype, layer.weight.requires_grad
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=requires_grad)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=requires_grad)
 
 
 class DropPath(nn.Module):

@@ -23,28 +23,31 @@ after pooling, N heads, D channels of a head.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import (
     DropPath,
     Mlp,
-    batch_norm_affine,
     choose_architecture,
     drop_path_rates,
+    fold_norm_after,
+    fold_norm_before,
+    norm_eps,
     require,
     require_integers,
     require_rates,
 )
+from models.backbones.nextvit_attention import HEAD_DIM, MIXERS, NORM_EPS, with_linear_attention
 
-NORM_EPS = 1e-5
-HEAD_DIM = 32
+MIX_BLOCK_RATIO = 0.75
 NCB_MLP_RATIO = 3
 NTB_MLP_RATIO = 2
 
@@ -60,6 +63,9 @@ class NextViTArchitecture:
         transformer_every: the last block of a stage, and every n-th block counted back from it, is an NTB; 0 = none.
         reductions: spatial reduction ratio of the keys and values of E-MHSA in each stage.
         stem_channels: channels of the first, second and last two convolutions of the stem.
+        strides: stride of the first block of each stage.
+        head_dim: channels of a head.
+        mix_block_ratio: fraction of the channels of an NTB on which E-MHSA works; MHCA works on the others.
     """
 
     depths: tuple[int, int, int, int]
@@ -68,16 +74,38 @@ class NextViTArchitecture:
     transformer_every: tuple[int, int, int, int] = (0, 4, 5, 3)
     reductions: tuple[int, int, int, int] = (8, 4, 2, 1)
     stem_channels: tuple[int, int, int] = (64, 32, 64)
+    strides: tuple[int, int, int, int] = (1, 2, 2, 2)
+    head_dim: int = HEAD_DIM
+    mix_block_ratio: float = MIX_BLOCK_RATIO
 
     def __post_init__(self) -> None:
         require_integers("NextViT", self, ("depths", "conv_channels", "out_channels", "reductions"))
         require_integers("NextViT", self, ("transformer_every",), minimum=0)
         require_integers("NextViT", self, ("stem_channels",), count=3)
+        require_integers("NextViT", self, ("strides",))
+        require(max(self.strides) <= 2, f"NextViT: strides of arch is {list(self.strides)}; allowed: 1 or 2 per stage")
+        dim = self.head_dim
+        require(isinstance(dim, int) and dim >= 1, f"NextViT: head_dim is {dim!r}; allowed: integers >= 1")
+        ratio = self.mix_block_ratio
+        require(0 < ratio < 1, f"NextViT: mix_block_ratio is {ratio!r}; allowed: above 0 and below 1")
         for i, (conv, out, every) in enumerate(zip(self.conv_channels, self.out_channels, self.transformer_every)):
             channels = f"NextViT: stage {i + 1} of arch has {conv} conv_channels and {out} out_channels"
-            require(conv % HEAD_DIM == 0 and out % HEAD_DIM == 0, f"{channels}; allowed: multiples of {HEAD_DIM}")
+            require(conv % dim == 0 and out % dim == 0, f"{channels}; allowed: multiples of {dim}")
             require(every > 0 or out == conv, f"{channels}; without an NTB they must be equal")
-            require(every == 0 or out >= 2 * HEAD_DIM, f"{channels}; an NTB needs at least {2 * HEAD_DIM}")
+            require(every == 0 or out >= 2 * dim, f"{channels}; an NTB needs at least {2 * dim}")
+            mhsa = self.mhsa_channels(out)
+            fits = every == 0 or (mhsa % dim == 0 and (out - mhsa) % dim == 0)
+            require(fits, f"{channels}; an NTB splits them {mhsa} : {out - mhsa}, and both need multiples of {dim}")
+
+    def mhsa_channels(self, out_channels: int) -> int:
+        """Return the channels of E-MHSA in an NTB: the ratio, rounded to a multiple of 32 as in the reference.
+
+        Where that would leave none for MHCA, one head less.
+        """
+        target = int(out_channels * self.mix_block_ratio)
+        rounded = max(32, (target + 16) // 32 * 32)
+        rounded += 32 if rounded < 0.9 * target else 0
+        return rounded if rounded < out_channels else out_channels - self.head_dim
 
     def is_transformer(self, stage: int, block: int) -> bool:
         """Return whether block number `block` of a stage is an NTB."""
@@ -90,44 +118,6 @@ ARCHITECTURES: dict[str, NextViTArchitecture] = {
     "base": NextViTArchitecture((3, 4, 20, 3)),
     "large": NextViTArchitecture((3, 4, 30, 3)),
 }
-
-
-# ---- folding --------------------------------------------------------------------------------------------------------
-
-
-def _set_weights(layer: nn.Conv2d | nn.Linear, weight: Tensor, bias: Tensor) -> None:
-    # The only rounding: everything before is float64, whatever the dtype of the layer.
-    dtype, requires_grad = layer.weight.dtype, layer.weight.requires_grad
-    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=requires_grad)
-    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=requires_grad)
-
-
-def _first_conv(mlp: nn.Module) -> nn.Conv2d:
-    conv = mlp.get_submodule("conv1")
-    assert isinstance(conv, nn.Conv2d)
-    return conv
-
-
-def fold_norm_before(norm: nn.Module, *layers: nn.Conv2d | nn.Linear) -> nn.Module:
-    """Fold `norm` into the 1x1 convolutions or linear layers after it; return the module that replaces `norm`."""
-    if isinstance(norm, nn.Identity):
-        return norm
-    a, b = batch_norm_affine(norm)
-    for layer in layers:
-        weight = layer.weight.detach().double().flatten(1)  # (outputs, inputs)
-        bias = 0 if layer.bias is None else layer.bias.detach().double()
-        _set_weights(layer, (weight * a).view_as(layer.weight), weight @ b + bias)
-    return nn.Identity()
-
-
-def fold_norm_after(layer: nn.Conv2d, norm: nn.Module) -> nn.Module:
-    """Fold `norm` into the convolution before it; return the module that replaces `norm`."""
-    if isinstance(norm, nn.Identity):
-        return norm
-    a, b = batch_norm_affine(norm)
-    bias = 0 if layer.bias is None else layer.bias.detach().double()
-    _set_weights(layer, layer.weight.detach().double() * a.view(-1, 1, 1, 1), a * bias + b)
-    return nn.Identity()
 
 
 # ---- layers ---------------------------------------------------------------------------------------------------------
@@ -179,9 +169,9 @@ def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Module:
 class MHCA(nn.Module):
     """Multi-Head Convolutional Attention: a 3x3 group convolution (a head is a group) and a 1x1 projection."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, head_dim: int = HEAD_DIM) -> None:
         super().__init__()
-        self.group_conv3x3 = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels // HEAD_DIM, bias=False)
+        self.group_conv3x3 = nn.Conv2d(channels, channels, 3, 1, 1, groups=channels // head_dim, bias=False)
         self.norm: nn.Module = nn.BatchNorm2d(channels, eps=NORM_EPS)
         self.projection = nn.Conv2d(channels, channels, 1, bias=False)
 
@@ -194,120 +184,14 @@ class MHCA(nn.Module):
         self.norm = fold_norm_after(self.group_conv3x3, self.norm)
 
 
+def _first_conv(mlp: nn.Module) -> nn.Conv2d:
+    conv = mlp.get_submodule("conv1")
+    assert isinstance(conv, nn.Conv2d)
+    return conv
+
+
 def _mlp(channels: int, ratio: int, drop_rate: float) -> Mlp:
     return Mlp(channels, channels * ratio, drop_rate, nn.ReLU, ("conv1", "conv2"))
-
-
-# ---- token mixers ---------------------------------------------------------------------------------------------------
-
-
-class EMHSA(nn.Module):
-    """Efficient Multi-Head Self-Attention as published: keys and values are computed from pooled tokens.
-
-    SA(X) = Attention(X W_Q, P_s(X) W_K, P_s(X) W_V). The average pooling P_s is one-dimensional, over s^2 tokens in
-    row-major order: it averages along rows and across their ends, and drops the remainder. The published weights were
-    trained with it.
-
-    Args:
-        channels: channels of input and output.
-        reduction: s, the spatial reduction ratio.
-        attn_drop_rate: dropout of attention weights.
-        drop_rate: dropout of the output.
-    """
-
-    def __init__(self, channels: int, reduction: int, attn_drop_rate: float, drop_rate: float) -> None:
-        super().__init__()
-        self.reduction = reduction
-        self.attn_drop_rate = attn_drop_rate
-        self.q = nn.Linear(channels, channels)
-        self.k = nn.Linear(channels, channels)
-        self.v = nn.Linear(channels, channels)
-        self.proj = nn.Linear(channels, channels)
-        self.proj_drop = nn.Dropout(drop_rate)
-        self.norm: nn.Module = nn.BatchNorm1d(channels, eps=NORM_EPS) if reduction > 1 else nn.Identity()
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Pool (B, C, H, W) to (B, C, M) with M = floor(H * W / reduction^2)."""
-        tokens = x.flatten(2)
-        return F.avg_pool1d(tokens, self.reduction**2) if self.reduction > 1 else tokens
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        x_BLC = x.flatten(2).transpose(1, 2)
-        m_BMC = self.norm(self.pooled(x)).transpose(1, 2)
-        q_BNLD, k_BNMD, v_BNMD = (_heads(f(t)) for f, t in ((self.q, x_BLC), (self.k, m_BMC), (self.v, m_BMC)))
-        drop = self.attn_drop_rate if self.training else 0.0
-        y_BNLD = F.scaled_dot_product_attention(q_BNLD, k_BNMD, v_BNMD, dropout_p=drop)
-        y_BLC = self.proj_drop(self.proj(y_BNLD.transpose(1, 2).flatten(2)))
-        return y_BLC.transpose(1, 2).reshape(x.shape)
-
-    def fold_norm_before(self, norm: nn.Module) -> nn.Module:
-        """Fold the norm before E-MHSA, and its own, into the linear layers (pooling commutes with both)."""
-        self.norm = fold_norm_before(self.norm, self.k, self.v)
-        return fold_norm_before(norm, self.q, self.k, self.v)
-
-
-def _heads(x_BLC: Tensor) -> Tensor:
-    batch, tokens, channels = x_BLC.shape
-    return x_BLC.reshape(batch, tokens, channels // HEAD_DIM, HEAD_DIM).transpose(1, 2)  # (B, N, L, D)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-
-
-def _conv(layer: nn.Linear, x: Tensor) -> Tensor:
-    """Apply a linear layer to the channels of (B, C, H, W) as a 1x1 convolution, which needs no transposition."""
-    return F.conv2d(x, layer.weight[:, :, None, None], layer.bias)
-
-
-def _conv_heads(layer: nn.Linear, x: Tensor) -> Tensor:
-    y = _conv(layer, x).flatten(2)
-    return y.reshape(y.shape[0], -1, HEAD_DIM, y.shape[2])  # (B, N, D, L)
-
-
-class EMHSA2d(EMHSA):
-    """E-MHSA with two-dimensional pooling over reduction x reduction cells; drops no cell. Same parameters."""
-
-    def pooled(self, x: Tensor) -> Tensor:
-        """Pool (B, C, H, W) to (B, C, M) with M = ceil(H / reduction) * ceil(W / reduction)."""
-        return _pool2d(x, self.reduction).flatten(2)
-
-
-def _pool2d(x: Tensor, reduction: int) -> Tensor:
-    if reduction == 1:
-        return x
-    return F.avg_pool2d(x, reduction, reduction, ceil_mode=True, count_include_pad=False)
-
-
-class XCA(EMHSA):
-    """Cross-covariance attention (XCiT, https://arxiv.org/abs/2106.09681) with queries and keys of pooled cells.
-
-    A head attends over channels: softmax(q k^T * temperature) v, where the rows of q and k (one per channel, over M
-    pooled cells) have unit length and v keeps the full resolution. The cost is linear in the number of cells. The
-    parameters are those of `EMHSA` plus a temperature per head.
-    """
-
-    def __init__(self, channels: int, reduction: int, attn_drop_rate: float, drop_rate: float) -> None:
-        super().__init__(channels, reduction, attn_drop_rate, drop_rate)
-        self.temperature = nn.Parameter(torch.ones(channels // HEAD_DIM, 1, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
-        pooled = self.norm(_pool2d(x, self.reduction).flatten(2)).unsqueeze(3)  # (B, C, M, 1)
-        q_BNDM, k_BNDM, v_BNDL = (_conv_heads(f, t) for f, t in ((self.q, pooled), (self.k, pooled), (self.v, x)))
-        q_BNDM, k_BNDM = F.normalize(_wide(q_BNDM), dim=3), F.normalize(_wide(k_BNDM), dim=3)
-        weights_BNDD = (q_BNDM @ k_BNDM.transpose(2, 3) * self.temperature).softmax(dim=3).to(v_BNDL.dtype)
-        weights_BNDD = F.dropout(weights_BNDD, self.attn_drop_rate, self.training)
-        return self.proj_drop(_conv(self.proj, (weights_BNDD @ v_BNDL).reshape(x.shape)))
-
-    def fold_norm_before(self, norm: nn.Module) -> nn.Module:
-        """Fold as `EMHSA.fold_norm_before`; here queries and keys are computed from pooled cells."""
-        self.norm = fold_norm_before(self.norm, self.q, self.k)
-        return fold_norm_before(norm, self.q, self.k, self.v)
-
-
-MIXERS: dict[str, type[EMHSA]] = {"emhsa": EMHSA, "emhsa2d": EMHSA2d, "xca": XCA}
 
 
 # ---- blocks ---------------------------------------------------------------------------------------------------------
@@ -315,22 +199,26 @@ MIXERS: dict[str, type[EMHSA]] = {"emhsa": EMHSA, "emhsa2d": EMHSA2d, "xca": XCA
 
 @dataclass(frozen=True)
 class _BlockOptions:
+    arch: NextViTArchitecture
     mixer: str
     drop_rate: float
     attn_drop_rate: float
-    drop_path: float
+    qkv_bias: bool
+    qk_scale: float | None
 
 
 class NCB(nn.Module):
     """Next Convolution Block: z~ = MHCA(z) + z, then z = MLP(z~) + z~."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, options: _BlockOptions) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, drop_path: float, options: _BlockOptions
+    ) -> None:
         super().__init__()
         self.patch_embed = _projection(in_channels, out_channels, stride)
-        self.mhca = MHCA(out_channels)
+        self.mhca = MHCA(out_channels, options.arch.head_dim)
         self.norm: nn.Module = nn.BatchNorm2d(out_channels, eps=NORM_EPS)
         self.mlp = _mlp(out_channels, NCB_MLP_RATIO, options.drop_rate)
-        self.drop_path = DropPath(options.drop_path)
+        self.drop_path = DropPath(drop_path)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
@@ -344,33 +232,45 @@ class NCB(nn.Module):
 
 
 class NTB(nn.Module):
-    """Next Transformer Block: E-MHSA on three quarters of the channels (shrink ratio r = 0.75), MHCA on the others."""
+    """Next Transformer Block: E-MHSA on the fraction r (shrink ratio, 0.75) of the channels, MHCA on the others.
 
-    def __init__(
-        self, in_channels: int, out_channels: int, stride: int, reduction: int, options: _BlockOptions
-    ) -> None:
+    Drop-path rates are those of the reference: r times the rate of the block on E-MHSA, 1 - r times on MHCA, the rate
+    itself on the MLP.
+    """
+
+    def __init__(self, in_channels: int, stage: int, stride: int, drop_path: float, options: _BlockOptions) -> None:
         super().__init__()
-        # Rounded down to a multiple of the head width.
-        mhsa_channels = out_channels * 3 // 4 // HEAD_DIM * HEAD_DIM
+        arch, ratio = options.arch, options.arch.mix_block_ratio
+        out_channels = arch.out_channels[stage]
+        mhsa_channels = arch.mhsa_channels(out_channels)
         mhca_channels = out_channels - mhsa_channels
         self.patch_embed = _projection(in_channels, mhsa_channels, stride)
         self.norm1: nn.Module = nn.BatchNorm2d(mhsa_channels, eps=NORM_EPS)
-        mixer = MIXERS[options.mixer]
-        self.e_mhsa = mixer(mhsa_channels, reduction, options.attn_drop_rate, options.drop_rate)
+        self.e_mhsa = MIXERS[options.mixer](
+            mhsa_channels,
+            arch.reductions[stage],
+            options.attn_drop_rate,
+            options.drop_rate,
+            head_dim=arch.head_dim,
+            qkv_bias=options.qkv_bias,
+            qk_scale=options.qk_scale,
+        )
+        self.mhsa_drop_path = DropPath(drop_path * ratio)
         self.projection = _projection(mhsa_channels, mhca_channels, 1)
-        self.mhca = MHCA(mhca_channels)
+        self.mhca = MHCA(mhca_channels, arch.head_dim)
+        self.mhca_drop_path = DropPath(drop_path * (1 - ratio))
         self.norm2: nn.Module = nn.BatchNorm2d(out_channels, eps=NORM_EPS)
         self.mlp = _mlp(out_channels, NTB_MLP_RATIO, options.drop_rate)
-        self.drop_path = DropPath(options.drop_path)
+        self.mlp_drop_path = DropPath(drop_path)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))."""
         z = self.patch_embed(z)
-        z_mhsa = z + self.drop_path(self.e_mhsa(self.norm1(z)))
+        z_mhsa = z + self.mhsa_drop_path(self.e_mhsa(self.norm1(z)))
         z_mhca = self.projection(z_mhsa)
-        z_mhca = z_mhca + self.drop_path(self.mhca(z_mhca))
+        z_mhca = z_mhca + self.mhca_drop_path(self.mhca(z_mhca))
         z = torch.cat((z_mhsa, z_mhca), dim=1)
-        return z + self.drop_path(self.mlp(self.norm2(z)))
+        return z + self.mlp_drop_path(self.mlp(self.norm2(z)))
 
     def fold(self) -> None:
         """Fold the BatchNorms into E-MHSA and into the first convolution of the MLP."""
@@ -382,7 +282,7 @@ class NTB(nn.Module):
 
 
 class NextViT(Backbone):
-    """Next-ViT with the outputs of its four stages (strides 4, 8, 16, 32), without a norm on them.
+    """Next-ViT with the outputs of its four stages (strides 4, 8, 16, 32).
 
     The classifier (`norm.*`, `proj_head.*`) is ignored. A file written after the published `merge_bn` has the same keys
     as one written before, so the two are indistinguishable: load the published files unmodified.
@@ -390,71 +290,113 @@ class NextViT(Backbone):
     Args:
         arch: a name of `ARCHITECTURES`, or a mapping with the fields of `NextViTArchitecture`.
         mixer: "emhsa" (published weights), "emhsa2d" or "xca": see the classes in `MIXERS`.
+        in_channels: channels of the input.
+        depths, stem_chs, strides, sr_ratios, head_dim, mix_block_ratio: override the fields `depths`, `stem_channels`,
+            `strides`, `reductions`, `head_dim` and `mix_block_ratio` of the architecture.
+        qkv_bias: whether queries, keys and values have a bias.
+        qk_scale: factor on q k^T in E-MHSA; None = head_dim^-0.5.
         drop_path_rate: stochastic depth of the last block; it increases linearly from 0 in the first block.
         drop_rate: dropout after attention and in the MLPs.
         attn_drop_rate: dropout of attention weights.
+        with_extra_norm: apply a BatchNorm to each output, as in the published detectors.
+        use_checkpoint: recompute each block in the backward pass instead of storing its activations.
         frozen_stages, norm_eval: see `Backbone`; the published detection recipe is 1 and true.
+        norm_cfg: {type: BN}, optionally with `eps`: {type: SyncBN} is `train.py --sync-bn`.
+        deploy: build the re-parameterized model, for weights in that form.
         normalize, mean, std: see `Backbone`.
 
     Raises:
-        SpecError: if the architecture, the mixer or a rate is not allowed.
+        SpecError: if the architecture, the mixer, a rate or another argument is not allowed.
     """
 
     OFFICIAL_PREFIXES = ("backbone.", "module.")
     IGNORED_KEYS = ("norm.*", "proj_head.*", "head.*")
-    NEW_KEYS = ("*.e_mhsa.temperature",)
+    NEW_KEYS = ("*.e_mhsa.temperature", "extra_norm_list.*")
+    ALIASES: ClassVar[Mapping[str, str]] = {
+        "path_dropout": "drop_path_rate",
+        "attn_drop": "attn_drop_rate",
+        "drop": "drop_rate",
+    }
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "num_classes": "the classifier is not built",
+        "resume": "weights are loaded with `weights`",
+        "pretrained_cfg": "weights are loaded with `weights`",
+    }
 
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "small",
         *,
         mixer: str = "emhsa",
+        in_channels: int = 3,
+        depths: Sequence[int] | None = None,
+        stem_chs: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        sr_ratios: Sequence[int] | None = None,
+        head_dim: int | None = None,
+        mix_block_ratio: float | None = None,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
         drop_path_rate: float = 0.0,
         drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
+        with_extra_norm: bool = False,
+        use_checkpoint: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
+        norm_cfg: Mapping[str, Any] | None = None,
+        deploy: bool = False,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(normalize, mean, std)
-        self.arch = choose_architecture("NextViT", arch, ARCHITECTURES)
+        super().__init__(normalize, mean, std, in_channels)
+        fields = {"depths": depths, "stem_channels": stem_chs, "strides": strides, "reductions": sr_ratios}
+        changes: dict[str, Any] = {key: tuple(value) for key, value in fields.items() if value is not None}
+        changes |= {} if head_dim is None else {"head_dim": head_dim}
+        changes |= {} if mix_block_ratio is None else {"mix_block_ratio": mix_block_ratio}
+        self.arch = replace(choose_architecture("NextViT", arch, ARCHITECTURES), **changes)
         require(mixer in MIXERS, f"NextViT: mixer is {mixer!r}; allowed: {', '.join(MIXERS)}")
         require_rates("NextViT", drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
+        eps = norm_eps("NextViT", norm_cfg, {"type": "BN"}, NORM_EPS)
+        self.use_checkpoint = use_checkpoint
         self.stage_sizes = self.arch.depths
-        self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(self.arch.out_channels))
-        self.size_divisor = 32
         first, second, channels = self.arch.stem_channels
-        widths, strides = (3, first, second, channels, channels), (2, 1, 1, 2)
-        self.stem = nn.Sequential(*(StemConv(widths[i], widths[i + 1], stride) for i, stride in enumerate(strides)))
-        blocks: list[nn.Module] = []
-        rates = iter(drop_path_rates(drop_path_rate, sum(self.arch.depths)))
-        for stage, depth in enumerate(self.arch.depths):
-            for index in range(depth):
-                options = _BlockOptions(mixer, drop_rate, attn_drop_rate, next(rates))
-                blocks.append(self._block(stage, index, channels, options))
-                transformer = self.arch.is_transformer(stage, index)
-                channels = (self.arch.out_channels if transformer else self.arch.conv_channels)[stage]
-        self.features = nn.ModuleList(blocks)
+        widths, steps = (in_channels, first, second, channels, channels), (2, 1, 1, 2)
+        self.stem = nn.Sequential(*(StemConv(widths[i], widths[i + 1], stride) for i, stride in enumerate(steps)))
+        options = _BlockOptions(self.arch, mixer, drop_rate, attn_drop_rate, qkv_bias, qk_scale)
+        self.features = nn.ModuleList(_blocks(channels, drop_path_rate, options))
+        self._set_levels()
+        norms = [nn.BatchNorm2d(c) for c in self.arch.out_channels] if with_extra_norm else []
+        self.extra_norm_list = nn.ModuleList(norms)
         self.apply(_init_weights)
+        for module in self.modules():
+            if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+                module.eps = eps
         self.hold(frozen_stages, norm_eval)
+        if deploy:
+            self.reparameterize()
 
-    def _block(self, stage: int, index: int, in_channels: int, options: _BlockOptions) -> NCB | NTB:
-        stride = 2 if stage and not index else 1
-        if not self.arch.is_transformer(stage, index):
-            return NCB(in_channels, self.arch.conv_channels[stage], stride, options)
-        reduction = self.arch.reductions[stage]
-        return NTB(in_channels, self.arch.out_channels[stage], stride, reduction, options)
+    def _set_levels(self) -> None:
+        """Declare the last output of each stride."""
+        stride, by_stride = 4, {}
+        for stage, channels in enumerate(self.arch.out_channels):
+            stride *= self.arch.strides[stage]
+            by_stride[stride] = (stage, FeatureLevel(channels, stride))
+        self.out_stages = tuple(stage for stage, _ in by_stride.values())
+        self.levels = tuple(level for _, level in by_stride.values())
+        self.size_divisor = stride
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the stage outputs (B, C, H / stride, W / stride), rounded up, of a normalized image (B, 3, H, W)."""
         x = self.stem(image)
         outputs, ends = [], list(accumulate(self.arch.depths))
+        recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.features, start=1):
-            x = block(x)
-            if number in ends:
-                outputs.append(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if number in ends and ends.index(number) in self.out_stages:
+                stage = ends.index(number)
+                outputs.append(self.extra_norm_list[stage](x) if len(self.extra_norm_list) else x)
         return tuple(outputs)
 
     def reparameterize(self) -> None:
@@ -468,9 +410,13 @@ class NextViT(Backbone):
                 module.fold()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a state dict in timm's layout with the published keys; any other state dict is returned unchanged."""
+        """Return a state dict with the published keys.
+
+        Converts timm's layout, 1x1 convolutions in place of the linear layers of E-MHSA, and fused `qk` or `qkv`.
+        """
+        state = with_linear_attention(state)
         if not any(key.startswith("stages.0.blocks.") for key in state):
-            return dict(state)
+            return state
         starts = [0, *accumulate(self.arch.depths)]
         published = {}
         for key, value in state.items():
@@ -484,6 +430,22 @@ class NextViT(Backbone):
     def param_depth(self, name: str) -> int:
         """Return 0 for the stem, n + 1 for block n."""
         return 1 + int(name.split(".")[1]) if name.startswith("features.") else 0
+
+
+def _blocks(channels: int, drop_path_rate: float, options: _BlockOptions) -> list[nn.Module]:
+    arch = options.arch
+    blocks: list[nn.Module] = []
+    rates = iter(drop_path_rates(drop_path_rate, sum(arch.depths)))
+    for stage, depth in enumerate(arch.depths):
+        for index in range(depth):
+            stride = 1 if index else arch.strides[stage]
+            if arch.is_transformer(stage, index):
+                blocks.append(NTB(channels, stage, stride, next(rates), options))
+                channels = arch.out_channels[stage]
+            else:
+                blocks.append(NCB(channels, arch.conv_channels[stage], stride, next(rates), options))
+                channels = arch.conv_channels[stage]
+    return blocks
 
 
 def _init_weights(module: nn.Module) -> None:

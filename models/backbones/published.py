@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
@@ -174,11 +174,7 @@ def load_published(
     if convert is not None:
         state = convert(state)
     where = str(path)
-    deployed = [key for key in state for pattern in getattr(backbone, "DEPLOYED_KEYS", ()) if fnmatchcase(key, pattern)]
-    if deployed:
-        raise CheckpointError(
-            f"{where}: contains a re-parameterized model ({shorten(deployed, 2)}); required: the training-time model"
-        )
+    _check_form(backbone, state, where)
     report = load_state(
         backbone,
         state,
@@ -197,6 +193,23 @@ def load_published(
         )
     LOGGER.info("%s: %s: %s", name or type(backbone).__name__, path.name, report.summary())
     return report
+
+
+def _check_form(backbone: Backbone, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError if only one of file and backbone is re-parameterized (`deploy: true`)."""
+    patterns = getattr(backbone, "DEPLOYED_KEYS", ())
+
+    def deployed(keys: Iterable[str]) -> list[str]:
+        return [key for key in keys for pattern in patterns if fnmatchcase(key, pattern)]
+
+    in_file, built = deployed(state), deployed(backbone.state_dict())
+    if in_file and not built:
+        raise CheckpointError(
+            f"{where}: contains a re-parameterized model ({shorten(in_file, 2)}); required: the "
+            "training-time model, or build the backbone with deploy: true"
+        )
+    if built and not in_file:
+        raise CheckpointError(f"{where}: contains a training-time model; the backbone is built with deploy: true")
 
 
 def _key_map(backbone: Backbone) -> Callable[[str], str | None] | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,25 +26,32 @@ from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, Feature
 from models.backbones.layers import (
     DropPath,
     Mlp,
+    activation_from_cfg,
     choose_architecture,
     drop_path_rates,
+    norm_eps,
     require,
     require_integers,
     require_rates,
 )
 
 NORM_EPS = 1e-5
-LAYER_SCALE_INIT = 1e-5
-STRIDES = (4, 8, 16, 32)
+PUBLISHED_NORM = {"type": "GN", "num_groups": 1}
 
 
 @dataclass(frozen=True)
 class RIFormerArchitecture:
-    """Number of blocks, channels and MLP expansion ratio of each of the four stages."""
+    """Configuration of the four stages.
+
+    Attributes:
+        layers, embed_dims, mlp_ratios: number of blocks, channels and MLP expansion ratio of each stage.
+        layer_scale_init_value: initial value of the layer scales; None = the argument of `RIFormer`.
+    """
 
     layers: tuple[int, int, int, int]
     embed_dims: tuple[int, int, int, int]
     mlp_ratios: tuple[float, float, float, float] = (4, 4, 4, 4)
+    layer_scale_init_value: float | None = None
 
     def __post_init__(self) -> None:
         require_integers("RIFormer", self, ("layers", "embed_dims"))
@@ -52,15 +59,26 @@ class RIFormerArchitecture:
         valid = isinstance(ratios, tuple) and len(ratios) == 4
         valid = valid and all(isinstance(ratio, (int, float)) and ratio > 0 for ratio in ratios)
         require(valid, f"RIFormer: mlp_ratios of arch is {ratios!r}; allowed: 4 positive numbers")
+        value = self.layer_scale_init_value
+        valid = value is None or (isinstance(value, (int, float)) and value > 0)
+        require(valid, f"RIFormer: layer_scale_init_value of arch is {value!r}; allowed: a positive number")
 
 
 ARCHITECTURES: dict[str, RIFormerArchitecture] = {
     "s12": RIFormerArchitecture((2, 2, 6, 2), (64, 128, 320, 512)),
     "s24": RIFormerArchitecture((4, 4, 12, 4), (64, 128, 320, 512)),
-    "s36": RIFormerArchitecture((6, 6, 18, 6), (64, 128, 320, 512)),
-    "m36": RIFormerArchitecture((6, 6, 18, 6), (96, 192, 384, 768)),
-    "m48": RIFormerArchitecture((8, 8, 24, 8), (96, 192, 384, 768)),
+    "s36": RIFormerArchitecture((6, 6, 18, 6), (64, 128, 320, 512), layer_scale_init_value=1e-6),
+    "m36": RIFormerArchitecture((6, 6, 18, 6), (96, 192, 384, 768), layer_scale_init_value=1e-6),
+    "m48": RIFormerArchitecture((8, 8, 24, 8), (96, 192, 384, 768), layer_scale_init_value=1e-6),
 }
+
+
+@dataclass(frozen=True)
+class _BlockOptions:
+    drop_rate: float
+    layer_scale_init_value: float
+    act_layer: type[nn.Module]
+    eps: float
 
 
 class StridedPatchEmbed(nn.Module):
@@ -96,14 +114,14 @@ class AffineMixer(nn.Module):
 class RIFormerBlock(nn.Module):
     """Block during training: x = x + ls_1 * (affine(norm1(x)) - norm1(x)), then x = x + ls_2 * mlp(norm2(x))."""
 
-    def __init__(self, channels: int, mlp_ratio: float, drop_rate: float, drop_path: float, init_value: float) -> None:
+    def __init__(self, channels: int, mlp_ratio: float, drop_path: float, options: _BlockOptions) -> None:
         super().__init__()
-        self.layer_scale_1 = nn.Parameter(torch.full((channels,), init_value))
-        self.layer_scale_2 = nn.Parameter(torch.full((channels,), init_value))
-        self.norm1 = nn.GroupNorm(1, channels, eps=NORM_EPS)
+        self.layer_scale_1 = nn.Parameter(torch.full((channels,), options.layer_scale_init_value))
+        self.layer_scale_2 = nn.Parameter(torch.full((channels,), options.layer_scale_init_value))
+        self.norm1 = nn.GroupNorm(1, channels, eps=options.eps)
         self.token_mixer = AffineMixer(channels)
-        self.norm2 = nn.GroupNorm(1, channels, eps=NORM_EPS)
-        self.mlp = Mlp(channels, int(channels * mlp_ratio), drop_rate)
+        self.norm2 = nn.GroupNorm(1, channels, eps=options.eps)
+        self.mlp = Mlp(channels, int(channels * mlp_ratio), options.drop_rate, options.act_layer)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -142,78 +160,91 @@ class DeployedRIFormerBlock(nn.Module):
 class RIFormer(Backbone):
     """RIFormer with one output per stage (strides 4, 8, 16, 32), each normalized by its own GroupNorm.
 
-    `network` contains the stages at 0, 2, 4, 6 and the downsampling convolutions between them at 1, 3, 5. The output
-    norms (`norm0`, `norm2`, `norm4`, `norm6`) apply to the outputs only; published checkpoints contain only `norm6`.
+    `network` contains the stages at 0, 2, 4, 6 and the downsampling convolutions between them at 1, 3, 5; as published,
+    there is no downsampling between stages of equal width. The output norms (`norm0`, `norm2`, `norm4`, `norm6`) apply
+    to the outputs only; published checkpoints contain only `norm6`.
 
     Args:
-        arch: name in `ARCHITECTURES`, or a mapping with `layers`, `embed_dims` and optionally `mlp_ratios`.
-        drop_path_rate: stochastic depth of the last block, in [0, 1); it increases linearly from 0 in the first block.
+        arch: name in `ARCHITECTURES`, or a mapping with `layers`, `embed_dims` and optionally `mlp_ratios`,
+            `layer_scale_init_value`.
+        in_channels: channels of the input.
+        in_patch_size, in_stride, in_pad: kernel size, stride and padding of the stem.
+        down_patch_size, down_stride, down_pad: the same for the downsampling convolutions.
+        norm_cfg: {type: GN, num_groups: 1}, optionally with `eps`.
+        act_cfg: activation of the MLPs, as {type: GELU}.
         drop_rate: dropout inside the MLPs, in [0, 1).
-        layer_scale_init_value: initial value of the layer scales; the default is the published one. From random weights
-            AdamW increases them (to 1e-3 .. 1e-1 within 300 steps); 1 instead of 1e-5 gave no improvement.
-        strides: strides of the returned maps. The norm of an unused map has no gradient, which is an error in
-            distributed data-parallel training.
+        drop_path_rate: stochastic depth of the last block, in [0, 1); it increases linearly from 0 in the first block.
+        layer_scale_init_value: initial value of the layer scales, unless the architecture has its own (s36, m36, m48:
+            1e-6). From random weights AdamW increases them (to 1e-3 .. 1e-1 within 300 steps); 1 instead of 1e-5 gave
+            no improvement.
+        strides: strides of the returned maps; None = all. The norm of an unused map has no gradient, which is an error
+            in distributed data-parallel training.
+        out_indices: the same by index in `network`, an integer or several; negative ones count from the end.
         frozen_stages: see `Backbone`.
+        deploy: build the re-parameterized model, for weights in that form.
         normalize, mean, std: see `Backbone`.
 
     Raises:
-        SpecError: if the architecture is unknown, or a rate or stride is not allowed.
+        SpecError: if the architecture is unknown, or another argument is not allowed.
     """
 
     IGNORED_KEYS = ("head.*",)
-    NEW_KEYS = ("norm0.*", "norm2.*", "norm4.*")
+    NEW_KEYS = ("norm0.*", "norm1.*", "norm2.*", "norm3.*", "norm4.*", "norm5.*")
     DEPLOYED_KEYS = ("*.norm_reparam.*",)
+    REFUSED: ClassVar[Mapping[str, str]] = {"init_cfg": "weights are loaded with `weights`"}
 
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "s12",
-        drop_path_rate: float = 0.0,
+        in_channels: int = 3,
+        norm_cfg: Mapping[str, Any] | None = None,
+        act_cfg: Mapping[str, Any] | None = None,
+        in_patch_size: int = 7,
+        in_stride: int = 4,
+        in_pad: int = 2,
+        down_patch_size: int = 3,
+        down_stride: int = 2,
+        down_pad: int = 1,
         drop_rate: float = 0.0,
-        layer_scale_init_value: float = LAYER_SCALE_INIT,
-        strides: Sequence[int] = STRIDES,
+        drop_path_rate: float = 0.0,
+        layer_scale_init_value: float = 1e-5,
+        strides: Sequence[int] | None = None,
+        out_indices: int | Sequence[int] | None = None,
         frozen_stages: int = -1,
+        deploy: bool = False,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(normalize, mean, std)
+        super().__init__(normalize, mean, std, in_channels)
         require_rates("RIFormer", drop_path_rate=drop_path_rate, drop_rate=drop_rate)
         architecture = choose_architecture("RIFormer", arch, ARCHITECTURES)
-        widths, depths = architecture.embed_dims, architecture.layers
-        require(
-            bool(strides) and list(strides) == [s for s in STRIDES if s in strides],
-            f"RIFormer: strides are {list(strides)}; allowed: some of {list(STRIDES)}, increasing",
-        )
-        self.levels = tuple(FeatureLevel(width, s) for s, width in zip(STRIDES, widths) if s in strides)
-        self.size_divisor = 32
-        self.stage_sizes = depths
-        drop_paths = drop_path_rates(drop_path_rate, sum(depths))
-        self.patch_embed = StridedPatchEmbed(3, widths[0], 7, 4, 2)
-        network: list[nn.Module] = []
-        for stage, (depth, width) in enumerate(zip(depths, widths)):
-            if stage:
-                network.append(StridedPatchEmbed(widths[stage - 1], width, 3, 2, 1))
-            rates = drop_paths[sum(depths[:stage]) :][:depth]
-            ratio = architecture.mlp_ratios[stage]
-            network.append(
-                nn.Sequential(*(RIFormerBlock(width, ratio, drop_rate, rate, layer_scale_init_value) for rate in rates))
-            )
+        init_value = architecture.layer_scale_init_value or layer_scale_init_value
+        eps = norm_eps("RIFormer", norm_cfg, PUBLISHED_NORM, NORM_EPS)
+        options = _BlockOptions(drop_rate, init_value, activation_from_cfg("RIFormer", act_cfg, nn.GELU), eps)
+        self.stage_sizes = architecture.layers
+        self.patch_embed = StridedPatchEmbed(in_channels, architecture.embed_dims[0], in_patch_size, in_stride, in_pad)
+        down = (down_patch_size, down_stride, down_pad)
+        network, levels, self.depths = _network(architecture, in_stride, down, drop_path_rate, options)
         self.network = nn.ModuleList(network)
-        for stage, width in enumerate(widths):
-            if STRIDES[stage] in strides:
-                self.add_module(f"norm{2 * stage}", nn.GroupNorm(1, width, eps=NORM_EPS))
+        self.out_indices = _choose_outputs(levels, strides, out_indices)
+        self.levels = tuple(levels[index] for index in self.out_indices)
+        self.size_divisor = levels[-1].stride
+        for index, level in zip(self.out_indices, self.levels):
+            self.add_module(f"norm{index}", nn.GroupNorm(1, level.channels, eps=eps))
         self.apply(_init_weights)
         self.hold(frozen_stages)
+        if deploy:
+            self.reparameterize()
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the normalized stage outputs (B, C, H / stride, W / stride) of a normalized image (B, 3, H, W)."""
         x = self.patch_embed(image)
         outputs = []
-        for index, stage in enumerate(self.network):
+        for index, stage in enumerate(self.network[: self.out_indices[-1] + 1]):
             x = stage(x)
-            norm = getattr(self, f"norm{index}", None)
-            if norm is not None:
-                outputs.append(norm(x))
+            if index in self.out_indices:
+                outputs.append(self.get_submodule(f"norm{index}")(x))
         return tuple(outputs)
 
     def reparameterize(self) -> None:
@@ -234,9 +265,63 @@ class RIFormer(Backbone):
             return 0
         if parts[0] != "network":
             return sum(self.stage_sizes) + 1
-        index = int(parts[1])
-        before = sum(self.stage_sizes[: (index + 1) // 2])
-        return before + 1 + (int(parts[2]) if index % 2 == 0 else 0)
+        return self.depths[int(parts[1])] + (int(parts[2]) if parts[2].isdecimal() else 0)
+
+
+def _network(
+    arch: RIFormerArchitecture,
+    in_stride: int,
+    down: tuple[int, int, int],
+    drop_path_rate: float,
+    options: _BlockOptions,
+) -> tuple[list[nn.Module], list[FeatureLevel], list[int]]:
+    """Return stages and downsampling convolutions with their output level and the depth of their first parameter."""
+    network: list[nn.Module] = []
+    levels: list[FeatureLevel] = []
+    depths: list[int] = []
+    rates = drop_path_rates(drop_path_rate, sum(arch.layers))
+    stride = in_stride
+    for stage, (depth, width) in enumerate(zip(arch.layers, arch.embed_dims)):
+        before = sum(arch.layers[:stage])
+        if stage and width != arch.embed_dims[stage - 1]:
+            stride *= down[1]
+            network.append(StridedPatchEmbed(arch.embed_dims[stage - 1], width, *down))
+            levels.append(FeatureLevel(width, stride))
+            depths.append(before + 1)
+        ratio = arch.mlp_ratios[stage]
+        blocks = (RIFormerBlock(width, ratio, rate, options) for rate in rates[before : before + depth])
+        network.append(nn.Sequential(*blocks))
+        levels.append(FeatureLevel(width, stride))
+        depths.append(before + 1)
+    return network, levels, depths
+
+
+def _choose_outputs(
+    levels: Sequence[FeatureLevel], strides: Sequence[int] | None, out_indices: int | Sequence[int] | None
+) -> tuple[int, ...]:
+    """Return the indices of the returned maps: by `out_indices`, or the last map of each stride."""
+    last = {level.stride: index for index, level in enumerate(levels)}
+    if out_indices is None:
+        wanted = list(last if strides is None else strides)
+        require(
+            bool(wanted) and wanted == [stride for stride in last if stride in wanted],
+            f"RIFormer: strides are {wanted}; allowed: some of {list(last)}, increasing",
+        )
+        return tuple(last[stride] for stride in wanted)
+    require(strides is None, "RIFormer: strides and out_indices are given; allowed: one of them")
+    count = len(levels)
+    given = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    require(
+        bool(given) and all(-count <= index < count for index in given),
+        f"RIFormer: out_indices is {out_indices}; allowed: {-count} to {count - 1}",
+    )
+    chosen = sorted({index % count for index in given})
+    found = [levels[index].stride for index in chosen]
+    require(
+        len(set(found)) == len(found),
+        f"RIFormer: out_indices {given} are maps of strides {found}; allowed: one map of each stride",
+    )
+    return tuple(chosen)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -348,8 +348,8 @@ def test_one_bad_format_does_not_keep_the_others_back(own_weights, monkeypatch, 
 def test_a_broken_fold_stops_everything(own_weights, monkeypatch, capsys):
     import models.fuse as fuse
 
-    right = fuse._fused_weights
-    monkeypatch.setattr(fuse, "_fused_weights", lambda conv, norm: (right(conv, norm)[0], -right(conv, norm)[1]))
+    right = fuse.fused_weights
+    monkeypatch.setattr(fuse, "fused_weights", lambda conv, norm: (right(conv, norm)[0], -right(conv, norm)[1]))
     status, text = cli(["--weights", own_weights, "--imgsz", *SIZE], capsys)
     assert status == 1 and text.count("\n") == 1 and "stage 1, training model -> re-parameterized model" in text
     assert os.listdir(own_weights.parent) == ["best.pt"]

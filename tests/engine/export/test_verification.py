@@ -48,7 +48,7 @@ def test_the_right_fold_is_verified_and_the_model_left_alone(family):
 
 # ---- broken on purpose ----------------------------------------------------------------------------------------------
 
-RIGHT_FOLDED = fuse._fused_weights
+RIGHT_FOLDED = fuse.fused_weights
 RIGHT_FC3 = repmlp.folded_fc3
 
 
@@ -90,11 +90,11 @@ def affine_sign(model):
 
 
 BREAKS = [
-    ("yolov5", fuse, "_fused_weights", wrong_sign),
-    ("yolov5", fuse, "_fused_weights", wrong_eps),
-    ("riformer", fuse, "_fused_weights", wrong_eps),
-    ("revvit", fuse, "_fused_weights", wrong_sign),
-    ("timm", fuse, "_fused_weights", wrong_eps),
+    ("yolov5", fuse, "fused_weights", wrong_sign),
+    ("yolov5", fuse, "fused_weights", wrong_eps),
+    ("riformer", fuse, "fused_weights", wrong_eps),
+    ("revvit", fuse, "fused_weights", wrong_sign),
+    ("timm", fuse, "fused_weights", wrong_eps),
     ("repmlp", repmlp, "folded_fc3", fc3_without_the_largest_branch),
     ("repmlp", repmlp, "folded_fc3", fc3_with_wrong_eps),
     ("nextvit", nextvit, "fold_norm_before", norm_forgotten),

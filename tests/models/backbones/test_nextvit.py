@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import re
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbones import create_backbone
 from models.backbones.base import FeatureLevel
 from models.backbones.layers import DropPath
-from models.backbones.nextvit import ARCHITECTURES, EMHSA, MIXERS, XCA, EMHSA2d, NextViT
+from models.backbones.nextvit import ARCHITECTURES, NCB, NTB, NextViT
+from models.backbones.nextvit_attention import EMHSA, MIXERS, XCA, EMHSA2d
 from utils.errors import SpecError
 
 TINY = {"depths": [1, 1, 2, 1], "conv_channels": [32, 32, 64, 64], "out_channels": [32, 64, 96, 128]}
@@ -194,7 +199,12 @@ def test_every_parameter_learns(mixer: str) -> None:
 
 def test_drop_path_rises_and_stops_in_evaluation() -> None:
     model = build(drop_path_rate=0.4)
-    assert [m.drop_prob for m in model.modules() if isinstance(m, DropPath)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    blocks = [block for block in model.features if isinstance(block, (NCB, NTB))]
+    rates = [[m.drop_prob for m in block.modules() if isinstance(m, DropPath)] for block in blocks]
+    full = [0, 0.1, 0.2, 0.3, 0.4]
+    expected = [[rate] if isinstance(b, NCB) else [0.75 * rate, 0.25 * rate, rate] for b, rate in zip(blocks, full)]
+    for found, want in zip(rates, expected, strict=True):
+        assert found == pytest.approx(want)
     model.eval()
     with torch.no_grad():
         torch.testing.assert_close(model(image()), model(image()), rtol=0, atol=0)
@@ -269,3 +279,104 @@ def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(SpecError, match=sentence) as error, torch.device("meta"):
         NextViT(**arguments)
     assert "\n" not in str(error.value)
+
+
+def timm_twin(model: NextViT, **options: Any) -> nn.Module:
+    """timm's Next-ViT with the weights of `model`."""
+    twin = timm.create_model("nextvit_small", features_only=True, **options)
+    ours = model.state_dict()
+    starts = [0, *itertools.accumulate(model.arch.depths)]
+    state = {}
+    for key in twin.state_dict():
+        parts = re.sub(r"^(stages|stem)_(\d)\.", r"\1.\2.", key).split(".")
+        if parts[0] == "stages":
+            parts = ["features", str(starts[int(parts[1])] + int(parts[3])), *parts[4:]]
+        name = ".".join(parts).replace(".mlp.fc1.", ".mlp.conv1.").replace(".mlp.fc2.", ".mlp.conv2.")
+        state[key] = ours[name]
+    twin.load_state_dict(state)
+    return twin
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [{}, {"drop_path_rate": 0.5}, {"attn_drop_rate": 0.4}, {"drop_path_rate": 0.3, "attn_drop_rate": 0.2}],
+    ids=str,
+)
+def test_training_mode_equals_timm(rates: dict[str, float]) -> None:
+    """Seeded outputs and gradients in training mode: drop path, dropout of attention, batch statistics.
+
+    `drop_rate` is left out: timm applies it once in an MLP, the reference twice.
+    """
+    torch.manual_seed(0)
+    ours = NextViT("small", **rates).train()
+    theirs = timm_twin(ours, **rates).train()
+    x = image((4, 3, 64, 64))
+    results = []
+    for model in (ours.forward_features, theirs):
+        torch.manual_seed(7)
+        outputs = model((x - 0.5) / 0.25)
+        sum(y.square().mean() for y in outputs).backward()
+        results.append(outputs)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    for a, b in (
+        (ours.stem[0].conv, theirs.stem_0.conv),
+        (ours.features[-1].mlp.conv1, theirs.stages_3.blocks[-1].mlp.fc1),
+    ):
+        assert a.weight.grad.abs().max() > 0
+        torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("fused", ["q k v", "qk v", "qkv"])
+def test_convolutional_attention_weights_load(fused: str) -> None:
+    model = build()
+    state = {}
+    for key, value in model.state_dict().items():
+        layer = key.split(".")[-2]
+        if ".e_mhsa." not in key or layer not in "qkv":
+            state[key] = value
+            continue
+        name = next(name for name in fused.split() if layer in name)
+        if layer == name[0]:
+            parts = torch.cat([model.state_dict()[key.replace(f".{layer}.", f".{part}.")] for part in name])
+            state[key.replace(f".{layer}.", f".{name}.")] = parts[..., None, None] if key.endswith("weight") else parts
+    assert (fused == "q k v") or len(state) < len(model.state_dict())
+    found = model.convert_official(state)
+    assert found.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(found[key], value), key
+
+
+def test_published_arguments() -> None:
+    model = create_backbone(
+        "NextViT", arch={**TINY, "head_dim": 16}, stem_chs=[32, 16, 32], path_dropout=0.2, attn_drop=0.1, drop=0.1,
+        strides=[1, 2, 2, 1], sr_ratios=[4, 2, 1, 1], qkv_bias=False, qk_scale=0.5, with_extra_norm=True,
+        use_checkpoint=True,
+    )  # fmt: skip
+    assert [level.stride for level in model.levels] == [4, 8, 16] and model.levels[-1].channels == 128
+    outputs = model.train()(image())
+    assert [tuple(y.shape[1:]) for y in outputs] == [(32, 16, 24), (64, 8, 12), (128, 4, 6)]
+    sum(y.square().mean() for y in outputs).backward()
+    assert model.get_parameter("stem.0.conv.weight").grad is not None
+    with pytest.raises(SpecError, match="'num_classes' is not supported: the classifier is not built"):
+        create_backbone("NextViT", num_classes=10)
+
+
+def test_use_checkpoint_gives_equal_gradients() -> None:
+    gradients = []
+    for use_checkpoint in (False, True):
+        model = build(drop_path_rate=0.3, use_checkpoint=use_checkpoint).train()
+        torch.manual_seed(3)
+        sum(y.square().mean() for y in model(image())).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_deploy_builds_the_reparameterized_model() -> None:
+    trained = build()
+    trained.reparameterize()
+    deployed = NextViT(TINY, deploy=True)
+    deployed.load_state_dict(trained.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(deployed.eval()(image()), trained.eval()(image()))

@@ -300,7 +300,7 @@ def test_a_file_of_a_deeper_network_is_refused_in_both_directions(tmp_path: Path
 
 
 def test_a_file_of_another_width_is_refused(tmp_path: Path) -> None:
-    torch.save(RIFormer({**TINY, "embed_dims": [16, 16, 24, 32]}).state_dict(), tmp_path / "wide.pth")
+    torch.save(RIFormer({**TINY, "embed_dims": [12, 16, 24, 32]}).state_dict(), tmp_path / "wide.pth")
     with pytest.raises(CheckpointError, match="has shape .*, RIFormer needs"):
         create_backbone("RIFormer", weights=tmp_path / "wide.pth", arch=TINY)
     report = load_published(RIFormer(TINY), tmp_path / "wide.pth", None, partial=True)
