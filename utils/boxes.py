@@ -171,7 +171,8 @@ def box_iou(a: Array, b: Array, eps: float = 1e-7) -> Array:
 def _overlap(a_low: Array, a_high: Array, b_low: Array, b_high: Array) -> Array:
     """Return the length of the intersection of intervals."""
     if isinstance(a_low, torch.Tensor):
-        return (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).clamp(min=0)
+        # relu has gradient 0 at 0 in every PyTorch version; that of clamp changed between 2.10 and 2.14.
+        return (torch.minimum(a_high, b_high) - torch.maximum(a_low, b_low)).relu()
     return (np.minimum(a_high, b_high) - np.maximum(a_low, b_low)).clip(0)
 
 
