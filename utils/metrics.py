@@ -18,6 +18,7 @@ IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # COCO: 0.50:0.05:0.95
 CURVE_POINTS = 1000  # confidences at which the curves are sampled
 RECALL_POINTS = 101  # 101-point interpolation of COCO
 F1_SMOOTHING = 0.1  # width of the box filter on the mean F1 curve, as a fraction of its length
+RANKING_FLOOR = 0.05  # mAP50-95 or fitness below which models are not ranked: differences are noise
 FITNESS_WEIGHTS = (0.0, 0.0, 0.1, 0.9)  # of precision, recall, mAP50, mAP50-95
 
 

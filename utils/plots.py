@@ -45,7 +45,7 @@ HISTORY_PANELS = (
 MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """Return an empty figure (size in inches) on the Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -55,7 +55,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
+def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
     """Write the figure; names in scripts that the font lacks become boxes, without a warning per letter."""
     with atomic_path(path) as part, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
@@ -83,13 +83,13 @@ def plot_precision_recall(
         classes: nc class numbers.
         names: class names by number.
     """
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.add_subplot()
     labels = [f"{_name(names, c)} {value:.3f}" for c, value in zip(classes, ap50)]
     mean = f"all classes {np.mean(ap50) if len(ap50) else 0:.3f} mAP@0.5"
     _class_lines(axes, curves.at_recall, curves.precision_at_recall, labels, mean)
     _unit_axes(axes, "Recall", "Precision", "Precision-recall curve")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def plot_confidence_curve(
@@ -105,7 +105,7 @@ def plot_confidence_curve(
         classes: nc class numbers.
         names: class names by number.
     """
-    figure = _figure(9, 6)
+    figure = new_figure(9, 6)
     axes = figure.add_subplot()
     mean = smooth(values.mean(0), 0.05) if len(values) else np.zeros_like(score)
     best = int(mean.argmax())
@@ -113,7 +113,7 @@ def plot_confidence_curve(
     text = f"all classes {mean[best]:.2f} at {score[best]:.3f}"
     _class_lines(axes, score, values, labels, text)
     _unit_axes(axes, "Confidence", quantity, f"{quantity}-confidence curve")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[str], mean_label: str) -> None:
@@ -145,7 +145,7 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
     count = len(matrix)
     shown = matrix / np.maximum(matrix.sum(0), 1e-9) if normalize else matrix
     size = min(max(5.5, 3 + 0.45 * count), 16)
-    figure = _figure(size * 1.15, size)
+    figure = new_figure(size * 1.15, size)
     axes = figure.add_subplot()
     image = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
     figure.colorbar(image, ax=axes, shrink=0.8)
@@ -166,7 +166,7 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
     axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
     axes.grid(which="minor", color="0.92", linewidth=0.5)
     axes.tick_params(which="minor", length=0)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ def plot_history(path: str | Path, csv_path: str | Path) -> None:
     """
     history = read_history(csv_path)
     epochs = history.get("epoch", np.arange(len(next(iter(history.values())))))
-    figure = _figure(13, 6)
+    figure = new_figure(13, 6)
     grid = figure.subplots(2, 5)
     for axes, name in zip(grid.flat, HISTORY_PANELS):
         axes.set_title(name, fontsize=11)
@@ -214,7 +214,7 @@ def plot_history(path: str | Path, csv_path: str | Path) -> None:
         axes.set_xlabel("epoch")
     if grid[0, 0].get_legend_handles_labels()[0]:
         grid[0, 0].legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _gaussian(values: np.ndarray, sigma: float = 3.0) -> np.ndarray:
@@ -233,7 +233,7 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
         names: class names by number.
     """
     labels = np.asarray(labels, np.float64).reshape(-1, 5)
-    figure = _figure(10, 10)
+    figure = new_figure(10, 10)
     (bars, boxes), (centers, sizes) = figure.subplots(2, 2)
     _class_bars(bars, labels[:, 0].astype(int), names)
     _box_polygons(boxes, labels)
@@ -245,7 +245,7 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
     centers.invert_yaxis()  # as in an image: y grows downwards
     centers.set_title("centers (parts of the sides)", fontsize=11)
     sizes.set_title("sizes (parts of the sides)", fontsize=11)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
@@ -283,7 +283,7 @@ def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
         path: file to write.
         studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per image.
     """
-    figure = _figure(8, 5.5)
+    figure = new_figure(8, 5.5)
     axes = figure.add_subplot()
     for k, (name, rows) in enumerate(studies.items()):
         rows = np.asarray(rows, np.float64).reshape(-1, 4)
@@ -298,4 +298,4 @@ def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
     axes.set_axisbelow(True)
     if studies:
         axes.legend(frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -19,6 +19,7 @@ from engine.compare.pareto import Limits, Pick, points_of
 from engine.compare.results import CandidateResult
 from engine.compare.table import Table, all_tables, as_csv, as_markdown
 from utils.files import atomic_path
+from utils.metrics import RANKING_FLOOR
 
 IMAGES = {
     "pareto.png": "Accuracy and latency",
@@ -66,7 +67,8 @@ class Findings:
     def verdict(self) -> str:
         """Return the pick in one sentence."""
         if self.chosen.label is None:
-            return f"No pick: {self.chosen.reason}."
+            names = ", ".join(self.chosen.front)
+            return f"No pick: {self.chosen.reason}." + (f" Pareto front: {names}." if names else "")
         return f"Pick: {self.chosen.label}: {self.chosen.reason}."
 
 
@@ -93,8 +95,11 @@ def how_measured(found: Findings) -> list[str]:
         f"A training step (batch {found.step_batch}) is forward, loss, backward, clipping and optimizer "
         f"({c.optimizer}, --amp {c.amp}), without the loader, on one batch.",
         memory,
-        "Two figures are a tie (=) when their ranges overlap: quartiles of rounds, or all seeds. A place is one "
-        "more than there are candidates that are better beyond that.",
+        "Two values tie (=) when their ranges overlap: quartiles of the rounds; for mAP50-95 all seeds and the 95 % "
+        "bootstrap interval over the validation images (200 resamples). A rank is one more than the number of "
+        f"candidates that are better beyond that. Accuracies below mAP50-95 {RANKING_FLOOR:g} are not ranked.",
+        "The Pareto front holds the candidates that no other one dominates in latency and mAP50-95 (in latency and "
+        "parameters where accuracies cannot be ranked): at least as good in both and better beyond the ranges in one.",
     ]
     if any(row.accuracy and row.accuracy.seeds is not None for row in found.rows):
         seeds = ", ".join(map(str, c.seeds))
@@ -147,9 +152,9 @@ def draw(found: Findings, folder: Path) -> list[str]:
     points, limits = points_of(found.rows, runtime, batch), Limits.of(found.config)
     if any(point.latency for point in points.values()):
         what = f"{runtime}, re-parameterized model, batch {batch}"
-        images.pareto_image(folder / "pareto.png", points, found.chosen, limits, what)
-    images.latency_image(folder / "latency.png", found.rows)
-    images.memory_image(folder / "memory.png", found.rows, runtime, batch)
+        images.plot_pareto(folder / "pareto.png", points, found.chosen, limits, what)
+    images.plot_latency(folder / "latency.png", found.rows)
+    images.plot_memory(folder / "memory.png", found.rows, runtime, batch)
     return [name for name in IMAGES if (folder / name).is_file()]
 
 
@@ -161,7 +166,7 @@ def as_json(found: Findings) -> str:
         "options": found.config.to_dict(),
         "data": found.data,
         "machine": dict(found.machine),
-        "pick": {"label": found.chosen.label, "reason": found.chosen.reason, "misses": dict(found.chosen.misses)},
+        "pick": asdict(found.chosen),
         "limits": asdict(Limits.of(found.config)),
         "how_measured": how_measured(found),
         "candidates": [row.to_plain() for row in found.rows],

@@ -1,4 +1,4 @@
-"""Which candidates no other one beats, which keep the limits, and which one to take. Pure."""
+"""Pareto front, limits and recommendation. Pure functions."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from engine.compare.config import CompareConfig
 from engine.compare.measure.rounds import Spread
 from engine.compare.results import CandidateResult, measured
+from utils.metrics import RANKING_FLOOR
 
 
 @dataclass(frozen=True)
 class Point:
-    """What counts for the choice.
+    """Values of one candidate that decide; None where not measured.
 
     Attributes:
-        latency: milliseconds per image; None where it could not be measured.
-        accuracy: mAP50-95; None where it was not measured.
-        parameters_m, gflops, memory_mb: None where unknown.
+        latency: milliseconds per image.
+        accuracy: mAP50-95.
+        parameters_m: millions of parameters.
+        gflops: at `--imgsz`.
+        memory_mb: peak memory of inference.
+        has_interval: whether `accuracy` is a range, from several seeds or from the bootstrap.
     """
 
     latency: Spread | None
@@ -25,11 +29,12 @@ class Point:
     parameters_m: float | None
     gflops: float | None = None
     memory_mb: float | None = None
+    has_interval: bool = True
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a candidate must keep to qualify; None = no limit."""
+    """Upper bounds that a candidate must keep to qualify; None = no limit."""
 
     latency_ms: float | None = None
     parameters_m: float | None = None
@@ -38,28 +43,30 @@ class Limits:
 
     @classmethod
     def of(cls, config: CompareConfig) -> Limits:
-        """Those of the options."""
+        """Return the limits of the options."""
         return cls(config.max_latency_ms, config.max_params_m, config.max_gflops, config.max_memory_mb)
 
     def texts(self) -> list[str]:
-        """Each limit in words."""
+        """Return a description of each limit."""
         units = {"latency_ms": "ms", "parameters_m": "M parameters", "gflops": "GFLOPs", "memory_mb": "MB"}
         return [f"at most {value:g} {units[name]}" for name, value in vars(self).items() if value is not None]
 
 
 @dataclass(frozen=True)
 class Pick:
-    """The candidate to take.
+    """The recommended candidate.
 
     Attributes:
-        label: its name; None when none qualifies.
+        label: its name; None when no candidate can be recommended.
         reason: one sentence.
-        misses: by candidate what keeps it from qualifying; empty for those that qualify.
+        misses: by candidate the limits that it exceeds; empty for those that qualify.
+        front: qualifying candidates on the Pareto front, fastest first.
     """
 
     label: str | None
     reason: str
     misses: Mapping[str, tuple[str, ...]]
+    front: tuple[str, ...] = ()
 
 
 def points_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> dict[str, Point]:
@@ -67,105 +74,129 @@ def points_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> dict
 
     Args:
         rows: of the comparison.
-        runtime, batch: whose latency counts.
+        runtime: whose latency counts.
+        batch: whose latency counts.
     """
-    out = {}
+    points = {}
     for row in measured(rows):
         latency = row.latency(runtime, batch)
-        out[row.label] = Point(
+        points[row.label] = Point(
             latency.total if latency else None,
-            row.accuracy.figure("map") if row.accuracy else None,
+            row.accuracy.map_range() if row.accuracy else None,
             row.parameters_m,
             row.structure["gflops"] if row.structure else None,
             latency.peak_mb if latency else None,
+            row.accuracy is not None and row.accuracy.has_interval,
         )
-    return out
+    return points
 
 
-def front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Candidates that no other one beats, by rising cost.
+def unranked_reason(points: Mapping[str, Point]) -> str:
+    """Return why the accuracies of these candidates cannot be ranked, or ''."""
+    trained = [point for point in points.values() if point.accuracy is not None]
+    if not trained:
+        return "no accuracy was measured; train with --epochs to get a recommendation"
+    best = max(point.accuracy.middle for point in trained if point.accuracy)
+    if best < RANKING_FLOOR:
+        return (
+            f"not trained long enough to rank: the best mAP50-95 is {best:.3f}; below {RANKING_FLOOR:g} differences "
+            "are not meaningful"
+        )
+    if not all(point.has_interval for point in trained):
+        return "too few validation images for an interval of mAP50-95; train with at least two --seeds"
+    return ""
 
-    Args:
-        points: (cost, value); one beats another when it costs no more and is worth no less, and differs in one of them.
+
+def front(points: Mapping[str, Point]) -> list[str]:
+    """Return the candidates that no other one dominates, fastest first.
+
+    Compared are latency and mAP50-95, or latency and parameters where accuracies cannot be ranked. A candidate is
+    dominated by one that is no worse in both, and better in one beyond the measured ranges.
     """
-    kept = []
-    for name, (cost, value) in points.items():
-        beaten = any(
-            c <= cost and v >= value and (c, v) != (cost, value) for other, (c, v) in points.items() if other != name
-        )
-        if not beaten:
-            kept.append(name)
-    return sorted(kept, key=lambda name: points[name])
+    use_accuracy = not unranked_reason(points)
+    costs: dict[str, tuple[Spread, Spread]] = {}
+    for name, point in points.items():
+        second = point.accuracy.scaled(-1) if use_accuracy and point.accuracy else None
+        if not use_accuracy and point.parameters_m is not None:
+            second = Spread(point.parameters_m, point.parameters_m, point.parameters_m)
+        if point.latency is not None and second is not None:
+            costs[name] = point.latency, second
+
+    def dominates(a: str, b: str) -> bool:
+        pairs = list(zip(costs[a], costs[b]))
+        return all(x.middle <= y.middle for x, y in pairs) and any(x.high < y.low for x, y in pairs)
+
+    kept = [name for name in costs if not any(dominates(other, name) for other in costs)]
+    return sorted(kept, key=lambda name: costs[name][0].middle)
 
 
 def misses(point: Point, limits: Limits) -> tuple[str, ...]:
-    """Return the reasons why a candidate does not qualify."""
+    """Return the limits that a candidate exceeds."""
     return tuple(text for text, _ in _excesses(point, limits))
 
 
 def _excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
-    """(in words, as a factor on the limit)."""
+    """Return (description, value divided by the limit) of each exceeded limit."""
     checks = (
         ("latency", point.latency.middle if point.latency else None, limits.latency_ms, "ms"),
         ("parameters", point.parameters_m, limits.parameters_m, "M"),
         ("operations", point.gflops, limits.gflops, "GFLOPs"),
         ("memory", point.memory_mb, limits.memory_mb, "MB"),
     )
-    out = []
+    exceeded = []
     for name, value, limit, unit in checks:
         if limit is None:
             continue
         if value is None:
-            out.append((f"{name} unknown", float("inf")))
+            exceeded.append((f"{name} unknown", float("inf")))
         elif value > limit:
-            out.append((f"{name} {value:.4g} {unit} > {limit:g}", value / limit if limit else float("inf")))
-    return out
+            exceeded.append((f"{name} {value:.4g} {unit} > {limit:g}", value / limit if limit else float("inf")))
+    return exceeded
 
 
 def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
     """Return the recommended candidate.
 
-    With accuracy: the best mAP50-95 among those that qualify; where others tie with it (their ranges
-    over the seeds overlap), the fastest of these; where latencies tie as well, the smallest. Without
-    accuracy: the fastest that qualifies.
+    The best mAP50-95 among those that qualify; where others tie with it (their ranges overlap), the fastest of these;
+    where latencies tie as well, the smallest. No candidate is recommended where accuracies cannot be ranked.
 
     Args:
         points: by candidate.
         limits: to keep.
     """
     missed = {name: misses(point, limits) for name, point in points.items()}
-    qualifies = {name: point for name, point in points.items() if not missed[name]}
+    qualified = {name: point for name, point in points.items() if not missed[name]}
     if not points:
-        return Pick(None, "nothing was measured", missed)
-    if not qualifies:
+        return Pick(None, "no candidate was measured", missed)
+    if not qualified:
         nearest = min(points, key=lambda name: max(factor for _, factor in _excesses(points[name], limits)))
         return Pick(None, f"no candidate keeps the limits; nearest is {nearest}: {', '.join(missed[nearest])}", missed)
-    judged = {name: point for name, point in qualifies.items() if point.accuracy is not None}
+    members = tuple(front(qualified))
+    problem = unranked_reason(qualified)
+    if problem:
+        return Pick(None, problem, missed, members)
     among = (
-        f"of the {len(qualifies)} that keep the limits ({', '.join(limits.texts())})" if limits.texts() else "of all"
+        f"of the {len(qualified)} that keep the limits ({', '.join(limits.texts())})" if limits.texts() else "of all"
     )
-    if not judged:
-        name, why = _fastest(qualifies)
-        reason = f"{why} {among}; no accuracy was measured, train with --epochs to know more"
-        return Pick(name, reason, missed)
-    name, reason = _best(judged, among)
-    return Pick(name, reason, missed)
+    label, reason = _most_accurate(qualified, among)
+    return Pick(label, reason, missed, members)
 
 
-def _best(judged: Mapping[str, Point], among: str) -> tuple[str, str]:
-    accuracy = {name: point.accuracy for name, point in judged.items() if point.accuracy is not None}
-    best = max(accuracy, key=lambda name: accuracy[name].middle)
-    top = accuracy[best]
-    tied = {name: judged[name] for name, spread in accuracy.items() if spread.overlaps(top)}
-    seeds = len(top.values)
-    doubt = "; one training each: how much seeds differ is unknown" if seeds <= 1 else ""
+def _most_accurate(points: Mapping[str, Point], among: str) -> tuple[str, str]:
+    accuracy = {name: point.accuracy for name, point in points.items() if point.accuracy is not None}
+    best = max(accuracy.values(), key=lambda spread: spread.middle)
+    tied = {name: points[name] for name, spread in accuracy.items() if spread.overlaps(best)}
+    seeds = len(best.values)
+    doubt = "; one training each: the variation between seeds is not included" if seeds <= 1 else ""
     if len(tied) == 1:
-        return best, f"best mAP50-95 ({top.middle:.3f}) {among}{doubt}"
-    name, why = _fastest(tied)
-    others = ", ".join(sorted(set(tied) - {name}))
-    return name, (
-        f"{why} of those with the best mAP50-95 {among}: {accuracy[name].middle:.3f} is a tie with {others} "
-        f"by {seeds} seeds"
+        (label,) = tied
+        return label, f"best mAP50-95 ({best.middle:.3f} [{best.low:.3f}, {best.high:.3f}]) {among}{doubt}"
+    label, why = _fastest(tied)
+    others = ", ".join(sorted(set(tied) - {label}))
+    found = accuracy[label]
+    return label, (
+        f"{why} of those with the best mAP50-95 {among}: {found.middle:.3f} [{found.low:.3f}, {found.high:.3f}] ties "
+        f"with {others}{doubt}"
     )
 
 
@@ -173,8 +204,8 @@ def _fastest(points: Mapping[str, Point]) -> tuple[str, str]:
     timed = {name: point.latency for name, point in points.items() if point.latency is not None}
     if not timed:
         return min(points, key=lambda name: points[name].parameters_m or float("inf")), "smallest"
-    first = min(timed, key=lambda name: timed[name].middle)
-    tied = [name for name, spread in timed.items() if spread.overlaps(timed[first])]
-    name = min(tied, key=lambda name: points[name].parameters_m or float("inf"))
-    why = "fastest" if len(tied) == 1 else "smallest of the fastest"
-    return name, f"{why} ({timed[name].middle:.4g} ms per image)"
+    first = min(timed.values(), key=lambda latency: latency.middle)
+    tied = [name for name, latency in timed.items() if latency.overlaps(first)]
+    label = min(tied, key=lambda name: points[name].parameters_m or float("inf"))
+    why = "fastest" if len(tied) == 1 else "smallest of the candidates that tie for the lowest latency"
+    return label, f"{why} ({timed[label].middle:.4g} ms per image)"

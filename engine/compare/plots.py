@@ -1,358 +1,322 @@
-"""Images of a comparison: accuracy against latency with the Pareto front, latency by stage, memory.
-
-Drawn on their own canvas, without a window system and without the caller's matplotlib state.
-"""
+"""Plots of a comparison: Pareto front, latency by stage, memory. Drawn without pyplot and its global state."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+from matplotlib.transforms import Bbox
 
-from engine.compare.pareto import Limits, Pick, Point, front
-from engine.compare.results import STAGES, CandidateResult, measured
+from engine.compare.pareto import Limits, Pick, Point, unranked_reason
+from engine.compare.results import STAGES, CandidateResult, Latency, measured
 from engine.compare.table import significant
-from utils.files import atomic_path
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from utils.plots import new_figure, save_figure
 
 DPI = 130
-SMALLEST, LARGEST = 60.0, 1400.0  # areas of discs, in square points
+MIN_AREA, MAX_AREA = 60.0, 1400.0  # of discs, in square points
 STAGE_COLORS = {"preprocess": "#8da0cb", "forward": "#4878a8", "nms": "#e0a058"}
-GRAY, FRONT, PICKED = "0.55", "#c0392b", "#2e8b57"
+BLUE, LIGHT, GRAY, FRONT, PICKED = "#4878a8", "0.8", "0.55", "#c0392b", "#2e8b57"
 GAP = 4.0  # pixels between a label and what it must not touch
-STEPS = 24  # rings on which a label may be placed
+RINGS = 24  # distances at which a label is tried
+DIRECTIONS = ((1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
+MIN_SPAN = 0.1  # of mAP50-95 on the axis: smaller differences are not magnified
+LOG_RATIO = 12  # a logarithmic axis above this ratio of the largest to the smallest value
 
-Box = tuple[float, float, float, float]
-"""left, bottom, right, top in pixels."""
 
-
-# ---- labels that do not overlap (pure) ------------------------------------------------------------------------------
+# ---- labels that do not overlap -------------------------------------------------------------------------------------
 
 
 def place_labels(
-    anchors: Sequence[Box], sizes: Sequence[tuple[float, float]], inside: Box, obstacles: Sequence[Box] = ()
-) -> list[Box]:
-    """Find a place for each label, beside what it names.
-
-    Rings around the named thing are tried from near to far, eight directions each, to the right first. A place is free
-    when it lies inside, and touches neither a label placed before, nor any of the named things, nor an obstacle.
+    anchors: Sequence[Bbox], sizes: Sequence[tuple[float, float]], frame: Bbox, obstacles: Sequence[Bbox] = ()
+) -> list[Bbox]:
+    """Return a box for each label, near its anchor: the first free one, or the one with the least overlap.
 
     Args:
-        anchors: boxes of what is named.
+        anchors: boxes of what is labeled, in pixels.
         sizes: (width, height) of the labels.
-        inside: where labels may be.
-        obstacles: what else is not to be covered; an overlap with them weighs half.
-
-    Returns:
-        A box per label. Where nothing is free the one with the least overlap.
+        frame: where labels may be.
+        obstacles: lines and legends, with half the weight of other labels.
     """
-    placed: list[Box] = []
-    for anchor, size in zip(anchors, sizes):
-        taken = [*anchors, *placed]
-        best, least = None, float("inf")
-        for box in _places(anchor, size):
-            cost = sum(overlap(box, other) for other in taken) + outside(box, inside)
-            cost += sum(overlap(box, other) for other in obstacles) / 2
-            if cost < least:
-                best, least = box, cost
-            if cost == 0:
+    placed: list[Bbox] = []
+    for anchor, (width, height) in zip(anchors, sizes):
+        best, least = anchor, float("inf")
+        for reach in GAP + np.arange(RINGS) * 0.6 * height:
+            for dx, dy in DIRECTIONS:
+                x = (anchor.x0 - reach - width, (anchor.x0 + anchor.x1 - width) / 2, anchor.x1 + reach)[dx + 1]
+                y = (anchor.y0 - reach - height, (anchor.y0 + anchor.y1 - height) / 2, anchor.y1 + reach)[dy + 1]
+                box = Bbox.from_bounds(x, y, width, height)
+                hidden = width * height - shared_area(box, frame)
+                cost = 10 * hidden if hidden > 1e-6 else 0.0
+                cost += sum(shared_area(box.padded(GAP / 2), other) for other in (*anchors, *placed))
+                cost += sum(shared_area(box.padded(GAP / 2), other) for other in obstacles) / 2
+                if cost < least:
+                    best, least = box, cost
+            if least == 0:
                 break
-        assert best is not None
         placed.append(best)
     return placed
 
 
-def _places(anchor: Box, size: tuple[float, float]) -> Sequence[Box]:
-    left, bottom, right, top = anchor
-    width, height = size
-    x, y = (left + right) / 2, (bottom + top) / 2
-    out = []
-    for ring in range(STEPS):
-        reach = GAP + ring * height * 0.6
-        columns = {1: right + reach, 0: x - width / 2, -1: left - reach - width}
-        lines = {1: top + reach, 0: y - height / 2, -1: bottom - reach - height}
-        for dx, dy in ((1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 0), (-1, 1), (-1, -1)):
-            out.append((columns[dx], lines[dy], columns[dx] + width, lines[dy] + height))
-    return out
-
-
-def overlap(a: Box, b: Box) -> float:
-    """Area in square pixels that two boxes share, each a little larger than it is."""
-    width = min(a[2], b[2]) - max(a[0], b[0]) + GAP / 2
-    height = min(a[3], b[3]) - max(a[1], b[1]) + GAP / 2
-    return width * height if width > 0 and height > 0 else 0.0
-
-
-def outside(box: Box, inside: Box) -> float:
-    """How much of a box lies outside, in square pixels; weighs more than an overlap."""
-    width, height = box[2] - box[0], box[3] - box[1]
-    seen = max(0.0, min(box[2], inside[2]) - max(box[0], inside[0])) * max(
-        0.0, min(box[3], inside[3]) - max(box[1], inside[1])
-    )
-    hidden = width * height - seen
-    return 10 * hidden if hidden > 1e-6 else 0.0
+def shared_area(a: Bbox, b: Bbox) -> float:
+    """Return the area of the intersection in square pixels."""
+    common = Bbox.intersection(a, b)
+    return float(common.width * common.height) if common is not None else 0.0
 
 
 # ---- accuracy against latency ---------------------------------------------------------------------------------------
 
 
-def pareto_image(path: Path, points: Mapping[str, Point], chosen: Pick, limits: Limits, what: str) -> None:
-    """Accuracy (without one: operations) against latency; the area of a disc is the number of parameters.
+def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Limits, what: str) -> None:
+    """Plot mAP50-95, or parameters without accuracies, against latency; the disc area is the number of parameters.
 
     Args:
         path: PNG to write.
         points: by candidate; those without latency are left out.
-        chosen: marked.
+        pick: recommendation and Pareto front, highlighted.
         limits: the one on latency is drawn.
-        what: whose latency.
+        what: whose latency, for the axis.
     """
-    figure = _figure(9.5, 6.2)
+    figure = new_figure(9.5, 6.2)
+    figure.set_dpi(DPI)  # labels are placed in pixels
     axes = figure.add_subplot()
-    judged = any(point.accuracy for point in points.values())
-    at: dict[str, tuple[float, float]] = {}
+    has_accuracy = any(point.accuracy for point in points.values())
+    ranges: dict[str, Bbox] = {}  # latency and accuracy of each candidate, low to high
+    centers: dict[str, tuple[float, float]] = {}
     for label, point in points.items():
-        value = (point.accuracy.middle if point.accuracy else None) if judged else point.gflops
+        y = point.accuracy if has_accuracy else None
+        value = y.middle if y else None if has_accuracy else point.parameters_m
         if point.latency is not None and value is not None:
-            at[label] = (point.latency.middle, value)
-    biggest = max((points[label].parameters_m or 0.0 for label in at), default=1.0) or 1.0
-    areas = {label: disc_area(points[label].parameters_m or 0.0, biggest) for label in at}
-    lines: list[tuple[float, float, float, float]] = []  # drawn, in data: labels are to keep off
-    kept = front(at) if judged else []
-    if judged and len(kept) > 1:
-        lines += _draw_front(axes, [at[label] for label in kept])
-    for label, (x, y) in sorted(at.items(), key=lambda item: -areas[item[0]]):  # small discs on top
-        color = PICKED if label == chosen.label else FRONT if label in kept else GRAY if judged else "#4878a8"
-        strength = 0.35 if chosen.misses.get(label) else 0.8
-        axes.scatter([x], [y], s=areas[label], color=color, linewidths=0, zorder=2, alpha=strength)
-        lines += _ranges(axes, points[label], (x, y), judged)
+            centers[label] = point.latency.middle, value
+            low, high = (y.low, y.high) if y else (value, value)
+            ranges[label] = Bbox.from_extents(point.latency.low, low, point.latency.high, high)
+    largest = max((points[label].parameters_m or 0.0 for label in centers), default=1.0) or 1.0
+    areas = {label: disc_area(points[label].parameters_m or 0.0, largest) for label in centers}
+    lines = [*_draw_front(axes, [centers[label] for label in pick.front if label in centers])]
+    for label, (x, y_middle) in sorted(centers.items(), key=lambda item: -areas[item[0]]):  # small discs on top
+        color = PICKED if label == pick.label else FRONT if label in pick.front else GRAY
+        alpha = 0.35 if pick.misses.get(label) else 0.8
+        axes.scatter([x], [y_middle], s=areas[label], color=color, linewidths=0, zorder=2, alpha=alpha)
+        box = ranges[label]
+        for ends in ([box.x0, y_middle, box.x1, y_middle], [x, box.y0, x, box.y1]):
+            axes.plot(ends[::2], ends[1::2], color="0.2", lw=0.8, zorder=3)
+            lines.append(Bbox.from_extents(*ends))
+    _set_limits(axes, list(ranges.values()), has_accuracy)
     if limits.latency_ms is not None:
         axes.axvline(limits.latency_ms, color="0.3", lw=0.9, ls="--", label=f"limit {limits.latency_ms:g} ms")
+        lines.append(Bbox.from_extents(limits.latency_ms, axes.get_ylim()[0], limits.latency_ms, axes.get_ylim()[1]))
+    reason = unranked_reason(points)
+    title = "Accuracy against latency" if has_accuracy else "Parameters against latency"
+    axes.set_title(title + (f" ({reason.partition(':')[0]})" if has_accuracy and reason else ""), fontsize=12)
     axes.set_xlabel(f"milliseconds per image ({what})")
-    axes.set_ylabel("mAP50-95" if judged else "GFLOPs (no accuracy was measured)")
-    axes.set_title("Accuracy against latency" if judged else "Operations against latency", fontsize=12)
-    _room(axes, [*((x, y, x, y) for x, y in at.values()), *lines], judged)
-    if limits.latency_ms is not None:
-        lines.append((limits.latency_ms, axes.get_ylim()[0], limits.latency_ms, axes.get_ylim()[1]))
+    axes.set_ylabel("mAP50-95" if has_accuracy else "parameters, M (no accuracy was measured)")
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, loc="lower right", fontsize=9)
-    _area_key(axes, biggest, judged)
-    _write_labels(figure, axes, at, areas, lines, chosen.label)
-    _save(figure, path)
+    note = f"disc area: parameters (largest {largest:.3g} M); lines: quartiles of the latency"
+    note += ", range of mAP50-95" if has_accuracy else ""
+    axes.text(0.01, 0.985, note, transform=axes.transAxes, fontsize=8, color="0.35", va="top")
+    _write_labels(figure, axes, centers, areas, lines, pick.label)
+    save_figure(figure, path, DPI)
 
 
-def _draw_front(axes: Axes, places: Sequence[tuple[float, float]]) -> list[Box]:
-    """Draw steps between the candidates of the front and return the ends of the lines."""
-    xs, ys = zip(*places)
-    axes.step(xs, ys, where="post", color=FRONT, lw=1.2, zorder=1, label="front")
-    flat = [(x, y, next_x, y) for x, y, next_x in zip(xs, ys, xs[1:])]
-    return flat + [(x, y, x, next_y) for x, y, next_y in zip(xs[1:], ys, ys[1:])]
+def _draw_front(axes: Axes, members: Sequence[tuple[float, float]]) -> list[Bbox]:
+    """Draw steps through the members of the front and return their segments."""
+    if len(members) < 2:
+        return []
+    xs, ys = zip(*members)
+    axes.step(xs, ys, where="post", color=FRONT, lw=1.2, zorder=1, label="Pareto front")
+    flat = [Bbox.from_extents(x, y, next_x, y) for x, y, next_x in zip(xs, ys, xs[1:])]
+    return flat + [Bbox.from_extents(x, y, x, next_y) for x, y, next_y in zip(xs[1:], ys, ys[1:])]
 
 
-def disc_area(parameters_m: float, biggest_m: float) -> float:
-    """Area in square points, proportional to the number of parameters, but large enough to be seen."""
-    return max(LARGEST * parameters_m / biggest_m, SMALLEST)
+def disc_area(parameters_m: float, largest_m: float) -> float:
+    """Return the disc area in square points: proportional to the parameters, but large enough to be seen."""
+    return max(MAX_AREA * parameters_m / largest_m, MIN_AREA)
 
 
-def _ranges(axes: Axes, point: Point, at: tuple[float, float], judged: bool) -> list[Box]:
-    """Thin lines: quartiles of the latency, range of the accuracy over seeds. Returns their ends."""
-    x, y = at
-    assert point.latency is not None
-    found = [(point.latency.low, y, point.latency.high, y)]
-    if judged and point.accuracy is not None:
-        found.append((x, point.accuracy.low, x, point.accuracy.high))
-    for x0, y0, x1, y1 in found:
-        axes.plot([x0, x1], [y0, y1], color="0.2", lw=0.8, zorder=3)
-    return found
+def accuracy_limits(boxes: Sequence[Bbox]) -> tuple[float, float]:
+    """Return axis limits of mAP50-95: a span of at least `MIN_SPAN` and of three times the widest range."""
+    low, high = min(box.y0 for box in boxes), max(box.y1 for box in boxes)
+    span = max(1.44 * (high - low), MIN_SPAN, 3 * max(box.y1 - box.y0 for box in boxes))
+    bottom = min(max((low + high - span) / 2, 0.0), max(1.0 - span, 0.0))
+    return bottom, bottom + span
 
 
-def _room(axes: Axes, lines: Sequence[Box], judged: bool) -> None:
-    """Return axis limits with room for markers and labels; latency starts at zero unless candidates would overlap."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    if not lines:
+def _set_limits(axes: Axes, boxes: Sequence[Bbox], has_accuracy: bool) -> None:
+    """Set axis limits that do not magnify noise: from zero, or logarithmic where values differ by `LOG_RATIO`."""
+    if not boxes:
         return
-    ends = np.array(lines).reshape(-1, 2)
-    xs, ys = ends.T
-    if xs.max() > 12 * xs.min():
-        axes.set_xscale("log")
-        axes.set_xlim(xs.min() / 1.6, xs.max() * 1.9)
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.xaxis.set_minor_formatter(NullFormatter())
-    else:
-        spread = xs.max() - xs.min()
-        axes.set_xlim(0 if xs.min() < 0.35 * xs.max() else max(0, xs.min() - 0.8 * spread), xs.max() + 0.35 * spread)
-    if not judged and ys.max() > 12 * ys.min() > 0:
-        axes.set_yscale("log")
-        axes.set_ylim(ys.min() / 1.9, ys.max() * 1.9)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    else:
-        span = max(ys.max() - ys.min(), 0.05 * max(ys.max(), 1e-3))
-        axes.set_ylim(ys.min() - 0.22 * span, ys.max() + 0.22 * span)
-
-
-def _area_key(axes: Axes, biggest: float, judged: bool) -> None:
-    lines = "lines: quartiles, and range over seeds" if judged else "lines: quartiles"
-    axes.text(
-        0.01, 0.985, f"area of a disc: parameters (largest {biggest:.3g} M); {lines}",
-        transform=axes.transAxes, fontsize=8, color="0.35", va="top",
-    )  # fmt: skip
+    extents = np.array([box.extents for box in boxes])
+    for axis, low, high in zip((axes.xaxis, axes.yaxis), extents[:, :2].min(0), extents[:, 2:].max(0)):
+        horizontal = axis is axes.xaxis
+        set_limits = axes.set_xlim if horizontal else axes.set_ylim
+        if not horizontal and has_accuracy:
+            set_limits(*accuracy_limits(boxes))
+        elif high > LOG_RATIO * low > 0:
+            (axes.set_xscale if horizontal else axes.set_yscale)("log")
+            set_limits(low / 1.6, high * 1.9)
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axis.set_minor_formatter(NullFormatter())
+        else:
+            set_limits(0, 1.35 * high or 1)
 
 
 def _write_labels(
     figure: Figure,
     axes: Axes,
-    at: Mapping[str, tuple[float, float]],
+    centers: Mapping[str, tuple[float, float]],
     areas: Mapping[str, float],
-    lines: Sequence[Box],
-    chosen: str | None,
+    lines: Sequence[Bbox],
+    picked: str | None,
 ) -> None:
-    """Names beside the discs; a thin line where one stands apart from what it names."""
+    """Write the names beside the discs, with a thin line to those that are not next to theirs."""
     figure.canvas.draw()
-    figure.set_layout_engine("none")  # places are in pixels from here on
+    figure.set_layout_engine("none")  # positions are in pixels from here on
     scale = figure.dpi / 72
-    anchors, texts, sizes = [], [], []
-    for label, xy in at.items():
-        x, y = axes.transData.transform(xy)
+    anchors, texts = [], []
+    for label, center in centers.items():
+        x, y = axes.transData.transform(center)
         radius = (areas[label] / np.pi) ** 0.5 * scale
-        anchors.append((x - radius, y - radius, x + radius, y + radius))
-        weight = "bold" if label == chosen else "normal"
-        text = axes.text(0, 0, _plain(label), fontsize=9, weight=weight, transform=None, zorder=4)
-        extent = text.get_window_extent()
-        texts.append(text)
-        sizes.append((extent.width, extent.height))
-    frame = axes.get_window_extent()
-    key_height = 16 * scale  # the line about areas
-    inside = (frame.x0 + GAP, frame.y0 + GAP, frame.x1 - GAP, frame.y1 - key_height)
-    obstacles = [_upright(axes.transData.transform(np.reshape(line, (2, 2)))) for line in lines]
+        anchors.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
+        weight = "bold" if label == picked else "normal"
+        texts.append(axes.text(0, 0, _literal(label), fontsize=9, weight=weight, transform=None, zorder=4))
+    sizes = [(box.width, box.height) for box in (text.get_window_extent() for text in texts)]
+    window = axes.get_window_extent()
+    frame = Bbox.from_extents(window.x0, window.y0, window.x1, window.y1 - 16 * scale)  # without the note on top
+    obstacles = [line.transformed(axes.transData).padded(1) for line in lines]
     legend = axes.get_legend()
-    if legend is not None:
-        obstacles.append(_upright(legend.get_window_extent().get_points()))
-    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, inside, obstacles)):
-        text.set_position((box[0], box[1] + 0.22 * (box[3] - box[1])))
-        x, y = (anchor[0] + anchor[2]) / 2, (anchor[1] + anchor[3]) / 2
-        near = min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3])
-        if np.hypot(near[0] - x, near[1] - y) > (anchor[2] - anchor[0]) / 2 + 2 * GAP:
-            axes.annotate(
-                "", near, (x, y), xycoords="figure pixels", textcoords="figure pixels",
-                arrowprops={"arrowstyle": "-", "color": "0.5", "lw": 0.6},
-            )  # fmt: skip
-
-
-def _upright(ends: NDArray[np.floating]) -> Box:
-    """Return the box between two corners (2, 2)."""
-    (left, bottom), (right, top) = ends.min(0).tolist(), ends.max(0).tolist()
-    return left, bottom, right, top
+    obstacles += [legend.get_window_extent()] if legend is not None else []
+    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, frame, obstacles)):
+        text.set_position((box.x0, box.y0 + 0.22 * box.height))
+        x, y = (anchor.x0 + anchor.x1) / 2, (anchor.y0 + anchor.y1) / 2
+        near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
+        if np.hypot(near[0] - x, near[1] - y) > anchor.width / 2 + 2 * GAP:
+            arrow = {"arrowstyle": "-", "color": "0.5", "lw": 0.6}
+            axes.annotate("", near, (x, y), xycoords="figure pixels", textcoords="figure pixels", arrowprops=arrow)
 
 
 # ---- bars -----------------------------------------------------------------------------------------------------------
 
 
-def latency_image(path: Path, rows: Sequence[CandidateResult]) -> None:
-    """Latency by stage: a panel per runtime, form and batch, a bar per candidate."""
-    phases = list(dict.fromkeys((x.form, x.runtime, x.batch) for row in measured(rows) for x in row.latencies))
-    if not phases:
-        return
-    labels = [row.label for row in measured(rows)]
-    columns = min(len(phases), 3)
-    lines = -(-len(phases) // columns)
-    figure = _figure(2.2 + 4.4 * columns, 1.1 + lines * (0.9 + 0.34 * len(labels)))
-    panels = figure.subplots(lines, columns, squeeze=False)
-    for panel in panels.flat[len(phases) :]:
-        panel.axis("off")
-    for number, ((form, runtime, batch), axes) in enumerate(zip(phases, panels.flat)):
-        for y, row in enumerate(measured(rows)):
-            found = row.latency(runtime, batch, form)
-            if found is None:
-                axes.text(0, y, " failed", va="center", fontsize=8, color="0.4")
-                continue
-            start = 0.0
-            for stage in STAGES:
-                width = found.times[stage].middle
-                name = stage if number == 0 and y == 0 else None
-                axes.barh(y, width, left=start, color=STAGE_COLORS[stage], height=0.66, label=name)
-                start += width
-            axes.plot([found.total.low, found.total.high], [y, y], color="0.15", lw=1)
-            axes.text(max(start, found.total.high), y, f"  {significant(found.total.middle)}", va="center", fontsize=8)
-        _bars(axes, labels, number % columns == 0)
-        axes.set_title(f"{runtime}, {form} form, batch {batch}", fontsize=10)
-        axes.set_xlabel("milliseconds per image", fontsize=9)
-    handles, names = panels.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=len(STAGES), frameon=False, fontsize=9)
-    _save(figure, path)
+@dataclass(frozen=True)
+class Bar:
+    """A stacked bar.
+
+    Attributes:
+        parts: (length, color) from left to right.
+        text: written behind it.
+        low: start of a thin line that shows the range; None = no line.
+        high: end of that line.
+    """
+
+    parts: tuple[tuple[float, str], ...]
+    text: str
+    low: float | None = None
+    high: float = 0.0
 
 
-def memory_image(path: Path, rows: Sequence[CandidateResult], runtime: str, batch: int) -> None:
-    """Peak memory of inference and of a training step, and what is kept for the backward pass."""
+@dataclass(frozen=True)
+class Panel:
+    """Bars of all candidates; None for one that failed."""
+
+    title: str
+    unit: str
+    bars: tuple[Bar | None, ...]
+
+
+def plot_latency(path: Path, rows: Sequence[CandidateResult]) -> None:
+    """Plot latency by stage: a panel per runtime, form and batch size, a bar per candidate."""
+    keys = dict.fromkeys((x.form, x.runtime, x.batch) for row in measured(rows) for x in row.latencies)
+    panels = [
+        Panel(
+            f"{runtime}, {form} form, batch {batch}",
+            "milliseconds per image",
+            tuple(_latency_bar(row.latency(runtime, batch, form)) for row in measured(rows)),
+        )
+        for form, runtime, batch in keys
+    ]
+    _plot_bars(path, [row.label for row in measured(rows)], panels, STAGE_COLORS)
+
+
+def _latency_bar(latency: Latency | None) -> Bar | None:
+    if latency is None:
+        return None
+    parts = tuple((latency.times[stage].middle, STAGE_COLORS[stage]) for stage in STAGES)
+    return Bar(parts, significant(latency.total.middle), latency.total.low, latency.total.high)
+
+
+def plot_memory(path: Path, rows: Sequence[CandidateResult], runtime: str, batch: int) -> None:
+    """Plot peak memory of inference and of a training step, and what is kept for the backward pass."""
     shown = [row for row in measured(rows) if row.latency(runtime, batch) or row.training_memory]
-    if not shown:
+    inference = [row.latency(runtime, batch) for row in shown]
+    training = [row.training_memory or {} for row in shown]
+    step = f"training step, batch {next((m['batch'] for m in training if m), '?')}"
+    unit = "MB (gray: Python and libraries)"
+    panels = [
+        Panel(
+            f"inference, {runtime}, batch {batch}: peak",
+            unit,
+            tuple(_memory_bar(x.peak_mb, x.baseline_mb) if x else None for x in inference),
+        ),
+        Panel(f"{step}: peak", unit, tuple(_memory_bar(m.get("peak_mb"), m.get("baseline_mb")) for m in training)),
+        Panel(f"{step}: kept for backward", "MB", tuple(_memory_bar(m.get("kept_mb"), None) for m in training)),
+    ]
+    _plot_bars(path, [row.label for row in shown], panels if shown else [])
+
+
+def _memory_bar(peak: float | None, baseline: float | None) -> Bar | None:
+    if peak is None:
+        return None
+    base = min(baseline or 0.0, peak)
+    text = significant(peak) + (f" (model {significant(peak - base)})" if baseline else "")
+    return Bar(((base, LIGHT), (peak - base, BLUE)), text)
+
+
+def _plot_bars(
+    path: Path, labels: Sequence[str], panels: Sequence[Panel], legend: Mapping[str, str] | None = None
+) -> None:
+    """Write the panels, at most three side by side; no file without panels."""
+    if not panels:
         return
-    labels = [row.label for row in shown]
-    sizes = [row.training_memory["batch"] for row in shown if row.training_memory]
-    step = f"training step, batch {sizes[0]}: " if sizes else "training step: "
-    titles = (f"inference, {runtime}, batch {batch}: peak", f"{step}peak", f"{step}kept for backward")
-    figure = _figure(13.5, 1.1 + 0.36 * len(labels))
-    for number, (axes, title) in enumerate(zip(figure.subplots(1, 3), titles)):
-        for y, row in enumerate(shown):
-            found, memory = row.latency(runtime, batch), row.training_memory or {}
-            if number == 0:
-                value, base = (found.peak_mb, found.baseline_mb) if found else (None, None)
-            elif number == 1:
-                value, base = memory.get("peak_mb"), memory.get("baseline_mb")
-            else:
-                value, base = memory.get("kept_mb"), None
-            if value is None:
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    figure = new_figure(2.2 + 4.4 * columns, 1.1 + lines * (0.9 + 0.34 * len(labels)))
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in grid[len(panels) :]:
+        axes.axis("off")
+    for number, (axes, panel) in enumerate(zip(grid, panels)):
+        for y, bar in enumerate(panel.bars):
+            if bar is None:
                 axes.text(0, y, " failed", va="center", fontsize=8, color="0.4")
                 continue
-            axes.barh(y, value, color="#4878a8", height=0.66)
-            more = ""
-            if base:
-                axes.barh(y, min(base, value), color="0.8", height=0.66)
-                more = f" (model {significant(max(value - base, 0.0))})"
-            axes.text(value, y, f"  {significant(value)}{more}", va="center", fontsize=8)
-        _bars(axes, labels, number == 0)
-        axes.set_title(title, fontsize=10)
-        axes.set_xlabel("MB (gray: Python and libraries)" if number < 2 else "MB", fontsize=9)
-    _save(figure, path)
+            end = 0.0
+            for length, color in bar.parts:
+                axes.barh(y, length, left=end, color=color, height=0.66)
+                end += length
+            if bar.low is not None:
+                axes.plot([bar.low, bar.high], [y, y], color="0.15", lw=1)
+            axes.text(max(end, bar.high), y, f"  {bar.text}", va="center", fontsize=8)
+        names = [_literal(label) for label in labels] if number % columns == 0 else [""] * len(labels)
+        axes.set_yticks(range(len(labels)), names, fontsize=9)
+        axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(0, axes.get_xlim()[1] * 1.3))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_title(panel.title, fontsize=10)
+        axes.set_xlabel(panel.unit, fontsize=9)
+    if legend:
+        patches = [Patch(color=color, label=name) for name, color in legend.items()]
+        figure.legend(handles=patches, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)
+    save_figure(figure, path, DPI)
 
 
-def _bars(axes: Axes, labels: Sequence[str], named: bool) -> None:
-    """Names to the left, the first candidate on top, room for the numbers to the right."""
-    axes.set_yticks(
-        range(len(labels)), [_plain(label) for label in labels] if named else [""] * len(labels), fontsize=9
-    )
-    axes.set_ylim(len(labels) - 0.5, -0.5)
-    axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _plain(label: str) -> str:
+def _literal(label: str) -> str:
     """Return a name that matplotlib shows literally; long ones are cut at the start."""
     text = label if len(label) <= 34 else "..." + label[-31:]
     return text.replace("$", r"\$")
-
-
-def _figure(width: float, height: float) -> Figure:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=DPI)
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as part, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(part, dpi=DPI)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.compare.candidates import Candidate
 from engine.compare.measure.detector import STAGES, STEP, TOTAL
 from engine.compare.measure.rounds import Spread, deviation, from_plain, over_seeds, to_plain
@@ -71,6 +73,20 @@ class Accuracy:
     def figure(self, name: str) -> Spread:
         """`map50`, `map`, `precision` or `recall` over the trainings."""
         return over_seeds([float(result[name]) for result in self.results])
+
+    @property
+    def has_interval(self) -> bool:
+        """Whether a range of mAP50-95 is known: from several seeds, or from resampled validation images."""
+        return len(self.results) > 1 or all(result["bootstrap"] for result in self.results)
+
+    def map_range(self) -> Spread:
+        """Return mAP50-95 with a range that holds all seeds and the 95 % bootstrap interval of their mean."""
+        seeds = self.figure("map")
+        bootstrap = [result["bootstrap"] for result in self.results]
+        if not all(bootstrap):
+            return seeds
+        low, high = np.percentile(np.mean(bootstrap, axis=0), (2.5, 97.5)).tolist()
+        return Spread(seeds.middle, min(low, seeds.low), max(high, seeds.high), seeds.values)
 
     def deviation(self, name: str) -> float | None:
         """Sample standard deviation over the trainings; None for one."""

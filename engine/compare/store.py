@@ -17,7 +17,7 @@ from data.labels.labels import load_annotations
 from utils.files import ROOT, atomic_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
-VERSION = 1  # raise it when the content of stored results changes
+VERSION = 2  # raise it when the content of stored results changes
 HEX = 16
 # Source files that can change what a training or a measurement gives. What draws and reports is left out: a nicer
 # table is no reason to train again.

@@ -10,11 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.compare.measure.rounds import Spread, deviation, ranks
-from engine.compare.pareto import Pick
+from engine.compare.pareto import Pick, points_of, unranked_reason
 from engine.compare.results import AREAS, STAGES, TRAINING, CandidateResult, Latency, measured
 from models.summary import PARTS
+from utils.metrics import RANKING_FLOOR
 
 NOTHING = "–"
+RANGE_NOTE = (
+    "Range: all seeds, and the 95 % bootstrap interval over the validation images. No rank below mAP50-95 "
+    f"{RANKING_FLOOR:g}."
+)
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,23 @@ def mean(found: Spread | None, deviation: float | None) -> Cell:
     return Cell(f"{found.middle:.3f}{more}", found.middle)
 
 
+def interval(row: CandidateResult) -> Cell:
+    """Range of mAP50-95: `[0.480, 0.541]`."""
+    if row.accuracy is None or not row.accuracy.has_interval:
+        return Cell(NOTHING)
+    found = row.accuracy.map_range()
+    return Cell(f"[{found.low:.3f}, {found.high:.3f}]", found.low)
+
+
+def accuracy_ranks(rows: Sequence[CandidateResult]) -> dict[str, str]:
+    """Ranks by mAP50-95; none where the accuracies cannot be ranked, or for candidates below the floor."""
+    points = points_of(rows, "", 0)
+    if unranked_reason(points):
+        return {}
+    maps = {name: p.accuracy for name, p in points.items() if p.accuracy and p.accuracy.middle >= RANKING_FLOOR}
+    return ranks(maps, smaller_is_better=False)
+
+
 def place(found: Mapping[str, str], label: str) -> Cell:
     """Format a rank such as `2=`."""
     text = found.get(label)
@@ -104,16 +126,17 @@ def all_tables(rows: Sequence[CandidateResult], chosen: Pick, runtime: str, batc
 def summary(rows: Sequence[CandidateResult], chosen: Pick, runtime: str, batch: int) -> Table:
     """One line per candidate: by falling accuracy, else by rising latency; failed ones last."""
     times = {r.label: found.total for r in measured(rows) if (found := r.latency(runtime, batch))}
-    maps = {r.label: r.accuracy.figure("map") for r in measured(rows) if r.accuracy}
+    maps = {r.label: r.accuracy.map_range() for r in measured(rows) if r.accuracy}
     speeds = {r.label: r.images_per_s for r in measured(rows)}
-    by_time, by_map = ranks(times), ranks(maps, smaller_is_better=False)
+    by_time, by_map = ranks(times), accuracy_ranks(rows)
     lines = []
     order = sorted(rows, key=lambda r: _sort_key(r, maps.get(r.label), times.get(r.label)))
     for row in order:
         label, found = row.label, row.latency(runtime, batch)
         lines.append((
             word(label), Cell(_verdict(row, chosen), _verdict(row, chosen)),
-            mean(maps.get(label), row.accuracy.deviation("map") if row.accuracy else None), place(by_map, label),
+            mean(maps.get(label), row.accuracy.deviation("map") if row.accuracy else None), interval(row),
+            place(by_map, label),
             mean(row.accuracy.figure("map50") if row.accuracy else None,
                  row.accuracy.deviation("map50") if row.accuracy else None),
             spread(times.get(label)), place(by_time, label), number(row.parameters_m),
@@ -123,13 +146,13 @@ def summary(rows: Sequence[CandidateResult], chosen: Pick, runtime: str, batch: 
             *_memory(*((row.training_memory or {}).get(name) for name in ("peak_mb", "baseline_mb"))),
         ))  # fmt: skip
     header = (
-        "candidate", "", "mAP50-95", "place", "mAP50", "ms per image", "place", "M parameters", "GFLOPs",
+        "candidate", "", "mAP50-95", "range", "rank", "mAP50", "ms per image", "rank", "M parameters", "GFLOPs",
         "training images/s", "inference peak, MB", "of it model", "training peak, MB", "of it model",
     )  # fmt: skip
     note = (
         f"Latency: {runtime}, re-parameterized, batch {batch}, preprocessing, inference and NMS, median and quartiles "
-        "of the rounds. Places marked = are ties: the ranges overlap. ± is the standard deviation over the seeds. "
-        "Of it model: what Python and libraries held before is taken off."
+        "of the rounds. Ranks marked = are ties: the ranges overlap. ± is the standard deviation over the seeds. "
+        f"{RANGE_NOTE} Of it model: without what Python and libraries held before."
     )
     return _without_empty("Summary", header, lines, note)
 
@@ -149,7 +172,7 @@ def _verdict(row: CandidateResult, chosen: Pick) -> str:
         return "failed"
     if row.label == chosen.label:
         return "PICK"
-    return "; ".join(chosen.misses.get(row.label, ()))
+    return "; ".join(chosen.misses.get(row.label, ())) or ("front" if row.label in chosen.front else "")
 
 
 def structure(rows: Sequence[CandidateResult]) -> Table:
@@ -198,12 +221,12 @@ def latency(rows: Sequence[CandidateResult]) -> Table:
                 number(found.verification["px"] if found.verification else None, 2),
             ))  # fmt: skip
     header = (
-        "runtime", "form", "batch", "candidate", *(f"{stage}, ms" for stage in STAGES), "all, ms", "place",
+        "runtime", "form", "batch", "candidate", *(f"{stage}, ms" for stage in STAGES), "all, ms", "rank",
         "images/s", "file, MB", "peak, MB", "of it model", "file differs by, px",
     )  # fmt: skip
     note = (
         "Milliseconds per image, medians; of the whole also the quartiles. Lines with the same runtime, form and "
-        "batch were measured in the same interleaved rounds and can be compared; places marked = are ties."
+        "batch were measured in the same interleaved rounds and can be compared; ranks marked = are ties."
     )
     return _without_empty("Latency", header, lines, note)
 
@@ -227,7 +250,7 @@ def training(rows: Sequence[CandidateResult]) -> Table:
             number(m.get("reserved_mb")), number(m.get("kept_mb")), number(m.get("batch")), word(m.get("amp")),
         ))  # fmt: skip
     header = (
-        "candidate", "images/s", "place", "ms per image", "peak, MB", "of it model", "reserved, MB",
+        "candidate", "images/s", "rank", "ms per image", "peak, MB", "of it model", "reserved, MB",
         "kept for backward, MB", "batch", "precision",
     )  # fmt: skip
     note = (
@@ -240,8 +263,7 @@ def training(rows: Sequence[CandidateResult]) -> Table:
 def accuracy(rows: Sequence[CandidateResult]) -> Table:
     """Mean and standard deviation over seeds."""
     done = [row for row in measured(rows) if row.accuracy]
-    maps = {r.label: r.accuracy.figure("map") for r in done if r.accuracy}
-    places = ranks(maps, smaller_is_better=False)
+    places = accuracy_ranks(rows)
     lines = []
     for row in done:
         a = row.accuracy
@@ -249,21 +271,31 @@ def accuracy(rows: Sequence[CandidateResult]) -> Table:
         seeds = "as given" if a.seeds is None else ", ".join(map(str, a.seeds))
         figures = [mean(a.figure(name), a.deviation(name)) for name in ("map", "map50", "precision", "recall")]
         areas = [mean(a.area(name), _area_deviation(a.area(name))) for name in AREAS]
-        lines.append((word(row.label), Cell(seeds, seeds), figures[0], place(places, row.label), *figures[1:], *areas))
+        lines.append(
+            (
+                word(row.label),
+                Cell(seeds, seeds),
+                figures[0],
+                interval(row),
+                place(places, row.label),
+                *figures[1:],
+                *areas,
+            )
+        )
     header = (
         "candidate",
         "seeds",
         "mAP50-95",
-        "place",
+        "range",
+        "rank",
         "mAP50",
         "precision",
         "recall",
         *(f"{n} objects" for n in AREAS),
     )
     note = (
-        "Mean ± standard deviation over the seeds; places marked = are ties: the ranges over the seeds overlap. Small, "
-        "medium, large: mAP50-95 by pycocotools for objects of up to 32² px, up to 96² px, and above, in the original "
-        "images."
+        f"Mean ± standard deviation over the seeds. {RANGE_NOTE} Ranks marked = are ties: the ranges overlap. Small, "
+        "medium, large: COCO mAP50-95 of objects of up to 32² px, up to 96² px, and above, in the original images."
     )
     return _without_empty("Accuracy", header, lines, note)
 
@@ -388,6 +420,8 @@ def _flat_accuracy(row: CandidateResult) -> Iterable[tuple[str, Any]]:
     for name in ("map", "map50", "precision", "recall"):
         yield from _spread_columns(name, a.figure(name))
         yield f"{name}_deviation", a.deviation(name)
+    if a.has_interval:
+        yield from (("map_range_low", a.map_range().low), ("map_range_high", a.map_range().high))
     for name in AREAS:
         found = a.area(name)
         yield f"map_{name}", found.middle if found else None

@@ -62,7 +62,7 @@ CHARTS = [precision_recall, f1, confusion, label_image, history, study]
 
 @pytest.fixture(autouse=True)
 def coarse(monkeypatch):
-    monkeypatch.setattr(curves, "_save", lambda figure, path, save=curves._save: save(figure, path, dpi=50))
+    monkeypatch.setattr(curves, "save_figure", lambda figure, path, save=curves.save_figure: save(figure, path, dpi=50))
 
 
 @pytest.mark.filterwarnings("error")

@@ -34,6 +34,11 @@ class Spread:
         low, middle, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75)).tolist()
         return cls(middle, low, high, tuple(values))
 
+    def scaled(self, factor: float) -> Spread:
+        """Return the spread times a factor."""
+        low, high = sorted((self.low * factor, self.high * factor))
+        return Spread(self.middle * factor, low, high, tuple(v * factor for v in self.values))
+
     def overlaps(self, other: Spread) -> bool:
         """Whether the ranges have a point in common."""
         return self.low <= other.high and other.low <= self.high

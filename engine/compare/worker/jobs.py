@@ -15,6 +15,7 @@ import torch
 from engine.cli.config import Hyperparameters, TrainConfig, ValConfig
 from engine.cli.plugins import load_plugins
 from engine.compare.measure import machine
+from engine.compare.measure.bootstrap import ImageBootstrap
 from engine.compare.measure.detector import (
     Inference,
     Recipe,
@@ -341,7 +342,9 @@ def run_validation(
     annotations = split_annotations(config, described)
     loader = build_loader(config, annotations, runtime, rect=True)
     sink = CocoSink.for_data(described, annotations, described.names) if config.save_json else None
-    result = evaluate(runtime, loader, EvalOptions(names=described.names, sinks=(sink,) if sink else ()))
+    bootstrap = ImageBootstrap()
+    sinks = (bootstrap, sink) if sink else (bootstrap,)
+    result = evaluate(runtime, loader, EvalOptions(names=described.names, sinks=sinks))
     loader.close()
     figures = sink.write(Path(scratch) / "predictions.json") if sink else None
     counts = objects_by_area(annotations.records)
@@ -351,6 +354,7 @@ def run_validation(
         "precision": result.mp,
         "recall": result.mr,
         "images": result.images,
+        "bootstrap": [round(value, 6) for value in bootstrap.map_values()],
         "objects": counts,
         "areas": {k: figures[COCO_PLACE[k]] if figures and counts[k] else None for k in AREAS},
         "classes": {

@@ -18,15 +18,19 @@ from engine.compare import store
 from engine.compare.candidates import unique_labels, write_spec
 from engine.compare.config import CompareConfig
 from engine.compare.measure import rounds
+from engine.compare.measure.bootstrap import ImageBootstrap
 from engine.compare.measure.detector import SampleImages, kept_for_backward, training_batch
 from engine.compare.measure.rounds import Spread
 from engine.compare.measure.speed import groups_of_phases
 from engine.compare.pareto import Limits, Point, front, misses, pick
+from engine.compare.results import Accuracy
 from engine.compare.store import Store
 from engine.compare.worker.jobs import levels_read, objects_by_area
 from engine.compare.worker.process import CRASH, MEMORY, MISTAKE, OTHER, UNSUPPORTED, classify, exit_reason
+from engine.evaluate.accumulator import ImageOutcome
 from models.yolo import DetectionModel
 from utils.errors import ConfigError, SpecError
+from utils.metrics import ap_per_class
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 2000000 bytes. Error code 12"
 
@@ -129,20 +133,6 @@ def test_reparameterized_forms_come_first_and_small_batches_before_large_ones():
 # ---- front and pick -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("points", "expected"),
-    [
-        ({"slow": (9, 0.5), "fast": (1, 0.3), "bad": (5, 0.2)}, ["fast", "slow"]),
-        ({"a": (1, 0.5), "b": (1, 0.4)}, ["a"]),
-        ({"a": (1, 0.5), "b": (2, 0.5)}, ["a"]),
-        ({"a": (1, 0.5), "twin": (1, 0.5)}, ["a", "twin"]),
-        ({}, []),
-    ],
-)
-def test_front(points, expected):
-    assert front(points) == expected
-
-
 def point(ms=None, accuracy=None, parameters=1.0, **more) -> Point:
     return Point(
         spread(ms) if isinstance(ms, (int, float)) else ms,
@@ -150,6 +140,28 @@ def point(ms=None, accuracy=None, parameters=1.0, **more) -> Point:
         parameters,
         **more,
     )
+
+
+@pytest.mark.parametrize(
+    ("points", "expected"),
+    [
+        ({"slow": point(9, 0.5), "fast": point(1, 0.3), "bad": point(5, 0.2)}, ["fast", "slow"]),
+        ({"a": point(1, 0.5), "b": point(1, 0.4)}, ["a"]),
+        ({"a": point(1, 0.5), "b": point(2, 0.5)}, ["a"]),
+        ({"a": point(1, 0.5), "twin": point(1, 0.5)}, ["a", "twin"]),
+        # nominally slower and less accurate, but within the ranges
+        ({"a": point(spread(9, 8, 10), spread(0.5, 0.4, 0.6)), "b": point(spread(9.5, 9, 10), spread(0.49, 0.4, 0.6))},
+         ["a", "b"]),
+        # without accuracy: latency and parameters
+        ({"small": point(9, parameters=1), "fast": point(5, parameters=2), "bad": point(10, parameters=3)},
+         ["fast", "small"]),
+        ({"small": point(spread(9, 8, 10), parameters=1), "large": point(spread(8.5, 8, 9), parameters=2)},
+         ["large", "small"]),
+        ({}, []),
+    ],
+)  # fmt: skip
+def test_front(points, expected):
+    assert front(points) == expected
 
 
 TIED = {
@@ -162,26 +174,89 @@ TIED = {
 @pytest.mark.parametrize(
     ("points", "limits", "label", "words"),
     [
-        ({"a": point(9, 0.5), "b": point(5, 0.6)}, Limits(), "b", "best mAP50-95 (0.600) of all"),
+        ({"a": point(9, 0.5), "b": point(5, 0.6)}, Limits(), "b", "best mAP50-95 (0.600 [0.600, 0.600]) of all"),
         ({"a": point(9, 0.5), "b": point(50, 0.6)}, Limits(latency_ms=10), "a", "of the 1 that keep the limits"),
-        (TIED, Limits(), "near", "a tie with best by 2 seeds"),
-        (TIED, Limits(latency_ms=10), "worse", "best mAP50-95 (0.400)"),
-        ({"a": point(9, spread(0.5, seeds=1))}, Limits(), "a", "how much seeds differ is unknown"),
-        ({"a": point(9), "b": point(5)}, Limits(), "b", "fastest (5 ms per image) of all; no accuracy"),
+        (TIED, Limits(), "near", "0.590 [0.570, 0.610] ties with best"),
+        (TIED, Limits(latency_ms=10), "worse", "best mAP50-95 (0.400"),
+        ({"a": point(9, spread(0.5, seeds=1))}, Limits(), "a", "the variation between seeds is not included"),
+        ({"a": point(9, 0.5, has_interval=False)}, Limits(), None, "too few validation images for an interval"),
+        ({"a": point(9, 0.00018), "b": point(5, 0.00039)}, Limits(), None, "not trained long enough to rank: the best "
+         "mAP50-95 is 0.000; below 0.05"),
+        ({"a": point(9), "b": point(5)}, Limits(), None, "no accuracy was measured"),
         (
-            {"a": point(spread(9, 8, 10), parameters=1), "b": point(spread(8.5, 8, 9), parameters=2)},
-            Limits(), "a", "smallest of the fastest",
+            {"a": point(spread(9, 8, 10), 0.5, 1), "b": point(spread(8.5, 8, 9), 0.5, 2)},
+            Limits(), "a", "smallest of the candidates that tie for the lowest latency",
         ),
         ({"a": point(20), "b": point(30)}, Limits(latency_ms=10), None, "nearest is a: latency 20 ms > 10"),
         ({"a": point(None)}, Limits(latency_ms=10), None, "latency unknown"),
         ({"a": point(1, 0.5), "b": point(1, None)}, Limits(), "a", "best"),
-        ({}, Limits(), None, "nothing was measured"),
+        ({}, Limits(), None, "no candidate was measured"),
     ],
 )  # fmt: skip
 def test_pick(points, limits, label, words):
     found = pick(points, limits)
     assert found.label == label
     assert words in found.reason
+
+
+def test_pick_without_accuracy_names_the_front():
+    found = pick({"a": point(9, parameters=1), "b": point(5, parameters=2), "c": point(9.5, parameters=3)}, Limits())
+    assert (found.label, found.front) == (None, ("b", "a"))
+
+
+# ---- bootstrap ------------------------------------------------------------------------------------------------------
+
+
+def outcome(correct: list[bool], confidence: list[float], classes: list[int], labels: list[int]) -> ImageOutcome:
+    detections = torch.tensor([[0.0, 0, 1, 1, s, c] for s, c in zip(confidence, classes)]).reshape(-1, 6)
+    tp = torch.tensor(correct, dtype=torch.bool)[:, None].expand(-1, 10)
+    return ImageOutcome("", (1, 1), detections, torch.tensor([[c, 0.0, 0, 1, 1] for c in labels]).reshape(-1, 5), tp)
+
+
+def random_outcomes(count: int) -> list[ImageOutcome]:
+    rng = np.random.default_rng(1)
+    return [
+        outcome((rng.random(4) < 0.5).tolist(), rng.random(4).tolist(), rng.integers(0, 2, 4).tolist(), [0, 0, 1, 1])
+        for _ in range(count)
+    ]
+
+
+def test_bootstrap_agrees_with_metrics_of_repeated_images():
+    bootstrap, outcomes = ImageBootstrap(), random_outcomes(12)
+    for o in outcomes:
+        bootstrap(o)
+    rng = np.random.default_rng(3)
+    expected = []
+    for _ in range(20):
+        drawn = [outcomes[i] for i in np.sort(rng.integers(0, 12, 12))]
+        rows = torch.cat([o.detections for o in drawn]).numpy()
+        found = ap_per_class(
+            torch.cat([o.correct for o in drawn]).numpy(), rows[:, 4], rows[:, 5],
+            torch.cat([o.labels for o in drawn])[:, 0].numpy(),
+        )  # fmt: skip
+        expected.append(found.ap.mean())
+    np.testing.assert_allclose(bootstrap.map_values(20, seed=3), expected, atol=0.02)
+    assert np.std(expected) > 0.02
+    assert bootstrap.map_values() == bootstrap.map_values()
+
+
+def test_bootstrap_needs_images_and_labels():
+    few, unlabeled, perfect = ImageBootstrap(), ImageBootstrap(), ImageBootstrap()
+    for _ in range(9):
+        few(outcome([True], [0.9], [0], [0]))
+    for _ in range(12):
+        unlabeled(outcome([False], [0.9], [0], []))
+        perfect(outcome([True], [0.9], [0], [0]))
+    assert few.map_values() == unlabeled.map_values() == []
+    assert perfect.map_values(5) == pytest.approx([0.995] * 5, abs=0.006)
+
+
+def test_map_range_holds_seeds_and_bootstrap():
+    results = [{"map": 0.4, "bootstrap": [0.3, 0.5]}, {"map": 0.5, "bootstrap": [0.4, 0.6]}]
+    found = Accuracy((0, 1), tuple(results)).map_range()
+    assert (found.middle, found.low, found.high) == pytest.approx((0.45, 0.355, 0.545))
+    alone = Accuracy((0,), ({"map": 0.4, "bootstrap": []},))
+    assert not alone.has_interval and alone.map_range().low == 0.4
 
 
 def test_every_limit_counts():

@@ -7,14 +7,15 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+from matplotlib.transforms import Bbox
 
-from engine.compare import plots as images
-from engine.compare import table
+from engine.compare import plots, table
 from engine.compare.candidates import Candidate
 from engine.compare.measure.rounds import Spread
-from engine.compare.pareto import Pick
+from engine.compare.pareto import Limits, Pick, points_of
 from engine.compare.results import DEPLOYED, Accuracy, CandidateResult, Latency
 
 
@@ -38,7 +39,16 @@ def test_numbers(value, text):
 def result(value: float) -> dict:
     classes = {"one": {"map50": value, "map": value / 2, "objects": 3}}
     areas = {"small": value, "medium": None, "large": 0.0}
-    return {"map50": value, "map": value / 2, "precision": 0.5, "recall": 0.5, "areas": areas, "classes": classes}
+    bootstrap = [value / 2 - 0.01, value / 2 + 0.01]
+    return {
+        "map50": value,
+        "map": value / 2,
+        "bootstrap": bootstrap,
+        "precision": 0.5,
+        "recall": 0.5,
+        "areas": areas,
+        "classes": classes,
+    }
 
 
 @pytest.fixture
@@ -71,13 +81,13 @@ def cells(found: table.Table) -> list[list[str]]:
 
 def test_summary(rows):
     found = table.summary(rows, chosen(rows), "pytorch", 1)
-    assert found.header[:7] == ("candidate", "", "mAP50-95", "place", "mAP50", "ms per image", "place")
+    assert found.header[:8] == ("candidate", "", "mAP50-95", "range", "rank", "mAP50", "ms per image", "rank")
     assert cells(found) == [
-        ["good", "PICK", "0.425 ± 0.035", "1", "0.850 ± 0.071", "20.0 [19.0, 21.0]", "2", "1.50", "1.50", "250",
-         "800", "100", "900", "200"],
-        ["fast", "latency 2 ms > 1", "0.225 ± 0.035", "2", "0.450 ± 0.071", "2.00 [1.00, 3.00]", "1", "1.50", "1.50",
-         "250", "800", "100", "900", "200"],
-        ["bro|ken", "failed", *["–"] * 12],
+        ["good", "PICK", "0.425 ± 0.035", "[0.400, 0.450]", "1", "0.850 ± 0.071", "20.0 [19.0, 21.0]", "2", "1.50",
+         "1.50", "250", "800", "100", "900", "200"],
+        ["fast", "latency 2 ms > 1", "0.225 ± 0.035", "[0.200, 0.250]", "2", "0.450 ± 0.071", "2.00 [1.00, 3.00]", "1",
+         "1.50", "1.50", "250", "800", "100", "900", "200"],
+        ["bro|ken", "failed", *["–"] * 13],
     ]  # fmt: skip
     assert found.rows[0][2].value == pytest.approx(0.425)
 
@@ -92,7 +102,7 @@ def test_a_column_without_values_is_left_out(rows):
 def test_latency_is_ranked_within_runtime_form_and_batch(rows):
     other = replace(rows[0].latencies[0], runtime="onnx", times=rows[2].latencies[0].times)
     rows[0].latencies.append(other)
-    place = table.latency(rows).header.index("place")
+    place = table.latency(rows).header.index("rank")
     found = [(row[0], row[3], row[place]) for row in cells(table.latency(rows))]
     assert found == [("onnx", "fast", "1"), ("pytorch", "fast", "1"), ("pytorch", "good", "2")]
 
@@ -101,8 +111,8 @@ def test_accuracy_table(rows):
     found = table.accuracy(rows)
     assert found.header[-3:] == ("recall", "small objects", "large objects")  # nothing medium in the dataset
     assert cells(found)[0] == [
-        "fast", "0, 1", "0.225 ± 0.035", "2", "0.450 ± 0.071", "0.500 ± 0.000", "0.500 ± 0.000", "0.450 ± 0.071",
-        "0.000 ± 0.000",
+        "fast", "0, 1", "0.225 ± 0.035", "[0.200, 0.250]", "2", "0.450 ± 0.071", "0.500 ± 0.000", "0.500 ± 0.000",
+        "0.450 ± 0.071", "0.000 ± 0.000",
     ]  # fmt: skip
 
 
@@ -121,7 +131,7 @@ def test_markdown_is_a_table_whatever_is_in_it(rows):
 def test_text_is_aligned(rows):
     lines = table.as_text(table.training(rows)).splitlines()
     assert lines[0] == "Training step"
-    assert lines[2].startswith("fast       250 [200, 500]     1=")
+    assert lines[2].startswith("fast       250 [200, 500]    1=")
     assert len(lines[2]) == len(lines[3])
 
 
@@ -133,32 +143,63 @@ def test_csv_has_one_line_per_candidate_with_full_numbers(rows):
     assert (found[2]["pick"], found[0]["qualifies"], found[2]["map_class_one"][:5]) == ("1", "0", "0.425")
 
 
-# ---- images -------------------------------------------------------------------------------------------------------
+# ---- plots ----------------------------------------------------------------------------------------------------------
 
 
-def test_labels_do_not_overlap():
+def test_place_labels_without_overlap():
     rng = np.random.default_rng(0)
-    corners = rng.uniform(100, 600, (14, 2))
-    anchors = [(x - 8, y - 8, x + 8, y + 8) for x, y in corners]
+    anchors = [Bbox.from_bounds(x - 8, y - 8, 16, 16) for x, y in rng.uniform(100, 600, (14, 2))]
     anchors[1] = anchors[0]  # two at one place
     sizes = [(float(w), 14.0) for w in rng.uniform(40, 150, 14)]
-    inside = (0.0, 0.0, 700.0, 700.0)
-    found = images.place_labels(anchors, sizes, inside)
+    frame = Bbox.from_bounds(0, 0, 700, 700)
+    found = plots.place_labels(anchors, sizes, frame)
     for k, box in enumerate(found):
-        assert (box[2] - box[0], box[3] - box[1]) == pytest.approx(sizes[k])
-        assert images.outside(box, inside) == 0
-        assert all(images.overlap(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
+        assert (box.width, box.height) == pytest.approx(sizes[k])
+        assert plots.shared_area(box, frame) == pytest.approx(box.width * box.height)
+        assert all(plots.shared_area(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
 
 
-def test_labels_keep_off_lines():
-    anchor = (100.0, 100.0, 110.0, 110.0)
-    line = (110.0, 105.0, 300.0, 105.0)
-    (free,) = images.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0))
-    (off,) = images.place_labels([anchor], [(50.0, 12.0)], (0.0, 0.0, 400.0, 400.0), [line])
-    assert images.overlap(free, line) > 0
-    assert images.overlap(off, line) == 0
+def test_place_labels_avoids_lines():
+    anchor = Bbox.from_bounds(100, 100, 10, 10)
+    line = Bbox.from_extents(110, 105, 300, 105).padded(1)
+    frame = Bbox.from_bounds(0, 0, 400, 400)
+    (free,) = plots.place_labels([anchor], [(50.0, 12.0)], frame)
+    (beside,) = plots.place_labels([anchor], [(50.0, 12.0)], frame, [line])
+    assert plots.shared_area(free, line) > 0
+    assert plots.shared_area(beside, line) == 0
 
 
 def test_disc_areas_are_proportional_to_parameters():
-    assert images.disc_area(5, 10) == pytest.approx(images.LARGEST / 2)
-    assert images.disc_area(0.001, 10) == images.SMALLEST
+    assert plots.disc_area(5, 10) == pytest.approx(plots.MAX_AREA / 2)
+    assert plots.disc_area(0.001, 10) == plots.MIN_AREA
+
+
+@pytest.mark.parametrize(
+    ("ranges", "expected"),
+    [
+        ([(0.0001, 0.0004)], (0.0, 0.1)),  # noise close to zero is not magnified
+        ([(0.500, 0.502), (0.503, 0.505)], (0.4525, 0.5525)),
+        ([(0.2, 0.2), (0.7, 0.7)], (0.09, 0.81)),
+        ([(0.4, 0.6), (0.5, 0.55)], (0.2, 0.8)),  # three times the widest range
+        ([(0.97, 0.99)], (0.9, 1.0)),
+    ],
+)
+def test_accuracy_limits_do_not_magnify_noise(ranges, expected):
+    boxes = [Bbox.from_extents(1, low, 2, high) for low, high in ranges]
+    assert plots.accuracy_limits(boxes) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4])
+def test_summary_ranks_only_above_the_floor(rows, value):
+    for row in (rows[0], rows[2]):
+        row.accuracy = Accuracy((0,), (result(value + 0.001 * len(row.label)),))
+    assert bool(table.accuracy_ranks(rows)) == (value > 0)
+
+
+def test_plots_are_written(rows, tmp_path):
+    points = points_of(rows, "pytorch", 1)
+    plots.plot_pareto(tmp_path / "pareto.png", points, chosen(rows), Limits(latency_ms=10), "pytorch")
+    plots.plot_latency(tmp_path / "latency.png", rows)
+    plots.plot_memory(tmp_path / "memory.png", rows, "pytorch", 1)
+    for name in ("pareto.png", "latency.png", "memory.png"):
+        assert cv2.imread(str(tmp_path / name)).std() > 5
