@@ -140,7 +140,8 @@ def load_data_config(path: str | Path) -> DataConfig:
     if not names and not annotated and "names" not in data:
         problems.append(f"{file}: 'names:' is missing; a list of class names is needed")
     if problems:
-        raise DataError("; ".join(problems))
+        more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise DataError("; ".join([*problems[:10], *more]))
     if annotated:
         names = _found_names(data, annotated, names, file)
     return DataConfig(

@@ -51,11 +51,11 @@ def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
         DataError: neither of both, or a part of it cannot be used.
     """
     path = Path(source)
-    found = recognise(path.absolute()) if path.exists() else path
+    found = recognise(path.absolute()) if os.path.exists(path) else path
     if isinstance(found, AnnotatedSource):
         names = class_names([found])
         return LoadedSet(names, {"train": load_annotations([found], len(names), progress=progress)})
-    if path.is_dir() or path.suffix.lower() in (".txt", ".json"):
+    if os.path.isdir(path) or path.suffix.lower() in (".txt", ".json"):
         raise DataError(
             f"{path}: is neither a dataset YAML, a COCO .json nor a VOC folder; for YOLO text give the YAML"
         )
@@ -84,7 +84,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
         DataError: the target is there already, or the source cannot be used.
     """
     final = Path(target).absolute()
-    if final.exists() and not (final.is_dir() and not any(final.iterdir())):
+    if os.path.exists(final) and not (os.path.isdir(final) and not any(final.iterdir())):
         raise DataError(f"{target}: is there already; give a new folder")
     loaded = load_set(source, progress)
     make_folder(final.parent)
@@ -92,7 +92,7 @@ def convert(source: str | Path, target: str | Path, to: str, *, link: bool = Fal
     try:
         _WRITERS[to](loaded, _ImageWriter(build, link, progress))
         build.chmod(0o755)  # mkdtemp makes folders private
-        if final.is_dir():
+        if os.path.isdir(final):
             final.rmdir()
         os.rename(build, final)
     except OSError as error:

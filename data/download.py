@@ -148,7 +148,11 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
     Raises:
         DataError: the folder is not empty, no network, a wrong digest, an archive that cannot be unpacked.
     """
-    if not root.name or (os.path.exists(root) and not root.is_dir()) or (root.is_dir() and any(root.iterdir())):
+    if (
+        not root.name
+        or (os.path.exists(root) and not os.path.isdir(root))
+        or (os.path.isdir(root) and any(root.iterdir()))
+    ):
         raise DataError(
             f"{root}: is not empty, but does not hold all that the YAML names; complete it, or move it away to"
             " download it again"
@@ -197,11 +201,11 @@ def _archive(remote: RemoteFile, folder: Path) -> Path:
 
 def _move_into_place(build: Path, root: Path) -> None:
     try:
-        if root.is_dir():
+        if os.path.isdir(root):
             root.rmdir()  # an empty folder is no obstacle
         os.rename(build, root)
     except OSError as error:
-        if root.is_dir() and any(root.iterdir()):
+        if os.path.isdir(root) and any(root.iterdir()):
             return  # another process was faster: its dataset is as good as ours
         raise DataError(f"{root}: cannot be created: {error.strerror or error}") from error
 

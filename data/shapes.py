@@ -28,8 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from utils.errors import DataError, did_you_mean
-from utils.files import make_folder
+from utils.errors import DataError, did_you_mean, shown
+from utils.files import increment_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
 
@@ -70,18 +70,18 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
     before = len(problems)
     table = {"kind": value} if isinstance(value, str) else value
     if not isinstance(table, dict) or table.get("kind") != "shapes":
-        problems.append(f"{where}: generate is {value!r}; 'shapes' or a mapping with 'kind: shapes' is needed")
+        problems.append(f"{where}: generate is {shown(value)}; 'shapes' or a mapping with 'kind: shapes' is needed")
         return None
     allowed = [field.name for field in fields(ShapesRecipe) if field.name != "kinds"]
     numbers = {key: item for key, item in table.items() if key != "kind"}
     for key, item in numbers.items():
-        low = {"imgsz": 64, "seed": 0, "test": 0}.get(key, 1)
+        low, high = {"imgsz": (64, 4096), "seed": (0, 2**63), "test": (0, 10**6)}.get(key, (1, 10**6))
         if key not in allowed:
-            problems.append(f"{where}: generate: unknown key '{key}'{did_you_mean(key, allowed)}")
-        elif not isinstance(item, int) or isinstance(item, bool) or item < low:
-            problems.append(f"{where}: generate: {key} is {item!r}; an integer from {low} is needed")
+            problems.append(f"{where}: generate: unknown key {shown(key)}{did_you_mean(key, allowed)}")
+        elif type(item) is not int or not low <= item <= high:
+            problems.append(f"{where}: generate: {key} is {shown(item)}; an integer from {low} to {high} is needed")
     problems += [
-        f"{where}: generate: no shape is called '{name}'; there are {', '.join(_POLYGONS)}"
+        f"{where}: generate: no shape is called {shown(name)}; there are {', '.join(_POLYGONS)}"
         for name in names.values()
         if name not in _POLYGONS
     ]
@@ -91,7 +91,7 @@ def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: lis
 
 
 def ensure(root: Path, recipe: ShapesRecipe) -> None:
-    """Draw the set unless `root` holds it already, drawn by this version with these numbers.
+    """Draw the dataset unless `root` holds it already, drawn by this version with these numbers.
 
     Several processes may ask at once: each draws the same images beside `root`, and the first one's are kept.
 
@@ -100,16 +100,22 @@ def ensure(root: Path, recipe: ShapesRecipe) -> None:
     """
     if _holds(root, recipe):
         return
-    if root.exists() and not (root / MANIFEST).is_file() and (not root.is_dir() or any(root.iterdir())):
-        raise DataError(f"{root}: holds something that is not a drawn set; move it away, or choose another 'path:'")
+    if (
+        os.path.exists(root)
+        and not os.path.isfile(root / MANIFEST)
+        and (not os.path.isdir(root) or any(root.iterdir()))
+    ):
+        raise DataError(f"{root}: is not empty and not a drawn dataset; move it away, or choose another 'path:'")
     parent = make_folder(root.parent)
     build = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=parent))
     try:
         LOGGER.info("drawing the shapes dataset into %s (once)", root)
         generate(build / "new", recipe)
         if not _holds(root, recipe):
-            if root.exists():
-                os.rename(root, build / "old")
+            if os.path.exists(root):
+                old = increment_path(root.with_name(f"{root.name}.old"))
+                os.rename(root, old)
+                LOGGER.warning("%s: drawn by another version or with other numbers; kept as %s", root, old)
             os.rename(build / "new", root)
     except OSError as error:
         if not _holds(root, recipe):  # else another process was faster
@@ -191,7 +197,7 @@ def _holds(root: Path, recipe: ShapesRecipe) -> bool:
     except (OSError, ValueError):
         return False
     folders = [root / kind / split for kind in ("images", "labels") for split in ("train", "val", "test")]
-    return found == _manifest(recipe) and all(folder.is_dir() for folder in folders)
+    return found == _manifest(recipe) and all(os.path.isdir(folder) for folder in folders)
 
 
 def _manifest(recipe: ShapesRecipe) -> dict[str, Any]:

@@ -92,14 +92,14 @@ def recognise(
         The path itself when its labels are YOLO text (or none).
     """
     names = None if classes is None else tuple(classes)
-    if coco.is_coco(path) and path.is_file():
+    if coco.is_coco(path) and os.path.isfile(path):
         word = path.stem.rpartition("_")[2]
         return AnnotatedSource(path, "coco", names, tuple(folders) or _coco_folders(path.parent, root, (split, word)))
     base = _voc_base(path)
     if base is None:
         return path
     if not folders:
-        below = (base / "JPEGImages", base / "images") if base != path or (base / "Annotations").is_dir() else ()
+        below = (base / "JPEGImages", base / "images") if base != path or os.path.isdir(base / "Annotations") else ()
         beside = (path, path.parent / "JPEGImages", path.parent / "images")
         folders = below or beside
     return AnnotatedSource(path, "voc", names, tuple(folders))
@@ -133,7 +133,7 @@ def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
     if first is not None:
         names = tuple(coco.read_coco(first.path).categories.values())
     else:
-        names = voc.class_names(path for source in sources for path in _xml_files(source) if path.is_file())
+        names = voc.class_names(path for source in sources for path in _xml_files(source) if os.path.isfile(path))
     if not names:
         raise DataError(f"{first or sources[0]}: names no class")
     return names
@@ -168,10 +168,10 @@ def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tu
 
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
     """Return the path of each image; a missing one gets the first path that was tried."""
-    folders = [folder for folder in source.folders if folder.is_dir()] or list(source.folders[:1])
+    folders = [folder for folder in source.folders if os.path.isdir(folder)] or list(source.folders[:1])
     for image in images:
         name = image.file_name.replace("\\", "/")
-        found = next((i for i, folder in enumerate(folders) if (folder / name).is_file()), 0)
+        found = next((i for i, folder in enumerate(folders) if os.path.isfile(folder / name)), 0)
         if found:
             folders.insert(0, folders.pop(found))  # most likely the next one is there too
         yield Path(os.path.abspath(folders[0] / name)), image
@@ -184,15 +184,15 @@ def _voc_base(path: Path) -> Path | None:
     """Return the folder that holds VOC's subfolders, or None if the path is not VOC."""
     if path.suffix.lower() == ".txt":
         parents = path.parents
-        inside = len(parents) > 2 and parents[1].name == "ImageSets" and (parents[2] / "Annotations").is_dir()
-        return parents[2] if inside and path.is_file() else None
-    if not path.is_dir():
+        inside = len(parents) > 2 and parents[1].name == "ImageSets" and os.path.isdir(parents[2] / "Annotations")
+        return parents[2] if inside and os.path.isfile(path) else None
+    if not os.path.isdir(path):
         return None
-    if (path / "Annotations").is_dir() and any((path / name).is_dir() for name in ("JPEGImages", "images")):
+    if os.path.isdir(path / "Annotations") and any(os.path.isdir(path / name) for name in ("JPEGImages", "images")):
         return path
     files = _in_folder(path, {".xml"})
     labels = label_path(path / "x").parent
-    if not files or any((labels / f"{file.stem}.txt").is_file() for file in files):
+    if not files or any(os.path.isfile(labels / f"{file.stem}.txt") for file in files):
         return None
     return path
 
@@ -204,13 +204,13 @@ def _voc_images(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
             candidates.setdefault(path.stem, []).append(path)
     names = source.classes or class_names([source])
     listed: Mapping[Path, str]
-    if source.path.is_file():
+    if os.path.isfile(source.path):
         base = _voc_base(source.path) or source.path.parent
         lines = voc.identifiers(source.path)
         listed = {base / "Annotations" / f"{name}.xml": f"{source.path}:{line}" for name, line in lines.items()}
     else:
         listed = {path: str(path) for path in _xml_files(source)}
-    folder = source.path / "Annotations" if (source.path / "Annotations").is_dir() else source.path
+    folder = source.path / "Annotations" if os.path.isdir(source.path / "Annotations") else source.path
     seen: set[Path] = set()
     for xml, origin in listed.items():
         image = _image_of(xml, candidates.get(xml.stem, ()), source.folders)
@@ -233,11 +233,11 @@ def _image_of(xml: Path, candidates: Sequence[Path], folders: Sequence[Path]) ->
 
 
 def _xml_files(source: AnnotatedSource) -> list[Path]:
-    if source.path.is_file():
+    if os.path.isfile(source.path):
         base = _voc_base(source.path) or source.path.parent
         return [base / "Annotations" / f"{name}.xml" for name in voc.identifiers(source.path)]
     inner = source.path / "Annotations"
-    return _in_folder(inner if inner.is_dir() else source.path, {".xml"})
+    return _in_folder(inner if os.path.isdir(inner) else source.path, {".xml"})
 
 
 def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> list[Path]:

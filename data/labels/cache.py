@@ -104,7 +104,7 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
 
 def read(path: Path) -> dict[str, Entry]:
     """Entries by image; empty when there is no cache that can be used."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         return {}
     try:
         data = path.read_bytes()

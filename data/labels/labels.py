@@ -216,7 +216,7 @@ def _shared_labels(found: Mapping[Path, Listed]) -> Iterator[str]:
         if listed.label.suffix == ".txt":
             owners.setdefault(listed.label, []).append(path)
     for label, paths in owners.items():
-        if len(paths) > 1 and label.exists():
+        if len(paths) > 1 and os.path.exists(label):
             yield f"{label}: its labels are used for {len(paths)} images: {', '.join(map(str, sorted(paths)))}"
 
 
@@ -315,7 +315,7 @@ def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path
         base = first.path
     else:
         base = first if len(sources) == 1 and first.suffix == ".txt" else label_path(first_image).parent
-    name = base.stem if base.is_file() else base.name
+    name = base.stem if os.path.isfile(base) else base.name
     annotated = any(isinstance(source, AnnotatedSource) for source in sources)
     if len(sources) > 1 or annotated:  # so that datasets which share their first folder do not share a cache
         keys = (source.key if isinstance(source, AnnotatedSource) else str(source) for source in sources)

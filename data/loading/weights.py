@@ -75,7 +75,8 @@ def class_loss_weights(
     weights = [1.0] * len(names)
     numbers = {name: number for number, name in names.items()}
     for key, weight in wanted.items():
-        number = key if key in names else numbers.get(str(key))
+        text = str(key)
+        number = numbers.get(text, int(text) if text.isascii() and text.isdigit() and int(text) in names else None)
         if number is None:
             near = did_you_mean(str(key), numbers)
             raise ConfigError(f"{where}: class_weights: no class '{key}'; there are {', '.join(numbers)}{near}")

@@ -14,7 +14,7 @@ from typing import Any
 
 from engine.cli.keywords import settled
 from utils.errors import ConfigError, did_you_mean
-from utils.yaml_lines import load_yaml, plain
+from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
 FLAG, OPTIONAL, MANY = "flag", "optional", "many"
 
@@ -294,6 +294,9 @@ class Hyperparameters:
             ConfigError: unknown or missing keys and values that are no numbers, all of the file together, with lines.
         """
         data = load_yaml(path)
+        weights = data.get("class_weights")
+        if isinstance(weights, LineDict):  # class names as they were written
+            data["class_weights"] = {key_text(weights, key): value for key, value in weights.items()}
         return cls.from_mapping(data, where=str(path), lines=data.lines)
 
     @classmethod

@@ -316,11 +316,19 @@ def _load_annotations(
     """Load images and labels for training and validation; rank zero downloads, scans and writes the caches."""
     with main_first(world):
         train_set, val_set = (
-            load_annotations(data.split(name), declared, single_cls=config.single_cls, progress=is_main_process())
+            load_annotations(
+                data.split(name),
+                declared,
+                single_cls=config.single_cls,
+                progress=is_main_process(),
+                require_labels=name == "train",
+            )
             for name in ("train", "val")
         )
     for split in (train_set, val_set):
         LOGGER.info("%s", split.report.summary())
+    if not val_set.report.boxes:
+        LOGGER.warning("%s: the validation split has no objects: mAP is undefined and reported as 0", data.file)
     return train_set, val_set
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -107,12 +108,19 @@ def test_ensure_draws_once_and_again_when_the_numbers_change(tmp_path: Path, mon
     monkeypatch.setattr("data.shapes.VERSION", 99)
     ensure(root, ShapesRecipe(KINDS, 4, 3, 2, 96))
     assert json.loads((root / MANIFEST).read_text())["version"] == 99
-    assert [path.name for path in root.parent.iterdir()] == ["shapes"]  # nothing temporary is left
+    assert sorted(path.name for path in root.parent.iterdir()) == ["shapes", "shapes.old", "shapes.old2"]
+
+
+def test_ensure_keeps_files_of_the_user_in_an_older_set(tmp_path: Path) -> None:
+    ensure(tmp_path / "shapes", SMALL)
+    (tmp_path / "shapes/images/train/mine.jpg").write_text("mine")
+    ensure(tmp_path / "shapes", replace(SMALL, seed=7))
+    assert (tmp_path / "shapes.old/images/train/mine.jpg").read_text() == "mine"
 
 
 def test_ensure_does_not_touch_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="not a drawn set"):
+    with pytest.raises(DataError, match="not a drawn dataset"):
         ensure(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()

@@ -56,10 +56,24 @@ def test_forms(wanted, weights) -> None:
             "hyp.yaml: class_weights: no class 'platelets'; there are red, white, platelet, none of these; did you "
             "mean 'platelet'?",
         ),
-        ({4: 2}, "hyp.yaml: class_weights: no class '4'; there are red, white, platelet, none of these"),
+        ({"4": 2}, "hyp.yaml: class_weights: no class '4'; there are red, white, platelet, none of these"),
     ],
 )
 def test_mistakes(wanted, sentence) -> None:
     with pytest.raises(ConfigError) as error:
         class_loss_weights(wanted, NAMES, LABELS, "hyp.yaml")
     assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({"02146": 2.0}, (2.0, 1.0, 1.0)),
+        ({"no": 2.0}, (1.0, 2.0, 1.0)),
+        ({"2": 2.0}, (1.0, 1.0, 2.0)),
+        ({1: 3}, (1.0, 3.0, 1.0)),
+    ],
+)
+def test_class_weights_name_classes_as_strings(weights: dict[str | int, float], expected: tuple[float, ...]) -> None:
+    names = {0: "02146", 1: "no", 2: "2.10"}
+    assert class_loss_weights(weights, names, [], "hyp.yaml") == expected

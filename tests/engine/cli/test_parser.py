@@ -7,6 +7,7 @@ import pytest
 from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
 from engine.cli.parser import run_main
 from utils.errors import ConfigError, DataError
+from utils.files import ROOT
 
 
 def _run(argv, config=TrainConfig, work=None):
@@ -103,3 +104,9 @@ def test_hyperparameters_report_all_mistakes_with_lines(tmp_path):
     assert "hyp.yaml:2: unknown hyperparameter 'lrff'; did you mean 'lrf'?" in text
     assert "hyp.yaml:3: momentum is 'high'" in text
     assert "missing hyperparameter(s) lrf," in text
+
+
+def test_class_weights_of_a_hyp_file_name_classes_as_written(tmp_path):
+    text = (ROOT / "data/hyps/hyp.scratch-low.yaml").read_text() + "class_weights: {02146: 2, no: 3}\n"
+    (tmp_path / "h.yaml").write_text(text)
+    assert Hyperparameters.from_yaml(tmp_path / "h.yaml").class_weights == {"02146": 2, "no": 3}

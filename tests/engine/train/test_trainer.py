@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import train as train_script
+from data.config import load_data_config
 from engine.cli.config import TrainConfig
 from engine.loggers.run_logger import CsvLog
 from engine.train import trainer as trainer_module
@@ -131,6 +132,14 @@ def test_weights_of_a_run_start_another(project, caplog):
     total = len(read_checkpoint(first.best).state)
     assert f"Transferred {total}/{total}" in caplog.text
     assert second.best is not None
+
+
+def test_validation_split_without_objects_trains(project, caplog):
+    load_data_config(project / "data.yaml").split("val")  # draws the dataset
+    for label in (project / "set/labels/val").iterdir():
+        label.write_text("")
+    result = train(config(project, epochs=1))
+    assert result.epochs == 1 and "the validation split has no objects: mAP is undefined" in caplog.text
 
 
 def test_early_stopping(project, monkeypatch):
