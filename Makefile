@@ -1,7 +1,7 @@
 # `make check` is what CI runs. PYTHON is an interpreter with requirements.txt installed.
 PYTHON ?= python
 
-.PHONY: check format lint types test slow
+.PHONY: check format lint types test slow fuzz
 
 check: lint types test
 
@@ -17,6 +17,10 @@ test:
 
 slow:
 	$(PYTHON) -m pytest -q -m slow
+
+# Random inputs; FUZZ_SEEDS=0:2000 chooses the seeds.
+fuzz:
+	$(PYTHON) -m pytest -q -m fuzz tests/fuzz
 
 format:
 	$(PYTHON) -m ruff check --fix .

@@ -303,6 +303,7 @@ def _read_list(source: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
             others.append(text)
             continue
         readings = [text, text.replace("\\", "/")] if "\\" in text else [text]
+        readings += [text.removeprefix("data/")] if text.startswith("data/") else []  # as CVAT exports lists
         paths = [base / reading for reading in readings for base in (source.parent, Path())]
         path = next((path for path in paths if os.path.exists(path)), paths[0])
         yield Path(os.path.abspath(path)), f"{source}:{number}"
