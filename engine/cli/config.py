@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from engine.cli.keywords import settled
 from utils.errors import ConfigError, did_you_mean
@@ -28,7 +28,7 @@ def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
         kind: type of one value.
         extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when
             left out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the
-            option is not there yet: giving it is an error).
+            option is not there yet: giving it is an error), `resolved` (what the default stands for, for `--help`).
     """
     metadata = {"help": text, "kind": kind, **extra}
     if isinstance(default, list):
@@ -47,7 +47,26 @@ PRECISIONS = ("auto", "fp16", "bf16", "off")
 
 
 class Options:
-    """Checks that all option dataclasses share."""
+    """Checks that all option dataclasses share.
+
+    Attributes:
+        given: names of the options that the user gave, at their default value too. `dataclasses.replace` drops them.
+    """
+
+    given: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def from_given(cls, values: Mapping[str, Any]) -> Any:
+        """Build from the options that were given; all others have their defaults."""
+        config = cls(**values)
+        object.__setattr__(config, "given", frozenset(values))
+        return config
+
+    def is_given(self, name: str) -> bool:
+        """Return whether an option was given, or differs from its default in an object that a program built."""
+        (f,) = (f for f in fields(self) if f.name == name)  # type: ignore[arg-type]
+        default = f.default_factory() if callable(f.default_factory) else f.default
+        return name in self.given or getattr(self, name) != default
 
     def check(self) -> None:
         """Raise one ConfigError that names every option out of its range, or not there yet."""
@@ -81,7 +100,7 @@ class Options:
         for name in keywords:
             if name not in names:
                 raise ConfigError(f"{cls.__name__}: unknown option '{name}'{did_you_mean(name, names)}")
-        config = cls(**settled(fields(cls), keywords))  # type: ignore[arg-type]
+        config = cls.from_given(settled(fields(cls), {k: v for k, v in keywords.items() if v is not None}))  # type: ignore[arg-type]
         config.check()
         return config
 
@@ -106,7 +125,9 @@ class TrainConfig(Options):
     noautoanchor: bool = flag("skip the anchor check")
     noplots: bool = flag("write no images")
     evolve: Any = option(None, "tune the hyperparameters: number of trials", int, form=OPTIONAL, const=300, low=1)
-    evolve_population: str = option("data/hyps", "folder with hyperparameter files that --evolve is to try first, too")
+    evolve_population: str = option(
+        "data/hyps", "folder with hyperparameter files that --evolve tries first, too", resolved="none, only --hyp"
+    )
     resume_evolve: str | None = option(
         None, "continue with a hyperparameter search (its study.db or folder), or take part in it"
     )
@@ -122,7 +143,7 @@ class TrainConfig(Options):
     optimizer: str = option("SGD", "optimizer", choices=OPTIMIZERS)
     sync_bn: bool = flag("synchronized batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
-    project: str = option("runs/train", "parent folder of runs")
+    project: str = option("runs/train", "parent folder of runs", resolved="runs/train, with --evolve runs/evolve")
     name: str = option("exp", "run folder name; 'cfg' = the model YAML's name")
     exist_ok: bool = flag("reuse the folder instead of counting up")
     quad: bool = flag("four-in-one collate: a quarter of the images at double size")

@@ -31,6 +31,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
+
+
 # YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
 _UNDERSCORED = ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval")
 
@@ -54,12 +59,15 @@ def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
 
 def build_parser(config: type[Options], prog: str, description: str) -> argparse.ArgumentParser:
     """Return the parser of a command; options may be shortened to a unique prefix."""
-    parser = Parser(prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(prog=prog, description=description, formatter_class=_HelpFormatter)
     for f in fields(config):  # type: ignore[arg-type]
         m = f.metadata
         names = [_spelling(f.name), *m.get("aliases", ())]
         default = f.default_factory() if callable(f.default_factory) else f.default
-        common: dict[str, Any] = {"dest": f.name, "default": default, "help": m["help"].replace("%", "%%")}
+        text = m["help"].replace("%", "%%")
+        if "resolved" in m:
+            text += f" (default: {m['resolved']})"
+        common: dict[str, Any] = {"dest": f.name, "default": default, "help": text}
         form = m.get("form")
         if form == FLAG:
             parser.add_argument(*names, action="store_true", **common)
@@ -108,10 +116,12 @@ def run_main(
         stderr each); 130 after Ctrl-C.
     """
     parser = build_parser(config, prog, description)
-    values = parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv))
+    absent = object()
+    values = argparse.Namespace(**{f.name: absent for f in fields(config)})  # type: ignore[arg-type]
+    parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv), values)
     configure_logging()
     try:
-        options = config(**vars(values))
+        options = config.from_given({name: value for name, value in vars(values).items() if value is not absent})
         options.check()
         _check_together(prog, options)
     except UserError as error:

@@ -95,12 +95,11 @@ class CompareConfig(Options):
                 require_packages(f"--runtimes {name}", FORMATS[name].packages)
 
     def command_words(self) -> list[str]:
-        """Return the command line of these options without those at their default value."""
+        """Return the command line of the options that were given."""
         words = ["python", "compare.py"]
         for f in fields(self):
             value = getattr(self, f.name)
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            if value == default:
+            if not self.is_given(f.name) or value is None or value is False or value == []:
                 continue
             words.append("--" + f.name.replace("_", "-"))
             if value is not True:

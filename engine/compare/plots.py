@@ -97,9 +97,11 @@ def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Lim
             ranges[label] = Bbox.from_extents(point.latency.low, low, point.latency.high, high)
     largest = max((points[label].parameters_m or 0.0 for label in centers), default=1.0) or 1.0
     areas = {label: disc_area(points[label].parameters_m or 0.0, largest) for label in centers}
-    lines = [*_draw_front(axes, [centers[label] for label in pick.front if label in centers])]
+    reason = unranked_reason(points)
+    members = () if has_accuracy and reason else pick.front  # that front is one of latency and parameters
+    lines = _draw_front(axes, [centers[label] for label in members if label in centers])
     for label, (x, y_middle) in sorted(centers.items(), key=lambda item: -areas[item[0]]):  # small discs on top
-        color = PICKED if label == pick.label else FRONT if label in pick.front else GRAY
+        color = PICKED if label == pick.label else FRONT if label in members else GRAY
         alpha = 0.35 if pick.misses.get(label) else 0.8
         axes.scatter([x], [y_middle], s=areas[label], color=color, linewidths=0, zorder=2, alpha=alpha)
         box = ranges[label]
@@ -110,7 +112,6 @@ def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Lim
     if limits.latency_ms is not None:
         axes.axvline(limits.latency_ms, color="0.3", lw=0.9, ls="--", label=f"limit {limits.latency_ms:g} ms")
         lines.append(Bbox.from_extents(limits.latency_ms, axes.get_ylim()[0], limits.latency_ms, axes.get_ylim()[1]))
-    reason = unranked_reason(points)
     title = "Accuracy against latency" if has_accuracy else "Parameters against latency"
     axes.set_title(title + (f" ({reason.partition(':')[0]})" if has_accuracy and reason else ""), fontsize=12)
     axes.set_xlabel(f"milliseconds per image ({what})")

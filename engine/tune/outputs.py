@@ -21,6 +21,8 @@ from engine.loggers.run_logger import METRICS
 from engine.tune.space import SearchRow, with_values
 from engine.tune.study import Plan, broken_off, trials_of
 from utils.files import atomic_path
+from utils.metrics import RANKING_FLOOR
+from utils.plots import new_figure, save_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,6 +76,13 @@ def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
     """Return the completed trial of the highest fitness (the first of equals), or None."""
     complete = [r for r in rows if r.state == "complete" and r.fitness is not None]
     return max(complete, key=lambda r: (r.fitness or 0.0, -r.number), default=None)
+
+
+def unranked_note(best: TrialRow | None) -> str:
+    """Return why the trials cannot be ranked, or ''."""
+    if best is None or (best.fitness or 0.0) >= RANKING_FLOOR:
+        return ""
+    return f"not trained long enough to rank: fitness below {RANKING_FLOOR:g}"
 
 
 def command_of(plan: Plan, folder: Path) -> str:
@@ -131,6 +140,7 @@ def write_hyp(path: Path, best: TrialRow, plan: Plan, count: int) -> None:
     head = [
         f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",
         ", ".join(f"{name} {value:.4g}" for name, value in zip(names, best.metrics)),
+        unranked_note(best),
         f"Found by: {first_command(plan)}",
         f"Use: python train.py --hyp {path.name}",
     ]
@@ -161,31 +171,29 @@ def importances(study: Study) -> dict[str, float]:
 
 
 def plot_trials(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
-    """Fitness over each hyperparameter: one dot per trial, later ones lighter, pruned ones hollow, the best a star."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    """Plot fitness over each hyperparameter: later trials lighter, pruned ones hollow, the best one a star.
 
+    The best trial is not marked where the trials cannot be ranked. The fitness axis starts at 0.
+    """
     shown = [r for r in rows if r.state in SHOWN and r.fitness is not None]
-    lines = math.ceil(len(space) / _COLUMNS)
-    width, height = 2.7 * _COLUMNS, 2.3 * lines + 0.4
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    inch_x, inch_y = 1 / width, 1 / height  # margins by hand: finding them takes half the time of the drawing
-    space_of = {"left": 0.75 * inch_x, "right": 1 - 0.15 * inch_x, "bottom": 0.35 * inch_y, "top": 1 - 0.7 * inch_y}
-    grid = np.asarray(figure.subplots(lines, _COLUMNS, sharey=True, squeeze=False))
-    figure.subplots_adjust(**space_of, wspace=0.08, hspace=0.35)
     best = best_of(rows)
+    note = unranked_note(best)
+    lines = math.ceil(len(space) / _COLUMNS)
+    figure = new_figure(2.7 * _COLUMNS, 2.3 * lines + 0.4)
+    grid = np.asarray(figure.subplots(lines, _COLUMNS, sharey=True, squeeze=False))
     for axes, row in zip(grid.flat, space):
-        _panel(axes, row, shown, best)
+        _panel(axes, row, shown, None if note else best)
     for axes in grid.flat[len(space) :]:
         axes.remove()
     for axes in grid[:, 0]:
         axes.set_ylabel("fitness")
-    words = [f"{sum(r.state == state for r in rows)} {state}" for state in ("complete", "pruned", "failed")]
-    title = ", ".join(words) + "; a dot per trial, later ones lighter; hollow: pruned"
-    figure.suptitle(title + (f"; star: the best, trial {best.number}, {best.fitness:.4g}" if best else ""), fontsize=12)
-    with atomic_path(path) as part:
-        figure.savefig(part, dpi=100)
+    grid[0, 0].set_ylim(0, max([1.15 * (r.fitness or 0.0) for r in shown] + [2 * RANKING_FLOOR]))
+    counts = ", ".join(f"{sum(r.state == state for r in rows)} {state}" for state in ("complete", "pruned", "failed"))
+    title = f"{counts}; a dot per trial, later ones lighter; hollow: pruned; one training each"
+    if best is not None:
+        title += f"; {note}" if note else f"; star: the best, trial {best.number}, {best.fitness:.4g}"
+    figure.suptitle(title, fontsize=12)
+    save_figure(figure, path, 100)
 
 
 def _panel(axes: Axes, row: SearchRow, shown: Sequence[TrialRow], best: TrialRow | None) -> None:
@@ -208,30 +216,20 @@ def _panel(axes: Axes, row: SearchRow, shown: Sequence[TrialRow], best: TrialRow
     else:
         axes.set_xlim(row.low - margin, row.high + margin)
         axes.locator_params(axis="x", nbins=4)
-    axes.margins(y=0.12)
     axes.tick_params(labelsize=8)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
 
 
 def plot_importances(path: Path, found: Mapping[str, float], count: int) -> None:
-    """Bars of the importances, largest on top."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.27 * len(found) + 1.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    """Plot the importances as bars, largest on top."""
+    figure = new_figure(8, 0.27 * len(found) + 1.2)
     axes = figure.add_subplot()
-    names, values = list(found)[::-1], list(found.values())[::-1]
-    axes.barh(names, values, color="tab:blue", height=0.7)
-    for place, value in enumerate(values):
-        axes.text(value, place, f" {value:.2f}", va="center", fontsize=8)
-    doubt = "" if count >= IMPORTANCE_SURE else "; so few: mostly chance"
-    axes.set(
-        xlabel="importance, parts of 1", title=f"What tells the best trials from the others ({count} trials{doubt})"
-    )
-    axes.set_xlim(0, max(values) * 1.12)
+    bars = axes.barh(list(found)[::-1], list(found.values())[::-1], height=0.7)
+    axes.bar_label(bars, fmt=" %.2f", fontsize=8)
+    doubt = "" if count >= IMPORTANCE_SURE else "; too few: mostly chance"
+    axes.set(xlabel="importance", title=f"What distinguishes the best trials ({count} trials{doubt})")
+    axes.set_xlim(0, max(found.values()) * 1.12)
     axes.margins(y=0.01)
     axes.tick_params(labelsize=9)
-    with atomic_path(path) as part:
-        figure.savefig(part, dpi=120)
+    save_figure(figure, path, 120)

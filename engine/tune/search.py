@@ -28,6 +28,7 @@ from engine.tune.outputs import (
     command_of,
     draw,
     rows_of,
+    unranked_note,
     write_files,
 )
 from engine.tune.space import inside, point_of, population, space_for, widened, with_values
@@ -104,7 +105,7 @@ def _begin(config: TrainConfig) -> EvolveResult:
     file = find_file(config.hyp, "data/hyps")
     hyp = Hyperparameters.from_yaml(file)
     points = {str(config.hyp): point_of(hyp, str(file))}
-    if config.evolve_population != TrainConfig().evolve_population:
+    if config.is_given("evolve_population"):
         points |= population(config.evolve_population, config.optimizer)
     space = widened(list(points.values()), space_for(config.optimizer))
     options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
@@ -122,13 +123,12 @@ def _begin(config: TrainConfig) -> EvolveResult:
 def _go_on(config: TrainConfig, text: str) -> EvolveResult:
     path = studies.find(text)
     study, plan = studies.load(path)
-    defaults, given = TrainConfig(), config.to_dict()
-    problems = []
-    for f in fields(TrainConfig):
-        mine, theirs, default = given[f.name], plan.options.get(f.name), getattr(defaults, f.name)
-        if f.name in (*NO_OPTIONS, *OWN_CHOICE) or mine in (default, theirs):
-            continue
-        problems.append(f"--{f.name.replace('_', '-')} is {mine}, the study was begun with {theirs}")
+    given = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if config.is_given(f.name)}
+    problems = [
+        f"--{name.replace('_', '-')} is {value}, the study was begun with {plan.options.get(name)}"
+        for name, value in given.items()
+        if name not in (*NO_OPTIONS, *OWN_CHOICE) and value != plan.options.get(name)
+    ]
     if problems:
         raise ConfigError(
             f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or begin another hyperparameter search"
@@ -136,7 +136,7 @@ def _go_on(config: TrainConfig, text: str) -> EvolveResult:
     if config.evolve is not None and config.evolve != plan.target:
         plan = replace(plan, target=int(config.evolve))
         study.set_user_attr("target", plan.target)
-    own = {name: given[name] for name in OWN_CHOICE if given[name] != getattr(defaults, name)}
+    own = {name: given[name] for name in OWN_CHOICE if name in given}
     return SearchRun(study, plan, TrainConfig.from_keywords(**{**plan.options, **own}), path.parent).run()
 
 
@@ -156,7 +156,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
     Returns:
         The folder, and whether it was not there before (`--exist-ok`).
     """
-    project = studies.RUNS if config.project == TrainConfig().project else config.project
+    project = config.project if config.is_given("project") else studies.RUNS
     wanted = Path(project) / (Path(config.cfg).stem if config.name == "cfg" else config.name)
     if config.exist_ok:
         if (wanted / studies.FILE).exists() or any(wanted.glob("trial*")):
@@ -351,6 +351,8 @@ class SearchRun:
         best, hyp = best_of(rows), self.folder / YAML
         if best is not None:
             LOGGER.info("Best fitness %.4g in trial %d: use it with --hyp %s", best.fitness, best.number, hyp)
+            if unranked_note(best):
+                LOGGER.warning("%s; search with more --epochs", unranked_note(best))
         if not self.config.noplots and not (self.folder / IMPORTANCE).is_file():
             LOGGER.info(
                 "No %s: it needs %d complete trials that are not equally good", IMPORTANCE, IMPORTANCE_FROM

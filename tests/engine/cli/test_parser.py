@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 
-from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
+from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig, ValConfig
 from engine.cli.parser import run_main
+from engine.compare.config import CompareConfig
+from engine.export.config import ExportConfig
 from utils.errors import ConfigError, DataError
 from utils.files import ROOT
 
@@ -35,6 +39,39 @@ def test_spellings(argv, name, value):
     status, config = _run(argv)
     assert status == 0
     assert getattr(config, name) == value
+
+
+def _argument(field, default) -> list[str]:
+    """Command line of one option at its default value; none for options that have no such spelling."""
+    if default is None or default is False or default == [] or "missing" in field.metadata:
+        return []
+    return [f"--{field.name}", *(map(str, default) if isinstance(default, list) else [str(default)])]
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, ValConfig, DetectConfig, ExportConfig, CompareConfig])
+def test_option_at_its_default_value_is_given(config_class):
+    defaults = config_class()
+    count = 0
+    for field in fields(config_class):
+        required = ["--cfg", "x"] if config_class is CompareConfig and field.name != "cfg" else []
+        words = _argument(field, getattr(defaults, field.name))
+        if words and field.name != "cfg":
+            status, config = _run([*words, *required], config_class)
+            assert status == 0 and config.is_given(field.name), field.name
+            assert config.given == {field.name, *(["cfg"] if required else [])}
+            assert getattr(config, field.name) == getattr(defaults, field.name)
+            count += 1
+    assert count >= 10
+    required = {"cfg": ["x"]} if config_class is CompareConfig else {}
+    assert config_class.from_keywords(**required).given == set(required)
+
+
+def test_help_states_the_resolved_default(capsys):
+    with pytest.raises(SystemExit):
+        _run(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "parent folder of runs (default: runs/train, with --evolve runs/evolve)" in text
+    assert "(default: none, only --hyp)" in text and "(default: 100)" in text
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,35 @@ def test_a_population_is_tried_first(tmp_path, trainings, caplog):
         population(people, "SGD")
 
 
+def test_options_at_their_default_values_are_given(tmp_path, trainings, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copytree(HYPS, tmp_path / "data/hyps")
+    evolve(config(tmp_path, evolve=2, evolve_population="data/hyps", project="runs/train"))
+    assert (tmp_path / "runs/train/exp/study.db").is_file()
+    first = min(path for path in HYPS.glob("*.yaml") if path != START)
+    assert point_of(trainings.hyps[1], "") == point_of(Hyperparameters.from_yaml(first), "")
+    trainings.hyps.clear()
+    evolve(TrainConfig.from_keywords(cfg="yolov5n.yaml", evolve=1, epochs=1, noplots=True))
+    assert (tmp_path / "runs/evolve/exp/study.db").is_file()
+
+
+@pytest.mark.parametrize("value", [0.04, 0.4])
+def test_search_below_the_floor_names_no_best(tmp_path, trainings, caplog, value):
+    caplog.set_level("INFO")
+    trainings.events = {0: value, 1: value / 2}
+    result = evolve(config(tmp_path, evolve=2))
+    assert ("not trained long enough to rank" in caplog.text) == (value < 0.05)
+    assert ("not trained long enough to rank" in result.hyp.read_text()) == (value < 0.05)
+    titles = []
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr(outputs, "save_figure", lambda figure, path, dpi: titles.append(figure.get_suptitle()))
+    with monkey.context():
+        outputs.plot_trials(tmp_path / "x.png", outputs.rows_of(studies.load(result.folder / "study.db")[0]), SPACE)
+    monkey.undo()
+    assert ("star" in titles[0]) == (value >= 0.05)
+
+
 def test_bounds_hold_the_recipes():
     names = {f.name for f in fields(Hyperparameters)}
     for optimizer in ("SGD", "AdamW"):
@@ -308,6 +337,8 @@ def finished(tmp_path_factory) -> Path:
         ({"resume_evolve": "other.db"}, ["other.db: is not the study of a hyperparameter search"]),
         ({"resume_evolve": "runs/exp", "epochs": 9, "seed": 1},
          ["--epochs is 9, the study was begun with 3", "--seed is 1, the study was begun with 0"]),
+        # given at its default value is given
+        ({"resume_evolve": "runs/exp", "epochs": 100}, ["--epochs is 100, the study was begun with 3"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
         ({"evolve_population": "runs"}, ["holds no *.yaml file"]),
         ({"hyp": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
