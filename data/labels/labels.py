@@ -28,6 +28,7 @@ from data.formats.voc import UnknownClassError
 from data.formats.yolo import LabelFile, label_path, read_labels
 from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
 from data.labels import cache as label_cache
+from data.lists import read_list
 from utils.errors import DataError
 from utils.files import check_regular, read_text
 
@@ -295,18 +296,11 @@ def _note_others(where: str, others: Sequence[str], notes: list[str]) -> None:
 
 def _read_list(source: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
     others: list[str] = []
-    for number, line in enumerate(read_text(source).splitlines(), 1):
-        text = line.strip()
-        if not text:
-            continue
-        if os.path.splitext(text)[1].lower() not in IMAGE_SUFFIXES:
-            others.append(text)
-            continue
-        readings = [text, text.replace("\\", "/")] if "\\" in text else [text]
-        readings += [text.removeprefix("data/")] if text.startswith("data/") else []  # as CVAT exports lists
-        paths = [base / reading for reading in readings for base in (source.parent, Path())]
-        path = next((path for path in paths if os.path.exists(path)), paths[0])
-        yield Path(os.path.abspath(path)), f"{source}:{number}"
+    for number, path in read_list(source):
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield Path(os.path.abspath(path)), f"{source}:{number}"
+        else:
+            others.append(str(path))
     _note_others(str(source), others, notes)
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import cv2
 
 from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read
+from data.lists import read_list
 from data.sources.frames import DEFAULT_FPS, Frame, Source
 from data.sources.streams import ScreenSource, StreamSource
 from utils.errors import DataError, did_you_mean
@@ -65,7 +66,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
         return StreamSource([text], vid_stride)
     path = expand_user(text, DataError)
     if path.suffix.lower() == ".streams" and path.is_file():
-        return StreamSource(_list_entries(path), vid_stride)
+        return StreamSource(_addresses(path), vid_stride)
     return FileSource(find_files(path), vid_stride)
 
 
@@ -143,13 +144,12 @@ def _of_glob(pattern: str) -> list[Path]:
 
 
 def _of_list(path: Path) -> FoundFiles:
-    """Return the files of a list, one per line, relative to the list's folder or else the working directory."""
+    """Return the files of a list (see `read_list`); each entry may be a file, a folder or a glob."""
     found = FoundFiles()
     seen: set[Path] = set()
-    for entry in _list_entries(path):
+    for _, entry in _entries(path):
         try:
-            near = path.parent / expand_user(entry, DataError)
-            there = find_files(near if os.path.exists(near) or not os.path.exists(entry) else Path(entry))
+            there = find_files(entry)
         except DataError as error:
             found.problems.append(f"{path}: {error}")
             continue
@@ -160,13 +160,19 @@ def _of_list(path: Path) -> FoundFiles:
     return found
 
 
-def _list_entries(path: Path) -> list[str]:
-    """Return the lines of a list file without empty lines and comments."""
-    lines = read_text(path).splitlines()
-    entries = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+def _entries(path: Path) -> list[tuple[int, Path]]:
+    entries = read_list(path)
     if not entries:
         raise DataError(f"{path}: empty list; one file or address per line is needed")
     return entries
+
+
+def _addresses(path: Path) -> list[str]:
+    """Return the lines of a list of streams without empty lines and comments."""
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    if not (addresses := [line for line in lines if line and not line.startswith("#")]):
+        raise DataError(f"{path}: empty list; one file or address per line is needed")
+    return addresses
 
 
 def _missing_below(path: Path, promised: int) -> float:
