@@ -50,8 +50,9 @@ def activation_from_text(text: str) -> nn.Module:
         activation = ACTIVATIONS[match[1]](*args, **named)
     except (TypeError, ValueError) as error:
         raise SpecError(f"activation '{text}' cannot be built: {error}") from error
-    if hasattr(activation, "inplace"):
-        setattr(activation, "inplace", True)  # noqa: B010 (the output of the norm has no other reader)
+    # The output of the norm has no other reader. In training autograd would copy it for these, see `fuse_conv_bn`.
+    if hasattr(activation, "inplace") and not isinstance(activation, (nn.SiLU, nn.Hardswish, nn.Hardsigmoid, nn.Mish)):
+        setattr(activation, "inplace", True)  # noqa: B010
     return activation
 
 

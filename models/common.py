@@ -56,7 +56,7 @@ class Conv(nn.Module):
         self.conv = nn.Conv2d(c1, c2, k, s, autopad(k, p, d), groups=g, dilation=d, bias=False)
         self.bn = batch_norm(c2)
         self.has_default_act = act is True
-        self.act: nn.Module = act if isinstance(act, nn.Module) else nn.SiLU(inplace=True) if act else nn.Identity()
+        self.act: nn.Module = act if isinstance(act, nn.Module) else nn.SiLU() if act else nn.Identity()
 
     def use_default_activation(self, activation: nn.Module) -> None:
         """Take a copy of `activation`, unless this layer was given one of its own."""

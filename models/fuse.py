@@ -39,6 +39,8 @@ def fuse_conv_bn(model: M) -> M:
         conv.weight = nn.Parameter(weight, requires_grad=conv.weight.requires_grad)
         conv.bias = nn.Parameter(bias, requires_grad=conv.weight.requires_grad)
         module.bn = nn.Identity()
+        if hasattr(module, "act") and hasattr(module.act, "inplace"):
+            module.act.inplace = True  # in training autograd would copy the input of some activations
     return model
 
 

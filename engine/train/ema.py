@@ -26,6 +26,7 @@ class ModelEma(Generic[M]):
     def __init__(self, model: M, decay: float = 0.9999, tau: float = 2000.0, updates: int = 0) -> None:
         self.module: M = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay, self.tau, self.updates = decay, tau, updates
+        self._tensors: tuple[list[torch.Tensor], list[torch.Tensor]] | None = None
 
     def decay_at(self, updates: int) -> float:
         """Return the decay at the given number of updates."""
@@ -33,11 +34,16 @@ class ModelEma(Generic[M]):
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Update the average with the model's current state; called once per optimizer step."""
+        """Update the average with the model's current state; called once per optimizer step, always with one model.
+
+        The tensors are listed once: both models are changed in place only.
+        """
         self.updates += 1
         d = self.decay_at(self.updates)
-        source = model.state_dict()
-        pairs = [(v, source[k]) for k, v in self.module.state_dict().items() if v.dtype.is_floating_point]
-        averages, values = [p[0] for p in pairs], [p[1].detach() for p in pairs]
+        if self._tensors is None:
+            source = model.state_dict()
+            pairs = [(v, source[k]) for k, v in self.module.state_dict().items() if v.dtype.is_floating_point]
+            self._tensors = [v for v, _ in pairs], [v for _, v in pairs]
+        averages, values = self._tensors
         torch._foreach_mul_(averages, d)
         torch._foreach_add_(averages, values, alpha=1 - d)

@@ -73,6 +73,9 @@ class TrainStep:
         self.sizes_vary = config.multi_scale or config.rect
         self.full_batch = 0
         self.shape: Sequence[int] = (0, 3, 0, 0)
+        # Others count by themselves: synchronized ones need their counter.
+        norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+        self.norms = [m for m in self.model.modules() if type(m) in norms and m.num_batches_tracked is not None]
         self.network: nn.Module = self.model
         self.wrap()
 
@@ -129,8 +132,26 @@ class TrainStep:
             targets: (M, 6) image index, class, xywhn, on the CPU.
         """
         with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-            total, parts = self.criterion(self.network(images), targets)
+            with self._batches_counted():
+                raw = self.network(images)
+            total, parts = self.criterion(raw, targets)
         return total, parts
+
+    @contextmanager
+    def _batches_counted(self) -> Iterator[None]:
+        """Count the batches of all BatchNorm layers at once; each layer would launch a kernel for it."""
+        counters = [(m._buffers, m._buffers["num_batches_tracked"]) for m in self.norms if m.training]
+        if not counters or self.config.compile:
+            yield
+            return
+        torch._foreach_add_([counter for _, counter in counters if counter is not None], 1)
+        for buffers, _ in counters:
+            buffers["num_batches_tracked"] = None
+        try:
+            yield
+        finally:
+            for buffers, counter in counters:
+                buffers["num_batches_tracked"] = counter
 
     @contextmanager
     def _compiled(self, batch: int) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Layers that several backbones share, and checks of their constructor arguments.
+"""Layers that several backbones share, checks of their constructor arguments, and state that a recomputation replays.
 
 Shape legend: B batch, C channels, H and W height and width of a feature map in cells.
 """
@@ -6,7 +6,8 @@ Shape legend: B batch, C channels, H and W height and width of a feature map in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -336,3 +337,78 @@ def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int) ->
     layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width)]
     layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
     return nn.Sequential(*layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class AutocastState:
+    """Autocast state of the forward pass."""
+
+    device_type: str
+    dtype: torch.dtype
+    enabled: bool
+
+    @classmethod
+    def now(cls, device: torch.device) -> AutocastState:
+        kind = device.type
+        return cls(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+    def replay(self) -> torch.autocast:
+        # Without the cache: weights cast without gradients must not be reused where gradients are needed.
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
+
+    def cast_linear(self, names: Sequence[str], theta: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Cast the parameters of linear layers as autocast would, in few launches instead of one for each."""
+        if not self.enabled:
+            return theta
+        norms = ("block.ln1.", "block.ln2.")
+        return convert_together(
+            theta,
+            [t.dtype if n.startswith(norms) or t.dtype == torch.float64 else self.dtype for n, t in zip(names, theta)],
+        )
+
+
+def convert_together(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
+    """Convert tensors of any shapes to these dtypes by one multi-tensor copy; None stays None."""
+    pairs = [
+        (i, t, torch.empty_like(t, dtype=dtype))
+        for i, (t, dtype) in enumerate(zip(tensors, dtypes))
+        if t is not None and t.dtype != dtype
+    ]
+    if pairs:
+        torch._foreach_copy_([new for _, _, new in pairs], [old for _, old, _ in pairs])
+    converted = {i: new for i, _, new in pairs}
+    return [converted.get(i, t) for i, t in enumerate(tensors)]
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchState:
+    """State that a branch depends on besides input and parameters: random generators and modes of its modules."""
+
+    modes: tuple[bool, ...]
+    cpu_state: Tensor | None = None
+    cuda_states: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def now(cls, block: nn.Module, devices: Sequence[torch.device]) -> BranchState:
+        modes = tuple(module.training for module in block.modules())
+        if not any(modes):
+            return cls(modes)  # no random numbers in eval mode
+        return cls(modes, torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
+
+    @contextmanager
+    def replay(self, block: nn.Module) -> Iterator[None]:
+        """Run the block with the recorded random numbers; restore the global generators afterwards."""
+        modules = list(block.modules())
+        modes = [module.training for module in modules]
+        with torch.random.fork_rng(list(self.cuda_states), enabled=self.cpu_state is not None):
+            if self.cpu_state is not None:
+                torch.set_rng_state(self.cpu_state)
+            for device, state in self.cuda_states.items():
+                torch.cuda.set_rng_state(state, device)
+            try:
+                for module, mode in zip(modules, self.modes):
+                    module.training = mode
+                yield
+            finally:
+                for module, mode in zip(modules, modes):
+                    module.training = mode

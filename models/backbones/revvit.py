@@ -29,9 +29,8 @@ Shape legend: B batch, L tokens, C embedding channels, N heads, D channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -42,9 +41,12 @@ from torch.nn import functional
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
 from models.backbones.layers import (
+    AutocastState,
+    BranchState,
     DropPath,
     SimpleFeaturePyramid,
     choose_architecture,
+    convert_together,
     drop_path_rates,
     require,
     require_rates,
@@ -176,58 +178,6 @@ class ReversibleBlock(nn.Module):
         return y_1, y_2
 
 
-@dataclass(frozen=True)
-class _Autocast:
-    """Autocast state of the forward pass."""
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def now(cls, device: torch.device) -> _Autocast:
-        kind = device.type
-        return cls(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def replay(self) -> torch.autocast:
-        # Without the cache: weights cast without gradients must not be reused where gradients are needed.
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
-
-
-@dataclass(frozen=True)
-class _Moment:
-    """State that a branch depends on besides input and parameters: random generators and modes of its modules."""
-
-    modes: tuple[bool, ...]
-    cpu_state: Tensor | None = None
-    cuda_states: dict[torch.device, Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def now(cls, block: ReversibleBlock, devices: Sequence[torch.device]) -> _Moment:
-        modes = tuple(module.training for module in block.modules())
-        if not any(modes):
-            return cls(modes)  # no random numbers in eval mode
-        return cls(modes, torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
-
-    @contextmanager
-    def replay(self, block: ReversibleBlock) -> Iterator[None]:
-        """Run the block with the recorded random numbers; restore the global generators afterwards."""
-        modules = list(block.modules())
-        modes = [module.training for module in modules]
-        with torch.random.fork_rng(list(self.cuda_states), enabled=self.cpu_state is not None):
-            if self.cpu_state is not None:
-                torch.set_rng_state(self.cpu_state)
-            for device, state in self.cuda_states.items():
-                torch.cuda.set_rng_state(state, device)
-            try:
-                for module, mode in zip(modules, self.modes):
-                    module.training = mode
-                yield
-            finally:
-                for module, mode in zip(modules, modes):
-                    module.training = mode
-
-
 class _Branch(nn.Module):
     """F or G of a block as a separate module, so that it can be run with other parameter tensors."""
 
@@ -241,7 +191,12 @@ class _Branch(nn.Module):
         return self.block.F(x) if self.branch == "F" else self.block.G(x)
 
     def pull_back(
-        self, moment: _Moment, autocast: _Autocast, x: Tensor, theta: Sequence[tuple[Tensor, bool]], d_out: Tensor
+        self,
+        moment: BranchState,
+        autocast: AutocastState,
+        x: Tensor,
+        theta: Sequence[tuple[Tensor, bool]],
+        d_out: Tensor,
     ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
         """Recompute the branch; return its output, the gradient of x, and that of each theta flagged as required."""
         x = x.detach().requires_grad_()
@@ -268,16 +223,16 @@ class ReversibleFunction(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         devices = sorted({t.device for t in (x_1, x_2, *theta) if t.device.type == "cuda"}, key=str)
         ctx.blocks = blocks
-        ctx.autocast = _Autocast.now(x_1.device)
+        ctx.autocast = AutocastState.now(x_1.device)
         ctx.moments = []
         kept: list[Tensor] = []
         ctx.kept_after = {}
         y_1, y_2 = x_1, x_2
         with ctx.autocast.replay():
             for index, block in enumerate(blocks):
-                before_F = _Moment.now(block, devices)
+                before_F = BranchState.now(block, devices)
                 y_1 = y_1 + block.F(y_2)
-                before_G = _Moment.now(block, devices)
+                before_G = BranchState.now(block, devices)
                 y_2 = y_2 + block.G(y_1)
                 ctx.moments.append((before_F, before_G))
                 if index in buffered and index + 1 < len(blocks):
@@ -292,7 +247,8 @@ class ReversibleFunction(torch.autograd.Function):
     def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:
         y_1, y_2, *others = ctx.saved_tensors
         kept, needs_theta = others[: ctx.num_kept], ctx.needs_input_grad[4:]
-        theta = list(zip(others[ctx.num_kept :], needs_theta))
+        names = [name for block in ctx.blocks for branch in "FG" for name in _Branch(block, branch).theta]
+        theta = list(zip(ctx.autocast.cast_linear(names, others[ctx.num_kept :]), needs_theta))
         d_theta: list[Tensor | None] = [None] * len(theta)
         end = len(theta)
         for index in reversed(range(len(ctx.blocks))):
@@ -312,7 +268,8 @@ class ReversibleFunction(torch.autograd.Function):
             F_x_2, d, d_theta[start:end] = branch.pull_back(before_F, ctx.autocast, x_2, theta[start:end], d_x_1)
             x_1, d_x_2, end = y_1 - F_x_2, d_y_2 + d, start
             y_1, y_2, d_y_1, d_y_2 = x_1, x_2, d_x_1, d_x_2
-        return None, None, d_y_1, d_y_2, *d_theta
+        dtypes = [value.dtype for value in others[ctx.num_kept :]]
+        return None, None, d_y_1, d_y_2, *convert_together(d_theta, dtypes)
 
 
 class RevViT(Backbone):

@@ -112,6 +112,13 @@ class LevelTargets(NamedTuple):
     anchor_wh: torch.Tensor
 
 
+class _Matches(NamedTuple):
+    """Targets assigned to all levels: the rows of `LevelTargets`, level by level, and their number per level."""
+
+    rows: LevelTargets
+    counts: list[int]
+
+
 def build_targets(
     targets: torch.Tensor, anchors: torch.Tensor, grids: Sequence[tuple[int, int]], anchor_t: float
 ) -> list[LevelTargets]:
@@ -131,6 +138,12 @@ def build_targets(
     Returns:
         one LevelTargets per level, on the device of `targets`; rows are ordered by step, anchor, target.
     """
+    rows, counts = _match(targets, anchors, grids, anchor_t)
+    return [LevelTargets(*parts) for parts in zip(*(row.split(counts) for row in rows))]
+
+
+def _match(targets: torch.Tensor, anchors: torch.Tensor, grids: Sequence[tuple[int, int]], anchor_t: float) -> _Matches:
+    """Assign targets as `build_targets` describes it, all levels together."""
     targets = targets.float()
     anchors = anchors.to(targets)
     sizes = torch.tensor([(x, y) for y, x in grids], dtype=torch.float32).to(targets.device)  # (L, 2)
@@ -148,8 +161,8 @@ def build_targets(
     cell = torch.minimum(cell.clamp(min=0), sizes[level].long() - 1)
     box = torch.cat((xy - cell, sides[level, target]), 1)
     label = targets[target, 1].long()
-    rows = (targets[target, 0].long(), anchor, cell[:, 1], cell[:, 0], label, box, anchors[level, anchor])
-    return [LevelTargets(*parts) for parts in zip(*(row.split(counts) for row in rows))]
+    image = targets[target, 0].long()
+    return _Matches(LevelTargets(image, anchor, cell[:, 1], cell[:, 0], label, box, anchors[level, anchor]), counts)
 
 
 def _claimed_steps(center: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
@@ -216,53 +229,57 @@ class DetectionLoss(nn.Module):
             self.to(device)
         grids = [(level.shape[2], level.shape[3]) for level in raw]
         with torch.autocast(device.type, enabled=False):
-            assigned = build_targets(targets, self.anchors, grids, self.config.anchor_t)
-            losses = [self._level(level, _to(rows, device)) for level, rows in zip(raw, assigned)]
-            box, obj, cls = (torch.stack(part) for part in zip(*losses))
-            parts = torch.stack((box.sum(), (obj * self.balance).sum(), cls.sum())) * self.gains
+            matches = _match(targets, self.anchors, grids, self.config.anchor_t)
+            box, obj, cls = self._parts(raw, matches)
+            parts = torch.stack((box, (obj * self.balance).sum(), cls)) * self.gains
             if self.config.autobalance and self.training:
                 self._adapt_balance(obj.detach())
             return LossOutput(parts.sum() * raw[0].shape[0], parts.detach())
 
-    def _level(self, raw: torch.Tensor, rows: LevelTargets) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Box, objectness and class loss of one level, without gains."""
-        _batch, anchors, height, width, outputs = raw.shape
-        objectness = raw[..., 4].float()
-        wanted = torch.zeros(objectness.shape, device=objectness.device)
-        box_loss = class_loss = objectness.new_zeros(())
-        if len(rows.image):
-            cell = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx  # (M,)
-            matched = raw.reshape(-1, outputs)[cell].float()  # (M, 5 + C)
-            s = matched[:, :4].sigmoid() * 2
-            predicted = torch.cat((s[:, :2] - 0.5, s[:, 2:] ** 2 * rows.anchor_wh), 1)
-            overlap = bbox_iou(predicted, rows.box, CIoU=True)
-            box_loss = (1 - overlap).mean()
-            wanted.view(-1)[cell] = overlap.detach().clamp(min=0)[_last_row(cell, wanted.numel())]
-            if outputs > 6:
-                class_loss = self._class_loss(matched[:, 5:], rows.cls)
-        return box_loss, self._entropy(objectness, wanted, self.positive_weights[0]), class_loss
+    def _parts(self, raw: Sequence[torch.Tensor], matches: _Matches) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Box loss, objectness loss per level (L,) and class loss, without gains.
 
-    def _class_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        All levels are computed together, since on a GPU each operator costs a launch: rows of a level with m matches
+        have the weight 1 / m, so that a sum over all rows is the sum of the levels' means.
+        """
+        device = raw[0].device
+        cell, place, last, label, boxes = _to(_indices(raw, matches), device)
+        objectness = torch.cat([level[..., 4].reshape(-1) for level in raw]).float()  # (sum of B * A * Y * X,)
+        cells = cell.split(matches.counts)
+        rows = torch.cat([level.reshape(-1, level.shape[-1])[own] for level, own in zip(raw, cells)]).float()
+        target, anchor_wh, weight = boxes.split((4, 2, 1), 1)
+        xy, wh = (rows[:, :4].sigmoid() * 2).chunk(2, 1)
+        iou = bbox_iou(torch.cat((xy - 0.5, wh**2 * anchor_wh), 1), target, CIoU=True)
+        objectness_target = torch.zeros_like(objectness)
+        objectness_target[place] = iou.detach().clamp(min=0)[last]
+        terms = self._entropy(objectness, objectness_target, self.positive_weights[0])
+        obj = torch.stack([part.mean() for part in terms.split([level[..., 4].numel() for level in raw])])
+        weight = weight.squeeze(1)
+        cls = self._class_loss(rows[:, 5:], label, weight) if rows.shape[1] > 6 else obj.new_zeros(())
+        return ((1 - iou) * weight).sum(), obj, cls
+
+    def _class_loss(self, logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         off = 0.5 * self.config.label_smoothing
-        wanted = torch.full_like(logits, off).scatter_(1, labels[:, None], 1 - off)
-        return self._entropy(logits, wanted, self.positive_weights[1], self.class_weights)
+        target = torch.full_like(logits, off).scatter_(1, labels[:, None], 1 - off)
+        terms = self._entropy(logits, target, self.positive_weights[1], self.class_weights)
+        return (terms.mean(1) * weight).sum()
 
     def _entropy(
         self,
         logits: torch.Tensor,
-        wanted: torch.Tensor,
+        target: torch.Tensor,
         positive: torch.Tensor,
         factors: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Mean binary cross-entropy, focal where `fl_gamma` asks for it; `factors` (C,) multiply the terms."""
+        """Binary cross-entropies, focal where `fl_gamma` asks for it; `factors` (C,) multiply the terms."""
         gamma = self.config.fl_gamma
+        loss = F.binary_cross_entropy_with_logits(logits, target, factors, pos_weight=positive, reduction="none")
         if gamma <= 0:
-            return F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive)
-        loss = F.binary_cross_entropy_with_logits(logits, wanted, factors, pos_weight=positive, reduction="none")
+            return loss
         # 1 - p would be 0 from a logit of 17 on, and the slope of 0 ** gamma is infinite.
-        missed = wanted * (-logits).sigmoid() + (1 - wanted) * logits.sigmoid()
-        alpha = wanted * FOCAL_ALPHA + (1 - wanted) * (1 - FOCAL_ALPHA)
-        return (loss * alpha * missed.clamp_min(torch.finfo(missed.dtype).tiny) ** gamma).mean()
+        error = target * (-logits).sigmoid() + (1 - target) * logits.sigmoid()
+        alpha = target * FOCAL_ALPHA + (1 - target) * (1 - FOCAL_ALPHA)
+        return loss * alpha * error.clamp_min(torch.finfo(error.dtype).tiny) ** gamma
 
     def _adapt_balance(self, obj: torch.Tensor) -> None:
         """Move the levels' weights towards the inverse of their objectness losses (L,)."""
@@ -270,19 +287,47 @@ class DetectionLoss(nn.Module):
         self.balance = moved / moved[self.balanced_level]
 
 
-def _to(rows: LevelTargets, device: torch.device) -> LevelTargets:
-    """Copy rows to `device` from page-locked memory; other copies would wait for the GPU's queue."""
-    if rows.image.device == device:
-        return rows
-    places, boxes = torch.stack(rows[:5]), torch.cat(rows[5:], 1)  # (5, M), (M, 6)
+class _Indices(NamedTuple):
+    """What the loss reads and writes for M matches.
+
+    Attributes:
+        cell: (M,) row of the match among the (B, A, Y, X) cells of its level.
+        place: (M,) the same among the cells of all levels.
+        last: (M,) for each match the last one with the same place: a write with repeated indices then has one outcome
+            on every device.
+        label: (M,) class.
+        boxes: (M, 7) target box (4), anchor (2), and one divided by the number of matches of the level.
+    """
+
+    cell: torch.Tensor
+    place: torch.Tensor
+    last: torch.Tensor
+    label: torch.Tensor
+    boxes: torch.Tensor
+
+
+def _indices(raw: Sequence[torch.Tensor], matches: _Matches) -> _Indices:
+    """Compute the indices on the device of the matches."""
+    rows, counts = matches
+    shapes = torch.tensor([level.shape[1:4] for level in raw]).repeat_interleave(torch.tensor(counts), 0)  # (M, 3)
+    sizes = torch.tensor([0, *(level[..., 4].numel() for level in raw[:-1])]).cumsum(0)
+    start = sizes.repeat_interleave(torch.tensor(counts))
+    share = torch.tensor([1 / max(count, 1) for count in counts]).repeat_interleave(torch.tensor(counts))
+    anchors, height, width = shapes.to(rows.image.device).unbind(1)
+    cell = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx
+    place = cell + start.to(cell.device)
+    ordered, order = place.sort(stable=True)
+    last = order[torch.searchsorted(ordered, place, right=True) - 1]
+    boxes = torch.cat((rows.box, rows.anchor_wh, share.to(rows.box.device)[:, None]), 1)
+    return _Indices(cell, place, last, rows.cls, boxes)
+
+
+def _to(indices: _Indices, device: torch.device) -> _Indices:
+    """Copy indices to `device` from page-locked memory; other copies would wait for the GPU's queue."""
+    if indices.cell.device == device:
+        return indices
+    places, boxes = torch.stack(indices[:4]), indices.boxes  # (4, M), (M, 7)
     if device.type == "cuda":
         places, boxes = places.pin_memory(), boxes.pin_memory()
     places, boxes = places.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
-    return LevelTargets._make((*places, boxes[:, :4], boxes[:, 4:]))
-
-
-def _last_row(cell: torch.Tensor, cells: int) -> torch.Tensor:
-    """For each row the last row with the same cell: a write with repeated indices then has one outcome everywhere."""
-    rows = torch.arange(len(cell), device=cell.device)
-    last = torch.zeros(cells, dtype=rows.dtype, device=cell.device).scatter_reduce_(0, cell, rows, "amax")
-    return last[cell]
+    return _Indices._make((*places, boxes))
