@@ -32,7 +32,7 @@ class AnchorFit:
     """How anchors fit boxes.
 
     Attributes:
-        best_possible_recall: part of the boxes that some anchor matches.
+        best_possible_recall: fraction of the boxes that some anchor matches.
         anchors_past_thr: mean number of anchors that match a box.
         fitness: mean of each box's best r, counted as 0 below the threshold.
         mean_best: mean of each box's best r.

@@ -75,7 +75,7 @@ class DataConfig:
             name: 'train', 'val' or 'test'.
 
         Raises:
-            DataError: the YAML has no such split, or a part of it is missing and is not available.
+            DataError: the YAML has no such split, or one of its files is missing and cannot be made.
         """
         if name not in self.splits:
             raise DataError(f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}")

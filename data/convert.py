@@ -48,7 +48,7 @@ def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
     """Load all splits of a dataset YAML, or annotations as one split `train`.
 
     Raises:
-        DataError: neither of both, or a part of it cannot be used.
+        DataError: neither of both, or a split cannot be used.
     """
     path = Path(source)
     found = recognise(path.absolute()) if os.path.exists(path) else path

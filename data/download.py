@@ -219,7 +219,7 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
         strip: leading folders to drop from the names; -1 = one if the archive holds a single folder at its top.
 
     Raises:
-        DataError: broken archive, or an unsafe name in it.
+        DataError: damaged archive, or an unsafe name in it.
     """
     try:
         with _ArchiveMembers(archive) as members:
@@ -294,7 +294,7 @@ def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> 
     """Turn VOC folders below `root` into `images/<split>` and `labels/<split>`; the VOC folders are removed.
 
     Raises:
-        DataError: a list, image or annotation is missing or broken.
+        DataError: a list, image or annotation is missing or damaged.
     """
     numbers = {name: number for number, name in enumerate(names)}
     for part in conversion.sets:

@@ -1,4 +1,4 @@
-"""Reading images: any common file becomes an (H, W, 3) uint8 BGR array, or a DataError that says why not.
+"""Reading images: any common file becomes an (H, W, 3) uint8 BGR array, or a DataError with the reason.
 
 OpenCV decodes, as in YOLOv5, so that pixels agree; Pillow steps in for what OpenCV does not know. Decisions:
 - EXIF orientation is applied: the array is upright.

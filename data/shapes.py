@@ -38,11 +38,11 @@ VERSION = 2
 
 MANIFEST = "shapes.json"
 
-_MIN_VISIBLE = 0.65  # part of a shape that later shapes must leave uncovered
-_MIN_INSIDE = 0.8  # part of a box that must lie inside the image
+_MIN_VISIBLE = 0.65  # fraction of a shape that later shapes must leave uncovered
+_MIN_INSIDE = 0.8  # fraction of a box that must lie inside the image
 _TRIES = 30  # places tried for a shape before it is left out
 _TURN = np.radians(20)  # largest rotation
-_FINE = 4  # outlines are drawn at this multiple of the resolution
+_FINE = 4  # polygons are drawn at this multiple of the resolution
 _SHIFT = 4  # fractional bits of polygon corners for OpenCV
 
 
@@ -158,8 +158,8 @@ def draw_scene(
         kinds: names of shapes; their positions are the class numbers.
 
     Returns:
-        (height, width, 3) uint8 BGR, and (n, 5) float32 labels: class, center x, center y, width, height, as parts of
-        the sides; n is 1..6, later rows lie in front.
+        (height, width, 3) uint8 BGR, and (n, 5) float32 labels: class, cxcywh, normalized;
+        n is 1..6, later rows lie in front.
     """
     image = _background(rng, height, width)
     owner = np.zeros((height, width), np.uint8)  # number of the front shape at every pixel, 0 = background
@@ -205,7 +205,7 @@ def _manifest(recipe: ShapesRecipe) -> dict[str, Any]:
 
 
 def _place(rng: np.random.Generator, kind: str, height: int, width: int) -> NDArray[np.float64]:
-    """Outline (k, 2) x, y in pixels of a shape of random size, rotation and place."""
+    """Polygon (k, 2) x, y in pixels of a shape of random size, rotation and place."""
     span = (0.18, 0.45) if rng.random() < 0.85 else (0.1, 0.18)
     size = rng.uniform(*span) * min(height, width)
     angle = rng.uniform(-_TURN, _TURN)
@@ -218,7 +218,7 @@ def _place(rng: np.random.Generator, kind: str, height: int, width: int) -> NDAr
 
 
 def _inside(polygon: NDArray[np.float64], height: int, width: int) -> bool:
-    """Whether enough of the outline's box lies in the image."""
+    """Whether enough of the polygon's box lies in the image."""
     low, high = polygon.min(0), polygon.max(0)
     inner = (high.clip(0, (width, height)) - low.clip(0, (width, height))).prod()
     return bool(inner >= _MIN_INSIDE * (high - low).prod())
@@ -227,7 +227,7 @@ def _inside(polygon: NDArray[np.float64], height: int, width: int) -> bool:
 def _mask(
     polygon: NDArray[np.float64], height: int, width: int
 ) -> tuple[NDArray[np.uint8], tuple[int, int], tuple[float, float, float, float]]:
-    """Fill an outline.
+    """Fill a polygon.
 
     Returns:
         Coverage 0..255 (h, w) uint8 with smooth edges; (top, left) pixel of this window in the image; left, top,
@@ -247,7 +247,7 @@ def _mask(
 
 
 def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[np.uint8]) -> None:
-    """Blend a filling into `window` where `mask` covers it; its color stands out from what is there."""
+    """Blend a filling into `window` where `mask` covers it; its color differs from what is behind."""
     alpha = (mask.astype(np.float32) / 255)[..., None]
     behind = (window * alpha).sum((0, 1)) / alpha.sum()
     color = _saturated(rng)
@@ -261,7 +261,7 @@ def _paint(rng: np.random.Generator, window: NDArray[np.float32], mask: NDArray[
     elif style < 0.5:  # striped
         filling = filling * np.where(_waves(rng, height, width, min(height, width) / 5) > 0, 1.0, 0.75)[..., None]
     window += alpha * (filling - window)
-    if rng.random() < 0.3:  # outlined
+    if rng.random() < 0.3:  # with a dark edge
         core = cv2.erode(mask, np.ones((3, 3), np.uint8), borderType=cv2.BORDER_CONSTANT, borderValue=0)
         window *= 1 - 0.6 * (alpha - core.astype(np.float32)[..., None] / 255)
 

@@ -34,7 +34,7 @@ class Sample:
 
     Attributes:
         image: (H, W, 3) uint8, BGR.
-        labels: (n, 5) float32: class, center x, center y, width, height as parts of the (padded) image's sides.
+        labels: (n, 5) float32: class, cxcywh, normalized by the (padded) image's sides.
         path: file name.
         shapes: geometry of the fit; None where several images were mixed (mosaic).
         index: number of the image in its dataset.
@@ -53,7 +53,7 @@ class Batch:
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB.
-        targets: (M, 6) float32: image number in the batch, class, center x, center y, width, height (parts of sides).
+        targets: (M, 6) float32: image number in the batch, class, cxcywh, normalized.
         paths: B file names.
         shapes: B geometries, None for mixed images.
     """

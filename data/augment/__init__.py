@@ -2,14 +2,13 @@
 
 from data.augment.color import hsv_gains, mixup
 from data.augment.config import AugmentConfig
-from data.augment.mosaic import LabeledImage, copy_paste, mosaic4, mosaic9
+from data.augment.mosaic import LabeledImage, mosaic4, mosaic9
 from data.augment.warp import (
     Canvas,
     Tile,
     Warp,
     box_candidates,
     draw_warp,
-    random_perspective,
     render,
     transform_labels,
 )
@@ -23,7 +22,6 @@ __all__ = [
     "Tile",
     "Warp",
     "box_candidates",
-    "copy_paste",
     "draw_warp",
     "fit",
     "hsv_gains",
@@ -31,7 +29,6 @@ __all__ = [
     "mixup",
     "mosaic4",
     "mosaic9",
-    "random_perspective",
     "render",
     "transform_labels",
 ]

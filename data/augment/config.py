@@ -13,15 +13,15 @@ class AugmentConfig:
     Attributes:
         hsv_h, hsv_s, hsv_v: largest relative change of hue, saturation and value.
         degrees: largest rotation, in degrees.
-        translate: largest shift, as part of the image's sides.
+        translate: largest shift, as a fraction of the image's sides.
         scale: largest relative change of size.
         shear: largest shear, in degrees.
         perspective: largest perspective term, per pixel (0 .. 0.001).
         flipud, fliplr: probability of an upside-down, a left-right flip.
         mosaic: probability of joining images instead of taking one.
-        mosaic9: part of the mosaics that join nine images instead of four.
+        mosaic9: fraction of the mosaics that join nine images instead of four.
         mixup: probability of blending a mosaic with a second one.
-        copy_paste: part of the outlined objects that are mirrored and pasted.
+        copy_paste: fraction of the objects with polygons that are mirrored and pasted.
     """
 
     hsv_h: float = 0.0

@@ -24,8 +24,8 @@ class LabeledImage:
     Attributes:
         image: (h, w, 3) uint8 BGR.
         size: (height, width) that it takes in the network's input (`image` may be smaller).
-        labels: (n, 5) float32 class, center x, center y, width, height as parts of the sides.
-        segments: outlines, one (k, 2) float32 per label, as parts of the sides; or empty.
+        labels: (n, 5) float32 class, cxcywh, normalized.
+        segments: polygons, one (k, 2) float32 per label, normalized; or empty.
     """
 
     image: Image
@@ -40,7 +40,7 @@ def mosaic4(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator
     The point lies in the canvas's middle half; images are cut at the canvas's border.
 
     Returns:
-        The canvas (2 imgsz square); (n, 5) labels class, corners in canvas pixels, clipped; their outlines (empty
+        The canvas (2 imgsz square); (n, 5) labels class, xyxy in canvas pixels, clipped; their polygons (empty
         arrays where there are none; no entries when no image has any).
     """
     cx, cy = (int(v) for v in rng.uniform(imgsz / 2, imgsz * 1.5, 2))
@@ -112,7 +112,7 @@ def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float,
 
 
 def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
-    """Outlines of an image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
+    """Polygons of an image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
     if not image.segments:
         return [np.zeros((0, 2), np.float32)] * len(image.labels)
     h, w = image.size
@@ -123,19 +123,19 @@ def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDA
 def choose_pastes(
     labels: Labels, segments: Segments, width: float, share: float, rng: np.random.Generator
 ) -> list[int]:
-    """Pick outlined objects whose mirror image covers less than 30 % of every box that is there already.
+    """Pick objects with polygons whose mirror image covers less than 30 % of every box that is there already.
 
     Args:
-        labels: (n, 5) class, corners in pixels.
-        segments: n outlines (empty where there is none).
+        labels: (n, 5) class, xyxy in pixels.
+        segments: n polygons (empty where there is none).
         width: of the canvas, in pixels.
-        share: part of the outlined objects to try.
+        share: fraction of the objects with polygons to try.
 
     Returns:
         Numbers of the labels to paste, in the order of pasting.
     """
-    outlined = [i for i, s in enumerate(segments) if len(s)]
-    tries = rng.choice(outlined, round(share * len(outlined)), replace=False).tolist() if outlined else []
+    with_polygon = [i for i, s in enumerate(segments) if len(s)]
+    tries = rng.choice(with_polygon, round(share * len(with_polygon)), replace=False).tolist() if with_polygon else []
     present, chosen = labels[:, 1:5], []
     for i in tries:
         x1, y1, x2, y2 = labels[i, 1:5]
@@ -147,7 +147,7 @@ def choose_pastes(
 
 
 def mirror(labels: Labels, segments: Segments, chosen: Sequence[int], width: float) -> tuple[Labels, Segments]:
-    """Labels and outlines with the mirror images of the chosen ones appended."""
+    """Labels and polygons with the mirror images of the chosen ones appended."""
     new = labels[list(chosen)]
     new[:, [1, 3]] = width - new[:, [3, 1]]
     turned = [np.stack((width - segments[i][:, 0], segments[i][:, 1]), 1) for i in chosen]
@@ -170,27 +170,3 @@ def paste_mirrored(image: Image, canvas: Canvas, segments: Segments, warp: Warp)
         points = transform_points(segment, through.matrix) - 0.5
         cv2.fillPoly(mask, [np.round(points).astype(np.int32)], 255)
     cv2.copyTo(render(canvas, through), mask, image)
-
-
-def copy_paste(
-    image: Image, labels: Labels, segments: Segments, share: float, rng: np.random.Generator
-) -> tuple[Image, Labels, Segments]:
-    """Paste mirrored objects into the same image (https://arxiv.org/abs/2012.07177).
-
-    Args:
-        image: (H, W, 3) uint8.
-        labels: (n, 5) class, corners in pixels.
-        segments: n outlines in pixels (empty where there is none).
-        share: part of the outlined objects to try; those that would hide 30 % of a box are left out.
-
-    Returns:
-        New image, labels and outlines.
-    """
-    h, w = image.shape[:2]
-    chosen = choose_pastes(labels, segments, w, share, rng)
-    if not chosen:
-        return image, labels, segments
-    canvas = Canvas((Tile(image, (h, w), (0, 0), (0, 0, w, h)),), (h, w))
-    out = image.copy()
-    paste_mirrored(out, canvas, [segments[i] for i in chosen], Warp(np.eye(3), 1.0, (h, w)))
-    return out, *mirror(labels, segments, chosen, w)

@@ -26,7 +26,7 @@ Matrix = NDArray[np.float64]
 Labels = NDArray[np.float32]
 Segments = Sequence[NDArray[np.float32]]
 
-SEGMENT_POINTS = 1000  # an outline is resampled to that many points, so that its box stays tight after a perspective
+SEGMENT_POINTS = 1000  # a polygon is resampled to that many points, so that its box stays tight after a perspective
 
 
 @dataclass(frozen=True)
@@ -209,12 +209,12 @@ def transform_labels(labels: Labels, segments: Segments, warp: Warp) -> Labels:
     """Send labels through a warp, clip them to the output, and drop those of which too little is left.
 
     Args:
-        labels: (n, 5) class, corners in canvas pixels.
-        segments: outline of each label, (k, 2) canvas pixels (an empty one where there is none), or nothing at all. A
-            box follows its outline where there is one, else its four corners.
+        labels: (n, 5) class, xyxy in canvas pixels.
+        segments: polygon of each label, (k, 2) canvas pixels (an empty one where there is none), or nothing at all. A
+            box follows its polygon where there is one, else its four corners.
 
     Returns:
-        (m, 5) class, corners in output pixels.
+        (m, 5) class, xyxy in output pixels.
     """
     if not len(labels):
         return labels
@@ -222,15 +222,15 @@ def transform_labels(labels: Labels, segments: Segments, warp: Warp) -> Labels:
     corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2), 1).reshape(-1, 2)
     moved = transform_points(corners, warp.matrix).reshape(-1, 4, 2)
     boxes = np.concatenate((moved.min(1), moved.max(1)), 1).astype(np.float32)
-    outlined = np.zeros(len(labels), bool)
+    has_polygon = np.zeros(len(labels), bool)
     height, width = warp.shape
     for i, segment in enumerate(segments):
         if len(segment):
-            outlined[i] = True
+            has_polygon[i] = True
             points = resample_segments([segment], SEGMENT_POINTS)[0]
             boxes[i] = segment2box(transform_points(points, warp.matrix), width, height)
     boxes = boxes.clip(0, np.array((width, height, width, height), np.float32))
-    keep = box_candidates(labels[:, 1:5].T * warp.scale, boxes.T, area_thr=np.where(outlined, 0.01, 0.1))
+    keep = box_candidates(labels[:, 1:5].T * warp.scale, boxes.T, area_thr=np.where(has_polygon, 0.01, 0.1))
     return np.concatenate((labels[keep, :1], boxes[keep]), 1)
 
 
@@ -245,8 +245,8 @@ def box_candidates(
     """Which boxes are worth keeping after a change.
 
     Args:
-        box1: (4, n) corners before, in pixels (times the zoom).
-        box2: (4, n) corners after.
+        box1: (4, n) xyxy before, in pixels (times the zoom).
+        box2: (4, n) xyxy after.
         wh_thr: both sides must be longer than this, in pixels.
         ar_thr: the longer side over the shorter one must be below this.
         area_thr: area after over area before must be above this; one number, or one per box.
@@ -258,22 +258,3 @@ def box_candidates(
     w2, h2 = box2[2] - box2[0], box2[3] - box2[1]
     slimness = np.maximum(w2 / (h2 + eps), h2 / (w2 + eps))
     return (w2 > wh_thr) & (h2 > wh_thr) & (w2 * h2 / (w1 * h1 + eps) > area_thr) & (slimness < ar_thr)
-
-
-def random_perspective(
-    image: Image, labels: Labels, segments: Segments, config: AugmentConfig, rng: np.random.Generator
-) -> tuple[Image, Labels]:
-    """Rotate, zoom, shear, shift and tilt one image at random, at its own size.
-
-    Args:
-        image: (H, W, 3) uint8.
-        labels: (n, 5) class, corners in pixels.
-        segments: outlines in pixels, one per label, or none.
-
-    Returns:
-        New image and (m, 5) labels; labels that are nearly gone are dropped.
-    """
-    h, w = image.shape[:2]
-    warp = draw_warp(config, (h, w), (h, w), rng)
-    canvas = Canvas((Tile(image, (h, w), (0, 0), (0, 0, w, h)),), (h, w))
-    return render(canvas, warp), transform_labels(labels, segments, warp)

@@ -32,7 +32,7 @@ from utils.files import atomic_path, find_file, increment_path, make_folder
 from utils.yaml_lines import load_yaml
 
 SHOWN = 10  # lines of a list on the terminal; check.txt has all
-RARE = 0.01  # part of all boxes below which a class is named
+RARE = 0.01  # fraction of all boxes below which a class is named
 FINEST_STRIDE = 8
 MAX_IMGSZ = 16384
 ANCHOR_T = 4.0  # of the hyperparameter files

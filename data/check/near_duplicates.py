@@ -83,7 +83,7 @@ def hash_bits(thumbs: Thumbnails) -> NDArray[np.bool_]:
 
 
 def find_pairs(splits: Mapping[str, Sequence[ImageRecord]], thumbs: Mapping[str, Thumbnails]) -> list[Pair]:
-    """Images that have a twin in an earlier split, each with its nearest one, the most similar first.
+    """Images that have a near duplicate in an earlier split, each with its nearest one, the most similar first.
 
     One pair per image and earlier split: with a fixed camera nearly all images are alike.
 

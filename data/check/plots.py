@@ -61,7 +61,7 @@ def _classes(axes: Axes, splits: Sequence[SplitStatistics], names: Mapping[int, 
         share = 100 * split.boxes / max(split.boxes.sum(), 1)
         places = np.arange(count) + (k - (len(splits) - 1) / 2) * width
         axes.bar(places, share, width, color=_color(split, k), label=f"{split.name} ({split.boxes.sum()} boxes)")
-    axes.set(title="classes", ylabel="part of the boxes, %")
+    axes.set(title="classes", ylabel="boxes, %")
     if count <= NAMED:
         texts = [" " + names[i].replace("$", r"\$") for i in range(count)]
         axes.set_xticks(range(count), texts, rotation=90 if count > 6 else 0)
@@ -105,7 +105,7 @@ def _sizes(axes: Axes, splits: Sequence[SplitStatistics], imgsz: int) -> None:
         axes.annotate(f"stride {stride}", (stride, 1), (2, -10), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=8, rotation=90, va="top")  # fmt: skip
     axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the words
-    axes.set(xscale="log", title="shorter side of boxes", xlabel=f"pixels at {imgsz}", ylabel="part of the boxes, %")
+    axes.set(xscale="log", title="shorter side of boxes", xlabel=f"pixels at {imgsz}", ylabel="boxes, %")
     axes.legend(frameon=False)
 
 
@@ -113,7 +113,7 @@ def _centers(axes: Axes, split: SplitStatistics) -> None:
     labels = np.concatenate([np.zeros((0, 5), np.float32), *(record.labels for record in split.records)])
     counts, *_ = np.histogram2d(labels[:, 2], labels[:, 1], bins=40, range=((0, 1), (0, 1)))
     axes.imshow(counts, extent=(0, 1, 1, 0), cmap="viridis", interpolation="nearest")
-    axes.set(title=f"centers of boxes, {split.name}", xlabel="x (part of the width)", ylabel="y")
+    axes.set(title=f"centers of boxes, {split.name}", xlabel="x (normalized)", ylabel="y")
 
 
 def _numbers(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
@@ -126,7 +126,7 @@ def _numbers(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
         axes.hist(
             clipped, edges, weights=weights, histtype="step", linewidth=1.6, color=_color(split, k), label=split.name
         )
-    axes.set(title="boxes per image", xlabel="boxes (the last bar: that many or more)", ylabel="part of the images, %")
+    axes.set(title="boxes per image", xlabel="boxes (the last bar: that many or more)", ylabel="images, %")
     axes.legend(frameon=False)
 
 

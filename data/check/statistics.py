@@ -108,7 +108,7 @@ def doubled(records: Sequence[ImageRecord]) -> list[tuple[int, int, int, float]]
 
 
 def level_shares(sizes: NDArray[np.float64], anchors: NDArray[np.float64], thr: float) -> NDArray[np.float64]:
-    """Part of the boxes that each level's anchors match; a box can be matched on several levels.
+    """Fraction of the boxes that each level's anchors match; a box can be matched on several levels.
 
     Args:
         sizes: (n, 2) widths and heights in pixels.

@@ -1,7 +1,7 @@
 """YOLO label files, and the checks that rows of every format pass.
 
-A label file lies where YOLOv5 looks for it (`.../images/a/b.jpg` -> `.../labels/a/b.txt`, the last `images` counts; a
-image outside an `images` folder has its label beside it) and holds a row per object: `class x y w h`, or
+A label file is where YOLOv5 looks for it (`.../images/a/b.jpg` -> `.../labels/a/b.txt`, the last `images` counts; an
+image outside an `images` folder has its labels beside it) and holds a row per object: `class x y w h`, or
 `class x1 y1 x2 y2 x3 y3 ...` for a polygon, all normalized by the image's sides.
 """
 
@@ -260,7 +260,7 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
         (n, 4) float64 center x, center y, width, height, normalized.
 
     Raises:
-        DataError: the first box that has a negative side, or lies outside of the image.
+        DataError: the first box that has a negative side, or is outside of the image.
     """
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
     sides = np.array((size[1], size[0]) * 2, np.float64)
@@ -275,7 +275,7 @@ def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: 
             raise DataError(f"{places[i]}: box {text} (left top right bottom) has a negative side")
         if np.abs(cut - boxes[i]).max() > ROUNDING:
             where = f"the image of {size[1]}x{size[0]} pixels"
-            raise DataError(f"{places[i]}: box {text} (left top right bottom) does not lie in {where}")
+            raise DataError(f"{places[i]}: box {text} (left top right bottom) is not inside {where}")
         out[i] = _centered(cut[None] / sides)[0]
     return out.clip(0, 1)
 

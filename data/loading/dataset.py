@@ -85,7 +85,7 @@ class DetectionDataset:
         """Sample of image `i` (epoch 0), of `(epoch, i)`, or of a SampleKey.
 
         Returns:
-            Image (H, W, 3) uint8 BGR, contiguous; labels class, center x, center y, width, height, parts of its sides.
+            Image (H, W, 3) uint8 BGR, contiguous; labels class, cxcywh, normalized.
         """
         key = as_key(key)
         if not 0 <= key.index < len(self.records):
@@ -96,7 +96,7 @@ class DetectionDataset:
 
     @property
     def labels(self) -> list[NDArray[np.float32]]:
-        """Per image (n, 5) class, center x, center y, width, height as parts of the sides."""
+        """Per image (n, 5) class, cxcywh, normalized."""
         return [record.labels for record in self.records]
 
     @property
@@ -228,7 +228,7 @@ class DetectionDataset:
 
 
 def _normalized(labels: Labels, shape: HW) -> Labels:
-    """(n, 5) class, corners in pixels to class, center x, center y, width, height as parts of the sides; clipped."""
+    """(n, 5) class, xyxy in pixels to class, cxcywh, normalized; clipped."""
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
     out[:, 1:] = xyxy2xywhn(labels[:, 1:], w=shape[1], h=shape[0], clip=True, eps=CLIP_EPS)

@@ -55,7 +55,7 @@ def class_loss_weights(
         wanted: None, `'balanced'`, a number per class, or numbers by class name or number (1 for the others).
         names: class names by number, 0 and on.
         labels: per training image (n, 5), class first.
-        where: file that it stands in.
+        where: file that holds it.
 
     Returns:
         A weight per class; None = none are wanted.

@@ -24,7 +24,7 @@ from utils.files import check_regular
 
 LOGGER = logging.getLogger(__name__)
 RECONNECTS = 5
-"""Attempts to open a broken network stream again before it is given up."""
+"""Attempts to open a lost network stream again before it is given up."""
 OPEN_TIMEOUT_MS = 10_000
 BATCH_PATIENCE_S = 0.5
 """How long a batch waits for the slower ones of several streams."""
@@ -118,7 +118,7 @@ class StreamReader(threading.Thread):
             if capture is not None:
                 before = self._received
                 try:
-                    self._read_until_broken(capture)
+                    self._read_until_lost(capture)
                 finally:
                     capture.release()
                 if self._stop_asked.is_set() or (self._finite and self._received > before):
@@ -133,7 +133,7 @@ class StreamReader(threading.Thread):
             LOGGER.warning("%s: no frames; opening it again in %g s (%d/%d)", self.shown, wait, attempt, RECONNECTS)
             self._stop_asked.wait(wait)
 
-    def _read_until_broken(self, capture: cv2.VideoCapture) -> None:
+    def _read_until_lost(self, capture: cv2.VideoCapture) -> None:
         position = 0
         due = time.monotonic()
         while not self._stop_asked.is_set() and capture.grab():
@@ -159,7 +159,7 @@ class StreamSource(Source):
     Args:
         addresses: camera numbers, URLs or video files.
         vid_stride: use every n-th frame.
-        retry_wait: seconds before a broken network stream is opened again; doubled with every attempt.
+        retry_wait: seconds before a lost network stream is opened again; doubled with every attempt.
 
     Raises:
         DataError: none of the streams can be opened.

@@ -11,15 +11,14 @@ from data.augment import (
     Canvas,
     LabeledImage,
     Tile,
+    Warp,
     box_candidates,
-    copy_paste,
     draw_warp,
     hsv_gains,
     letterbox,
     mixup,
     mosaic4,
     mosaic9,
-    random_perspective,
     render,
     transform_labels,
 )
@@ -30,6 +29,26 @@ RNG_SEEDS = range(4)
 
 def rng(seed=0):
     return np.random.default_rng(seed)
+
+
+def whole(image):
+    """Return a canvas that one image covers."""
+    h, w = image.shape[:2]
+    return Canvas((Tile(image, (h, w), (0, 0), (0, 0, w, h)),), (h, w))
+
+
+def random_perspective(image, labels, polygons, config, generator):
+    """Warp one image at its own size."""
+    warp = draw_warp(config, image.shape[:2], image.shape[:2], generator)
+    return render(whole(image), warp), transform_labels(labels, polygons, warp)
+
+
+def copy_paste(image, labels, polygons, share, generator):
+    """Paste mirrored objects into the same image."""
+    chosen = choose_pastes(labels, polygons, image.shape[1], share, generator)
+    out = image.copy()
+    paste_mirrored(out, whole(image), [polygons[i] for i in chosen], Warp(np.eye(3), 1.0, image.shape[:2]))
+    return out, *mirror(labels, polygons, chosen, image.shape[1])
 
 
 def smooth(seed, height, width):

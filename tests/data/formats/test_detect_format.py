@@ -166,9 +166,9 @@ def test_parts_of_an_object_are_joined_without_covering_more() -> None:
     [
         (box(1, 7, 6, 4, -1, 8), r"annotation 106: box 6 4 5 12 .* negative side"),
         (box(1, 7, 44, 4, 20, 8), None),  # center and size fit: kept, as in a label file
-        (box(1, 7, 58, 4, 30, 8), r"annotation 158: .* does not lie in the image of 60x40"),
+        (box(1, 7, 58, 4, 30, 8), r"annotation 158: .* is not inside the image of 60x40"),
         (box(1, 7, 0, -0.5, 60.7, 41), None),  # rounding
-        (box(1, 7, 0, 0, 62, 40), r"does not lie in the image"),
+        (box(1, 7, 0, 0, 62, 40), r"is not inside the image"),
         (box(1, 7, 5, 5, 0, 3), None),  # without area: kept, as in a label file
         (box(1, 7, 5, 5, float("nan"), 3), r"is not finite"),
         ({**box(1, 7, 5, 5, 5, 3), "bbox": [1, 2, 3]}, r"annotation 105: bbox is \[1, 2, 3\]; four numbers"),
@@ -368,7 +368,7 @@ def test_unknown_voc_class_is_an_error_for_the_set(tmp_path: Path) -> None:
         (XML.format(w=60, h=41, objects="", source=""), r"60x41 pixels there, 60x40 in the image"),
         (XML.format(w=0, h=0, source="", objects=voc_object("dog", 9, 9, 5, 12)), r"object 1 \(dog\): box .* negative"),
         (XML.format(w=0, h=0, source="", objects=voc_object("dog", 9, 9)), r"object 1 \(dog\): bndbox: numbers xmin"),
-        (XML.format(w=60, h=40, source="", objects=voc_object("dog", 9, 9, 99, 12)), r"does not lie in the image"),
+        (XML.format(w=60, h=40, source="", objects=voc_object("dog", 9, 9, 99, 12)), r"is not inside the image"),
     ],
 )
 def test_wrong_xml_leaves_the_image_out(tmp_path: Path, text: str, problem: str) -> None:
