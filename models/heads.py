@@ -1,19 +1,108 @@
-"""Detection head: one 1x1 convolution per level, and the arithmetic from its output to boxes.
+"""Detection heads: the layers on each level, and the arithmetic from their outputs to boxes.
 
-Shape legend: B images, A anchors per level, H and W height and width of a level in cells, O = 5 + number of classes.
+Shape legend: B images, A predictions per cell, H and W height and width of a level in cells, O = numbers per
+prediction, R = bins per distance.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from models.common import Conv, DWConv
+from models.losses.anchor_based import DetectionLoss, LossConfig
+from models.losses.anchor_free import AnchorFreeLoss, AnchorFreeLossConfig
+from models.losses.base import LossModule, LossOptions
+from models.points import boxes_around, cell_centers, cell_offsets, distances
 
-class Detect(nn.Module):
-    """YOLOv5's anchor head.
+
+class Head(nn.Module):
+    """Last row of a detector: predictions from the feature maps of several levels.
+
+    Args:
+        nc: number of classes.
+        strides: input pixels per cell, per level.
+
+    Attributes:
+        kind: value of `--head`.
+        unused: hyperparameters and options of the loss that have no effect with this head.
+    """
+
+    kind: ClassVar[str]
+    unused: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, nc: int, strides: Sequence[int]) -> None:
+        super().__init__()
+        self.nc = nc
+        self.nl = len(strides)
+        self.strides = tuple(strides)
+
+    @property
+    def stride(self) -> Tensor:
+        """Return the stride of each level, shape (levels,), in input pixels per cell; float32 on the CPU."""
+        return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
+
+    @property
+    def anchor_sizes(self) -> Tensor | None:
+        """Return widths and heights of the anchors in pixels (levels, A, 2), or None for a head without anchors."""
+        return None
+
+    def set_anchor_sizes(self, sizes: Tensor) -> None:
+        """Replace the anchors by sizes in pixels (levels, A, 2)."""
+        raise NotImplementedError(f"{type(self).__name__} has no anchors")
+
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Predict on the feature maps.
+
+        Args:
+            features: (B, channels[i], H_i, W_i) per level.
+
+        Returns:
+            In training mode the raw levels, (B, A, H_i, W_i, O) each. In evaluation mode (decoded, raw levels), with
+            decoded as `decode` gives it.
+        """
+        raw = self.raw(features)
+        return raw if self.training else (self.decode(raw), raw)
+
+    @abstractmethod
+    def reset_biases(self) -> None:
+        """Set the biases to the priors of the first training step."""
+
+    @abstractmethod
+    def raw(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return the raw predictions (B, A, H_i, W_i, O) of each level."""
+
+    @abstractmethod
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """Convert raw levels to boxes and confidences in the frame of the input image.
+
+        Args:
+            raw: (B, A, H_i, W_i, O) per level.
+
+        Returns:
+            (B, N, 5 + nc), rows in the order level, prediction, y, x: box center x, y, width, height in input pixels,
+            then objectness and class confidences in [0, 1]. float32 (float64 for float64 input): float16 holds pixel
+            positions above 1024 only to a whole pixel.
+        """
+
+    @abstractmethod
+    def loss(self, hyp: Mapping[str, Any], options: LossOptions) -> LossModule:
+        """Return the loss of this head.
+
+        Args:
+            hyp: hyperparameters.
+            options: image size and switches of the training.
+        """
+
+
+class Detect(Head):
+    """YOLOv5's anchor head: one 1x1 convolution per level.
 
     Args:
         nc: number of classes.
@@ -24,17 +113,15 @@ class Detect(nn.Module):
     The buffer `anchors` is (levels, A, 2) in cells of its level, as in YOLOv5's checkpoints.
     """
 
+    kind = "anchor"
     anchors: Tensor
 
     def __init__(
         self, nc: int, anchors: Sequence[Sequence[float]], channels: Sequence[int], strides: Sequence[int]
     ) -> None:
-        super().__init__()
-        self.nc = nc
+        super().__init__(nc, strides)
         self.no = nc + 5
-        self.nl = len(anchors)
         self.na = len(anchors[0]) // 2
-        self.strides = tuple(strides)
         cells = [
             [[row[2 * a] / stride, row[2 * a + 1] / stride] for a in range(self.na)]
             for row, stride in zip(ordered_anchors(anchors, strides), strides, strict=True)
@@ -44,9 +131,13 @@ class Detect(nn.Module):
         self.reset_biases()
 
     @property
-    def stride(self) -> Tensor:
-        """Return the stride of each level, shape (levels,), in input pixels per cell; float32 on the CPU."""
-        return torch.tensor(self.strides, dtype=torch.float32, device="cpu")
+    def anchor_sizes(self) -> Tensor:
+        """See `Head`."""
+        return self.anchors * self.stride.view(-1, 1, 1).to(self.anchors)
+
+    def set_anchor_sizes(self, sizes: Tensor) -> None:
+        """See `Head`."""
+        self.anchors.copy_(sizes.to(self.anchors) / self.stride.view(-1, 1, 1).to(self.anchors))
 
     def reset_biases(self) -> None:
         """Add priors to the biases: 8 objects per image of 640 x 640 pixels, class probabilities of 0.6 / classes.
@@ -60,30 +151,12 @@ class Detect(nn.Module):
                 bias[:, 4] += math.log(8 / (640 / stride) ** 2)
                 bias[:, 5:] += math.log(0.6 / (self.nc - 0.99999))
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Predictions for the feature maps.
-
-        Args:
-            features: one (B, channels[i], H_i, W_i) per level.
-
-        Returns:
-            In training mode the raw levels, (B, A, H_i, W_i, O) each: x, y, w, h, objectness and class logits.
-            In evaluation mode (decoded, raw levels), with decoded as `decode` gives it.
-        """
-        raw = [self._raw(conv(x)) for conv, x in zip(self.m, features, strict=True)]
-        return raw if self.training else (self.decode(raw), raw)
+    def raw(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return x, y, w, h, objectness and class logits of every anchor, (B, A, H_i, W_i, 5 + nc) per level."""
+        return [self._raw(conv(x)) for conv, x in zip(self.m, features, strict=True)]
 
     def decode(self, raw: Sequence[Tensor]) -> Tensor:
-        """Boxes and scores in the image's own frame.
-
-        Args:
-            raw: (B, A, H_i, W_i, O) per level.
-
-        Returns:
-            (B, N, O), rows in the order level, anchor, y, x: box center x, y, width, height in input pixels, then
-            objectness and class scores in [0, 1]. float32 (float64 for float64 input): float16 holds pixel positions
-            above 1024 only to a whole pixel.
-        """
+        """See `Head`."""
         return torch.cat([self._decode_level(level, i) for i, level in enumerate(raw)], 1)
 
     def _raw(self, x: Tensor) -> Tensor:
@@ -99,16 +172,93 @@ class Detect(nn.Module):
         wh = (wh * 2) ** 2 * (self.anchors[i].to(scores.dtype) * stride).view(1, a, 1, 1, 2)
         return torch.cat((xy, wh, rest), 4).reshape(b, a * h * w, o)
 
+    def loss(self, hyp: Mapping[str, Any], options: LossOptions) -> DetectionLoss:
+        """See `Head`."""
+        config = LossConfig.from_hyp(
+            hyp, num_levels=self.nl, num_classes=self.nc, imgsz=options.imgsz, label_smoothing=options.label_smoothing
+        )
+        return DetectionLoss(self.anchor_sizes, self.stride, replace(config, class_weights=options.class_weights))
 
-def cell_offsets(level: Tensor) -> Tensor:
-    """Return the x and y index of every cell of a level (B, A, H, W, O), less one half: (H, W, 2) of its dtype.
 
-    They are counted with `cumsum`, since `arange` would store the device in traced graphs.
+class AnchorFreeDetect(Head):
+    """Anchor-free head: distances from every cell's center to the sides of a box, and class confidences.
+
+    Separate branches for boxes and classes, without objectness (YOLOX, https://arxiv.org/abs/2107.08430; YOLOv6,
+    https://arxiv.org/abs/2209.02976). A distance is the expectation of a distribution over R bins (GFL,
+    https://arxiv.org/abs/2006.04388). The class branch uses depth-wise convolutions.
+
+    Args:
+        nc: number of classes.
+        channels: input channels per level.
+        strides: input pixels per cell, per level.
+        reg_max: number of bins R; distances go up to R - 1 cells. 1 = distances without a distribution.
     """
-    y = torch.ones_like(level[0, 0, :, 0, 0]).cumsum(0) - 1.5
-    x = torch.ones_like(level[0, 0, 0, :, 0]).cumsum(0) - 1.5
-    grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-    return torch.stack((grid_x, grid_y), 2)
+
+    bins: Tensor
+    kind = "free"
+    unused = ("box", "cls", "obj", "cls_pw", "obj_pw", "iou_t", "anchor_t", "fl_gamma", "anchors", "--label-smoothing")
+
+    def __init__(self, nc: int, channels: Sequence[int], strides: Sequence[int], reg_max: int = 16) -> None:
+        super().__init__(nc, strides)
+        self.reg_max = reg_max
+        self.register_buffer("bins", torch.arange(reg_max, dtype=torch.float32), persistent=False)
+        box_width = max(16, channels[0] // 4, 4 * reg_max)
+        class_width = max(channels[0], min(nc, 100))
+        self.box = nn.ModuleList(
+            nn.Sequential(Conv(c, box_width, 3), Conv(box_width, box_width, 3), nn.Conv2d(box_width, 4 * reg_max, 1))
+            for c in channels
+        )
+        self.cls = nn.ModuleList(
+            nn.Sequential(
+                *(DWConv(c, c, 3), Conv(c, class_width, 1)),
+                *(DWConv(class_width, class_width, 3), Conv(class_width, class_width, 1)),
+                nn.Conv2d(class_width, nc, 1),
+            )
+            for c in channels
+        )
+        self.reset_biases()
+
+    @torch.no_grad()
+    def reset_biases(self) -> None:
+        """Set priors: 5 / nc objects of each class per image of 640 x 640 pixels, and distances of about 1.5 cells.
+
+        Equal bins would start every distance at (R - 1) / 2 cells: boxes so large that small targets have an IoU of
+        nearly 0 with all of them, and get no positive. Bin k starts with the logit -k / 2 instead.
+        """
+        for box, cls, stride in zip(self.box, self.cls, self.strides, strict=True):
+            bins = -0.5 * torch.arange(self.reg_max) if self.reg_max > 1 else torch.tensor([2.0])
+            box[-1].bias.copy_(bins.repeat(4))  # type: ignore[index]
+            cls[-1].bias.fill_(math.log(5 / self.nc / (640 / stride) ** 2))  # type: ignore[index]
+
+    def raw(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Return distance logits and class logits of every cell, (B, 1, H_i, W_i, 4 * R + nc) per level."""
+        return [
+            torch.cat((box(x), cls(x)), 1).permute(0, 2, 3, 1).unsqueeze(1)
+            for box, cls, x in zip(self.box, self.cls, features, strict=True)
+        ]
+
+    def decode(self, raw: Sequence[Tensor]) -> Tensor:
+        """See `Head`; the product of objectness and a class column is the confidence of that class.
+
+        Objectness is the largest class confidence and the class columns are relative to it, so consumers of YOLOv5's
+        output, and those that threshold objectness alone, work unchanged.
+        """
+        return torch.cat([self._decode_level(level, s) for level, s in zip(raw, self.strides, strict=True)], 1)
+
+    def _decode_level(self, level: Tensor, stride: int) -> Tensor:
+        level = level.to(torch.promote_types(level.dtype, torch.float32))
+        logits, classes = level.flatten(1, 3).split((4 * self.reg_max, self.nc), dim=2)  # (B, H * W, ...)
+        boxes = boxes_around(cell_centers(level, stride), distances(logits, self.bins) * stride)
+        top_left, bottom_right = boxes.split(2, dim=2)
+        confidence = classes.sigmoid()
+        objectness = confidence.amax(2, keepdim=True).clamp(min=1e-12)  # sigmoid may underflow to 0
+        center, size = (top_left + bottom_right) / 2, bottom_right - top_left
+        return torch.cat((center, size, objectness, confidence / objectness), 2)
+
+    def loss(self, hyp: Mapping[str, Any], options: LossOptions) -> AnchorFreeLoss:
+        """See `Head`."""
+        config = AnchorFreeLossConfig.from_hyp(hyp, options.class_weights)
+        return AnchorFreeLoss(self.strides, self.nc, self.reg_max, config, options.mean)
 
 
 def ordered_anchors(anchors: Sequence[Sequence[float]], strides: Sequence[int]) -> list[Sequence[float]]:

@@ -16,7 +16,7 @@ from models.build.builder import build_layers, with_backbone_weights
 from models.build.rows import Rows
 from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
-from models.heads import Detect
+from models.heads import Head
 from models.summary import ModelInfo, layer_table, recorded_maps, summarize
 
 LOGGER = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class DetectionModel(nn.Module):
         ch: channels of the input image; `ch` of the YAML takes precedence.
         nc: number of classes; None = that of the YAML.
         anchors: widths and heights in pixels per level, or number of anchors per level; None = those of the YAML.
+        head: replaces the last row, `anchor` or `free` (see `models.build.spec.HEADS`); None keeps it.
         backbone_weights: weights of the backbone row: path, URL or published name.
 
     Attributes:
@@ -58,9 +59,12 @@ class DetectionModel(nn.Module):
         nc: int | None = None,
         anchors: Any = None,
         backbone_weights: str | Path | None = None,
+        head: str | None = None,
     ) -> None:
         super().__init__()
         spec, problems = read_model_spec(cfg)
+        if head is not None and not problems:
+            spec = spec.with_head(head)
         if nc is not None and nc != spec.num_classes:
             LOGGER.info("%s: nc %d is replaced by %s", spec.path, spec.num_classes, nc)
         spec = spec.replaced(ch, nc, anchors)
@@ -71,10 +75,10 @@ class DetectionModel(nn.Module):
         self.names = {i: str(i) for i in range(self.nc)}
 
     @property
-    def head(self) -> Detect:
+    def head(self) -> Head:
         """Return the detection head, which is the last row."""
         head = self.model[-1]
-        assert isinstance(head, Detect)
+        assert isinstance(head, Head)
         return head
 
     @property

@@ -8,7 +8,7 @@ import torch
 from engine.cli.config import Hyperparameters
 from engine.train.optimizer import build_optimizer, parameter_groups
 from models.fuse import reparameterize
-from models.losses.anchor_based import DetectionLoss, LossConfig
+from models.losses.base import LossOptions
 from models.yolo import DetectionModel
 from utils.files import ROOT
 from utils.nms import non_max_suppression
@@ -31,9 +31,7 @@ def test_step_validation_and_detection(name):
     torch.manual_seed(0)
     model = DetectionModel(ROOT / "models" / name, nc=3)
     hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml").to_dict()
-    head = model.head
-    config = LossConfig.from_hyp(hyp, num_levels=head.nl, num_classes=3, imgsz=96)
-    criterion = DetectionLoss(head.anchors * model.stride.view(-1, 1, 1), model.stride, config)
+    criterion = model.head.loss(hyp, LossOptions(96))
     optimizer = build_optimizer("SGD", parameter_groups(model, 5e-4), 0.01, 0.9)
 
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
@@ -49,10 +47,10 @@ def test_step_validation_and_detection(name):
     model.eval()
     image = torch.rand(1, 3, 64, 128)
     with torch.no_grad():
-        decoded, _ = model(image)
+        decoded, raw = model(image)
         deployed, _ = reparameterize(model.fuse())(image)
     cells = sum((64 // s) * (128 // s) for s in model.stride.int().tolist())
-    assert decoded.shape == (1, 3 * cells, 8)
+    assert decoded.shape == (1, raw[0].shape[1] * cells, 8)
     torch.testing.assert_close(deployed, decoded, rtol=1e-3, atol=5e-3)
     (rows,) = non_max_suppression(decoded, conf_thres=0.0001)
     assert rows.shape[1] == 6 and torch.isfinite(rows).all()

@@ -30,18 +30,6 @@ LEGEND_CLASSES = 20  # with more classes single lines are gray and nameless
 MATRIX_NUMBERS = 30  # with more classes cells hold no numbers
 MATRIX_NAMES = 99  # with more classes axes hold no names
 DRAWN_BOXES = 1000
-HISTORY_PANELS = (
-    "train/box_loss",
-    "train/obj_loss",
-    "train/cls_loss",
-    "metrics/precision",
-    "metrics/recall",
-    "val/box_loss",
-    "val/obj_loss",
-    "val/cls_loss",
-    "metrics/mAP_0.5",
-    "metrics/mAP_0.5:0.95",
-)
 MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
@@ -198,7 +186,9 @@ def plot_history(path: str | Path, csv_path: str | Path) -> None:
     epochs = history.get("epoch", np.arange(len(next(iter(history.values())))))
     figure = new_figure(13, 6)
     grid = figure.subplots(2, 5)
-    for axes, name in zip(grid.flat, HISTORY_PANELS):
+    train, val = ([name for name in history if name.startswith(split)] for split in ("train/", "val/"))
+    metrics = [name for name in history if name.startswith("metrics/")]
+    for axes, name in zip(grid.flat, (*train[:3], *metrics[:2], *val[:3], *metrics[2:])):
         axes.set_title(name, fontsize=11)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -41,7 +41,7 @@ def flag(text: str, **extra: Any) -> Any:
     return option(False, text, bool, form=FLAG, **extra)
 
 
-OPTIMIZERS = ("SGD", "Adam", "AdamW")
+OPTIMIZERS = ("SGD", "Adam", "AdamW", "auto")
 IMGSZ_NAMES = ("--img", "--img-size")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
 
@@ -112,7 +112,13 @@ class TrainConfig(Options):
     weights: str = option("", "checkpoint to start from; empty = random start (then --cfg is needed)")
     cfg: str = option("", "model YAML; with --weights too, the weights of matching layers are copied")
     data: str = option("data/shapes.yaml", "dataset YAML")
-    hyp: str = option("data/hyps/hyp.scratch-low.yaml", "hyperparameter YAML")
+    head: str | None = option(
+        None, "replace the head of the model YAML: anchor (Detect) or free (AnchorFreeDetect)",
+        choices=(None, "anchor", "free"),
+    )  # fmt: skip
+    hyp: str = option(
+        "", "hyperparameter YAML; '' = hyp.scratch-low.yaml for the anchor head, hyp.auto.yaml for the anchor-free one"
+    )
     epochs: int = option(100, "number of epochs", int, low=1)
     batch_size: int = option(16, "images per step over all devices; -1 = choose by GPU memory (CPU: 16)", int, low=-1)
     imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, low=32)
@@ -140,7 +146,10 @@ class TrainConfig(Options):
     device: str = option("", "'' = first GPU or CPU; cpu; 0; several GPUs by torchrun")
     multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
     single_cls: bool = flag("treat all labels as one class")
-    optimizer: str = option("SGD", "optimizer", choices=OPTIMIZERS)
+    optimizer: str | None = option(
+        None, "optimizer; auto = AdamW in runs below 10,000 iterations, else SGD; not given = auto if --hyp says so, "
+        "else SGD", choices=(None, *OPTIMIZERS),
+    )  # fmt: skip
     sync_bn: bool = flag("synchronized batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
     project: str = option("runs/train", "parent folder of runs", resolved="runs/train, with --evolve runs/evolve")
@@ -162,7 +171,10 @@ class TrainConfig(Options):
         1.0, "factor on the learning rate per layer of depth in the backbone, from its end to its stem", float,
         low=0.01, high=1.0,
     )  # fmt: skip
-    close_mosaic: int = option(0, "no mosaic, mixup and copy-paste in the last N epochs", int, low=0)
+    close_mosaic: int = option(
+        -1, "no mosaic, mixup and copy-paste in the last N epochs; -1 = the hyperparameter file's (0 without), at most "
+        "a sixth of the epochs", int, low=-1,
+    )  # fmt: skip
     compile: bool = flag("compile the network with torch.compile for training")
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
@@ -267,10 +279,16 @@ class Hyperparameters:
     """Training hyperparameters as YOLOv5's hyp files name them.
 
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
-    those of the model YAML). Keys of our own: `nominal_batch`, images that one optimizer step is to see; `clip_norm`,
-    largest norm of the gradient; `optimizer`, the one that the rates are made for (another `--optimizer` is refused);
-    `class_weights`, factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
-    numbers by class name (1 for the others).
+    those of the model YAML). Keys of our own:
+
+    - `nominal_batch`: images that one optimizer step is to see.
+    - `clip_norm`: largest norm of the gradient.
+    - `close_mosaic`: epochs at the end without mosaic, unless `--close-mosaic` is given.
+    - `ema_tau`: time constant of the averaged weights in updates; below 1 a fraction of the updates of the run.
+    - `free_box`, `free_cls`, `free_dfl`: gains of the anchor-free head, which ignores `box`, `cls` and `obj`.
+    - `optimizer`: the one that the rates are made for (another `--optimizer` is refused), or `auto`.
+    - `class_weights`: factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
+      numbers by class name (1 for the others).
     """
 
     lr0: float
@@ -304,6 +322,11 @@ class Hyperparameters:
     anchors: float | None = None
     nominal_batch: float = 64
     clip_norm: float = 10.0
+    close_mosaic: float = 0
+    ema_tau: float = 2000
+    free_box: float = 7.5
+    free_cls: float = 0.5
+    free_dfl: float = 1.5
     optimizer: str | None = None
     class_weights: str | list[float] | dict[str | int, float] | None = None
 
@@ -340,8 +363,7 @@ class Hyperparameters:
                 problems.append(f"{place}: {key} is '{value}'; a number is needed")
             elif isinstance(value, (int, float)) and value < 0:
                 problems.append(f"{place}: {key} is {value}; it cannot be negative")
-        optional = ("copy_paste", "anchors", "nominal_batch", "clip_norm", "optimizer", "class_weights")
-        missing = [n for n in names if n not in data and n not in optional]
+        missing = [f.name for f in fields(cls) if f.name not in data and f.default is MISSING]
         if missing:
             problems.append(f"{where}: missing hyperparameter(s) {', '.join(missing)}")
         if problems:

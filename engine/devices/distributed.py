@@ -209,6 +209,14 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 @torch.no_grad()
+def mean_over_ranks(value: torch.Tensor, world: World) -> torch.Tensor:
+    """Return the mean of a tensor over all ranks, on every rank; by the process group of the gradients."""
+    total = value.clone()
+    dist.all_reduce(total, group=world.gradients)
+    return total / world.size
+
+
+@torch.no_grad()
 def copy_from_main(module: nn.Module, world: World) -> None:
     """Copy parameters and buffers of a module from rank zero to all ranks."""
     if world.size == 1:

@@ -23,7 +23,7 @@ from engine.evaluate.accumulator import EvalResult, ImageOutcome, Tally, log_tab
 from engine.evaluate.outputs import CocoSink, TextSink, run_folder
 from engine.runtimes.base import RawRuntime, Runtime
 from engine.runtimes.registry import choose_weights, open_runtime, split_device
-from models.losses.anchor_based import DetectionLoss
+from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
 from utils.device import Profile, describe_device, select_device
 from utils.errors import ConfigError, DataError
@@ -72,7 +72,7 @@ class EvalOptions:
 
 
 def evaluate(
-    runtime: Runtime, loader: DetectionLoader, options: EvalOptions, criterion: DetectionLoss | None = None
+    runtime: Runtime, loader: DetectionLoader, options: EvalOptions, criterion: LossModule | None = None
 ) -> EvalResult:
     """Evaluate a detector, and log the table of figures.
 
@@ -91,7 +91,7 @@ def measure(
     runtime: Runtime,
     loader: DetectionLoader,
     options: EvalOptions,
-    criterion: DetectionLoss | None = None,
+    criterion: LossModule | None = None,
     world: World = SINGLE,
 ) -> Tally:
     """Detect and accumulate over the batches of this process; see `evaluate`."""
@@ -139,7 +139,7 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
 
 
 @contextmanager
-def _without_training(criterion: DetectionLoss | None) -> Iterator[None]:
+def _without_training(criterion: LossModule | None) -> Iterator[None]:
     """Keep what a criterion learns (its balance) untouched by the validation data."""
     training = criterion is not None and criterion.training
     if criterion is not None:
@@ -152,7 +152,7 @@ def _without_training(criterion: DetectionLoss | None) -> Iterator[None]:
 
 
 def _detect(
-    runtime: Runtime, images: torch.Tensor, criterion: DetectionLoss | None
+    runtime: Runtime, images: torch.Tensor, criterion: LossModule | None
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     if criterion is None:
         return runtime(images), []

@@ -19,23 +19,18 @@ from utils.plots import read_history
 
 LOGGER = logging.getLogger(__name__)
 
-COLUMNS = (
-    "epoch",
-    "train/box_loss",
-    "train/obj_loss",
-    "train/cls_loss",
-    "metrics/precision",
-    "metrics/recall",
-    "metrics/mAP_0.5",
-    "metrics/mAP_0.5:0.95",
-    "val/box_loss",
-    "val/obj_loss",
-    "val/cls_loss",
-    "x/lr0",
-    "x/lr1",
-    "x/lr2",
-)
-METRICS = COLUMNS[4:8]
+METRICS = ("metrics/precision", "metrics/recall", "metrics/mAP_0.5", "metrics/mAP_0.5:0.95")
+RATES = ("x/lr0", "x/lr1", "x/lr2")
+LOSSES = ("box", "obj", "cls")  # of the anchor head
+
+
+def columns_for(losses: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of results.csv for the losses of a head."""
+    train, val = ([f"{split}/{name}_loss" for name in losses] for split in ("train", "val"))
+    return ("epoch", *train, *METRICS, *val, *RATES)
+
+
+COLUMNS = columns_for(LOSSES)
 IDS = "loggers.json"
 FILES = ("results.csv", "opt.yaml", "hyp.yaml", "report.html")
 
@@ -43,8 +38,8 @@ FILES = ("results.csv", "opt.yaml", "hyp.yaml", "report.html")
 class CsvLog:
     """results.csv as YOLOv5 writes it: cells right-aligned to 20 characters, one row per epoch."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "results.csv"
+    def __init__(self, folder: Path, columns: Sequence[str] = COLUMNS) -> None:
+        self.path, self.columns = folder / "results.csv", columns
 
     def drop_from(self, epoch: int) -> None:
         """Remove the rows of `epoch` and later ones, which a resumed run writes again, and rows that broke off."""
@@ -53,7 +48,7 @@ class CsvLog:
         lines = self.path.read_text().splitlines()
         kept = [line for line in lines[1:] if 0 <= _epoch_of(line) < epoch]
         with atomic_path(self.path) as part:
-            part.write_text("\n".join([_header(), *kept]) + "\n")
+            part.write_text("\n".join([self._header(), *kept]) + "\n")
 
     def add(self, values: Sequence[float]) -> None:
         """Append one row (`COLUMNS`).
@@ -64,14 +59,13 @@ class CsvLog:
         row = ",".join(f"{v:20.5g}" for v in values) + "\n"
         try:
             new = not self.path.is_file()
-            with open(self.path, "a") as stream:
-                stream.write(_header() + "\n" + row if new else row)  # in one piece, so that a kill leaves whole rows
+            with open(self.path, "a") as stream:  # in one piece, so that a kill leaves whole rows
+                stream.write(self._header() + "\n" + row if new else row)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
-
-def _header() -> str:
-    return ",".join(f"{c:>20}" for c in COLUMNS)
+    def _header(self) -> str:
+        return ",".join(f"{c:>20}" for c in self.columns)
 
 
 def _epoch_of(line: str) -> int:
@@ -91,10 +85,12 @@ class TensorBoardLog:
     Args:
         folder: run folder.
         start_epoch: TensorBoard forgets what earlier event files say of this epoch and later ones.
+        columns: names of the values.
     """
 
-    def __init__(self, folder: Path, start_epoch: int = 0) -> None:
+    def __init__(self, folder: Path, start_epoch: int = 0, columns: Sequence[str] = COLUMNS) -> None:
         self.writer: Any = None
+        self.columns = columns
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -106,7 +102,7 @@ class TensorBoardLog:
         """Write one epoch (`COLUMNS`)."""
         if self.writer is None:
             return
-        for name, value in zip(COLUMNS[1:], values[1:], strict=True):
+        for name, value in zip(self.columns[1:], values[1:], strict=True):
             self.writer.add_scalar(name, value, int(values[0]))
 
     def close(self) -> None:
@@ -132,8 +128,9 @@ class Logs:
         folder: Path,
         local: Sequence[CsvLog | TensorBoardLog] = (),
         hosted: Sequence[HostedLogger] = (),
+        columns: Sequence[str] = COLUMNS,
     ) -> None:
-        self.folder = folder
+        self.folder, self.columns = folder, columns
         self.local = tuple(local)
         self.hosted = list(hosted)
 
@@ -148,7 +145,7 @@ class Logs:
         """
         for log in self.local:
             log.add(values)
-        metrics = {name: float(value) for name, value in zip(COLUMNS[1:], values[1:], strict=True)}
+        metrics = {name: float(value) for name, value in zip(self.columns[1:], values[1:], strict=True)}
         self._each(lambda log: log.add(int(values[0]), metrics))
 
     def finish(self) -> None:
@@ -192,6 +189,7 @@ def make_logs(
     options: Mapping[str, Any],
     hyp: Mapping[str, Any],
     start_epoch: int = 0,
+    losses: Sequence[str] = LOSSES,
 ) -> Logs:
     """Open results.csv, TensorBoard, and the hosted trackers; call it on rank zero only.
 
@@ -201,13 +199,15 @@ def make_logs(
         options: of the command; `project` and `entity` are looked at.
         hyp: hyperparameters.
         start_epoch: first epoch that will be reported; above 0 the run is resumed, in the trackers too.
+        losses: names of the three parts of the loss.
 
     Raises:
         ConfigError: a tracker that is not known, not installed, or cannot be started (no account, no server).
     """
     names = list(dict.fromkeys(names))
     check_loggers(names, options.get("entity"))
-    csv = CsvLog(folder)
+    columns = columns_for(losses)
+    csv = CsvLog(folder, columns)
     csv.drop_from(start_epoch)
     ids = _read_ids(folder) if start_epoch else {}
     hosted: list[HostedLogger] = []
@@ -224,7 +224,7 @@ def make_logs(
     if hosted:
         with atomic_path(folder / IDS) as part:
             part.write_text(json.dumps(ids))
-    return Logs(folder, (csv, TensorBoardLog(folder, start_epoch)), hosted)
+    return Logs(folder, (csv, TensorBoardLog(folder, start_epoch, columns)), hosted, columns)
 
 
 def project_name(options: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from engine.train.schedule import accumulation
 from models.backbones.base import Backbone
 from models.yolo import DetectionModel
 
+AUTO_ITERATIONS = 10_000
 KINDS = ("biases", "weights", "norms")
 _NORMS = tuple(v for k, v in vars(nn).items() if isinstance(v, type) and "Norm" in k)
 _TOKENS = ("pos_embed", "cls_token", "relative_position_bias_table", "absolute_pos_embed", "dist_token")
@@ -85,6 +87,26 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
             f"{group['lr_scale']:>10.4g}"
         )
     return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class AutoSettings:
+    """Optimizer that `--optimizer auto` chooses, with its rates.
+
+    AdamW makes more of few iterations; SGD is as good in long runs, and its rates are those of YOLOv5's recipe.
+    """
+
+    optimizer: str
+    lr0: float
+    momentum: float
+    warmup_bias_lr: float
+
+
+def auto_settings(iterations: int, num_classes: int) -> AutoSettings:
+    """Return AdamW with a learning rate that falls with the number of classes below 10,000 iterations, else SGD."""
+    if iterations < AUTO_ITERATIONS:
+        return AutoSettings("AdamW", round(0.002 * 5 / (4 + num_classes), 6), 0.9, 0.0)
+    return AutoSettings("SGD", 0.01, 0.937, 0.1)
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:

@@ -32,6 +32,7 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
     "Box loss": {"training": "train/box_loss", "validation": "val/box_loss"},
     "Objectness loss": {"training": "train/obj_loss", "validation": "val/obj_loss"},
     "Class loss": {"training": "train/cls_loss", "validation": "val/cls_loss"},
+    "Distribution focal loss": {"training": "train/dfl_loss", "validation": "val/dfl_loss"},
     "Precision, recall": {"precision": "metrics/precision", "recall": "metrics/recall"},
     "mAP": {"mAP 0.5": "metrics/mAP_0.5", "mAP 0.5:0.95": "metrics/mAP_0.5:0.95"},
     "Learning rate": {"lr0": "x/lr0", "lr1": "x/lr1", "lr2": "x/lr2"},

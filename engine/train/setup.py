@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +22,25 @@ from data.loading.weights import class_loss_weights, labels_to_class_weights
 from data.sizes import multi_scale_sizes
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.cli.plugins import load_plugins
-from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first
+from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first, mean_over_ranks
 from engine.devices.sync_bn import convert_sync_batchnorm
 from engine.runtimes.pytorch import grid_of
 from engine.train.autobatch import choose_batch
 from engine.train.ema import ModelEma
 from engine.train.freeze import Frozen, freeze, log_frozen, names_to_freeze
-from engine.train.optimizer import build_optimizer, describe_groups, lr_scales, parameter_groups, scaled_decay
-from engine.train.schedule import Schedule
+from engine.train.optimizer import (
+    auto_settings,
+    build_optimizer,
+    describe_groups,
+    lr_scales,
+    parameter_groups,
+    scaled_decay,
+)
+from engine.train.schedule import Schedule, accumulation
+from models.build.spec import HEADS, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.loading import spec_without_weights, transfer_weights
-from models.losses.anchor_based import DetectionLoss, LossConfig
+from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError
@@ -39,6 +49,8 @@ from utils.log import is_main_process
 from utils.seed import seed_everything
 
 LOGGER = logging.getLogger(__name__)
+SINGLE = World()
+NO_MODEL = "--cfg and --weights are empty; give a model YAML, for example models/yolov5-riformer.yaml"
 
 
 @dataclass(frozen=True)
@@ -107,7 +119,7 @@ class ModelParts:
     model: DetectionModel
     ema: ModelEma[DetectionModel]
     frozen: Frozen
-    criterion: DetectionLoss
+    criterion: LossModule
     grid: int
 
 
@@ -169,6 +181,7 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
 
 def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> TrainingParts:
     """Build all parts of a training; user errors are raised before the run folder is created."""
+    config = config if resumed else with_recipe(config)
     hyp = choose_hyperparameters(config, resumed)
     seed_everything(config.seed + (1 + world.rank if world.size > 1 else 0))
     data = load_data_config(config.data)
@@ -183,6 +196,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     annotations = _load_annotations(config, data, declared, world)
     train_set = annotations[0]
     config = replace(config, batch_size=_batch_size(config, model, device, world, len(train_set.records)))
+    config, hyp = resolve_auto(config, hyp, len(data.names), len(train_set.records))
     frozen_names = names_to_freeze(model, config.freeze)
     digest = data_digest(*annotations)
     _check_same_data(resumed, digest, data)
@@ -192,7 +206,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     run = RunSettings(config, hyp, _run_folder(config, world), device, world, resumed)
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
-    model_parts = _model_parts(run, model, frozen_names, grid, class_factors)
+    model_parts = _model_parts(run, model, frozen_names, grid, class_factors, len(train_set.records))
     loader, val_loader = _loaders(run, annotations, grid)
     weights = labels_to_class_weights(labels, len(data.names))
     data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest)
@@ -200,8 +214,9 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
 
 
 def _model_parts(
-    run: RunSettings, model: DetectionModel, names: set[str], grid: int, class_factors: tuple[float, ...] | None
-) -> ModelParts:
+    run: RunSettings, model: DetectionModel, names: set[str], grid: int, class_factors: tuple[float, ...] | None,
+    images: int,
+) -> ModelParts:  # fmt: skip
     config, world = run.config, run.world
     copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
     unfrozen = 0 < config.freeze_epochs <= run.start_epoch
@@ -210,16 +225,17 @@ def _model_parts(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {' '.join(config.freeze)}: freezes every parameter; nothing is left to train")
     model = model.to(memory_format=torch.channels_last)
-    ema = ModelEma(model)
+    ema = ModelEma(model, tau=ema_tau(run.hyp, config, images))
     if config.sync_bn and world.size > 1:
         convert_sync_batchnorm(model, world, run.device)
-    return ModelParts(model, ema, frozen, build_loss(model, run.hyp, config, class_factors), grid)
+    return ModelParts(model, ema, frozen, build_loss(model, run.hyp, config, class_factors, world), grid)
 
 
 def _optimization_parts(run: RunSettings, model: DetectionModel, batches: int) -> OptimizationParts:
     config, hyp = run.config, run.hyp
     decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
     groups = parameter_groups(model, decay, lr_scales(model, config.backbone_lr, config.layer_decay))
+    assert config.optimizer is not None, "with_recipe sets it"
     optimizer = build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
     LOGGER.info("%s, lr0 %g\n%s", config.optimizer, hyp.lr0, describe_groups(groups))
     return OptimizationParts(optimizer, Schedule(hyp, config.epochs, batches, config.batch_size, config.cos_lr))
@@ -229,7 +245,7 @@ def build_model(
     config: TrainConfig, hyp: Hyperparameters, data: DataConfig, resumed: Checkpoint | None
 ) -> DetectionModel:
     """Build the model from `--cfg`, from the spec in a checkpoint, or from both, with all matching weights loaded."""
-    anchors = hyp.anchors and round(hyp.anchors)
+    anchors, head = hyp.anchors and round(hyp.anchors), config.head
     num_classes = len(data.names)
     if resumed is not None:
         model = DetectionModel(spec_without_weights(resumed.spec), nc=num_classes)
@@ -237,15 +253,16 @@ def build_model(
     elif config.weights:
         checkpoint = read_checkpoint(find_file(config.weights, error=CheckpointError))
         cfg = find_file(config.cfg, "models", "models/hub") if config.cfg else spec_without_weights(checkpoint.spec)
-        model = DetectionModel(cfg, nc=num_classes, anchors=anchors)
-        exclude = ("anchor",) if config.cfg or anchors else ()
+        model = DetectionModel(cfg, nc=num_classes, anchors=anchors, head=head)
+        exclude = ("anchor",) if config.cfg or anchors or head else ()
         report = transfer_weights(model, checkpoint, exclude=exclude, partial=config.partial_weights)
         LOGGER.info("%s: %s", config.weights, report.summary())
     elif config.cfg:
         cfg = find_file(config.cfg, "models", "models/hub")
-        model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=config.backbone_weights or None)
+        weights = config.backbone_weights or None
+        model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=weights, head=head)
     else:
-        raise ConfigError("--cfg and --weights are empty; give a model YAML, for example models/yolov5-riformer.yaml")
+        raise ConfigError(NO_MODEL)
     model.names = dict(data.names)
     LOGGER.info("%s", model.layer_table())
     LOGGER.info("%s", model.info())
@@ -253,19 +270,18 @@ def build_model(
 
 
 def build_loss(
-    model: DetectionModel, hyp: Hyperparameters, config: TrainConfig, class_weights: tuple[float, ...] | None = None
-) -> DetectionLoss:
-    """Build the loss with gains scaled to the number of levels and classes and to the image size."""
-    head = model.head
-    loss_config = LossConfig.from_hyp(
-        hyp.to_dict(),
-        num_levels=head.nl,
-        num_classes=head.nc,
-        imgsz=config.imgsz,
-        label_smoothing=config.label_smoothing,
-    )
-    loss_config = replace(loss_config, class_weights=class_weights)
-    return DetectionLoss(head.anchors * head.stride.view(-1, 1, 1).to(head.anchors), model.stride, loss_config)
+    model: DetectionModel,
+    hyp: Hyperparameters,
+    config: TrainConfig,
+    class_weights: tuple[float, ...] | None = None,
+    world: World = SINGLE,
+) -> LossModule:
+    """Build the loss of the head with gains scaled to the number of levels and classes and to the image size."""
+    mean = None if world.size == 1 else partial(mean_over_ranks, world=world)
+    options = LossOptions(config.imgsz, config.label_smoothing, class_weights, mean)
+    if model.head.unused:
+        LOGGER.info("%s: without effect: %s", type(model.head).__name__, ", ".join(model.head.unused))
+    return model.head.loss(hyp.to_dict(), options)
 
 
 def _log_class_factors(factors: tuple[float, ...] | None, data: DataConfig) -> None:
@@ -273,6 +289,47 @@ def _log_class_factors(factors: tuple[float, ...] | None, data: DataConfig) -> N
         shown = ", ".join(f"{name} {factor:.3g}" for name, factor in zip(data.names.values(), factors))
         note = "" if len(factors) > 1 else " (without effect: a single class has no class loss)"
         LOGGER.info("Class loss weighted (class_weights): %s%s", shown, note)
+
+
+def with_recipe(config: TrainConfig) -> TrainConfig:
+    """Return the options with the hyperparameter file of the model's head, and its optimizer, where none is given."""
+    if not config.hyp:
+        if config.cfg:
+            spec = read_model_spec(find_file(config.cfg, "models", "models/hub"))[0]
+        elif config.weights:
+            spec = read_model_spec(read_checkpoint(find_file(config.weights, error=CheckpointError)).spec)[0]
+        else:
+            raise ConfigError(NO_MODEL)
+        recipe = HEADS[config.head].recipe if config.head else spec.recipe
+        config = replace(config, hyp=f"data/hyps/{recipe}")
+    if config.optimizer is None:
+        file = find_file(config.hyp, "data/hyps")
+        auto = Hyperparameters.from_yaml(file).optimizer == "auto"
+        config = replace(config, optimizer="auto" if auto else "SGD")
+    return config
+
+
+def resolve_auto(
+    config: TrainConfig, hyp: Hyperparameters, num_classes: int, images: int
+) -> tuple[TrainConfig, Hyperparameters]:
+    """Replace `--optimizer auto` and `--close-mosaic -1` by values; a resumed run has them already."""
+    if config.close_mosaic < 0:
+        config = replace(config, close_mosaic=min(round(hyp.close_mosaic), config.epochs // 6))
+    if config.optimizer != "auto":
+        return config, hyp
+    auto = auto_settings(math.ceil(images / config.batch_size) * config.epochs, num_classes)
+    hyp = replace(
+        hyp, optimizer=auto.optimizer, lr0=auto.lr0, momentum=auto.momentum, warmup_bias_lr=auto.warmup_bias_lr
+    )
+    return replace(config, optimizer=auto.optimizer), hyp
+
+
+def ema_tau(hyp: Hyperparameters, config: TrainConfig, images: int) -> float:
+    """Return the time constant of the EMA in updates: `ema_tau`, or that fraction of the updates of the run below 1."""
+    if hyp.ema_tau >= 1:
+        return hyp.ema_tau
+    batches = config.epochs * math.ceil(images / config.batch_size)
+    return max(hyp.ema_tau * batches / accumulation(config.batch_size, int(hyp.nominal_batch)), 1.0)
 
 
 def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
@@ -284,9 +341,10 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
     if resumed is not None and resumed.train is not None:
         return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
     hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-    if hyp.optimizer not in (None, config.optimizer):
+    optimizer = config.optimizer or "SGD"
+    if hyp.optimizer not in (None, "auto", optimizer) and optimizer != "auto":
         raise ConfigError(
-            f"{config.hyp}: its learning rates are made for {hyp.optimizer}, not {config.optimizer}; add --optimizer "
+            f"{config.hyp}: its learning rates are made for {hyp.optimizer}, not {optimizer}; add --optimizer "
             f"{hyp.optimizer} (or remove the line 'optimizer:' from a copy of the file)"
         )
     return hyp
@@ -379,13 +437,13 @@ def _run_folder(config: TrainConfig, world: World) -> Path:
 
 def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters) -> None:
     """Check how well the anchors fit the labels; replace them by fitted ones where they do not."""
-    head = model.head
-    stride = head.stride.view(-1, 1, 1).to(head.anchors)
-    pixels = (head.anchors * stride).cpu().numpy()
-    report = check_anchors(train_set.records, pixels, config.imgsz, thr=hyp.anchor_t, seed=config.seed)
+    sizes = model.head.anchor_sizes
+    if sizes is None:
+        return
+    report = check_anchors(train_set.records, sizes.cpu().numpy(), config.imgsz, thr=hyp.anchor_t, seed=config.seed)
     LOGGER.info("%s", report)
     if report.changed:
-        head.anchors.copy_(torch.as_tensor(report.anchors).to(head.anchors) / stride)
+        model.head.set_anchor_sizes(torch.as_tensor(report.anchors))
 
 
 def _loaders(

@@ -51,7 +51,6 @@ from utils.metrics import fitness
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
-PROGRESS_COLUMNS = ("Epoch", "GPU_mem", "box_loss", "obj_loss", "cls_loss", "Instances", "Size")
 
 
 @dataclass
@@ -190,7 +189,7 @@ class Trainer:
         dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder)})
         dump_yaml(run.folder / "hyp.yaml", hyp)
         LOGGER.info("Training on %s, results in %s", describe_device(run.device), run.folder)
-        self.logs = make_logs(run.config.logger, run.folder, options, hyp, run.start_epoch)
+        self.logs = make_logs(run.config.logger, run.folder, options, hyp, run.start_epoch, self.criterion.names)
         if not run.config.noplots and run.start_epoch == 0:
             plots.labels(run.folder, self.data.labels, self.data.names)
 
@@ -223,7 +222,7 @@ class Trainer:
         self.stepper.network.train()
         eval_frozen(self.model, self.frozen)
         loader.set_epoch(epoch, skip=progress.batches)
-        LOGGER.info("\n%s", "".join(f"{word:>11}" for word in PROGRESS_COLUMNS))
+        LOGGER.info("\n%s", self._columns())
         total = len(loader)
         bar = tqdm(
             prefetch(loader, self.device), total=total, initial=progress.batches,
@@ -252,6 +251,10 @@ class Trainer:
         restore_statistics(self.model, self.ema.module)  # of batches after the last step of the epoch
         return settings.lr
 
+    def _columns(self) -> str:
+        losses = (f"{name}_loss" for name in self.criterion.names)
+        return "".join(f"{word:>11}" for word in ("Epoch", "GPU_mem", *losses, "Instances", "Size"))
+
     def _describe(self, epoch: int, instances: int, size: int) -> str:
         losses = self.progress.mean()
         memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
@@ -264,7 +267,7 @@ class Trainer:
         A signal interrupts the validation of a rank, which then informs the others; all of them exit together.
         """
         copy_from_main(self.ema.module, self.world)  # batch statistics differ between ranks
-        self.criterion.balance.copy_(torch.tensor(broadcast(self.criterion.balance.tolist(), self.world)))
+        copy_from_main(self.criterion, self.world)
         autocast = None if self.device.type == "cpu" else self.stepper.amp  # on a CPU, same metrics as val.py
         runtime = PyTorchRuntime.from_model(self.ema.module, self.device, autocast=autocast)
         tally = None
@@ -359,8 +362,8 @@ class Trainer:
         rng: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        balance = [float(x) for x in self.criterion.balance]
-        own = {"rng": rng, "balance": balance, **self.progress.state_dict()}
+        adapted = {name: value.tolist() for name, value in self.criterion.state_dict().items()}
+        own = {"rng": rng, **adapted, **self.progress.state_dict()}
         return {
             "model": checkpoints.cpu_state(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -392,7 +395,8 @@ class Trainer:
         self.early_stopping.load_state_dict(state)
         self.last_step = int(state["last_step"])
         self.class_maps = np.array(state["class_maps"], dtype=float)
-        self.criterion.balance.copy_(torch.tensor(state["balance"]))
+        for name, value in self.criterion.state_dict().items():
+            value.copy_(torch.tensor(state[name]))
         if "torch" in state["rng"]:
             torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
         if self.device.type == "cuda" and "cuda" in state["rng"]:

@@ -17,6 +17,7 @@ import torch
 
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.loggers.run_logger import METRICS
+from engine.train.setup import with_recipe
 from engine.train.trainer import train
 from engine.tune import study as studies
 from engine.tune.outputs import (
@@ -102,6 +103,9 @@ def evolve(config: TrainConfig) -> EvolveResult:
 
 
 def _begin(config: TrainConfig) -> EvolveResult:
+    config = with_recipe(config)
+    if config.optimizer is None or config.optimizer == "auto":
+        raise ConfigError("--evolve: --optimizer auto sets the learning rate itself; give SGD, Adam or AdamW")
     file = find_file(config.hyp, "data/hyps")
     hyp = Hyperparameters.from_yaml(file)
     points = {str(config.hyp): point_of(hyp, str(file))}

@@ -19,7 +19,7 @@ from models.backbones import backbone_from_row, is_backbone_name, row_names
 from models.backbones.base import FeatureLevel
 from models.build.layer_rules import LAYERS, Built, Row, Rule
 from models.build.rows import IMAGE, Route, Rows
-from models.build.spec import LayerSpec, ModelSpec
+from models.build.spec import HEADS, LayerSpec, ModelSpec
 from models.common import Conv
 from utils.errors import SpecError, UserError, did_you_mean
 from utils.yaml_lines import plain
@@ -130,11 +130,12 @@ class _Builder:
     def finish(self) -> tuple[Rows, list[int]]:
         """Return the finished rows and the saved slots."""
         last = self.spec.layers[-1] if self.spec.layers else None
-        heads = [layer for layer in self.spec.layers if layer.module == "Detect"]
-        if last is not None and last.repeats and (last.module != "Detect" or len(heads) != 1):
+        names = [form.module for form in HEADS.values()]
+        heads = [layer for layer in self.spec.layers if layer.module in names]
+        if last is not None and last.repeats and (last.module not in names or len(heads) != 1):
             where = self.spec.where(last.line)
             self.problems.append(
-                f"{where}: row {last.row} ({last.module}): Detect must be the last row and appear once"
+                f"{where}: row {last.row} ({last.module}): {' or '.join(names)} must be the last row and appear once"
             )
         if self.problems:
             raise SpecError("\n".join(self.problems))

@@ -6,7 +6,7 @@ Rules raise SpecError without a location; `models.build.builder` prepends file, 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, Protocol
@@ -17,10 +17,11 @@ from models import common
 from models.arguments import Arguments, bind, construct, parameters
 from models.backbones.base import FeatureLevel
 from models.build.spec import ModelSpec
-from models.heads import Detect
+from models.heads import AnchorFreeDetect, Detect
 from models.registry import Registry
 from utils.errors import SpecError, did_you_mean
 
+MAX_BINS = 64
 UPSAMPLE_MODES = ("nearest", "nearest-exact", "bilinear", "bicubic", "area")
 
 Layers = tuple[type[nn.Module], ...]
@@ -294,16 +295,19 @@ class DetectRule:
     takes_list: bool = True
 
     def check(self, row: Row) -> None:
+        if row.spec.anchors is None:
+            raise SpecError(
+                "the file has no key 'anchors'; add it, or use AnchorFreeDetect with [nc], which needs none"
+            )
         if len(row.args) != 2:
             raise SpecError(f"{len(row.args)} arguments are given; it takes [nc, anchors]")
-        if row.args[0] != row.spec.num_classes:
-            classes = row.spec.num_classes
-            raise SpecError(f"argument 1 (nc) is {row.args[0]!r}; the model has {classes} classes; write nc")
+        _check_classes(row)
         if row.args[1] != row.spec.anchors:
             raise SpecError("argument 2 (anchors) differs from the key 'anchors' of the file; write anchors")
 
     def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
         anchors = row.spec.anchors
+        assert anchors is not None, "checked before"
         if isinstance(anchors, int):
             # Placeholders as in YOLOv5; auto-anchor fits them to the dataset before the first epoch.
             anchors = (tuple(range(2 * anchors)),) * len(inputs)
@@ -315,6 +319,44 @@ class DetectRule:
         strides = tuple(level.stride for level in inputs)
         head = Detect(row.spec.num_classes, anchors, channels, strides)
         return Built(head, (row.spec.num_classes, anchors, channels), None)
+
+
+@dataclass(frozen=True)
+class AnchorFreeRule:
+    """`AnchorFreeDetect` with [nc], [nc, reg_max] or [nc, {reg_max: ...}]."""
+
+    takes_list: bool = True
+
+    def check(self, row: Row) -> None:
+        _check_classes(row)
+        reg_max = _reg_max(row.args)
+        if not isinstance(reg_max, int) or isinstance(reg_max, bool) or not 1 <= reg_max <= MAX_BINS:
+            raise SpecError(f"reg_max is {reg_max!r}; allowed: integers from 1 to {MAX_BINS}, by default 16")
+
+    def build(self, row: Row, inputs: Sequence[FeatureLevel]) -> Built:
+        channels = tuple(level.channels for level in inputs)
+        strides = tuple(level.stride for level in inputs)
+        reg_max = _reg_max(row.args)
+        head = AnchorFreeDetect(row.spec.num_classes, channels, strides, reg_max)
+        return Built(head, (row.spec.num_classes, reg_max, channels), None)
+
+
+def _reg_max(args: Sequence[Any]) -> Any:
+    if len(args) > 2:
+        raise SpecError(f"{len(args)} arguments are given; it takes [nc] or [nc, {{reg_max: 16}}]")
+    given = args[1] if len(args) == 2 else {}
+    if not isinstance(given, Mapping):
+        return given
+    for key in given:
+        if key != "reg_max":
+            raise SpecError(f"unknown argument '{key}'; allowed: reg_max{did_you_mean(key, ('reg_max',))}")
+    return given.get("reg_max", 16)
+
+
+def _check_classes(row: Row) -> None:
+    if not row.args or row.args[0] != row.spec.num_classes:
+        found = repr(row.args[0]) if row.args else "missing"
+        raise SpecError(f"argument 1 (nc) is {found}; the model has {row.spec.num_classes} classes; write nc")
 
 
 def _table() -> Registry[Rule]:
@@ -343,6 +385,7 @@ def _table() -> Registry[Rule]:
     table.register("Expand", SpaceToDepthRule(common.Expand, contracts=False))
     table.register("Concat", ConcatRule())
     table.register("Detect", DetectRule())
+    table.register("AnchorFreeDetect", AnchorFreeRule())
     return table
 
 

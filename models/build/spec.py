@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from utils.errors import SpecError, did_you_mean
 from utils.files import find_file
@@ -20,12 +20,27 @@ Anchors = int | tuple[tuple[float, ...], ...]
 Problems = list[str]
 
 SECTIONS = ("backbone", "head")
-REQUIRED = ("nc", "anchors", *SECTIONS)
+REQUIRED = ("nc", *SECTIONS)
 # `inplace` selects between two equivalent decoders in YOLOv5; it has no effect here.
 KEYS = (
     *("nc", "ch", "depth_multiple", "width_multiple", "channel_multiple", "activation", "inplace", "anchors"),
     *SECTIONS,
 )
+
+
+class HeadForm(NamedTuple):
+    """Row of a head: module and arguments, and the hyperparameter file in `data/hyps/` to train it with."""
+
+    module: str
+    args: tuple[str, ...]
+    recipe: str
+
+
+# By the value of --head.
+HEADS: Mapping[str, HeadForm] = {
+    "anchor": HeadForm("Detect", ("nc", "anchors"), "hyp.scratch-low.yaml"),
+    "free": HeadForm("AnchorFreeDetect", ("nc",), "hyp.auto.yaml"),
+}
 FOLDERS = ("models", "models/hub")
 ROW_FORM = "a row is [from, number, module, arguments]"
 WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
@@ -62,7 +77,8 @@ class ModelSpec:
         path: file name for error messages.
         num_classes: number of classes.
         depth_multiple, width_multiple: factors for `number` and for output channels.
-        anchors: widths and heights (w, h, w, h, ...) in pixels, one row per level, or their number per level.
+        anchors: widths and heights (w, h, w, h, ...) in pixels, one row per level, or their number per level;
+            None for heads without anchors.
         channel_multiple: scaled output channels are rounded up to a multiple of this.
         activation: string such as `"nn.LeakyReLU(0.1)"`, or None for SiLU.
         layers: the rows.
@@ -74,7 +90,7 @@ class ModelSpec:
     num_classes: int
     depth_multiple: float
     width_multiple: float
-    anchors: Anchors
+    anchors: Anchors | None
     channel_multiple: int = 8
     activation: str | None = None
     layers: tuple[LayerSpec, ...] = ()
@@ -83,7 +99,9 @@ class ModelSpec:
 
     @property
     def anchors_per_level(self) -> int:
-        """Return the number of anchors per level of the head."""
+        """Return the number of anchors per level of the head; 0 without anchors."""
+        if self.anchors is None:
+            return 0
         return self.anchors if isinstance(self.anchors, int) else len(self.anchors[0]) // 2
 
     def where(self, line: int = 0) -> str:
@@ -119,6 +137,31 @@ class ModelSpec:
             anchors=new_anchors,
         )
 
+    @property
+    def recipe(self) -> str:
+        """Return the hyperparameter file for the head of the last row; that of the anchor head if it is not a head."""
+        module = self.layers[-1].module if self.layers else ""
+        return next((form.recipe for form in HEADS.values() if form.module == module), HEADS["anchor"].recipe)
+
+    def with_head(self, kind: str) -> ModelSpec:
+        """Return the specification with a head of `HEADS` as its last row; other rows stay.
+
+        An anchor head that replaces another one starts with 3 anchors per level, which auto-anchor fits to the dataset.
+
+        Raises:
+            SpecError: the last row is not a head.
+        """
+        module, args, _ = HEADS[kind]
+        last = self.layers[-1] if self.layers else None
+        names = [form.module for form in HEADS.values()]
+        if last is None or last.module not in names:
+            found = "there are no rows" if last is None else f"the last row is {last.module}"
+            raise SpecError(f"{self.path}: --head {kind}: {found}, not a head ({', '.join(names)})")
+        if last.module == module:
+            return self
+        anchors = (self.anchors or 3) if "anchors" in args else None
+        return replace(self, anchors=anchors, layers=(*self.layers[:-1], replace(last, module=module, args=args)))
+
     def to_dict(self) -> dict[str, Any]:
         """Return dicts, lists and scalars from which `load_model_spec` restores this specification, without lines."""
         out: dict[str, Any] = {"nc": self.num_classes}
@@ -128,8 +171,9 @@ class ModelSpec:
             "depth_multiple": self.depth_multiple,
             "width_multiple": self.width_multiple,
             "channel_multiple": self.channel_multiple,
-            "anchors": plain(self.anchors),
         }
+        if self.anchors is not None:
+            out["anchors"] = plain(self.anchors)
         if self.activation is not None:
             out["activation"] = self.activation
         for section in SECTIONS:
@@ -203,7 +247,7 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
         num_classes=number("nc", 1, True),
         depth_multiple=number("depth_multiple", 1.0, False),
         width_multiple=number("width_multiple", 1.0, False),
-        anchors=_anchors(data["anchors"], where("anchors"), problems) if "anchors" in data else 3,
+        anchors=_anchors(data["anchors"], where("anchors"), problems) if "anchors" in data else None,
         channel_multiple=number("channel_multiple", 8, True),
         activation=activation,
         layers=_layers(data, path, where, problems),

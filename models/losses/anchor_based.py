@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 
+from models.losses.base import LossModule, LossOutput
 from utils.boxes import bbox_iou
 from utils.errors import ConfigError
 
@@ -80,18 +80,6 @@ class LossConfig:
             fl_gamma=float(hyp.get("fl_gamma", cls.fl_gamma)),
             label_smoothing=label_smoothing,
         )
-
-
-class LossOutput(NamedTuple):
-    """Result of one call.
-
-    Attributes:
-        total: 0-d float32, to call `backward` on: sum of the parts times the number of images.
-        parts: (3,) float32, detached: box, objectness and class loss with their gains.
-    """
-
-    total: torch.Tensor
-    parts: torch.Tensor
 
 
 class LevelTargets(NamedTuple):
@@ -174,7 +162,7 @@ def _claimed_steps(center: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
     return torch.stack((own, *near_start.unbind(-1), *near_end.unbind(-1)), 1)
 
 
-class DetectionLoss(nn.Module):
+class DetectionLoss(LossModule):
     """Box (CIoU), objectness and class loss over all levels of an anchor head.
 
     Args:
@@ -186,6 +174,7 @@ class DetectionLoss(nn.Module):
         ConfigError: anchors and strides that do not belong together, or automatic balance without a level of stride 16.
     """
 
+    names: ClassVar[tuple[str, str, str]] = ("box", "obj", "cls")
     balance: torch.Tensor  # weight of each level's objectness loss
     gains: torch.Tensor  # box, objectness, class
     positive_weights: torch.Tensor  # objectness, class

@@ -43,10 +43,16 @@ def label_image(path, seed=0, labels=60):
     curves.plot_labels(path, rows, NAMES)
 
 
+COLUMNS = (
+    *("train/box_loss", "train/obj_loss", "train/cls_loss", "metrics/precision", "metrics/recall", "metrics/mAP_0.5"),
+    *("metrics/mAP_0.5:0.95", "val/box_loss", "val/obj_loss", "val/cls_loss"),
+)
+
+
 def history(path, seed=0, labels=60):
     table = path.with_name("results.csv")
-    values = np.random.default_rng(seed).random((labels, len(curves.HISTORY_PANELS)))
-    lines = [",".join(f"{name:>20}" for name in ("epoch", *curves.HISTORY_PANELS))]
+    values = np.random.default_rng(seed).random((labels, len(COLUMNS)))
+    lines = [",".join(f"{name:>20}" for name in ("epoch", *COLUMNS))]
     lines += [",".join(f"{v:20.5g}" for v in (k, *row)) for k, row in enumerate(values)]
     table.write_text("\n".join(lines) + "\n")
     curves.plot_history(path, table)

@@ -128,7 +128,7 @@ class TrainingStep:
         self.device, self.batch = device, batch
         self.images, self.targets = training_batch(sample, batch, config.imgsz)
         groups = parameter_groups(model, scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch)))
-        optimizer = build_optimizer(config.optimizer, groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
+        optimizer = build_optimizer(config.optimizer or "SGD", groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
         parts = ModelParts(
             self.model, ModelEma(model), Frozen(), build_loss(model, hyp, config), int(model.stride.max())
         )

@@ -25,6 +25,7 @@ from engine.train.setup import TrainingParts, build_parts, resolve_run
 from engine.train.step import TrainStep
 from engine.train.trainer import Trainer, TrainResult
 from models.checkpoint.io import read_checkpoint
+from models.yolo import DetectionModel
 from tests.helpers.training import TINY, config, interrupt_at
 from utils.errors import ConfigError
 from utils.files import ROOT
@@ -106,6 +107,14 @@ def check_hyp(run: Run) -> None:
     text = (ROOT / "data/hyps/hyp.scratch-low.yaml").read_text().replace("lr0: 0.01", "lr0: 0.005")
     (run.folder / "hyp.yaml").write_text(text)
     assert run.parts(hyp=str(run.folder / "hyp.yaml")).optimization.optimizer.defaults["lr"] == 0.005
+
+
+def check_head(run: Run) -> None:
+    parts = run.parts(head="free")
+    assert parts.model.model.head.kind == "free"
+    assert DetectionModel(parts.model.model.yaml).head.kind == "free"  # as a checkpoint stores it
+    assert Path(parts.run.config.hyp).name == "hyp.auto.yaml"
+    assert isinstance(parts.optimization.optimizer, torch.optim.AdamW)
 
 
 def check_epochs(run: Run) -> None:

@@ -289,7 +289,7 @@ CASES = [
      "key 'anchors' of the file; write anchors"),
     ("[nc, anchors]", "[nc]", "my.yaml:10: row 5 (Detect): 1 arguments are given; it takes [nc, anchors]"),
     ("  - [[4, 2], 1, Detect, [nc, anchors]]\n", "",
-     "my.yaml:9: row 4 (Concat): Detect must be the last row and appear once"),
+     "my.yaml:9: row 4 (Concat): Detect or AnchorFreeDetect must be the last row and appear once"),
     # backbones
     (CONV0, "[-1, 2, TinyBackbone, []]", "my.yaml:4: row 0 (TinyBackbone): number is 2; a backbone row needs number 1"),
     (CONV0, "[-1, 1, TinyBackbone, {width: 3}]",
