@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
+from numpy.typing import NDArray
 
 from data.config import DataConfig
 from data.images import read
 from data.labels.labels import Annotations, load_annotations
 from engine.cli.config import Hyperparameters
 from engine.compare.config import RECIPE, CompareConfig
-from engine.compare.measure.detector import SampleImages
-from engine.compare.measure.machine import available_memory, describe_machine
+from engine.compare.measure.detector import SampleFiles
+from engine.compare.measure.machine import describe_machine
 from engine.compare.results import CandidateResult
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
-from engine.compare.worker.pool import Setting, Worker
+from engine.compare.worker.process import Worker
+from engine.compare.worker.setting import Setting
 from utils.device import amp_dtype, select_device
-from utils.errors import ConfigError, DataError
+from utils.errors import DataError
 from utils.files import find_file, make_folder
 
 LOGGER = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ class Context:
         device: where everything is measured.
         cache: folder of what is kept between runs.
         store: finished results.
-        sample: file of images.
+        sample: images that are timed.
         machine: description.
         memory: bytes that a candidate may take on a CPU.
         measuring_key, training_key, validation_key: stand for all that such results depend on, candidates apart.
@@ -53,7 +54,7 @@ class Context:
     device: torch.device
     cache: Path
     store: Store
-    sample: Path
+    sample: SampleFiles
     machine: dict[str, Any]
     memory: float
     measuring_key: str
@@ -85,8 +86,8 @@ class Context:
         )
         return cls(
             config=config, data=data, device=device, cache=cache, store=Store(cache / "results", config.fresh),
-            sample=write_sample(annotations, cache / f"images-{seen}.npz"), machine=machine,
-            memory=config.memory_gb * 1e9 or available_memory(),
+            sample=choose_sample(annotations), machine=machine,
+            memory=config.memory_gb * 1e9 or float(psutil.virtual_memory().available),
             measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.amp, config.batch_size,
                                   seen, code_key(MEASURING_CODE, REPORTING)]),
             training_key=digest(training),
@@ -123,8 +124,8 @@ class Context:
     def worker(self, row: CandidateResult) -> Worker:
         """Start a new process for a candidate."""
         setting = Setting(
-            str(row.candidate.file), tuple(self.data.names[i] for i in range(len(self.data.names))), str(self.device),
-            self.config.threads, self.memory, tuple(self.config.plugin),
+            row.candidate.file.resolve(), dict(self.data.names), str(self.device), self.config.threads, self.memory,
+            tuple(self.config.plugin),
         )  # fmt: skip
         return Worker(setting, self.log(row))
 
@@ -143,45 +144,19 @@ def safe(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", label).strip("-.") or "candidate"
 
 
-def write_sample(annotations: Annotations, path: Path) -> Path:
-    """Decode a few images, evenly spread over the split, into a file that all processes read."""
-    if path.is_file():
-        return path
+def choose_sample(annotations: Annotations) -> SampleFiles:
+    """Return a few readable images, evenly spread over the split, on which all candidates are measured."""
     records = annotations.records
-    step = max(len(records) // SAMPLE_IMAGES, 1)
-    images: list[Any] = []
-    labels: list[Any] = []
-    for record in records[::step]:
-        if len(images) == SAMPLE_IMAGES:
-            break
+    sample: list[tuple[Path, NDArray[np.float32]]] = []
+    for record in records[:: max(len(records) // SAMPLE_IMAGES, 1)]:
         try:
-            images.append(read(record.path))
+            read(record.path)
         except DataError as error:
             LOGGER.warning("%s; left out", error)
             continue
-        labels.append(record.labels)
-    if not images:
+        sample.append((record.path.resolve(), record.labels))
+        if len(sample) == SAMPLE_IMAGES:
+            break
+    if not sample:
         raise DataError("none of the images can be read")
-    part = path.with_name(f".{os.getpid()}-{path.name}")
-    SampleImages(tuple(images), tuple(labels)).write(part)
-    os.replace(part, path)
-    return path
-
-
-@contextmanager
-def alone(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; ConfigError when another process has it. The lock goes with the process that holds it."""
-    try:
-        import fcntl
-    except ImportError:  # no such locks on this system
-        yield
-        return
-    make_folder(path.parent)
-    with open(path, "w", encoding="utf-8") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError(
-                f"{what}: another compare.py is at it now; wait for it, or give another --project"
-            ) from error
-        yield
+    return tuple(sample)

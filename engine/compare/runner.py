@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from data.config import load_data_config
 from engine.cli.plugins import load_plugins
 from engine.compare.candidates import resolve
 from engine.compare.config import CompareConfig
-from engine.compare.context import Context, alone, cache_folder
+from engine.compare.context import Context, cache_folder
 from engine.compare.measure.speed import Speed
 from engine.compare.outputs import Findings, write_all
 from engine.compare.pareto import Limits, Pick, pick, points_of
@@ -53,8 +56,19 @@ def compare(config: CompareConfig) -> Comparison:
     make_folder(config.project)
     data = load_data_config(config.data)
     rows = [CandidateResult(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
-    with alone(cache_folder(config) / ".lock", f"--project {config.project}"):
+    with exclusive(cache_folder(config) / ".lock", f"--project {config.project}"):
         return _compare(Context.prepare(config, data), rows)
+
+
+@contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; ConfigError when another process holds it. The lock ends with its process."""
+    make_folder(path.parent)
+    try:
+        with FileLock(path, timeout=0):
+            yield
+    except Timeout as error:
+        raise ConfigError(f"{what}: in use by another compare.py; wait for it, or give another --project") from error
 
 
 def _compare(context: Context, rows: list[CandidateResult]) -> Comparison:
@@ -66,7 +80,7 @@ def _compare(context: Context, rows: list[CandidateResult]) -> Comparison:
         train_all(context, rows)
         conditions = Speed(context, rows).run()
     except KeyboardInterrupt:
-        LOGGER.warning("interrupted; what is finished is kept, the same command goes on from here")
+        LOGGER.warning("interrupted; finished results are kept, the same command continues from here")
         raise
     runtime, batch = config.runtimes[0], config.batch[0]
     chosen = pick(points_of(rows, runtime, batch), Limits.of(config))

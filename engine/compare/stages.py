@@ -14,8 +14,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine.compare.context import Context, safe
 from engine.compare.results import Accuracy, CandidateResult, measured
 from engine.compare.store import digest
-from engine.compare.worker.pool import JobFailedError, Worker
-from engine.compare.worker.process import CRASH, MEMORY
+from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
 
 LOGGER = logging.getLogger(__name__)
 TRANSIENT = (MEMORY, CRASH)  # failures that another try may not see: never kept
@@ -60,8 +59,8 @@ def _take_known(context: Context, row: CandidateResult) -> bool:
 def _look_at(context: Context, row: CandidateResult, started: dict[str, Worker]) -> None:
     keep, label = True, row.label
     try:  # first of all: the peak of memory is that of the whole process
-        row.training_memory = started[label].ask(
-            "training_memory", sample=str(context.sample), recipe=context.recipe(row), batch=context.step_batch
+        row.training_memory = started[label].run(
+            "training_memory", sample=context.sample, recipe=context.recipe(row), batch=context.step_batch
         )
     except JobFailedError as error:
         row.notes.append(f"training step of {context.step_batch}: {error.reason}")
@@ -70,7 +69,7 @@ def _look_at(context: Context, row: CandidateResult, started: dict[str, Worker])
         if not started[label].is_alive:
             started[label].close()
             started[label] = context.worker(row)
-    row.structure = started[label].ask("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
+    row.structure = started[label].run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
     if keep:
         found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
         context.store.keep("structure", row.weights_key, found, label)
@@ -110,7 +109,7 @@ def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -
     key = digest([training, context.validation_key])
     known = context.store.find("accuracy", key)
     if known is not None and Path(known["weights"]).is_file():
-        LOGGER.info("%s: found, not done again", title)
+        LOGGER.info("%s: stored, not repeated", title)
         return known
     if seed is not None and not row.training_fits:
         raise JobFailedError(MEMORY, "left out: a single step takes more memory than there is")
@@ -123,7 +122,7 @@ def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -
             weights = _train(context, row, seed, folder, worker, title)
         config = context.config
         scratch = folder if seed is not None else context.initial
-        figures = worker.ask(
+        figures = worker.run(
             "validate", weights=weights, data=config.data, imgsz=config.imgsz, task=config.task,
             batch=config.batch_size, workers=config.workers, scratch=str(scratch),
         )  # fmt: skip
@@ -138,14 +137,14 @@ def _train(context: Context, row: CandidateResult, seed: int, folder: Path, work
     epochs = context.config.epochs
     done = min(_epochs_in(log), epochs)
     if done:
-        LOGGER.info("%s: goes on after %d of %d epochs", title, done, epochs)
+        LOGGER.info("%s: continues after %d of %d epochs", title, done, epochs)
     with tqdm(initial=done, total=epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
 
         def tick() -> None:
             bar.update(max(min(_epochs_in(log), epochs) - bar.n, 0))
 
         try:
-            found = worker.ask("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
+            found = worker.run("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
         except KeyboardInterrupt:
             worker.stop(SAVING_S)
             raise

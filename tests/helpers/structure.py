@@ -21,7 +21,7 @@ LAZY = {
     "hubconf": "torch.hub lists the entry points without importing torch",
     "models.backbones": "a backbone family is imported when its name is used",
     "models.backbones.__main__": "--help does not import torch",
-    "engine.compare.worker.process": "memory and threads are limited before torch is imported",
+    "engine.compare.worker.process": "output goes to a log before torch is imported",
     **{script: "--help does not import torch" for script in SCRIPTS},
 }
 # Packages of one layer that must not know each other, or know only what is named.

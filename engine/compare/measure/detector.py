@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from data.images import read
 from data.letterbox import letterbox
 from data.sources.frames import Frame
 from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig
@@ -36,6 +37,8 @@ NMS = NmsSettings(CONF, IOU, max_det=MAX_DET)
 SMALL_STEP = 1e-3  # of lr0: the same steps on one batch again and again are not to end in infinities
 
 LabeledImage = NDArray[np.uint8]
+SampleFiles = tuple[tuple[Path, NDArray[np.float32]], ...]
+"""Image files, with labels (n, 5) each: class, xywhn."""
 Times = dict[str, float]
 
 
@@ -45,25 +48,16 @@ class SampleImages:
 
     Attributes:
         images: (H, W, 3) uint8 BGR each.
-        labels: per image (n, 5) float32 class, center x, center y, width, height as parts of its sides.
+        labels: per image (n, 5) float32 class, xywhn.
     """
 
     images: tuple[LabeledImage, ...]
     labels: tuple[NDArray[np.float32], ...]
 
-    def write(self, path: Path) -> None:
-        """Write to an .npz file."""
-        arrays: dict[str, Any] = {f"image{i}": image for i, image in enumerate(self.images)}
-        arrays |= {f"labels{i}": rows for i, rows in enumerate(self.labels)}
-        np.savez(path, **arrays)
-
     @classmethod
-    def read(cls, path: str | Path) -> SampleImages:
-        """Read what `write` wrote."""
-        with np.load(path, allow_pickle=False) as content:
-            count = len(content.files) // 2
-            images = tuple(content[f"image{i}"] for i in range(count))
-            return cls(images, tuple(content[f"labels{i}"] for i in range(count)))
+    def load(cls, files: SampleFiles) -> SampleImages:
+        """Read the images."""
+        return cls(tuple(read(path) for path, _ in files), tuple(labels for _, labels in files))
 
 
 class Inference:

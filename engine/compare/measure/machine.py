@@ -1,16 +1,16 @@
-"""What a measurement ran on: processor, threads, clocks, versions, and how much memory the process holds."""
+"""Facts of the machine that a measurement ran on, and the memory of this process."""
 
 from __future__ import annotations
 
-import os
 import platform
+import re
 import shutil
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python", "onnx", "onnxruntime", "openvino")
@@ -18,12 +18,13 @@ MB = 1e6
 
 
 def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
-    """Processor, threads, memory, GPU and versions; no names of hosts or folders."""
+    """Return processor, threads, memory, GPU and versions; no names of hosts or folders."""
+    process = psutil.Process()
     found: dict[str, Any] = {
-        "processor": _cpuinfo("model name") or platform.processor() or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "processor": _match("/proc/cpuinfo", r"model name\s*: (.+)") or platform.processor() or platform.machine(),
+        "cores": len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count(),
         "threads": threads or torch.get_num_threads(),
-        "memory_gb": round(_meminfo("MemTotal") / 1e9, 1),
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
@@ -43,13 +44,13 @@ def describe_machine(device: torch.device, threads: int) -> dict[str, Any]:
 
 def clocks(device: torch.device) -> dict[str, Any]:
     """Return the current load, core clocks in MHz and governor, and a GPU's clocks and temperature."""
-    found: dict[str, Any] = {"load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None}
-    mhz = [float(v) for v in _all_cpuinfo("cpu MHz")]
-    if mhz:
-        found["cpu_mhz"] = [round(min(mhz)), round(max(mhz))]
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor.is_file():
-        found["governor"] = governor.read_text(encoding="utf-8").strip()
+    found: dict[str, Any] = {"load": round(psutil.getloadavg()[0], 2)}
+    cores = [core.current for core in psutil.cpu_freq(percpu=True) or ()]
+    if cores:
+        found["cpu_mhz"] = [round(min(cores)), round(max(cores))]
+    governor = _match("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor", r"(\w+)")
+    if governor:
+        found["governor"] = governor
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         fields = ("clocks.sm", "clocks.mem", "temperature.gpu")
         command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits", "-i"]
@@ -58,64 +59,32 @@ def clocks(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def available_memory() -> float:
-    """Return the bytes available without swapping, infinite where the system does not report them."""
-    return _meminfo("MemAvailable") or float("inf")
-
-
 def resident_mb() -> float:
-    """Memory of this process that lies in RAM now, in MB; the peak where only that is known."""
-    found = _status("VmRSS")
-    return found if found else peak_mb()
+    """Return the resident memory of this process in MB."""
+    return float(psutil.Process().memory_info().rss) / MB
 
 
 def peak_mb() -> float:
-    """Most memory that this process had in RAM, in MB.
+    """Return the peak resident memory of this process in MB.
 
-    Linux: since the program was started. The figure of `getrusage` there begins with that of the parent process.
+    Linux: VmHWM, since psutil has no peak there and `getrusage` starts with the peak of the parent process.
     """
-    found = _status("VmHWM")
-    if found:
-        return found
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MB
+    peak = _match("/proc/self/status", r"VmHWM:\s*(\d+)")
+    if peak:
+        return float(peak) * 1024 / MB
+    return float(getattr(psutil.Process().memory_info(), "peak_wset", 0)) / MB or resident_mb()
 
 
 def limit_memory(limit: float) -> None:
-    """Make allocations beyond so many bytes fail in this process, instead of the whole machine running out of memory.
-
-    It counts private writable memory. Does nothing where the system has no such limit.
-    """
-    if limit == float("inf") or not sys.platform.startswith("linux"):
-        return
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_DATA, (int(limit), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+    """Limit the private writable memory of this process to so many bytes, where the system can (Linux)."""
+    if limit != float("inf") and hasattr(psutil, "RLIMIT_DATA"):
+        process = psutil.Process()
+        process.rlimit(psutil.RLIMIT_DATA, (int(limit), process.rlimit(psutil.RLIMIT_DATA)[1]))
 
 
-def _lines(path: str) -> list[str]:
+def _match(path: str, pattern: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        found = re.search(pattern, Path(path).read_text(encoding="utf-8"))
     except OSError:
-        return []
-
-
-def _all_cpuinfo(key: str) -> list[str]:
-    pairs = [line.split(":", 1) for line in _lines("/proc/cpuinfo") if ":" in line]
-    return [value.strip() for name, value in pairs if name.strip() == key]
-
-
-def _cpuinfo(key: str) -> str:
-    return next(iter(_all_cpuinfo(key)), "")
-
-
-def _meminfo(key: str) -> float:
-    found = [line.split()[1] for line in _lines("/proc/meminfo") if line.startswith(f"{key}:")]
-    return float(found[0]) * 1024 if found else 0.0
-
-
-def _status(key: str) -> float:
-    found = [line.split()[1] for line in _lines("/proc/self/status") if line.startswith(f"{key}:")]
-    return float(found[0]) * 1024 / MB if found else 0.0
+        return ""
+    return found[1].strip() if found else ""

@@ -20,7 +20,7 @@ from engine.compare.measure.rounds import Spread, calls_per_visit, from_plain, p
 from engine.compare.results import DEPLOYED, STAGES, STEP, TOTAL, TRAINING, CandidateResult, Latency, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
-from engine.compare.worker.pool import JobFailedError, Worker
+from engine.compare.worker.process import JobFailedError, Worker
 
 LOGGER = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ class Speed:
             if row.weights is not None and not row.weights.is_file():  # known from an earlier run, which removed it
                 try:
                     with self.context.worker(row) as worker:
-                        worker.ask("initial", checkpoint=str(row.weights))
+                        worker.run("initial", checkpoint=str(row.weights))
                 except JobFailedError as error:
                     row.failure = error.reason
         self.rows = measured(self.rows)
@@ -151,7 +151,7 @@ class Speed:
             folder = self.context.exports / f"{safe(row.label)}-{row.weights_key}" / f"{phase.runtime}-{phase.batch}"
             with self.context.worker(row) as worker:
                 try:
-                    made = worker.ask(
+                    made = worker.run(
                         "export", weights=str(row.weights), folder=str(folder), format=phase.runtime,
                         batch=phase.batch, imgsz=self.context.config.imgsz, data=self.context.config.data,
                     )  # fmt: skip
@@ -179,7 +179,7 @@ class Speed:
 
         def ask(label: str) -> Mapping[str, float] | None:
             try:
-                return workers[label].ask("visit", calls=calls[label])
+                return workers[label].run("visit", calls=calls[label])
             except JobFailedError as error:
                 ready[label].fail(error)
                 return None
@@ -188,7 +188,7 @@ class Speed:
             spreads = play(list(ready), rounds, ask, bar.update)
         for label in spreads:
             try:
-                workers[label].ask("close")
+                workers[label].run("close")
             except JobFailedError:
                 continue
         after = clocks(self.context.device)
@@ -208,13 +208,13 @@ class Speed:
         if turn.reason:
             return
         label = turn.row.label
-        sample, config = str(self.context.sample), self.context.config
+        sample, config = self.context.sample, self.context.config
         try:
             if phase.form == STEP:
                 recipe = self.context.recipe(turn.row)
-                turn.opened = workers[label].ask("open_training", sample=sample, recipe=recipe, batch=phase.batch)
+                turn.opened = workers[label].run("open_training", sample=sample, recipe=recipe, batch=phase.batch)
             else:
-                turn.opened = workers[label].ask(
+                turn.opened = workers[label].run(
                     "open_inference", weights=turn.file, sample=sample, batch=phase.batch, imgsz=config.imgsz,
                     training_form=phase.form == TRAINING,
                 )  # fmt: skip

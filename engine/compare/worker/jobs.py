@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from engine.compare.measure.bootstrap import ImageBootstrap
 from engine.compare.measure.detector import (
     Inference,
     Recipe,
+    SampleFiles,
     SampleImages,
     Subject,
     TrainingStep,
@@ -27,6 +28,7 @@ from engine.compare.measure.detector import (
     visit,
     warm_up,
 )
+from engine.compare.worker.setting import Setting
 from engine.evaluate.coco import coco_installed
 from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, prepare, split_annotations
 from engine.evaluate.outputs import CocoSink
@@ -54,58 +56,45 @@ COCO_PLACE = {"small": 3, "medium": 4, "large": 5}  # among COCO's twelve figure
 
 @dataclass
 class State:
-    """What a process keeps from job to job.
+    """What a process keeps between jobs.
 
     Attributes:
-        device: where it computes.
-        file: the candidate's model YAML or checkpoint.
-        names: class names of the dataset.
+        setting: of the candidate.
+        device: set by `setup`.
         subject: what is being timed.
+        baseline_mb: resident memory before the model is built.
     """
 
+    setting: Setting
     device: torch.device = torch.device("cpu")
-    file: Path = Path()
-    names: Mapping[int, str] | None = None
     subject: Subject | None = None
     baseline_mb: float = 0.0
 
 
-def setup(
-    state: State, *, file: str, names: list[str], device: str, threads: int, memory: float, plugin: list[str]
-) -> None:
-    """Make the process ready for one candidate.
-
-    Args:
-        state: of the process.
-        file: model YAML or checkpoint.
-        names: class names.
-        device: as `--device`.
-        threads: 0 = PyTorch's own choice.
-        memory: bytes that may be used on a CPU; infinity = no limit.
-        plugin: files that register backbones.
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    state.device = select_device(device)
+def setup(state: State) -> None:
+    """Select the device, limit threads and memory, load plugins."""
+    setting = state.setting
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+    state.device = select_device(setting.device)
     if state.device.type == "cuda":
         torch.cuda.set_device(state.device)
     else:
-        machine.limit_memory(memory)
-    load_plugins(plugin)
+        machine.limit_memory(setting.memory)
+    load_plugins(list(setting.plugin))
     configure_logging()
-    state.file, state.names = Path(file), dict(enumerate(names))
     state.baseline_mb = machine.resident_mb()
 
 
 def build(state: State) -> DetectionModel:
     """Return the candidate's detector: from its YAML with fixed random weights, or from its checkpoint."""
-    assert state.names is not None
-    if state.file.suffix.lower() in (".yaml", ".yml"):
+    file, names = state.setting.file, state.setting.names
+    if file.suffix.lower() in (".yaml", ".yml"):
         seed_everything(0)
-        model = DetectionModel(state.file, nc=len(state.names))
-        model.names = dict(state.names)
+        model = DetectionModel(file, nc=len(names))
+        model.names = dict(names)
     else:
-        model = load_detector(state.file)
+        model = load_detector(file)
     return model.to(state.device)
 
 
@@ -116,7 +105,7 @@ def initial(state: State, *, checkpoint: str) -> float:
         Size of the file in MB.
     """
     path = Path(checkpoint)
-    if path != state.file:
+    if path != state.setting.file:
         model = build(state)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {"names": dict(model.names), "stride": [float(s) for s in model.stride]}
@@ -170,12 +159,12 @@ def on_grid(imgsz: int, model: DetectionModel) -> int:
     return max(-(-imgsz // grid) * grid, 2 * grid)
 
 
-def training_memory(state: State, *, sample: str, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
+def training_memory(state: State, *, sample: SampleFiles, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
     """Peak memory of two training steps, and what a forward pass keeps for the backward pass.
 
     Args:
         state: of a fresh process: the peak is that of its whole life.
-        sample: file of `SampleImages`.
+        sample: image files with labels.
         recipe: options of train.py.
         batch: images per step.
     """
@@ -185,11 +174,11 @@ def training_memory(state: State, *, sample: str, recipe: dict[str, Any], batch:
     return {**found, "kept_mb": kept / machine.MB, "batch": batch, "amp": str(step.step.amp or torch.float32)[6:]}
 
 
-def _training_step(state: State, sample: str, recipe: dict[str, Any], batch: int) -> TrainingStep:
+def _training_step(state: State, sample: SampleFiles, recipe: dict[str, Any], batch: int) -> TrainingStep:
     model = build(state)
     config = TrainConfig(**{**recipe, "imgsz": on_grid(recipe["imgsz"], model)})
     hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-    return TrainingStep(model, SampleImages.read(sample), Recipe(config, hyp), batch, state.device)
+    return TrainingStep(model, SampleImages.load(sample), Recipe(config, hyp), batch, state.device)
 
 
 def memory_of(state: State, work: Callable[[], Any]) -> dict[str, Any]:
@@ -212,14 +201,14 @@ def memory_of(state: State, work: Callable[[], Any]) -> dict[str, Any]:
 
 
 def open_inference(
-    state: State, *, weights: str, sample: str, batch: int, imgsz: int, training_form: bool
+    state: State, *, weights: str, sample: SampleFiles, batch: int, imgsz: int, training_form: bool
 ) -> dict[str, Any]:
     """Make ready to time detection, and warm up.
 
     Args:
         state: of the process; for the peak of memory a fresh one.
         weights: checkpoint, or exported file.
-        sample: file of `SampleImages`.
+        sample: image files with labels.
         batch: images per call.
         imgsz: side in pixels.
         training_form: the model as it is trained, not the deployed one.
@@ -235,12 +224,12 @@ def open_inference(
     else:
         runtime = open_runtime([weights], state.device)
     side = runtime.imgsz[0] if runtime.imgsz else max(-(-imgsz // runtime.stride), 2) * runtime.stride
-    subject = Inference(runtime, SampleImages.read(sample), batch, side)
+    subject = Inference(runtime, SampleImages.load(sample), batch, side)
     state.subject = subject
     return {**memory_of(state, lambda: warm_up(subject)), "side": side}
 
 
-def open_training(state: State, *, sample: str, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
+def open_training(state: State, *, sample: SampleFiles, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
     """Make ready to time training steps, and warm up. Arguments as `training_memory`."""
     state.subject = None
     step = _training_step(state, sample, recipe, batch)

@@ -1,78 +1,184 @@
-"""A candidate's own process: reads jobs as lines of JSON, does them, answers with lines of JSON.
-
-    python -m engine.compare.worker.process
-
-A candidate that fails, runs out of memory or crashes takes nobody along. The process ends when its input does, so
-nothing goes on after the comparison was killed. What libraries print goes to standard error.
-"""
+"""One process per candidate: a candidate that fails, runs out of memory or crashes does not affect the others."""
 
 from __future__ import annotations
 
-import json
+import logging
+import multiprocessing
 import os
-import queue
 import re
 import signal
 import sys
 import threading
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
+from engine.compare.worker.setting import Setting
 from utils.errors import TrainingError, UserError
+from utils.files import make_folder
 from utils.log import configure_logging
 
+LOGGER = logging.getLogger(__name__)
 MEMORY, CRASH, MISTAKE, UNSUPPORTED, OTHER = "memory", "crash", "mistake", "unsupported", "other"
-# How PyTorch, ONNX Runtime and OpenVINO say that memory ran out.
+# Messages of PyTorch, ONNX Runtime and OpenVINO when memory runs out.
 MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc", "bad allocation",
                 "failed to allocate", "cannot allocate")  # fmt: skip
-LONGEST = 300
+MAX_REASON = 300
 OOM_SCORE = "500"  # the kernel ends these processes before any other of the user's
+TICK_S = 0.5
+EXIT_WAIT_S = 5.0
 
 
-def main() -> None:
-    """Answer jobs until the input ends."""
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    # Loaders are forked, and a forked process closes its `sys.stdin`: for ever, if a thread was reading from that.
-    questions = os.fdopen(os.dup(0), encoding="utf-8")
-    with open(os.devnull, "rb") as nothing:
-        os.dup2(nothing.fileno(), 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
-    _be_first_to_go()
+class JobFailedError(Exception):
+    """A job that a candidate could not do.
+
+    Attributes:
+        kind: MEMORY, CRASH, MISTAKE, UNSUPPORTED or OTHER.
+        reason: one line.
+    """
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind, self.reason = kind, reason
+
+
+class Worker:
+    """The process of one candidate; a context manager that ends it.
+
+    Args:
+        setting: passed to the process.
+        log: file that its output is appended to.
+    """
+
+    def __init__(self, setting: Setting, log: Path) -> None:
+        self.log = log
+        make_folder(log.parent)
+        context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, setting, log), daemon=False)  # it has loaders
+        self._process.start()
+        theirs.close()
+
+    @property
+    def pid(self) -> int:
+        """Process ID, which is also that of its process group."""
+        return self._process.pid or 0
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process.is_alive()
+
+    def run(self, job: str, tick: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+        """Run a job in the process and return its result.
+
+        Args:
+            job: key of `engine.compare.worker.jobs.JOBS`.
+            tick: called twice a second while waiting.
+            arguments: of the job.
+
+        Raises:
+            JobFailedError: the job failed, or the process ended.
+        """
+        try:
+            self._connection.send((job, arguments))
+            while not self._connection.poll(TICK_S):
+                tick()
+                if not self.is_alive and not self._connection.poll():
+                    raise EOFError
+            kind, result = self._connection.recv()
+        except (EOFError, OSError):
+            raise JobFailedError(*self._exit_reason()) from None
+        if kind:
+            raise JobFailedError(kind, result)
+        return result
+
+    def _exit_reason(self) -> tuple[str, str]:
+        self._process.join(EXIT_WAIT_S)
+        status = self._process.exitcode
+        kind, reason = (CRASH, "its process does not respond") if status is None else exit_reason(status)
+        last = last_line(self.log)
+        return kind, f"{reason}; last stderr line: {last}" if last and kind == CRASH else reason
+
+    def stop(self, patience: float) -> None:
+        """Ask the process to save what it trains and to end; wait so many seconds for that."""
+        self._process.terminate()
+        self._process.join(patience)
+        if self.is_alive:
+            LOGGER.warning("a process did not end within %g s; its work since the last epoch is lost", patience)
+
+    def close(self) -> None:
+        """Kill the process group: the process and its loaders."""
+        if self.is_alive:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except (AttributeError, ProcessLookupError, PermissionError):  # no groups on Windows; none yet
+                self._process.kill()
+            self._process.join()
+        self._connection.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def serve(connection: Connection, setting: Setting, log: Path) -> None:
+    """Run jobs until the connection is closed; ends with its parent, in the middle of a job too."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    with open(log, "ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    _raise_oom_score()
     configure_logging()
-    jobs: queue.Queue[dict[str, Any]] = queue.Queue()
-    threading.Thread(target=_listen, args=(questions, jobs), daemon=True).start()
-    try:
-        from engine.compare.worker.jobs import JOBS, State
+    from engine.compare.worker.jobs import JOBS, State
 
-        state = State()
-        while True:
-            job = jobs.get()
-            _send(answers, answer(JOBS[job.pop("job")], state, job))
-    except BrokenPipeError:  # nobody listens any more
+    state = State(setting)
+    failure = answer(JOBS["setup"], state, {})
+    while True:
+        try:
+            job, arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(failure if failure[0] else answer(JOBS[job], state, arguments))
+
+
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
         os._exit(1)
 
 
-def answer(work: Callable[..., Any], state: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Do a job: `{"result": ...}`, or `{"kind": ..., "reason": one line}` when it failed."""
+def _raise_oom_score() -> None:
     try:
-        return {"result": work(state, **arguments)}
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="utf-8")
+    except OSError:
+        return
+
+
+def answer(work: Callable[..., Any], state: Any, arguments: dict[str, Any]) -> tuple[str, Any]:
+    """Run a job; return ("", result), or (kind, reason in one line) when it failed."""
+    try:
+        return "", work(state, **arguments)
     except Exception as error:  # noqa: BLE001 -- whatever a candidate raises is reported in its row
         if not isinstance(error, UserError):
             sys.excepthook(*sys.exc_info())  # into the log of the process
-        kind, reason = classify(error)
-        return {"kind": kind, "reason": reason}
+        return classify(error)
 
 
 def classify(error: BaseException) -> tuple[str, str]:
     """Return the kind of failure of an exception, and a one-line message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = "; ".join(lines) if isinstance(error, UserError) else (lines[0] if lines else "")
-    text = text if len(text) <= LONGEST or isinstance(error, UserError) else text[: LONGEST - 3] + "..."
-    low = str(error).lower()
-    if isinstance(error, MemoryError) or any(word in low for word in MEMORY_WORDS):
-        return MEMORY, f"out of memory{_where(text)}"
+    text = text if len(text) <= MAX_REASON or isinstance(error, UserError) else text[: MAX_REASON - 3] + "..."
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in MEMORY_WORDS):
+        return MEMORY, f"out of memory{_requested_memory(text)}"
     if isinstance(error, UserError):
         return MISTAKE, text
     if isinstance(error, NotImplementedError):
@@ -82,42 +188,29 @@ def classify(error: BaseException) -> tuple[str, str]:
     return OTHER, f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def _where(text: str) -> str:
+def _requested_memory(text: str) -> str:
     """Return where memory ran out and how much more was requested, without the allocator's own text."""
-    asked = re.search(r"tried to allocate (\d+) bytes", text)
-    head = re.split(r":? ?\[enforce|:? ?DefaultCPUAllocator", text)[0].strip(" :") if asked else text
-    parts = [head, f"asked for {int(asked[1]) / 1e6:.0f} MB more" if asked else ""]
+    requested = re.search(r"tried to allocate (\d+) bytes", text)
+    head = re.split(r":? ?\[enforce|:? ?DefaultCPUAllocator", text)[0].strip(" :") if requested else text
+    parts = [head, f"asked for {int(requested[1]) / 1e6:.0f} MB more" if requested else ""]
     details = "; ".join(filter(None, parts))
     return f" ({details})" if details else ""
 
 
 def exit_reason(status: int) -> tuple[str, str]:
-    """Describe the exit status of a process that did not answer."""
+    """Describe the exit status of a process that ended during a job."""
     if status >= 0:
         return CRASH, f"its process ended with status {status}"
     name = signal.Signals(-status).name if -status in {s.value for s in signal.Signals} else f"signal {-status}"
     if -status == signal.SIGKILL:
-        return MEMORY, f"its process was ended from outside ({name}): out of memory, most likely"
+        return MEMORY, f"its process was killed ({name}): out of memory, most likely"
     return CRASH, f"its process crashed ({name})"
 
 
-def _listen(stream: TextIO, jobs: queue.Queue[dict[str, Any]]) -> None:
-    for line in stream:
-        jobs.put(json.loads(line))
-    os._exit(0)
-
-
-def _send(stream: TextIO, content: dict[str, Any]) -> None:
-    stream.write(json.dumps(content) + "\n")
-    stream.flush()
-
-
-def _be_first_to_go() -> None:
+def last_line(path: Path) -> str:
+    """Return the last line of a log that is not blank, at most 200 characters."""
     try:
-        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE, encoding="utf-8")
+        lines = path.read_bytes()[-4096:].decode("utf-8", "replace").split("\n")
     except OSError:
-        return
-
-
-if __name__ == "__main__":
-    main()
+        return ""
+    return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "")

@@ -14,16 +14,18 @@ import time
 from html.parser import HTMLParser
 from pathlib import Path
 
+import psutil
 import pytest
 
 import compare as compare_script
 from engine.compare.candidates import Candidate
 from engine.compare.config import CompareConfig
-from engine.compare.context import Context, alone
+from engine.compare.context import Context
 from engine.compare.results import CandidateResult
-from engine.compare.runner import some_left
-from engine.compare.worker.pool import JobFailedError, Setting, Worker
-from engine.compare.worker.process import MEMORY
+from engine.compare.runner import exclusive, some_left
+from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
+from engine.compare.worker.setting import Setting
+from models.checkpoint.io import read_checkpoint
 from models.summary import PARTS
 from models.yolo import DetectionModel
 from tests.helpers import detectors
@@ -162,15 +164,15 @@ def test_weights_of_other_classes_are_refused(place, tmp_path):
 
 
 def test_two_comparisons_do_not_share_a_folder(tmp_path):
-    refused = pytest.raises(ConfigError, match="b: another compare.py is at it now")
-    with alone(tmp_path / ".lock", "a"), refused, alone(tmp_path / ".lock", "b"):
+    refused = pytest.raises(ConfigError, match="b: in use by another compare.py")
+    with exclusive(tmp_path / ".lock", "a"), refused, exclusive(tmp_path / ".lock", "b"):
         pass
-    with alone(tmp_path / ".lock", "c"):
+    with exclusive(tmp_path / ".lock", "c"):
         pass
 
 
 def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
-    return Worker(Setting(str(path), ("a",), "cpu", 1, memory, ()), folder / "log.txt")
+    return Worker(Setting(path, {0: "a"}, "cpu", 1, memory, ()), folder / "log.txt")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
@@ -179,19 +181,79 @@ def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_
     with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
         for _ in range(2):
             with pytest.raises(JobFailedError, match="^out of memory .*MB more") as error:
-                process.ask("initial", checkpoint=str(tmp_path / "a.pt"))
+                process.run("initial", checkpoint=str(tmp_path / "a.pt"))
             assert error.value.kind == MEMORY
         assert process.is_alive
-        assert process._process.stdin is not None
-        process._process.stdin.close()  # as when the parent is killed
-        assert process._process.wait(10) == 0
+        process._connection.close()
+        process._process.join(10)
+        assert process._process.exitcode == 0
 
 
 def test_a_killed_process_is_a_reason(place, tmp_path):
     with worker(place / "tiny.yaml", tmp_path) as process:
-        os.kill(process._process.pid, signal.SIGKILL)
+        os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(JobFailedError, match="SIGKILL"):
-            process.ask("close")
+            process.run("close")
+
+
+BLOCKING_PLUGIN = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+Path(__file__).with_name("pids.txt").write_text(f"{os.getpid()} {child.pid}")
+time.sleep(600)
+"""
+
+
+def test_worker_kills_its_process_group_on_timeout(place, tmp_path, caplog):
+    (tmp_path / "blocking.py").write_text(BLOCKING_PLUGIN)
+    setting = Setting(place / "tiny.yaml", {0: "a"}, "cpu", 1, float("inf"), (str(tmp_path / "blocking.py"),))
+
+    def interrupt_once_started() -> None:
+        if (tmp_path / "pids.txt").is_file():
+            raise KeyboardInterrupt
+
+    with Worker(setting, tmp_path / "log.txt") as worker:
+        with pytest.raises(KeyboardInterrupt):
+            worker.run("close", tick=interrupt_once_started)
+        os.kill(worker.pid, signal.SIGINT)  # ignored: Ctrl-C is handled by the parent
+        worker.stop(0.5)
+        assert worker.is_alive and "did not end within 0.5 s" in caplog.text
+        assert os.getpgid(worker.pid) == worker.pid != os.getpgrp()
+    for pid in map(int, (tmp_path / "pids.txt").read_text().split()):
+        assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_crash_is_reported_with_the_last_stderr_line(place, tmp_path):
+    (tmp_path / "crash.py").write_text(
+        "import os, sys\nprint('no such device', file=sys.stderr, flush=True)\nos.abort()"
+    )
+    setting = Setting(place / "tiny.yaml", {0: "a"}, "cpu", 1, float("inf"), (str(tmp_path / "crash.py"),))
+    with Worker(setting, tmp_path / "log.txt") as worker, pytest.raises(JobFailedError) as error:
+        worker.run("close")
+    assert error.value.kind == CRASH and "SIGABRT" in error.value.reason and "last stderr line: " in error.value.reason
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_training_and_ends_all_processes(place, tmp_path):
+    words = ["--cfg", str(place / "tiny.yaml"), "--data", str(place / "data.yaml"), "--imgsz", "64", "--epochs", "500"]
+    words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
+    with open(tmp_path / "log.txt", "w") as stream:
+        process = subprocess.Popen([sys.executable, str(ROOT / "compare.py"), *words], stderr=stream)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("cache/trainings/*/weights/last.pt")):
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    text = (tmp_path / "log.txt").read_text()
+    assert "the same command continues from here" in text and "compare.py: interrupted" in text
+    assert "Traceback" not in text and children
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    (last,) = tmp_path.glob("cache/trainings/*/weights/last.pt")
+    assert read_checkpoint(last).train is not None
 
 
 def test_train_py_shows_the_parts():
@@ -236,12 +298,14 @@ def test_training_is_taken_up_after_a_kill(place, tmp_path):
         while not list(tmp_path.glob("cache/trainings/small-seed0-*/weights/last.pt")):
             assert first.poll() is None and time.monotonic() < deadline, log.read_text()
             time.sleep(0.1)
+        children = psutil.Process(first.pid).children(recursive=True)
         first.kill()
         first.wait()
+    assert children and psutil.wait_procs(children, timeout=20)[1] == [], "processes end with their parent"
     second = subprocess.run(command, capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
-    assert "1/4 tiny, training, seed 0: found, not done again" in second.stderr
-    assert "2/4 small, training, seed 0: goes on after" in second.stderr
+    assert "1/4 tiny, training, seed 0: stored, not repeated" in second.stderr
+    assert "2/4 small, training, seed 0: continues after" in second.stderr
     content = json.loads((tmp_path / "exp/results.json").read_text())
     for candidate in content["candidates"]:
         assert candidate["notes"] == [] and candidate["accuracy"]["seeds"] == [0, 1]
@@ -250,6 +314,6 @@ def test_training_is_taken_up_after_a_kill(place, tmp_path):
         assert phases == {(r, f, b) for r, f in (("onnx", "deployed"), ("pytorch", "deployed"), ("pytorch", "training"))
                           for b in (1, 2)}  # fmt: skip
     third = subprocess.run(command, capture_output=True, text=True)
-    assert third.stderr.count("found, not done again") == 4
+    assert third.stderr.count("stored, not repeated") == 4
     again = json.loads((tmp_path / "exp2/results.json").read_text())
     assert [c["latencies"] for c in again["candidates"]] == [c["latencies"] for c in content["candidates"]]

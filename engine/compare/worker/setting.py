@@ -1,0 +1,27 @@
+"""Settings that a candidate's process starts with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Settings of a candidate's process.
+
+    Attributes:
+        file: model YAML or checkpoint.
+        names: class names of the dataset by index.
+        device: as `--device`.
+        threads: of PyTorch; 0 = its own choice.
+        memory: bytes that may be allocated on a CPU; infinity = no limit.
+        plugin: files that register backbones.
+    """
+
+    file: Path
+    names: dict[int, str]
+    device: str
+    threads: int
+    memory: float
+    plugin: tuple[str, ...]
