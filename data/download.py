@@ -177,13 +177,17 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
 
 
 def contained(folder: Path, relative: str) -> Path:
-    """Return `folder / relative`; DataError where that would be outside of the folder."""
-    parts = PurePosixPath(relative).parts
-    outside = relative.startswith(("/", "~")) or ".." in parts or "\\" in relative or "\0" in relative
+    """Return `folder / relative`; DataError where that would be outside of the folder, links followed."""
     path = folder / relative
-    if outside or (parts and ":" in parts[0]) or not path.resolve().is_relative_to(folder.resolve()):
+    if _leads_out(relative) or not path.resolve().is_relative_to(folder.resolve()):
         raise DataError(f"{shown(relative)}: leads out of the folder {folder}; a path inside it is needed")
     return path
+
+
+def _leads_out(relative: str) -> bool:
+    parts = PurePosixPath(relative).parts
+    odd = relative.startswith(("/", "~")) or "\\" in relative or "\0" in relative
+    return odd or ".." in parts or (bool(parts) and ":" in parts[0])
 
 
 def _archive(remote: RemoteFile, folder: Path) -> Path:
@@ -229,7 +233,8 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
                 strip = 1 if len(tops) == 1 and all("/" in name for name in names) else 0
             _check_sizes(archive, members.total)
             for name, key in tqdm(members.entries, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
-                contained(folder, name)
+                if _leads_out(name):  # `folder` is new and links are not unpacked: nothing to follow
+                    raise DataError(f"{archive}: holds the name {shown(name)}, which leads out of the folder")
                 parts = PurePosixPath(name).parts
                 if len(parts) <= strip:
                     continue

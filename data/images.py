@@ -115,9 +115,10 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
         raise DataError(f"{name}: {_CUT}")
     if head[:2] in (b"PF", b"Pf"):
         raise DataError(f"{name}: {_FLOATS}")
-    _check_pixels(io.BytesIO(data.tobytes()), name)
+    header = _check_pixels(io.BytesIO(data.tobytes()), name)
+    damaged_png = header is None and head.startswith(b"\x89PNG")  # OpenCV may allocate gigabytes for a chunk
     image = None
-    if head[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
+    if not damaged_png and head[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
         try:
             image = cv2.imdecode(data, cv2.IMREAD_COLOR)
         except cv2.error:

@@ -231,3 +231,11 @@ def test_missing_file_and_folder(tmp_path: Path, name: str) -> None:
 def test_suffixes_are_lower_case_and_apart() -> None:
     assert {".gif"} == IMAGE_SUFFIXES & VIDEO_SUFFIXES  # an image in a dataset, a video for detect
     assert all(suffix == suffix.lower() and suffix[0] == "." for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES)
+
+
+def test_png_with_a_chunk_of_gigabytes_is_not_given_to_opencv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = bytearray(encode("P", "PNG"))
+    data[33:37] = b"\x80\x00\x00\x00"  # length of the chunk behind the header
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read(put(tmp_path, "PNG", bytes(data)))

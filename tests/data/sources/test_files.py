@@ -3,6 +3,7 @@
 import functools
 import http.server
 import os
+import socket
 import sys
 import threading
 import time
@@ -336,6 +337,22 @@ def test_sources_that_are_nothing_are_one_line(tmp_path, monkeypatch, source):
     with pytest.raises(DataError) as caught:
         open_source(source)
     assert "\n" not in str(caught.value)
+
+
+def test_dead_stream_of_a_list_times_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(streams, "OPEN_TIMEOUT_MS", 500)
+    video = write_video(tmp_path / "v.avi")
+    with socket.socket() as server:  # accepts and never answers
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        address = f"http://u:secret@127.0.0.1:{server.getsockname()[1]}/live"
+        (tmp_path / "a.streams").write_text(f"{address}\n{video}\n")
+        source = open_source(str(tmp_path / "a.streams"))
+        frames = read_all(source)
+        with pytest.raises(DataError, match=r"http://\*\*\*@127.*cannot be opened"):
+            open_source(address)
+    assert {frame.number for frame in frames} == {2}
+    assert len(source.failures) == 1 and "cannot be opened" in source.failures[0] and "secret" not in source.failures[0]
 
 
 def test_special_file_in_a_list_of_streams_does_not_hang(tmp_path):
