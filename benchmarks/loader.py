@@ -39,7 +39,7 @@ from data.labels.labels import ImageRecord, load_annotations
 from data.loading import image_cache as image_store
 from data.loading.dataset import DetectionDataset
 from data.loading.image_cache import ImageStore
-from data.loading.loader import DetectionLoader, create_loader
+from data.loading.loader import DetectionLoader
 from data.loading.order import WINDOW
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
@@ -122,7 +122,7 @@ def decodes_per_image(records: Sequence[ImageRecord], imgsz: int, recipe: Augmen
 
     plain, image_store.read = image_store.read, counted
     try:
-        run_epoch(create_loader(dataset, 16, shuffle=True), 0)
+        run_epoch(DetectionLoader(dataset, 16, shuffle=True), 0)
     finally:
         image_store.read = plain
     return opened / len(records)
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
             dataset = DetectionDataset(
                 records, args.imgsz, augment=recipe, cache=None if cache == "none" else cache, cache_folder=Path(folder)
             )
-            loaders[cache, workers] = create_loader(dataset, args.batch_size, workers=workers, shuffle=True)
+            loaders[cache, workers] = DetectionLoader(dataset, args.batch_size, workers=workers, shuffle=True)
     sources: dict[str, list[Any]] = {"none": [r.path for r in records]}
     if "ram" in args.cache:
         sources["ram"] = [read(r.path) for r in records]

@@ -1,4 +1,4 @@
-"""What the data commands (`python -m data.convert`, `data.check`) share: one-line errors and exit statuses."""
+"""Shared by the data commands (`python -m data.convert`, `data.check`): one-line errors and exit statuses."""
 
 from __future__ import annotations
 

@@ -1,14 +1,14 @@
 """The default dataset: drawn shapes, made on first use within seconds, without a network.
 
 Every image has one to six shapes of known kind on a background of gradients, stripes, checks or clouds, with noise.
-Color, size, rotation and place say nothing about the kind; shapes may overlap, but at least 65 % of each stays visible
+Color, size, rotation and place are independent of the kind; shapes may overlap, but at least 65 % of each stays visible
 and at least 80 % of its box lies inside the image. Boxes enclose the part of the shape that lies in the image,
 covered or not. Image i of a split is a function of (seed, split, i) alone.
 
-The set is for a first look in minutes on a CPU, so it is made to be learnt within a few hundred steps: saturated shapes
-on paler backgrounds, most of them a fifth to half of the side, turned by 20 degrees at most, and default kinds that
-differ in how they fill their box. With any rotation, any color, and circles beside squares, a yolov5n had not begun to
-tell the classes apart after 800 steps at 160 pixels (mAP50 0.1).
+The dataset is for a first training in minutes on a CPU and can be learned within a few hundred steps: saturated shapes
+on paler backgrounds, most of them a fifth to half of the side, rotated by 20 degrees at most, and default kinds that
+differ in how they fill their box. With any rotation, any color, and circles beside squares, a yolov5n did not
+distinguish the classes after 800 steps at 160 pixels (mAP50 0.1).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from utils.files import increment_path, make_folder
 LOGGER = logging.getLogger(__name__)
 
 VERSION = 2
-"""Raise it whenever an image would come out differently: sets drawn by an older version are then drawn again."""
+"""Raise it whenever an image would differ: datasets drawn by an older version are then drawn again."""
 
 MANIFEST = "shapes.json"
 

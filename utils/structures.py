@@ -1,4 +1,4 @@
-"""The records that cross module borders on the way from image to number."""
+"""Records shared by data and engine: samples, batches and the geometry of images."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _counts(splits: Sequence[SplitStatistics]) -> Section:
-    head = (
+    head = [
         "split",
         "images",
         "labelled",
@@ -149,26 +149,13 @@ def _counts(splits: Sequence[SplitStatistics]) -> Section:
         "repeated",
         "crowd",
         "difficult",
-    )
+    ]
     rows: list[Sequence[object]] = [head]
     for split in splits:
         r = split.annotations.report
+        counts = (r.images, r.labelled, r.missing + r.empty, r.corrupt, r.boxes)
         mean = f"{r.boxes / len(split.records):.1f}"
-        background = r.missing + r.empty
-        rows.append(
-            (
-                split.name,
-                r.images,
-                r.labelled,
-                background,
-                r.corrupt,
-                r.boxes,
-                mean,
-                r.duplicate_rows,
-                r.crowd,
-                r.difficult,
-            )
-        )
+        rows.append((split.name, *counts, mean, r.duplicate_rows, r.crowd, r.difficult))
     return Section("Images and boxes", table(rows))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ NAMED = 30  # with more classes the axis holds numbers
 STRIDES = (8, 16, 32)
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 GRID = "0.92"
+STEPS: dict[str, Any] = {"histtype": "step", "linewidth": 1.6}
 
 
 def draw(
@@ -91,15 +92,7 @@ def _sizes(axes: Axes, splits: Sequence[SplitStatistics], imgsz: int) -> None:
         if len(split.sizes):
             shorter = np.maximum(split.sizes.min(1), 1)
             weights = np.full(len(shorter), 100 / len(shorter))
-            axes.hist(
-                shorter,
-                edges,
-                weights=weights,
-                histtype="step",
-                linewidth=1.6,
-                color=_color(split, k),
-                label=split.name,
-            )
+            axes.hist(shorter, edges, weights=weights, color=_color(split, k), label=split.name, **STEPS)
     for stride in STRIDES:
         axes.axvline(stride, color="0.5", linestyle=":")
         axes.annotate(f"stride {stride}", (stride, 1), (2, -10), xycoords=("data", "axes fraction"),
@@ -123,9 +116,7 @@ def _numbers(axes: Axes, splits: Sequence[SplitStatistics]) -> None:
     for k, (split, values) in enumerate(zip(splits, counts)):
         weights = np.full(len(values), 100 / len(values))
         clipped = values.clip(max=top)
-        axes.hist(
-            clipped, edges, weights=weights, histtype="step", linewidth=1.6, color=_color(split, k), label=split.name
-        )
+        axes.hist(clipped, edges, weights=weights, color=_color(split, k), label=split.name, **STEPS)
     axes.set(title="boxes per image", xlabel="boxes (the last bar: that many or more)", ylabel="images, %")
     axes.legend(frameon=False)
 

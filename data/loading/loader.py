@@ -1,4 +1,4 @@
-"""Batches of a dataset, made by worker processes that hold no state.
+"""Batches of a dataset, made by stateless worker processes.
 
 Workers receive keys (epoch, image index) and return whole batches. A worker gets the batches of one mosaic window at
 once (see `data.loading.order`), so that each image is decoded about once per epoch, not once per use.
@@ -26,10 +26,10 @@ from utils.seed import sample_rng
 from utils.structures import Batch
 
 TASK_BYTES = 96 * 2**20
-"""Most pixels, in bytes, that a worker hands over at once when it makes several batches in one go."""
+"""Most bytes of pixels that a worker returns at once when one task has several batches."""
 
 GRACE_SECONDS = 30
-"""How long a worker lives on after SIGTERM; torchrun and SLURM give a process as long before they kill it."""
+"""Seconds for which a worker ignores SIGTERM; torchrun and SLURM wait as long before they send SIGKILL."""
 
 _QUAD_STREAM = 2**33  # added to an image's number: the random numbers of the four-in-one collate
 
@@ -114,7 +114,7 @@ class DetectionLoader:
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones."""
         passing = getattr(self._loader, "_iterator", None)
-        if self.workers and passing is not None:  # a pass that an error broke off may still hold them
+        if self.workers and passing is not None:  # a pass that an error interrupted may still hold them
             passing._shutdown_workers()
         self._loader = None
 
@@ -143,7 +143,7 @@ class DetectionLoader:
         return [(self.epoch, index) for index in order.tolist()]
 
     def _batches_per_task(self) -> int:
-        """Batches that one worker makes in one go: those of a mosaic window, if memory and a fair split allow."""
+        """Return the number of batches of one task: those of a mosaic window, if memory and a fair split allow."""
         if not self.workers or not self.dataset.uses_mosaic or self.dataset.window_size >= len(self.dataset):
             return 1
         batch_bytes = 3 * self.dataset.imgsz**2 * self.batch_size
@@ -160,13 +160,10 @@ class DetectionLoader:
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker,
-            generator=torch.Generator(),  # the loader draws a number per pass; not from the network's generator
+            generator=torch.Generator(),  # the loader draws one number per pass; not from the global generator
             prefetch_factor=(1 if self._batches_per_task() > 1 else 2) if self.workers else None,
             persistent_workers=self.workers > 0,
         )
-
-
-create_loader = DetectionLoader
 
 
 class _TaskList(Sampler[Sequence[Any]]):
@@ -211,11 +208,11 @@ def _as_is(made: list[Batch] | UserError) -> list[Batch] | UserError:
 def _start_worker(_: int) -> None:
     cv2.setNumThreads(0)  # one thread per worker; the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
-    signal.signal(signal.SIGTERM, _last_seconds)
+    signal.signal(signal.SIGTERM, _delay_termination)
 
 
-def _last_seconds(*_: object) -> None:
-    """Ignore a scheduler's SIGTERM, so that the main process can save its state before the worker ends."""
+def _delay_termination(*_: object) -> None:
+    """Ignore a scheduler's SIGTERM for `GRACE_SECONDS`, while the main process saves its state."""
     signal.alarm(GRACE_SECONDS)
 
 

@@ -1,4 +1,4 @@
-"""Where `detect.py` gets its images: files, folders, globs, lists, videos, cameras, network streams, the screen.
+"""Image sources of `detect.py`: files, folders, globs, lists, videos, cameras, network streams, the screen.
 
 `open_source` looks at the text that the user gave and returns a `Source`, which is iterated once and then closed. What
 cannot be read is logged when it is met and kept in `Source.failures`; the rest is processed.
@@ -36,7 +36,7 @@ _TIMED_VIDEOS = frozenset({".mkv", ".webm"})
 
 
 def open_source(text: str, vid_stride: int = 1) -> Source:
-    """Find out what `--source` names, and open it.
+    """Open what `--source` names.
 
     Args:
         text: image or video file, folder (not its subfolders), glob (`**` reaches into subfolders), `.txt` list of
@@ -234,7 +234,7 @@ class FileSource(Source):
 
 
 class DownloadedSource(Source):
-    """An image or video behind an http address, fetched into a temporary folder that goes away with the source."""
+    """An image or video behind an http address, downloaded into a temporary folder that is removed with the source."""
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
         super().__init__()

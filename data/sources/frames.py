@@ -1,4 +1,4 @@
-"""What a source of images gives: frames, and the account of what could not be read."""
+"""Frames of an image source, and the base class of sources."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_FPS = 30.0
-"""Frame rate of sources that do not tell theirs."""
+"""Frame rate of sources that do not give theirs."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Source(ABC):
         """Release files, cameras and threads; may be called from another thread and more than once."""
 
     def reject(self, message: str) -> None:
-        """Report an input that cannot be read, and go on."""
+        """Log an input that cannot be read, and continue."""
         LOGGER.warning("%s", message)
         self.failures.append(message)
 

@@ -1,7 +1,7 @@
 """Live sources: cameras, network streams and the screen.
 
-Each stream has a thread that reads all the time and keeps the newest frame only, so that a slow detector sees the
-present and not a growing past. A network stream that is lost is opened again a few times; a camera or
+Each stream has a thread that reads continuously and keeps only the newest frame, so that the delay of a slow detector
+does not grow. A network stream that is lost is opened again a few times; a camera or
 recording that ends is not.
 """
 
@@ -24,10 +24,10 @@ from utils.files import check_regular
 
 LOGGER = logging.getLogger(__name__)
 RECONNECTS = 5
-"""Attempts to open a lost network stream again before it is given up."""
+"""Attempts to reopen a lost network stream."""
 OPEN_TIMEOUT_MS = 10_000
 BATCH_PATIENCE_S = 0.5
-"""How long a batch waits for the slower ones of several streams."""
+"""Seconds that a batch waits for the slower of several streams."""
 
 
 def stream_name(address: str) -> str:
@@ -45,12 +45,14 @@ class StreamReader(threading.Thread):
 
     Args:
         address: camera number, URL, or a video file; a recording is read once, at its own rate, as if it were live.
-        news: notified whenever a frame arrives or the stream ends; shared by the readers of one source.
+        updated: notified whenever a frame arrives or the stream ends; shared by the readers of one source.
         vid_stride: keep every n-th frame.
         retry_wait: seconds before the first new attempt; doubled each time.
     """
 
-    def __init__(self, address: str, news: threading.Condition, vid_stride: int = 1, retry_wait: float = 1.0) -> None:
+    def __init__(
+        self, address: str, updated: threading.Condition, vid_stride: int = 1, retry_wait: float = 1.0
+    ) -> None:
         super().__init__(name=f"stream {hide_passwords(address)}", daemon=True)
         self.address = address
         self.shown = hide_passwords(address)
@@ -59,7 +61,7 @@ class StreamReader(threading.Thread):
         self.connected = False
         self.ended = False
         self.failure: str | None = None
-        self._news = news
+        self._updated = updated
         self._stride = vid_stride
         self._retry_wait = retry_wait
         self._stop_asked = threading.Event()
@@ -76,21 +78,21 @@ class StreamReader(threading.Thread):
         except cv2.error as error:
             self.failure = f"{self.shown}: reading stopped: {str(error).strip().splitlines()[-1]}"
         finally:
-            with self._news:
+            with self._updated:
                 self.connected, self.ended = False, True
-                self._news.notify_all()
+                self._updated.notify_all()
 
     def stop(self) -> None:
-        """Ask the thread to end; it does so after the frame it waits for."""
+        """Ask the thread to end after the current frame."""
         self._stop_asked.set()
 
     def take(self) -> tuple[NDArray[np.uint8], int] | None:
-        """Return the newest frame (H, W, 3) with its number, or None if it was taken. Requires the lock `news`."""
+        """Return the newest frame (H, W, 3) with its number, or None if it was taken. Requires the lock `updated`."""
         newest, self._newest = self._newest, None
         return newest
 
     @property
-    def has_news(self) -> bool:
+    def has_frame(self) -> bool:
         """Whether `take` would give a frame."""
         return self._newest is not None
 
@@ -138,7 +140,7 @@ class StreamReader(threading.Thread):
         due = time.monotonic()
         while not self._stop_asked.is_set() and capture.grab():
             position += 1
-            if self._finite:  # a recording has no pace of its own
+            if self._finite:  # a recording is decoded faster than it plays
                 due += 1.0 / (self.fps * self._stride)
                 self._stop_asked.wait(max(0.0, due - time.monotonic()))
             if (position - 1) % self._stride:
@@ -146,11 +148,11 @@ class StreamReader(threading.Thread):
             good, image = capture.retrieve()
             if not good:
                 continue
-            with self._news:
+            with self._updated:
                 self._received += 1
                 self._newest = (image, self._received)  # type: ignore[assignment]
                 self.opened = self.connected = True
-                self._news.notify_all()
+                self._updated.notify_all()
 
 
 class StreamSource(Source):
@@ -169,14 +171,14 @@ class StreamSource(Source):
 
     def __init__(self, addresses: Sequence[str], vid_stride: int = 1, retry_wait: float = 1.0) -> None:
         super().__init__()
-        self._news = threading.Condition()
-        self._readers = [StreamReader(a, self._news, vid_stride, retry_wait) for a in addresses]
+        self._updated = threading.Condition()
+        self._readers = [StreamReader(a, self._updated, vid_stride, retry_wait) for a in addresses]
         self._names = _distinct([stream_name(a) for a in addresses])
         self._closed = False
         for reader in self._readers:
             reader.start()
-        with self._news:
-            self._news.wait_for(lambda: all(r.opened or r.ended for r in self._readers), 2 * OPEN_TIMEOUT_MS / 1000)
+        with self._updated:
+            self._updated.wait_for(lambda: all(r.opened or r.ended for r in self._readers), 2 * OPEN_TIMEOUT_MS / 1000)
         if all(r.ended and not r.opened for r in self._readers):
             hint = "; is the camera number right, and may this user read it?" if addresses[0].isdigit() else ""
             reasons = "; ".join(r.failure or f"{r.shown}: gives no frames" for r in self._readers)
@@ -200,9 +202,9 @@ class StreamSource(Source):
 
     def _next_batch(self) -> tuple[Frame, ...]:
         """Return the newest frames; wait for the first one, then briefly for the other connected streams."""
-        with self._news:
-            self._news.wait_for(self._something, 1.0)
-            self._news.wait_for(self._everything, BATCH_PATIENCE_S)
+        with self._updated:
+            self._updated.wait_for(self._something, 1.0)
+            self._updated.wait_for(self._everything, BATCH_PATIENCE_S)
             taken = [(n, r.take()) for n, r in enumerate(self._readers)]
         return tuple(
             Frame(item[0], Path(self._names[n]), self._readers[n].shown, "live", n + 1, len(taken), item[1], 0,
@@ -212,18 +214,18 @@ class StreamSource(Source):
         )  # fmt: skip
 
     def _something(self) -> bool:
-        return self._closed or any(r.has_news for r in self._readers) or all(r.ended for r in self._readers)
+        return self._closed or any(r.has_frame for r in self._readers) or all(r.ended for r in self._readers)
 
     def _everything(self) -> bool:
-        return self._closed or all(r.has_news or not r.connected for r in self._readers)
+        return self._closed or all(r.has_frame or not r.connected for r in self._readers)
 
     def close(self) -> None:
         self._closed = True
         for reader in self._readers:
             reader.stop()
-        with self._news:
-            self._news.notify_all()
-        for reader in self._readers:  # daemon threads: one that hangs in a driver does not keep the program alive
+        with self._updated:
+            self._updated.notify_all()
+        for reader in self._readers:  # daemon threads: one that hangs in a driver does not block the exit
             if reader is not threading.current_thread():
                 reader.join(timeout=2.0)
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.config import DataConfig, load_data_config
 from data.labels.labels import Annotations, load_annotations
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader, create_loader
+from data.loading.loader import DetectionLoader
 from engine.cli.config import ValConfig
 from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World
@@ -301,7 +301,7 @@ def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, 
     dataset = DetectionDataset(
         annotations.records, config.imgsz, rect=rect, batch_size=batch_size, stride=runtime.stride, pad=pad
     )
-    return create_loader(dataset, batch_size, workers=config.workers)
+    return DetectionLoader(dataset, batch_size, workers=config.workers)
 
 
 def input_side(wanted: int, runtime: Runtime) -> int:

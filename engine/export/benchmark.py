@@ -16,7 +16,7 @@ import torch
 from data.config import load_data_config
 from data.labels.labels import load_annotations
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader, create_loader
+from data.loading.loader import DetectionLoader
 from engine.evaluate.evaluator import EvalOptions, check_classes, evaluate
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.exporter import ExportReport, export
@@ -132,7 +132,7 @@ def _loader(data: str, runtime: Runtime, side: int, batch_size: int) -> Detectio
     annotations = load_annotations(config.split("val"), len(config.names), progress=False)
     batch = runtime.fixed_batch or batch_size
     dataset = DetectionDataset(annotations.records, side, rect=False, batch_size=batch, stride=runtime.stride)
-    return create_loader(dataset, batch, workers=0)
+    return DetectionLoader(dataset, batch, workers=0)
 
 
 def _rows(

@@ -17,7 +17,7 @@ from data.augment.config import AugmentConfig
 from data.config import DataConfig, load_data_config
 from data.labels.labels import Annotations, load_annotations
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader, create_loader
+from data.loading.loader import DetectionLoader
 from data.loading.weights import class_loss_weights, labels_to_class_weights
 from data.sizes import multi_scale_sizes
 from engine.cli.config import Hyperparameters, TrainConfig
@@ -462,11 +462,11 @@ def _loaders(
             val_set.records, config.imgsz, rect=True, batch_size=per_rank * 2, stride=grid, pad=0.5,
             cache=None if config.noval else config.cache,
         )  # fmt: skip
-    loader = create_loader(
+    loader = DetectionLoader(
         train_data, per_rank, workers=config.workers, shuffle=not config.rect, seed=config.seed,
         rank=world.rank, world_size=world.size, quad=config.quad,
     )  # fmt: skip
-    val_loader = create_loader(
+    val_loader = DetectionLoader(
         val_data, per_rank * 2, workers=config.workers, rank=world.rank, world_size=world.size, repeat=False
     )
     return loader, val_loader

@@ -16,7 +16,7 @@ import torch
 from data.augment.config import AugmentConfig
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import create_loader
+from data.loading.loader import DetectionLoader
 from data.loading.order import as_key, epoch_order
 from tests.helpers.image_files import write_set
 from utils.errors import DataError, TrainingError
@@ -56,7 +56,7 @@ def numbers(batches):
 def test_batches_do_not_depend_on_the_number_of_workers(records, options, two_processors):
     passes = []
     for workers in (0, 2, 8):
-        loader = create_loader(dataset(records), 4, workers=workers, shuffle=True, seed=5, **options)
+        loader = DetectionLoader(dataset(records), 4, workers=workers, shuffle=True, seed=5, **options)
         assert loader.workers == min(workers, len(loader))
         loader.set_epoch(3)
         passes.append(list(loader))
@@ -66,7 +66,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(records, options, two_pr
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_epochs_repeat_and_differ(records, workers, two_processors):
-    loader = create_loader(dataset(records), 4, workers=workers, shuffle=True, seed=5)
+    loader = DetectionLoader(dataset(records), 4, workers=workers, shuffle=True, seed=5)
     loader.set_epoch(1)
     first = list(loader)
     assert all_equal(first, list(loader))  # the same epoch again
@@ -74,22 +74,22 @@ def test_epochs_repeat_and_differ(records, workers, two_processors):
     loader.set_epoch(2)
     second = list(loader)
     assert not all_equal(first, second)
-    resumed = create_loader(dataset(records), 4, shuffle=True, seed=5)  # a new process that starts at epoch 2
+    resumed = DetectionLoader(dataset(records), 4, shuffle=True, seed=5)  # a new process that starts at epoch 2
     resumed.set_epoch(2)
     assert all_equal(second, list(resumed))
     loader.close()
 
 
 def test_every_image_once_in_the_order_of_the_epoch(records):
-    loader = create_loader(dataset(records), 4, shuffle=True, seed=5)
+    loader = DetectionLoader(dataset(records), 4, shuffle=True, seed=5)
     batches = list(loader)
     assert len(batches) == len(loader) == 6 and len(batches[-1].paths) == 2
     assert numbers(batches) == epoch_order(22, 5, 0).tolist()
-    assert numbers(create_loader(dataset(records), 4)) == list(range(22))
+    assert numbers(DetectionLoader(dataset(records), 4)) == list(range(22))
 
 
 def test_the_loader_leaves_the_global_generators_alone(records, two_processors):
-    loader = create_loader(dataset(records), 4, workers=2, shuffle=True)
+    loader = DetectionLoader(dataset(records), 4, workers=2, shuffle=True)
     torch.manual_seed(0)
     np.random.seed(0)
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -100,17 +100,17 @@ def test_the_loader_leaves_the_global_generators_alone(records, two_processors):
 
 def test_rect_batches_have_their_shapes(records):
     data = dataset(records, augment=None, rect=True, batch_size=4, pad=0.5)
-    loader = create_loader(data, 4, shuffle=True)  # rectangular batches are never shuffled
+    loader = DetectionLoader(data, 4, shuffle=True)  # rectangular batches are never shuffled
     assert [tuple(b.images.shape[2:]) for b in loader] == data.batch_shapes
     assert numbers(loader) == data.visiting_order.tolist()
     with pytest.raises(ValueError, match="rectangular batches of 4"):
-        create_loader(data, 8)
+        DetectionLoader(data, 8)
 
 
 @pytest.mark.parametrize("rect", [False, True])
 def test_ranks_share_the_epoch(records, rect):
     data = dataset(records, rect=rect, batch_size=4)
-    loaders = [create_loader(data, 4, shuffle=True, rank=rank, world_size=4) for rank in range(4)]
+    loaders = [DetectionLoader(data, 4, shuffle=True, rank=rank, world_size=4) for rank in range(4)]
     per_rank = [numbers(loader) for loader in loaders]
     assert len({len(loader) for loader in loaders}) == 1
     assert set(functools.reduce(operator.iadd, per_rank, [])) == set(range(22))
@@ -122,7 +122,7 @@ def test_ranks_share_the_epoch(records, rect):
 def test_image_weights_choose_the_images(records):
     weights = np.zeros(22)
     weights[[3, 8]] = 1
-    loader = create_loader(dataset(records), 4, shuffle=True, image_weights=weights)
+    loader = DetectionLoader(dataset(records), 4, shuffle=True, image_weights=weights)
     batches = list(loader)
     drawn = numbers(batches)
     assert len(drawn) == 22 and set(drawn) == {3, 8}
@@ -139,7 +139,7 @@ def test_image_weights_choose_the_images(records):
 def test_errors_arrive_as_one_line(tmp_path, workers, two_processors):
     records = write_set(tmp_path, 8)
     records[5].path.unlink()
-    loader = create_loader(DetectionDataset(records, 32), 2, workers=workers)
+    loader = DetectionLoader(DetectionDataset(records, 32), 2, workers=workers)
     with pytest.raises(DataError) as caught:
         list(loader)
     assert "005.png" in str(caught.value) and "\n" not in str(caught.value)
@@ -147,7 +147,7 @@ def test_errors_arrive_as_one_line(tmp_path, workers, two_processors):
 
 
 def test_close_ends_the_workers(records, two_processors):
-    loader = create_loader(dataset(records), 4, workers=2)
+    loader = DetectionLoader(dataset(records), 4, workers=2)
     batches = iter(loader)
     next(batches)
     assert len(multiprocessing.active_children()) == 2
@@ -162,7 +162,7 @@ def test_workers_are_limited(records, monkeypatch):
     monkeypatch.setattr("data.loading.loader._processors", lambda: 4)
     limits = [(8, 1, 1, 4), (3, 1, 1, 3), (8, 2, 1, 2), (8, 1, 22, 0), (8, 1, 11, 2)]
     for workers, world_size, batch_size, expected in limits:
-        found = create_loader(dataset(records), batch_size, workers=workers, world_size=world_size).workers
+        found = DetectionLoader(dataset(records), batch_size, workers=workers, world_size=world_size).workers
         assert found == expected, (workers, world_size, batch_size)
 
 
@@ -171,7 +171,7 @@ def test_a_small_set_shares_all_its_images(records, two_processors):
     small = dataset(records)
     assert small.window_size == len(records)
     assert set(small._window(as_key((3, 1))).tolist()) == set(range(len(records)))
-    assert create_loader(small, 4, workers=2)._batches_per_task() == 1
+    assert DetectionLoader(small, 4, workers=2)._batches_per_task() == 1
 
 
 def test_a_window_is_decoded_once_by_one_worker(records, two_processors, monkeypatch):
@@ -182,12 +182,12 @@ def test_a_window_is_decoded_once_by_one_worker(records, two_processors, monkeyp
     monkeypatch.undo()
     monkeypatch.setattr("data.loading.loader._processors", lambda: 8)
     monkeypatch.setattr("data.loading.dataset.RECENT_BYTES", 0)
-    loader = create_loader(dataset(records * 50), 16, workers=2, shuffle=True)
+    loader = DetectionLoader(dataset(records * 50), 16, workers=2, shuffle=True)
     assert loader._batches_per_task() == 4
-    assert create_loader(dataset(records * 50, augment=None), 16, workers=2)._batches_per_task() == 1
-    assert create_loader(dataset(records * 5), 16, workers=2)._batches_per_task() == 2  # fair: both get work
+    assert DetectionLoader(dataset(records * 50, augment=None), 16, workers=2)._batches_per_task() == 1
+    assert DetectionLoader(dataset(records * 5), 16, workers=2)._batches_per_task() == 2  # fair: both get work
     big = DetectionDataset(records * 50, 1280, augment=RECIPE)
-    assert create_loader(big, 16, workers=2)._batches_per_task() == 1  # memory
+    assert DetectionLoader(big, 16, workers=2)._batches_per_task() == 1  # memory
 
 
 # ---- collate
@@ -233,7 +233,7 @@ def test_quad_joins_or_enlarges():
 
 def test_close_ends_the_workers_of_a_pass_that_was_broken_off(records, two_processors):
     """Also when a signal for all processes reached them: they wait for the main process, which has ended its pass."""
-    loader = create_loader(dataset(records), 4, workers=2, shuffle=True)
+    loader = DetectionLoader(dataset(records), 4, workers=2, shuffle=True)
     before = set(multiprocessing.active_children())
     going = iter(loader)
     next(going)
@@ -253,6 +253,6 @@ class _Killed(DetectionDataset):
 
 
 def test_killed_worker_is_one_line(records, two_processors):
-    loader = create_loader(_Killed(records, 32), 4, workers=2)
+    loader = DetectionLoader(_Killed(records, 32), 4, workers=2)
     with pytest.raises(TrainingError, match="a loader worker ended"):
         list(loader)

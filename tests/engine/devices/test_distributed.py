@@ -21,7 +21,7 @@ from data.labels import cache as label_cache
 from data.labels.labels import load_annotations
 from data.loading import image_cache as image_store
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader, create_loader
+from data.loading.loader import DetectionLoader
 from data.loading.order import shard
 from engine.devices import distributed
 from engine.devices.distributed import (
@@ -56,7 +56,7 @@ CPU = torch.device("cpu")
 def loader_of(folder: Path, batch_size: int, world: World, *, rect: bool = False, **options: Any) -> DetectionLoader:
     records = load_annotations(load_data_config(folder / "set.yaml").split("val"), 3, progress=False).records
     dataset = DetectionDataset(records, 64, rect=rect, batch_size=batch_size)
-    return create_loader(dataset, batch_size, rank=world.rank, world_size=world.size, **options)
+    return DetectionLoader(dataset, batch_size, rank=world.rank, world_size=world.size, **options)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +331,7 @@ def validation_loader(folder: Path) -> DetectionLoader:
     """As the training of `pair` has it: twice the batch of a process."""
     records = load_annotations(load_data_config(folder / "data.yaml").split("val"), 3, progress=False).records
     dataset = DetectionDataset(records, 64, rect=True, batch_size=4, stride=32, pad=0.5)
-    return create_loader(dataset, 4)
+    return DetectionLoader(dataset, 4)
 
 
 def test_thawed_parameters_are_averaged_over_the_processes(found) -> None:
