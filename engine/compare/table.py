@@ -358,17 +358,6 @@ def _padded(text: str, width: int, to_left: bool) -> str:
     return text + space if to_left else space + text
 
 
-def as_markdown(table: Table) -> str:
-    """With the note below."""
-    lines = [table.header, ("---",) * len(table.header), *(tuple(cell.text for cell in row) for row in table.rows)]
-    body = "\n".join("| " + " | ".join(_escaped(text) for text in line) + " |" for line in lines)
-    return f"## {table.title}\n\n{body}\n" + (f"\n{table.note}\n" if table.note else "")
-
-
-def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
-
-
 def as_csv(rows: Sequence[CandidateResult], chosen: Pick) -> str:
     """One line per candidate with everything; numbers in full, columns that a script can name."""
     flat = [dict(_flat(row, chosen)) for row in rows]

@@ -1,183 +1,184 @@
-"""Pieces of report.html: charts and images as text that needs no other file. All text is escaped here."""
+"""Reports rendered from the templates of this package: files that need no other file. jinja2 escapes all text."""
 
 from __future__ import annotations
 
 import base64
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cv2
+import matplotlib as mpl
 import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from data.images import read
 from engine.evaluate.worst_images import ImageErrors
 from utils.draw import class_name
 from utils.errors import DataError
+from utils.files import atomic_path
+from utils.plots import new_figure
 
-# Okabe and Ito's colors, which people with any color vision can tell apart; kinds of boxes differ in line style too.
-LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 380, 250, 52, 10, 30, 34
+# Okabe and Ito's colors, which people with any color vision can tell apart.
+LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 IMAGE_SIDE = 720
-CHART_SIDE = 1200
+PLOT_SIDE = 1200
 
 
-def text(value: Any) -> str:
-    """Escape a value as HTML text; bytes of file names that are not UTF-8 are dropped."""
-    return escape(str(value).encode("utf-8", "replace").decode("utf-8"), quote=True)
+@dataclass(frozen=True)
+class EmbeddedImage:
+    """An image in the page: data URL, caption, file name."""
+
+    address: str
+    caption: str
+    name: str = ""
 
 
-def number(value: float) -> str:
-    """Format a number with up to four digits, or `-`."""
-    return f"{value:.4g}" if math.isfinite(value) else "-"
+def digits(value: object) -> str:
+    """Format floats with up to four digits, or `-` if not finite; other values as they are."""
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else "-"
+    return str(value)
 
 
-def table(rows: Iterable[Sequence[Any]], head: Sequence[str] = ()) -> str:
-    """Rows of cells; cells that are numbers stand to the right."""
-    out = ["<table>"]
-    if head:
-        out.append("<tr>" + "".join(f"<th>{text(cell)}</th>" for cell in head) + "</tr>")
-    for row in rows:
-        cells = []
-        for cell in row:
-            is_number = isinstance(cell, (int, float)) and not isinstance(cell, bool)
-            shown = number(cell) if isinstance(cell, float) else text(cell)
-            cells.append(f'<td class="n">{shown}</td>' if is_number else f"<td>{shown}</td>")
-        out.append("<tr>" + "".join(cells) + "</tr>")
-    return "\n".join([*out, "</table>"])
+ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=select_autoescape(["html"]),
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+ENVIRONMENT.filters["digits"] = digits
 
 
-def values(pairs: Mapping[str, Any]) -> str:
-    """Names with their values, in columns."""
-    rows = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in pairs.items())
-    return f'<dl class="values">{rows}</dl>'
+def render(template: str, **values: Any) -> str:
+    """Return a template of this package filled with values; bytes of file names that are not UTF-8 become `?`."""
+    text = ENVIRONMENT.get_template(template).render(**values)
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
-# ---- charts ---------------------------------------------------------------------------------------------------------
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file atomically."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+    return path
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers from `low` to `high`."""
-    if not high > low:
-        return [low]
-    rough = (high - low) / count
-    unit = 10 ** math.floor(math.log10(rough))
-    step = next(unit * m for m in (1, 2, 5, 10) if unit * m >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def line_chart(title: str, epochs: Sequence[float], lines: Mapping[str, Sequence[float]], best: float | None) -> str:
-    """Values over epochs as SVG.
-
-    Args:
-        title: above the chart.
-        epochs: (n,) rising.
-        lines: by label (n,) values; those that are no numbers are left out.
-        best: epoch to mark; None = none.
-    """
-    finite = [v for values in lines.values() for v in values if math.isfinite(v)]
-    if not len(epochs) or not finite:
-        return ""
-    low, high = min(0.0, *finite), max(*finite, 0.0)
-    high = high if high > low else low + 1
-    left, right = float(min(epochs)), max(float(max(epochs)), float(min(epochs)) + 1)
-
-    def x(value: float) -> float:
-        return LEFT + (value - left) / (right - left) * (WIDTH - LEFT - RIGHT)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{text(title)}</title>']
-    for value in ticks(low, high):
-        parts.append(f'<path class="grid" d="M{LEFT} {y(value):.1f}H{WIDTH - RIGHT}"/>')
-        parts.append(f'<text x="{LEFT - 5}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.4g}</text>')
-    parts += [
-        f'<text x="{x(value):.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">{value:.0f}</text>'
-        for value in ticks(left, right)
-        if value == round(value)
-    ]
-    if best is not None:
-        parts.append(f'<path class="best" d="M{x(best):.1f} {TOP}V{HEIGHT - BOTTOM}"/>')
-    labels = []
-    for k, (label, values) in enumerate(lines.items()):
-        points = [f"{x(e):.1f},{y(v):.1f}" for e, v in zip(epochs, values) if math.isfinite(v)]
-        color = LINES[k % len(LINES)]
-        parts.append(f'<polyline points="{" ".join(points)}" stroke="{color}"/>')
-        if len(points) == 1:
-            parts.append(
-                f'<circle cx="{points[0].split(",")[0]}" cy="{points[0].split(",")[1]}" r="3" fill="{color}"/>'
-            )
-        labels.append(f'<tspan fill="{color}">\u2500 {text(label)}</tspan>')
-    parts.append(f'<text class="title" x="{LEFT}" y="14">{text(title)}</text>')
-    parts.append(f'<text x="{WIDTH - RIGHT}" y="14" text-anchor="end">{"  ".join(labels)}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 3}" text-anchor="middle">epoch</text></svg>')
-    return "\n".join(parts)
-
-
-# ---- images -------------------------------------------------------------------------------------------------------
+def data_url(content: bytes, kind: str) -> str:
+    """Return the content of an image file as a data URL; `kind` is png, jpeg or svg+xml."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def embedded(image: NDArray[np.uint8], side: int, suffix: str = ".jpg") -> str:
-    """(H, W, 3) uint8 BGR, scaled down to at most `side` pixels a side, as a data address."""
+    """Return an image (H, W, 3) uint8 BGR, scaled down to at most `side` pixels a side, as a data URL."""
     scale = min(1.0, side / max(image.shape[:2]))
     if scale < 1:
         size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA).astype(np.uint8)
     options = [cv2.IMWRITE_JPEG_QUALITY, 85] if suffix == ".jpg" else [cv2.IMWRITE_PNG_COMPRESSION, 9]
-    _, data = cv2.imencode(suffix, image, options)
-    kind = "jpeg" if suffix == ".jpg" else "png"
-    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode('ascii')}"
+    _, content = cv2.imencode(suffix, image, options)
+    return data_url(content.tobytes(), "jpeg" if suffix == ".jpg" else "png")
 
 
-def image_file(path: Path, caption: str) -> str:
-    """Return an image file of the run with a caption, or '' if it does not exist."""
-    try:
-        image = read(path)
-    except DataError:
-        return ""
-    address = embedded(image, CHART_SIDE, path.suffix if path.suffix == ".png" else ".jpg")
-    return (
-        f'<figure><img alt="{text(caption)}" src="{address}"><figcaption>{text(caption)} '
-        f"<code>{text(path.name)}</code></figcaption></figure>"
+def image_files(folder: Path, captions: Mapping[str, str]) -> list[EmbeddedImage]:
+    """Return the images of a folder that exist, by file name and caption."""
+    found = []
+    for name, caption in captions.items():
+        try:
+            image = read(folder / name)
+        except DataError:
+            continue
+        suffix = ".png" if name.endswith(".png") else ".jpg"
+        found.append(EmbeddedImage(embedded(image, PLOT_SIDE, suffix), caption, name))
+    return found
+
+
+def line_chart(
+    title: str, epochs: Sequence[float], lines: Mapping[str, Sequence[float]], best: float | None
+) -> EmbeddedImage | None:
+    """Plot values over epochs as SVG; None where no value is finite.
+
+    Args:
+        title: above the chart.
+        epochs: (n,) ascending.
+        lines: by label (n,) values; those that are not finite are left out.
+        best: epoch to mark; None = none.
+    """
+    values = np.array(list(lines.values()), np.float64)
+    if not np.isfinite(values).any():
+        return None
+    figure = new_figure(3.9, 2.6)
+    axes = figure.add_subplot()
+    for k, (label, row) in enumerate(zip(lines, values)):
+        finite = np.isfinite(row)
+        marker = "o" if finite.sum() == 1 else ""
+        axes.plot(np.asarray(epochs)[finite], row[finite], marker=marker, color=LINE_COLORS[k % 5], label=label)
+    if best is not None:
+        axes.axvline(best, color="0.5", ls="--", lw=1)
+    low, high = (
+        np.nanmin(values, where=np.isfinite(values), initial=0.0),
+        np.nanmax(values, where=np.isfinite(values), initial=0.0),
     )
+    axes.set_ylim(1.05 * low, 1.05 * high if high > low else low + 1)
+    axes.set_title(title, fontsize=10, loc="left", weight="bold")
+    axes.set_xlabel("epoch", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.tick_params(labelsize=8)
+    axes.grid(color="0.92")
+    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
+    content = io.BytesIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+        figure.savefig(content, format="svg", metadata={"Date": None})
+    return EmbeddedImage(data_url(content.getvalue(), "svg+xml"), title)
 
 
-def worst_image(found: ImageErrors, names: Mapping[int, str]) -> str:
-    """Return a validation image with its boxes, or a line of text if the file is no longer readable."""
-    counts = f"{len(found.wrong)} false positive(s), {len(found.missed)} missed, {len(found.right)} right"
-    caption = f"<figcaption>{counts} <code>{text(Path(found.path).name)}</code></figcaption>"
+@dataclass(frozen=True)
+class ReportBox:
+    """A box drawn over an image, in its pixels; `kind` is correct, wrong or missed."""
+
+    kind: str
+    text: str
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class ReportImage:
+    """A validation image with boxes; without an address where the file can no longer be read."""
+
+    address: str
+    error: str
+    name: str
+    counts: str
+    width: int
+    height: int
+    boxes: tuple[ReportBox, ...]
+
+
+def worst_image(found: ImageErrors, names: Mapping[int, str]) -> ReportImage:
+    """Return a validation image and its boxes, correct ones below the others."""
+    address = error = ""
     try:
         address = embedded(read(found.path), IMAGE_SIDE)
-    except DataError as error:
-        return f"<figure><p>{text(error)}</p>{caption}</figure>"
+    except DataError as problem:
+        error = str(problem)
+    boxes = [_report_box("correct", row[:4], class_name(names, int(row[5])), row[4]) for row in found.right.tolist()]
+    boxes += [_report_box("missed", row[1:], class_name(names, int(row[0]))) for row in found.missed.tolist()]
+    boxes += [_report_box("wrong", row[:4], class_name(names, int(row[5])), row[4]) for row in found.wrong.tolist()]
+    counts = f"{len(found.wrong)} false positive(s), {len(found.missed)} missed, {len(found.right)} correct"
     height, width = found.shape
-    parts = [
-        f'<figure><svg class="boxes" viewBox="0 0 {width} {height}" font-size="{max(height, width) / 45:.1f}">',
-        f'<image width="{width}" height="{height}" href="{address}"/>',
-    ]
-    for kind, rows in (
-        ("right", found.right.tolist()),
-        ("missed", found.missed.tolist()),
-        ("wrong", found.wrong.tolist()),
-    ):
-        for row in rows:
-            box, label, score = (row[1:5], row[0], None) if kind == "missed" else (row[:4], row[5], row[4])
-            parts.append(_box(kind, box, class_name(names, int(label)), score))
-    return "\n".join([*parts, "</svg>", caption, "</figure>"])
+    return ReportImage(address, error, Path(found.path).name, counts, width, height, tuple(boxes))
 
 
-def _box(kind: str, box: Sequence[float], name: str, score: float | None) -> str:
-    """One box; its words are a tooltip, and written beside it unless it is right."""
-    left, top, right, bottom = box
-    words = text(name if score is None else f"{name} {score:.2f}")
-    shape = (
-        f'<g class="{kind}"><rect x="{left:.1f}" y="{top:.1f}" width="{max(right - left, 0):.1f}" '
-        f'height="{max(bottom - top, 0):.1f}"><title>{kind}: {words}</title></rect>'
-    )
-    caption = "" if kind == "right" else f'<text x="{left:.1f}" y="{top:.1f}" dx=".15em" dy="1em">{words}</text>'
-    return shape + caption + "</g>"
+def _report_box(kind: str, xyxy: Sequence[float], name: str, confidence: float | None = None) -> ReportBox:
+    x1, y1, x2, y2 = xyxy
+    text = name if confidence is None else f"{name} {confidence:.2f}"
+    return ReportBox(kind, text, x1, y1, max(x2 - x1, 0), max(y2 - y1, 0))

@@ -1,4 +1,4 @@
-"""report.html: one file that tells a training run, to be opened anywhere, without a network and without other files."""
+"""report.html of a training run: one file that needs no network and no other files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from engine.cli.config import Hyperparameters, TrainConfig
 from engine.evaluate.accumulator import EvalResult
 from engine.evaluate.worst_images import USE_SCORE, ImageErrors
 from engine.loggers.run_logger import best_epoch
-from engine.report.html import image_file, line_chart, number, table, text, values, worst_image
+from engine.report.html import EmbeddedImage, image_files, line_chart, render, worst_image, write_text
 from models.yolo import DetectionModel
 from utils.device import describe_device
 from utils.errors import DataError
-from utils.files import ROOT, atomic_path
+from utils.files import ROOT
 from utils.plots import read_history
 
 CHARTS: Mapping[str, Mapping[str, str]] = {
@@ -39,50 +39,23 @@ CHARTS: Mapping[str, Mapping[str, str]] = {
 }
 CURVES = {
     "PR_curve.png": "Precision over recall",
-    "F1_curve.png": "F1 over the score",
-    "P_curve.png": "Precision over the score",
-    "R_curve.png": "Recall over the score",
+    "F1_curve.png": "F1 over the confidence",
+    "P_curve.png": "Precision over the confidence",
+    "R_curve.png": "Recall over the confidence",
     "confusion_matrix.png": "Confusion matrix",
 }
 EXAMPLES = {
     "labels.jpg": "Labels of the training split",
-    "train_batch0.jpg": "First training batch, as the network is shown it",
+    "train_batch0.jpg": "First training batch, as the network receives it",
     "val_batch0_labels.jpg": "First validation batch: labels",
     "val_batch0_pred.jpg": "First validation batch: detections",
 }
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python", "opencv-python-headless", "pillow", "onnx")
-# A page that may load nothing at all: what is not in the file is not shown, and no script runs.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-STYLE = """
-body{font:15px/1.45 system-ui,sans-serif;margin:0 auto;max-width:1240px;padding:0 16px 60px;color:#222;background:#fff}
-h1{margin-bottom:0}h2{margin-top:40px;border-bottom:1px solid #ddd}nav a{margin-right:14px}
-table{border-collapse:collapse;font-size:14px}td,th{padding:2px 12px 2px 0;text-align:left;vertical-align:top;
-border-bottom:1px solid #eee;overflow-wrap:anywhere}td.n{text-align:right;font-variant-numeric:tabular-nums}
-pre{font-size:12px;overflow-x:auto;background:#f6f6f6;padding:10px}code{color:#666}
-.tiles{display:flex;flex-wrap:wrap;gap:12px;margin:18px 0}.tiles div{background:#f3f6f9;padding:8px 16px;
-border-radius:6px}.tiles b{display:block;font-size:22px}
-.charts,.images{display:grid;grid-template-columns:repeat(auto-fill,minmax(350px,1fr));gap:16px}
-.images{grid-template-columns:repeat(auto-fill,minmax(520px,1fr))}
-.values{columns:3 300px;margin:0}.values div{display:flex;border-bottom:1px solid #eee;break-inside:avoid}
-dt{width:45%;color:#555;flex:none}dd{margin:0;overflow-wrap:anywhere}.facts{white-space:pre-line}
-figure{margin:0}figure img,svg{width:100%;height:auto;display:block}figcaption{font-size:13px}
-.chart{font:11px system-ui,sans-serif}.chart text{fill:#555}.chart .title{font-size:13px;font-weight:600;fill:#222}
-.chart polyline{fill:none;stroke-width:1.8;stroke-linejoin:round}.chart .grid{stroke:#e8e8e8}
-.chart .best{stroke:#888;stroke-dasharray:3 3}
-.boxes rect{fill:transparent;stroke-width:2;vector-effect:non-scaling-stroke}
-.boxes text{font-weight:600;paint-order:stroke;stroke:#fff;stroke-width:.22em;stroke-linejoin:round}
-.right rect{stroke:#009E73}.missed rect{stroke:#0072B2;stroke-dasharray:7 4;stroke-width:3}
-.wrong rect{stroke:#D55E00;stroke-width:3}.missed text{fill:#0072B2}.wrong text{fill:#B04A00}
-.key label{margin-right:22px;cursor:pointer}.key i{display:inline-block;width:26px;margin:0 6px 3px 3px;
-border-top:3px solid #009E73}.key i.m{border-top:3px dashed #0072B2}.key i.w{border-color:#D55E00}
-.worst:has(#right:not(:checked)) .right,.worst:has(#missed:not(:checked)) .missed,
-.worst:has(#wrong:not(:checked)) .wrong{display:none}
-"""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report tells besides the files of the run folder.
+    """What a report contains besides the files of the run folder.
 
     Attributes:
         names: class names by number.
@@ -135,102 +108,59 @@ def collect_facts(
 
 
 def write_report(folder: Path, facts: RunFacts) -> Path:
-    """Write `report.html` into a run folder atomically.
+    """Write `report.html` into a run folder atomically and return its path.
 
     Curves are drawn from results.csv; images of the folder are embedded where they exist.
-
-    Returns:
-        The file.
     """
-    sections = {
-        "Curves": _curves(folder),
-        "Classes": _classes(facts),
-        "Precision, recall, confusion": _images(folder, CURVES),
-        "Worst images": _worst(facts),
-        "Data": _images(folder, EXAMPLES),
-        "Layers": f'<p class="facts">{text(facts.model)}</p><pre>{text(facts.layers)}</pre>',
-        "Options": values(facts.options),
-        "Hyperparameters": values(facts.hyp),
-        "Environment": values(environment(facts.device)),
-    }
-    links = "".join(f'<a href="#s{k}">{text(title)}</a>' for k, title in enumerate(sections))
-    body = "\n".join(
-        f'<h2 id="s{k}">{text(title)}</h2>\n{content}' for k, (title, content) in enumerate(sections.items())
-    )
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{text(folder.name)}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body>\n'
-        f"<h1>{text(folder.name)}</h1>\n{_summary(folder, facts)}\n<nav>{links}</nav>\n{body}\n</body></html>\n"
-    )
-    path = folder / "report.html"
-    with atomic_path(path) as part:
-        part.write_text(page, encoding="utf-8")
-    return path
-
-
-def _summary(folder: Path, facts: RunFacts) -> str:
-    """Return the subtitle and the headline metrics."""
     best, last = best_epoch(folder)
     trained = Path(str(facts.options.get("cfg") or facts.options.get("weights") or "")).name
-    line = f"{trained} on {Path(str(facts.options.get('data', ''))).name}, {facts.options.get('imgsz')} pixels"
-    tiles: list[tuple[str, str]] = []
-    if facts.result is not None:
-        r = facts.result
-        figures = (("mAP 0.5", r.map50), ("mAP 0.5:0.95", r.map), ("precision", r.mp), ("recall", r.mr))
-        tiles += [(number(value), name) for name, value in figures]
-        tiles.append((str(r.images), "validation images"))
+    r = facts.result
+    tiles: list[tuple[Any, str]] = []
+    if r is not None:
+        tiles += [(r.map50, "mAP 0.5"), (r.map, "mAP 0.5:0.95"), (r.mp, "precision"), (r.mr, "recall")]
+        tiles.append((r.images, "validation images"))
     if best:
-        tiles += [(f"{best['best/epoch']:.0f}", "best epoch"), (str(last + 1), "epochs done")]
-    shown = "".join(f"<div><b>{text(value)}</b>{text(name)}</div>" for value, name in tiles)
-    return f'<p>{text(line)}</p><div class="tiles">{shown}</div>'
+        tiles += [(int(best["best/epoch"]), "best epoch"), (last + 1, "epochs done")]
+    page = render(
+        "run.html",
+        title=folder.name,
+        subtitle=f"{trained} on {Path(str(facts.options.get('data', ''))).name}, {facts.options.get('imgsz')} pixels",
+        tiles=tiles,
+        charts=_charts(folder, best.get("best/epoch")),
+        classes=_classes(facts),
+        curves=image_files(folder, CURVES),
+        worst=[worst_image(found, facts.names) for found in facts.worst],
+        confidence=USE_SCORE,
+        examples=image_files(folder, EXAMPLES),
+        facts=facts,
+        environment=environment(facts.device),
+    )
+    return write_text(folder / "report.html", page)
 
 
-def _curves(folder: Path) -> str:
+def _charts(folder: Path, best: float | None) -> list[EmbeddedImage]:
     try:
         history = read_history(folder / "results.csv")
     except DataError:
-        return "<p>No epoch was finished.</p>"
+        return []
     epochs = history.get("epoch", np.zeros(0)).tolist()
-    best = best_epoch(folder)[0].get("best/epoch")
-    charts = []
-    for title, lines in CHARTS.items():
-        known = {label: history[column].tolist() for label, column in lines.items() if column in history}
-        charts.append(line_chart(title, epochs, known, best))
-    hint = "<p>The dashed line marks the epoch of best.pt (highest 0.1 mAP 0.5 + 0.9 mAP 0.5:0.95).</p>"
-    return f'<div class="charts">{"".join(charts)}</div>{hint}' if any(charts) else "<p>No epoch was finished.</p>"
+    found = [
+        line_chart(title, epochs, {k: history[name].tolist() for k, name in lines.items() if name in history}, best)
+        for title, lines in CHARTS.items()
+    ]
+    return [chart for chart in found if chart is not None]
 
 
-def _classes(facts: RunFacts) -> str:
+def _classes(facts: RunFacts) -> list[tuple[Any, ...]]:
+    """Return a row for all classes and one for each: name, labels, precision, recall, AP 0.5, AP 0.5:0.95."""
     r = facts.result
     if r is None:
-        return "<p>The run was not validated.</p>"
-    rows = [("all", int(r.nt.sum()), r.mp, r.mr, r.map50, r.map)]
-    for k, c in enumerate(r.classes.tolist()):
-        figures = (float(values[k]) for values in (r.p, r.r, r.ap50, r.ap))
-        rows.append((facts.names.get(c, str(c)), int(r.nt[c]), *figures))  # type: ignore[arg-type]
-    return table(rows, ("class", "labels", "precision", "recall", "AP 0.5", "AP 0.5:0.95"))
-
-
-def _images(folder: Path, captions: Mapping[str, str]) -> str:
-    shown = "".join(image_file(folder / name, caption) for name, caption in captions.items())
-    return f'<div class="images">{shown}</div>' if shown else "<p>No images were written (--noplots).</p>"
-
-
-def _worst(facts: RunFacts) -> str:
-    if not facts.worst:
-        return "<p>None: no errors, or no validation.</p>"
-    keys = (("wrong", "w", "false positive"), ("missed", "m", "missed label"), ("right", "", "right"))
-    labels = "".join(  # the style sheet hides the boxes of a kind that is not checked
-        f'<label><input type="checkbox" id="{kind}" checked><i class="{mark}"></i>{words}</label>'
-        for kind, mark, words in keys
-    )
-    shown = "".join(worst_image(found, facts.names) for found in facts.worst)
-    hint = (
-        f"Most errors first: detections above a score of {USE_SCORE} (detect.py's default) against labels, at IoU 0.5. "
-        "A box of the wrong class is a false positive and a miss."
-    )
-    return f'<div class="worst"><p>{hint}</p><p class="key">{labels}</p><div class="images">{shown}</div></div>'
+        return []
+    rows = zip(r.classes.tolist(), *(values.tolist() for values in (r.p, r.r, r.ap50, r.ap)))
+    return [
+        ("all", int(r.nt.sum()), r.mp, r.mr, r.map50, r.map),
+        *((facts.names.get(c, str(c)), int(r.nt[c]), *metrics) for c, *metrics in rows),
+    ]
 
 
 def environment(device: str) -> dict[str, str]:

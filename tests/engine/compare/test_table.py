@@ -17,6 +17,7 @@ from engine.compare.candidates import Candidate
 from engine.compare.measure.rounds import Spread
 from engine.compare.pareto import Limits, Pick, points_of
 from engine.compare.results import DEPLOYED, Accuracy, CandidateResult, Latency
+from engine.report.html import render
 
 
 def spread(middle: float, low: float | None = None, high: float | None = None) -> Spread:
@@ -122,10 +123,30 @@ def test_failures_have_their_reasons(rows):
     assert found == [["bro|ken", "not measured", "a|b.yaml:3: no"], ["fast", "in part", "onnx: no"]]
 
 
-def test_markdown_is_a_table_whatever_is_in_it(rows):
-    lines = table.as_markdown(table.failures(rows)).splitlines()
-    assert lines[0] == "## What failed"
-    assert lines[-1] == r"| bro\|ken | not measured | a\|b.yaml:3: no |"
+def values(rows, **changes) -> dict:
+    tables = table.all_tables(rows, chosen(rows), "pytorch", 1)
+    lists = {"tables": tables, "images": [], "how_measured": ["a", "b"], "phases": [("x",)]}
+    texts = {"title": "T", "verdict": "v", "command": "python compare.py", "date": "now"}
+    return {**lists, **texts, "machine": {"cores": 2, "torch": "2"}, **changes}
+
+
+def test_markdown_tables(rows):
+    lines = render("comparison.md", **values(rows, tables=[table.failures(rows)])).splitlines()
+    k = lines.index("## What failed")
+    assert lines[k + 1 : k + 5] == [
+        "", "| candidate |  | reason |", "| --- | --- | --- |", r"| bro\|ken | not measured | a\|b.yaml:3: no |",
+    ]  # fmt: skip
+    assert lines[:4] == ["# Comparison", "", "v", ""]
+    assert lines[-9:] == ["## How it was measured", "", "- a", "- b", "", "Machine: cores 2, torch 2.", "", "```",
+                          "python compare.py", "```"][-9:]  # fmt: skip
+
+
+def test_html_escapes_text_and_marks_the_pick(rows):
+    rows[1].failure = "<b>&"
+    page = render("comparison.html", **values(rows))
+    assert "&lt;b&gt;&amp;" in page and "<b>&" not in page
+    assert page.count('<tr class="picked">') == 1 and page.count('<tr class="failed">') == 1
+    assert '">0.425 ± 0.035</td>' in page and 'class="n" data-v="0.42' in page
 
 
 def test_text_is_aligned(rows):
