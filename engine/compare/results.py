@@ -1,9 +1,9 @@
-"""What is known about each candidate, and how it becomes plain values."""
+"""Measured values of a candidate, and their conversion to JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,24 +11,27 @@ import numpy as np
 
 from engine.compare.candidates import Candidate
 from engine.compare.measure.detector import STAGES, STEP, TOTAL
-from engine.compare.measure.rounds import Spread, deviation, from_plain, over_seeds, to_plain
+from engine.compare.measure.rounds import Spread, deviation, over_seeds
 
 DEPLOYED, TRAINING = "deployed", "training"  # forms whose latency is measured
 AREAS = ("small", "medium", "large")
+METRICS = ("map50", "map", "precision", "recall")
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Detection of one form in one runtime.
+    """Latency of a candidate in one form and runtime.
 
     Attributes:
-        runtime, form, batch: what was measured.
+        runtime: key of `RUNTIMES`.
+        form: DEPLOYED or TRAINING.
+        batch: images per call.
         side: of the input in pixels.
         times: milliseconds per image by stage, and `total`.
-        peak_mb: most memory held, see `engine.compare.worker.jobs.memory_of`.
-        baseline_mb: held before the model was there (CPU).
+        peak_mb: see `engine.compare.worker.jobs.memory_of`.
+        baseline_mb: held before the model was built (CPU).
         disk_mb: size of the file that was run.
-        verification: how far the exported file is from the model (pixels, score).
+        verification: largest differences of the exported file from the model (pixels, confidence).
     """
 
     runtime: str
@@ -46,17 +49,6 @@ class Latency:
         """Milliseconds per image, all stages."""
         return self.times[TOTAL]
 
-    def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
-        times = {name: to_plain(spread) for name, spread in self.times.items()}
-        return {**vars(self), "times": times}
-
-    @classmethod
-    def from_plain(cls, content: Mapping[str, Any]) -> Latency:
-        """Rebuild from the output of `to_plain`."""
-        times = {name: from_plain(spread) for name, spread in content["times"].items()}
-        return cls(**{**content, "times": times})
-
 
 @dataclass(frozen=True)
 class Accuracy:
@@ -70,8 +62,8 @@ class Accuracy:
     seeds: tuple[int, ...] | None
     results: tuple[Mapping[str, Any], ...]
 
-    def figure(self, name: str) -> Spread:
-        """`map50`, `map`, `precision` or `recall` over the trainings."""
+    def metric(self, name: str) -> Spread:
+        """Return one of `METRICS` over the trainings."""
         return over_seeds([float(result[name]) for result in self.results])
 
     @property
@@ -81,48 +73,44 @@ class Accuracy:
 
     def map_range(self) -> Spread:
         """Return mAP50-95 with a range that holds all seeds and the 95 % bootstrap interval of their mean."""
-        seeds = self.figure("map")
+        seeds = self.metric("map")
         bootstrap = [result["bootstrap"] for result in self.results]
         if not all(bootstrap):
             return seeds
         low, high = np.percentile(np.mean(bootstrap, axis=0), (2.5, 97.5)).tolist()
         return Spread(seeds.middle, min(low, seeds.low), max(high, seeds.high), seeds.values)
 
-    def deviation(self, name: str) -> float | None:
-        """Sample standard deviation over the trainings; None for one."""
-        return deviation([float(result[name]) for result in self.results])
-
     def area(self, name: str) -> Spread | None:
-        """mAP50-95 of small, medium or large objects; None where there are none, or without pycocotools."""
+        """Return mAP50-95 of small, medium or large objects; None without objects or COCO metrics."""
         values = [result["areas"][name] for result in self.results]
         return None if any(v is None for v in values) else over_seeds([float(v) for v in values])
 
-    def classes(self, figure: str = "map") -> dict[str, Spread]:
-        """MAP by class name."""
+    def classes(self) -> dict[str, Spread]:
+        """Return mAP50-95 by class name."""
         names = self.results[0]["classes"]
-        return {name: over_seeds([r["classes"][name][figure] for r in self.results]) for name in names}
+        return {name: over_seeds([r["classes"][name]["map"] for r in self.results]) for name in names}
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON, with means and deviations."""
-        figures = {
-            name: {"mean": self.figure(name).middle, "deviation": self.deviation(name)}
-            for name in ("map50", "map", "precision", "recall")
-        }
-        return {"seeds": self.seeds, "results": [dict(r) for r in self.results], **figures}
+        """Return plain values for JSON, with means and deviations."""
+        found = {name: self.metric(name) for name in METRICS}
+        summary = {name: {"mean": x.middle, "deviation": deviation(x.values)} for name, x in found.items()}
+        return {**asdict(self), **summary}
 
 
 @dataclass
 class CandidateResult:
-    """One candidate, filled in while the comparison goes on.
+    """One candidate, completed stage by stage.
 
     Attributes:
+        candidate: what is measured.
         weights: checkpoint whose speed is measured: trained, given, or with random weights.
-        weights_key: stands for it in keys of stored results.
+        weights_key: identifies it in keys of stored results.
         structure: see `engine.compare.worker.jobs.structure`.
-        training_memory: see there.
+        training_memory: see `engine.compare.worker.jobs.training_memory`.
         training_fits: False when a training step ran out of memory.
         latencies: by runtime, form and batch.
         step: milliseconds per image of a training step.
+        accuracy: None where nothing was trained or validated.
         failure: why there is nothing more; None for a candidate that was measured.
         notes: what else could not be done, and why.
     """
@@ -145,11 +133,9 @@ class CandidateResult:
         return self.candidate.label
 
     def latency(self, runtime: str, batch: int, form: str = DEPLOYED) -> Latency | None:
-        """Return the measurement, if there is one."""
-        for found in self.latencies:
-            if (found.runtime, found.batch, found.form) == (runtime, batch, form):
-                return found
-        return None
+        """Return the measurement, or None."""
+        wanted = (runtime, batch, form)
+        return next((x for x in self.latencies if (x.runtime, x.batch, x.form) == wanted), None)
 
     @property
     def parameters_m(self) -> float | None:
@@ -165,16 +151,13 @@ class CandidateResult:
         return Spread(1000 / s.middle, 1000 / s.high, 1000 / s.low, tuple(1000 / v for v in s.values))
 
     def to_plain(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return plain values for JSON."""
+        names = ("label", "failure", "notes", "structure", "training_memory")
         return {
-            "label": self.label,
+            **{name: getattr(self, name) for name in names},
             "given": self.candidate.given,
-            "failure": self.failure,
-            "notes": list(self.notes),
-            "structure": self.structure,
-            "training_memory": self.training_memory,
-            "latencies": [latency.to_plain() for latency in self.latencies],
-            "training_step_ms": to_plain(self.step) if self.step else None,
+            "latencies": [asdict(latency) for latency in self.latencies],
+            "training_step_ms": asdict(self.step) if self.step else None,
             "accuracy": self.accuracy.to_plain() if self.accuracy else None,
         }
 
@@ -185,14 +168,6 @@ def measured(rows: Sequence[CandidateResult]) -> list[CandidateResult]:
 
 
 __all__ = [
-    "AREAS",
-    "DEPLOYED",
-    "STAGES",
-    "STEP",
-    "TOTAL",
-    "TRAINING",
-    "Accuracy",
-    "CandidateResult",
-    "Latency",
+    "AREAS", "DEPLOYED", "METRICS", "STAGES", "STEP", "TOTAL", "TRAINING", "Accuracy", "CandidateResult", "Latency",
     "measured",
-]
+]  # fmt: skip

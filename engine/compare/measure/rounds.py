@@ -29,6 +29,11 @@ class Spread:
     values: tuple[float, ...] = ()
 
     @classmethod
+    def from_plain(cls, content: Mapping[str, Any]) -> Spread:
+        """Rebuild from the output of `dataclasses.asdict`, possibly read from JSON."""
+        return cls(**{**content, "values": tuple(content["values"])})
+
+    @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Median and quartiles (linear interpolation)."""
         low, middle, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75)).tolist()
@@ -115,16 +120,6 @@ def ranks(spreads: Mapping[str, Spread], smaller_is_better: bool = True) -> dict
         place = 1 + sum(is_better(other, spread) for other in others)
         out[name] = f"{place}=" if any(spread.overlaps(other) for other in others) else str(place)
     return out
-
-
-def to_plain(spread: Spread) -> dict[str, Any]:
-    """For JSON."""
-    return {"middle": spread.middle, "low": spread.low, "high": spread.high, "values": list(spread.values)}
-
-
-def from_plain(content: Mapping[str, Any]) -> Spread:
-    """Rebuild from the output of `to_plain`."""
-    return Spread(content["middle"], content["low"], content["high"], tuple(content["values"]))
 
 
 def over_seeds(values: Sequence[float]) -> Spread:

@@ -6,7 +6,7 @@ import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine.compare.config import PYTORCH, CompareConfig
 from engine.compare.context import Context, safe
 from engine.compare.measure.machine import MB, clocks
-from engine.compare.measure.rounds import Spread, calls_per_visit, from_plain, play, rounds_that_fit, to_plain
+from engine.compare.measure.rounds import Spread, calls_per_visit, play, rounds_that_fit
 from engine.compare.results import DEPLOYED, STAGES, STEP, TOTAL, TRAINING, CandidateResult, Latency, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
@@ -243,7 +243,7 @@ def _result(turn: Turn, spreads: Mapping[str, Spread] | None) -> dict[str, Any]:
     """Return a turn as plain values for storage."""
     if spreads is None or turn.opened is None:
         return {"failure": turn.reason}
-    times = {name: to_plain(spread) for name, spread in spreads.items()}
+    times = {name: asdict(spread) for name, spread in spreads.items()}
     opened: dict[str, Any] = {k: v for k, v in turn.opened.items() if k in ("side", "peak_mb", "baseline_mb")}
     return {**turn.about, **opened, "times": times}
 
@@ -258,7 +258,7 @@ def _add(row: CandidateResult, phase: Phase, result: Mapping[str, Any]) -> None:
     if "failure" in result:
         row.notes.append(f"{phase}: {result['failure']}")
         return
-    times = {name: from_plain(spread) for name, spread in result["times"].items()}
+    times = {name: Spread.from_plain(spread) for name, spread in result["times"].items()}
     if phase.form == STEP:
         row.step = times[STEP]
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import cv2
@@ -115,7 +115,7 @@ def test_seeds_have_a_mean_and_a_range():
     assert found.middle == pytest.approx(0.3) and (found.low, found.high) == (0.2, 0.5)
     assert rounds.deviation([0.2]) is None
     assert rounds.deviation([0.2, 0.4]) == pytest.approx(0.1 * 2**0.5)
-    assert rounds.from_plain(json.loads(json.dumps(rounds.to_plain(found)))) == found
+    assert Spread.from_plain(json.loads(json.dumps(asdict(found)))) == found
 
 
 def test_reparameterized_forms_come_first_and_small_batches_before_large_ones():
