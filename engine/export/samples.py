@@ -77,7 +77,7 @@ def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = 
     if data:
         config = load_data_config(data)
         return _of_split(config, next((name for name in splits if name in config.splits), splits[0]))
-    trained_on = metadata.get("data") or (metadata.get("opt") or {}).get("data")
+    trained_on = metadata.get("data_file") or metadata.get("data") or (metadata.get("opt") or {}).get("data")
     if trained_on and Path(str(trained_on)).is_file():
         try:
             config = load_data_config(str(trained_on))

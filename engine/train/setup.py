@@ -21,7 +21,6 @@ from data.loading.loader import DetectionLoader
 from data.loading.weights import class_loss_weights, labels_to_class_weights
 from data.sizes import multi_scale_sizes
 from engine.cli.config import Hyperparameters, TrainConfig
-from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first, mean_over_ranks
 from engine.devices.sync_bn import convert_sync_batchnorm
 from engine.runtimes.pytorch import grid_of
@@ -37,6 +36,7 @@ from engine.train.optimizer import (
     scaled_decay,
 )
 from engine.train.schedule import Schedule, accumulation
+from engine.train.state import rounded_size
 from models.build.spec import HEADS, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.loading import spec_without_weights, transfer_weights
@@ -44,7 +44,7 @@ from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError
-from utils.files import find_file, increment_path, make_folder, newest_file
+from utils.files import find_file, increment_path, make_folder
 from utils.log import is_main_process
 from utils.seed import seed_everything
 
@@ -94,6 +94,7 @@ class DataParts:
         labels: per training image (n, 5) class, xywhn.
         class_weights: (nc,) inverse class frequency, sum 1.
         digest: SHA-256 of names, sizes and labels of all images; a resumed run must have the same.
+        file: dataset YAML, absolute.
     """
 
     names: dict[int, str]
@@ -102,6 +103,7 @@ class DataParts:
     labels: list[np.ndarray]
     class_weights: np.ndarray
     digest: str
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -141,44 +143,6 @@ class TrainingParts:
     optimization: OptimizationParts
 
 
-def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Resolve `--resume`: return the options of the interrupted run, and its checkpoint.
-
-    Device, workers and precision may be given again, since the machine may be another one.
-
-    Raises:
-        CheckpointError: nothing to resume, or the run is finished.
-    """
-    load_plugins(config.plugin)
-    if not config.resume:
-        return config, None
-    if config.resume is True:
-        path = newest_file("runs/train", "*/weights/last.pt")
-        if path is None:
-            raise CheckpointError("--resume: there is no runs/train/*/weights/last.pt; give the file: --resume last.pt")
-    else:
-        path = Path(config.resume)
-    checkpoint = read_checkpoint(path)
-    if checkpoint.train is None or "options" not in checkpoint.train:
-        raise CheckpointError(
-            f"{path}: holds no training state (the run is finished, or another program wrote the file); "
-            f"start a new run from its weights with: --weights {path}"
-        )
-    saved = TrainConfig.from_keywords(**checkpoint.train["options"])
-    LOGGER.info("Resuming %s after epoch %d", path, checkpoint.epoch)
-    default = TrainConfig()
-    given = {key: getattr(config, key) for key in ("device", "workers", "amp")}
-    overrides = {
-        **{key: value for key, value in given.items() if value != getattr(default, key)},
-        "resume": str(path),
-        "project": str(path.resolve().parents[2]),
-        "name": path.resolve().parents[1].name,
-        "exist_ok": True,
-    }
-    load_plugins(saved.plugin)
-    return replace(saved, **overrides), checkpoint
-
-
 def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> TrainingParts:
     """Build all parts of a training; user errors are raised before the run folder is created."""
     config = config if resumed else with_recipe(config)
@@ -209,7 +173,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model_parts = _model_parts(run, model, frozen_names, grid, class_factors, len(train_set.records))
     loader, val_loader = _loaders(run, annotations, grid)
     weights = labels_to_class_weights(labels, len(data.names))
-    data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest)
+    data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest, data.file.resolve())
     return TrainingParts(run, data_parts, model_parts, _optimization_parts(run, model_parts.model, len(loader)))
 
 
@@ -410,8 +374,7 @@ def _check_same_data(resumed: Checkpoint | None, digest: str, data: DataConfig) 
 
 
 def _round_to_grid(imgsz: int, grid: int) -> int:
-    """Return the size rounded up to a multiple of the grid, at least two cells, as YOLOv5 does."""
-    size = max(-(-imgsz // grid) * grid, 2 * grid)
+    size = rounded_size(imgsz, grid)
     if size != imgsz:
         LOGGER.warning("--imgsz %d is not a multiple of %d: %d is used", imgsz, grid, size)
     return size

@@ -42,7 +42,8 @@ from engine.train.interrupt import StopNow, StopRequest
 from engine.train.optimizer import load_optimizer
 from engine.train.run_report import collect_facts, write_report
 from engine.train.schedule import apply_settings
-from engine.train.setup import TrainingParts, build_parts, resolve_run
+from engine.train.setup import TrainingParts, build_parts
+from engine.train.state import resolve_run
 from engine.train.step import TrainStep, restore_statistics
 from models.checkpoint.io import strip
 from utils.device import cpu_has_bf16, describe_device, select_device
@@ -348,6 +349,7 @@ class Trainer:
             metadata = {
                 "imgsz": self.config.imgsz,
                 "data": str(self.config.data),
+                "data_file": str(self.data.file),
                 "best_fitness": self.early_stopping.best_fitness,
             }
             content = checkpoints.inference_content(self.ema.module, epoch, metadata)
@@ -374,6 +376,7 @@ class Trainer:
             "last_step": self.last_step,
             "class_maps": [float(x) for x in self.class_maps],
             "options": self.config.to_dict(),
+            "data_file": str(self.data.file),
             "hyp": self.run.hyp.to_dict(),
             **own,
             "others": gather(own, self.world)[1:],

@@ -21,7 +21,8 @@ import train as train_script
 from engine.cli.config import TrainConfig
 from engine.devices.distributed import World
 from engine.train import setup, trainer
-from engine.train.setup import TrainingParts, build_parts, resolve_run
+from engine.train.setup import TrainingParts, build_parts
+from engine.train.state import resolve_run
 from engine.train.step import TrainStep
 from engine.train.trainer import Trainer, TrainResult
 from models.checkpoint.io import read_checkpoint
