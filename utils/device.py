@@ -121,32 +121,72 @@ def cpu_has_bf16() -> bool:
     return not words.isdisjoint(BF16_FLAGS)
 
 
+def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor of any shape to a device; to CUDA from page-locked memory, so that the host does not wait."""
+    if device.type != "cuda" or images.device.type != "cpu":
+        return images.to(device)
+    return (images if images.is_pinned() else images.pin_memory()).to(device, non_blocking=True)
+
+
 class Profile:
     """Accumulates the seconds spent in `with profile:` blocks.
 
+    On CUDA they are measured by events, and the host waits for the device only when a value is read.
+
     Attributes:
-        total: seconds over all blocks.
-        last: seconds of the latest block.
         count: number of blocks.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = device
-        self.total = 0.0
-        self.last = 0.0
         self.count = 0
-        self._start = 0.0
+        self._total = self._last = self._start = 0.0
+        self._begin: torch.cuda.Event | None = None
+        self._pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    @property
+    def total(self) -> float:
+        """Seconds over all blocks."""
+        self._collect()
+        return self._total
+
+    @property
+    def last(self) -> float:
+        """Seconds of the latest block."""
+        self._collect()
+        return self._last
+
+    def __enter__(self) -> Profile:
+        if self.device is not None and self.device.type == "cuda":
+            self._begin = self._event(self.device)
+        else:
+            self._start = self._now()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.count += 1
+        if self._begin is not None and self.device is not None:
+            self._pending.append((self._begin, self._event(self.device)))
+        else:
+            self._add(self._now() - self._start)
 
     def _now(self) -> float:
         if self.device is not None:
             synchronize(self.device)
         return time.perf_counter()
 
-    def __enter__(self) -> Profile:
-        self._start = self._now()
-        return self
+    def _event(self, device: torch.device) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(device))
+        return event
 
-    def __exit__(self, *exc: object) -> None:
-        self.last = self._now() - self._start
-        self.total += self.last
-        self.count += 1
+    def _add(self, seconds: float) -> None:
+        self._last = seconds
+        self._total += seconds
+
+    def _collect(self) -> None:
+        for begin, end in self._pending:
+            if not end.query():
+                end.synchronize()
+            self._add(begin.elapsed_time(end) / 1000)
+        self._pending.clear()

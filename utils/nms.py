@@ -1,8 +1,9 @@
-"""Non-maximum suppression whose cost follows what it keeps, and whose result never depends on time."""
+"""Non-maximum suppression (NMS): candidates are selected on the device, suppressed in rounds on the CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torchvision.ops import nms as suppress
@@ -13,7 +14,22 @@ from utils.errors import ConfigError
 CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
 MAX_CANDIDATES = 30000  # best-scored boxes of one image that take part
 CPU_CHUNK = 512  # candidates that enter in one round, at least
-DEVICE_CHUNK = 4096  # on other devices a round costs a wait, not comparisons
+
+
+class _Candidates(NamedTuple):
+    """Boxes of one image above the threshold, on the CPU.
+
+    Attributes:
+        boxes: (K, 4) or wider, float32: center x, center y, width, height in pixels.
+        row: (M,) row of each candidate in `boxes`.
+        score: (M,) float32.
+        label: (M,) class.
+    """
+
+    boxes: torch.Tensor
+    row: torch.Tensor
+    score: torch.Tensor
+    label: torch.Tensor
 
 
 def non_max_suppression(
@@ -44,7 +60,8 @@ def non_max_suppression(
         max_det: boxes kept per image.
 
     Returns:
-        per image an (n, 6) float32 tensor: left, top, right, bottom in pixels, score, class; by falling score.
+        per image an (n, 6) float32 tensor on the CPU: left, top, right, bottom in pixels, score, class; by falling
+        score. A GPU is waited for at most three times, however many images there are.
 
     Raises:
         ConfigError: a threshold outside 0..1, a negative `max_det`, or a tensor of another form.
@@ -54,14 +71,13 @@ def non_max_suppression(
     assert isinstance(prediction, torch.Tensor)
     _check(prediction, conf_thres, iou_thres, labels, max_det)
     multi_label = multi_label and prediction.shape[2] > 6
-    likely = prediction[..., 4].float() > conf_thres
+    images = 1 if prediction.device.type == "cpu" else max(len(prediction), 1)  # waits of a GPU are per group
     output = []
-    for number, (rows, keep) in enumerate(zip(prediction, likely)):
-        rows = rows[keep].float()
-        if len(labels) and len(labels[number]):
-            rows = torch.cat((rows, _certain_rows(labels[number].to(rows.device), rows.shape[1])))
-        found = _candidates(rows, conf_thres, classes, multi_label)
-        output.append(_best_boxes(found, iou_thres, agnostic, max_det))
+    for start in range(0, len(prediction), images):
+        group = slice(start, start + images)
+        for candidates in _select(prediction[group], labels[group], conf_thres, multi_label):
+            found = _sorted(candidates, classes)
+            output.append(_best_boxes(found, iou_thres, agnostic, max_det))
     return output
 
 
@@ -89,46 +105,75 @@ def _certain_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
     return rows.scatter_(1, labels[:, :1].long() + 5, 1.0)
 
 
-def _candidates(
-    rows: torch.Tensor, conf_thres: float, classes: Sequence[int] | None, multi_label: bool
-) -> torch.Tensor:
-    """Rows (n, 5 + nc) to at most MAX_CANDIDATES candidates (m, 6): corners, score, class; by falling score."""
+def _select(
+    prediction: torch.Tensor, labels: Sequence[torch.Tensor], conf_thres: float, multi_label: bool
+) -> Iterator[_Candidates]:
+    """Select the candidates of each image of (B, N, 5 + nc); on a GPU with two or three waits for all of them."""
+    (index,) = (prediction[..., 4].float().flatten() > conf_thres).nonzero(as_tuple=True)
+    rows = prediction.flatten(0, 1).index_select(0, index).float()
+    image = index // max(prediction.shape[1], 1)
+    for number, certain in enumerate(labels):
+        if len(certain):
+            rows = torch.cat((rows, _certain_rows(certain.to(rows.device), rows.shape[1])))
+            image = torch.cat((image, torch.full_like(certain[:, 0], number, dtype=image.dtype).to(image.device)))
     scores = rows[:, 5:] * rows[:, 4:5]
     if multi_label:
         row, label = (scores > conf_thres).nonzero(as_tuple=True)
         score = scores[row, label]
     else:
         score, label = scores.max(1)
-        row = (score > conf_thres).nonzero()[:, 0]
-        score, label = score[row], label[row]
+        row = torch.arange(len(rows), device=rows.device)
+        if rows.device.type == "cpu":  # on a GPU after the copy: the number of candidates is worth a wait once
+            row = row[score > conf_thres]
+            score, label = score[row], label[row]
+    if rows.device.type == "cpu" and len(prediction) == 1:
+        yield _Candidates(rows, row, score, label)
+        return
+    if len(score) > MAX_CANDIDATES * len(prediction) and len(prediction) > 1:  # of an untrained model: memory
+        for number in range(len(prediction)):
+            one = slice(number, number + 1)
+            yield from _select(prediction[one], labels[one], conf_thres, multi_label)
+        return
+    columns = score[:, None], label[:, None].float(), image[row][:, None].float()
+    packed = torch.cat((rows[row, :4], *columns), 1).cpu()
+    packed = packed[packed[:, 4] > conf_thres]
+    packed = packed[packed[:, 6].argsort(stable=True)]
+    counts = packed[:, 6].long().bincount(minlength=len(prediction)).tolist()
+    for part in packed.split(counts):
+        yield _Candidates(part, torch.arange(len(part)), part[:, 4], part[:, 5].long())
+
+
+def _sorted(candidates: _Candidates, classes: Sequence[int] | None) -> torch.Tensor:
+    """Return at most MAX_CANDIDATES candidates (m, 6): xyxy, score, class; by falling score."""
+    boxes, row, score, label = candidates
     if classes is not None:
-        wanted = torch.isin(label, torch.as_tensor(list(classes), dtype=label.dtype, device=label.device))
-        row, label, score = row[wanted], label[wanted], score[wanted]
+        keep = torch.isin(label, torch.as_tensor(list(classes), dtype=label.dtype))
+        row, label, score = row[keep], label[keep], score[keep]
     if len(score) > MAX_CANDIDATES:  # a partial selection is much cheaper than sorting millions; ties stay in
         possible = score >= score.topk(MAX_CANDIDATES, sorted=False).values.min()
         row, label, score = row[possible], label[possible], score[possible]
     order = score.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
     row, label, score = row[order], label[order], score[order]
-    return torch.cat((xywh2xyxy(rows[row, :4]), score[:, None], label[:, None].to(score.dtype)), 1)
+    return torch.cat((xywh2xyxy(boxes[row, :4]), score[:, None], label[:, None].to(score.dtype)), 1)
 
 
 def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: int) -> torch.Tensor:
-    """Greedy NMS of sorted candidates (m, 6), in rounds until `max_det` boxes stand.
+    """Greedy NMS of sorted candidates (m, 6), in rounds until `max_det` boxes are kept.
 
-    A box is decided by kept boxes with higher scores alone, so what follows the last wanted box need not be looked at:
-    the result equals that of one NMS over everything, cut at `max_det`. Boxes that stand already go in again
-    in front of the next round; they do not overlap, so all of them stay. A round takes at least as many new candidates
-    as boxes stand, so that with a large `max_det` the repeated comparisons do not outgrow the necessary ones.
+    A box is decided by kept boxes with higher scores alone, so what follows the last kept box need not be looked at:
+    the result equals that of one NMS over everything, cut at `max_det`. Kept boxes go in again in front of the next
+    round; they do not overlap, so all of them stay. A round takes at least as many new candidates as boxes are kept,
+    so that with a large `max_det` the repeated comparisons do not outgrow the necessary ones.
     """
     # The offset is added in float32 on purpose: it rounds the boxes of high classes to 1/16 pixel, as YOLOv5 does.
     boxes = found[:, :4] if agnostic else found[:, :4] + found[:, 5:] * CLASS_OFFSET
-    standing = torch.empty(0, dtype=torch.long, device=found.device)
-    start, chunk = 0, CPU_CHUNK if found.device.type == "cpu" else DEVICE_CHUNK
-    while start < len(found) and len(standing) < max_det:
-        stop = min(start + max(chunk, len(standing)), len(found))
-        entrants = torch.cat((standing, torch.arange(start, stop, device=found.device)))
-        # torchvision sorts once more; falling positions as scores keep ties in order on every device.
-        rank = torch.arange(len(entrants), 0, -1, device=found.device, dtype=boxes.dtype)
-        standing = entrants[suppress(boxes[entrants], rank, iou_thres)]
+    keep = torch.empty(0, dtype=torch.long)
+    start = 0
+    while start < len(found) and len(keep) < max_det:
+        stop = min(start + max(CPU_CHUNK, len(keep)), len(found))
+        entrants = torch.cat((keep, torch.arange(start, stop)))
+        # torchvision sorts once more; falling positions as scores keep ties in order.
+        rank = torch.arange(len(entrants), 0, -1, dtype=boxes.dtype)
+        keep = entrants[suppress(boxes[entrants], rank, iou_thres)]
         start = stop
-    return found[standing[:max_det]]
+    return found[keep[:max_det]]

@@ -25,7 +25,7 @@ from engine.runtimes.base import RawRuntime, Runtime
 from engine.runtimes.registry import choose_weights, open_runtime, split_device
 from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
-from utils.device import Profile, describe_device, select_device
+from utils.device import Profile, describe_device, select_device, to_device
 from utils.errors import ConfigError, DataError
 from utils.log import is_main_process
 from utils.metrics import ConfusionMatrix
@@ -102,7 +102,7 @@ def measure(
         for turn, batch in enumerate(bar):
             number = world.rank + turn * world.size  # that it would have in a single process
             with timers[0]:
-                images = to_unit(batch.images.to(runtime.device, non_blocking=True))
+                images = to_unit(to_device(batch.images, runtime.device))
             with timers[1]:
                 decoded, raw = _detect(runtime, images, criterion)
             if criterion is not None:

@@ -10,6 +10,7 @@ import torch
 
 from engine.runtimes.metadata import Metadata
 from utils.boxes import xyxy2xywh
+from utils.device import to_device
 from utils.errors import ConfigError
 from utils.structures import to_unit
 
@@ -62,7 +63,7 @@ class ExportedRuntime(ABC):
         """Run the model on (B, 3, H, W) and return float32 (B, N, 5 + nc); batches below the fixed size are padded."""
         count, _, height, width = images.shape
         self._check_size(count, height, width)
-        pixels = to_unit(images.to(self.device))
+        pixels = to_unit(to_device(images, self.device))
         if self.fixed_batch is not None and count < self.fixed_batch:
             pixels = torch.cat((pixels, pixels.new_zeros(self.fixed_batch - count, *pixels.shape[1:])))
         return self._infer(pixels.contiguous())[:count].to(self.device, torch.float32)

@@ -11,7 +11,7 @@ import torch
 from models.fuse import reparameterize
 from models.loading import load_detector
 from models.yolo import DetectionModel
-from utils.device import out_of_memory
+from utils.device import out_of_memory, to_device
 from utils.errors import CheckpointError
 from utils.structures import to_unit
 
@@ -110,7 +110,7 @@ class PyTorchRuntime:
     @torch.no_grad()
     def with_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Return decoded rows (B, N, 5 + nc) and the raw levels of the first model without augmentation."""
-        pixels = to_unit(images.to(self.device), self.dtype).contiguous(memory_format=torch.channels_last)
+        pixels = to_unit(to_device(images, self.device), self.dtype).contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
         with autocast, out_of_memory(pixels.shape, "a smaller --batch-size, a smaller --imgsz, or --half"):
             outputs = [model(pixels, augment=self.augment) for model in self.models]
