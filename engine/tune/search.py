@@ -103,18 +103,18 @@ def evolve(config: TrainConfig) -> EvolveResult:
 
 
 def _begin(config: TrainConfig) -> EvolveResult:
-    config = with_recipe(config)
+    asked, config = config, with_recipe(config)  # only `asked` knows which options were given
     if config.optimizer is None or config.optimizer == "auto":
         raise ConfigError("--evolve: --optimizer auto sets the learning rate itself; give SGD, Adam or AdamW")
     file = find_file(config.hyp, "data/hyps")
     hyp = Hyperparameters.from_yaml(file)
     points = {str(config.hyp): point_of(hyp, str(file))}
-    if config.is_given("evolve_population"):
+    if asked.is_given("evolve_population"):
         points |= population(config.evolve_population, config.optimizer)
     space = widened(list(points.values()), space_for(config.optimizer))
     options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
     plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
-    folder, is_new = _new_folder(config)
+    folder, is_new = _new_folder(asked)
     try:
         study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
         return SearchRun(study, plan, config, folder).run()
@@ -196,7 +196,7 @@ class SearchRun:
 
     def __init__(self, study: Study, plan: Plan, config: TrainConfig, folder: Path) -> None:
         self.study, self.plan, self.config, self.folder = study, plan, config, folder
-        self.lock = StudyLock(folder / studies.LOCK)
+        self.lock = StudyLock(folder / studies.LOCK, timeout=studies.WAIT)
         self.number = -1
         self.failed_in_row = 0
         self.drawn = -1

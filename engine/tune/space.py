@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.cli.config import Hyperparameters
 from utils.errors import ConfigError
+from utils.yaml_lines import load_yaml, plain
 
 LOGGER = logging.getLogger(__name__)
 Point = dict[str, float]
@@ -31,43 +32,17 @@ class SearchRow:
     log: bool = False
 
 
-# Rates and gains by ratio, probabilities and strengths by difference. Not varied: iou_t (the loss does not use it),
-# anchors (auto-anchor fits them), and nominal_batch, clip_norm and optimizer, which belong to machine and recipe.
-SPACE: tuple[SearchRow, ...] = (
-    SearchRow("lr0", 1e-3, 0.1, log=True),
-    SearchRow("lrf", 0.01, 1.0, log=True),
-    SearchRow("momentum", 0.6, 0.98),
-    SearchRow("weight_decay", 1e-5, 5e-3, log=True),
-    SearchRow("warmup_epochs", 0.0, 5.0),
-    SearchRow("warmup_momentum", 0.0, 0.95),
-    SearchRow("warmup_bias_lr", 0.0, 0.2),
-    SearchRow("box", 0.02, 0.2, log=True),
-    SearchRow("cls", 0.1, 4.0, log=True),
-    SearchRow("cls_pw", 0.5, 2.0, log=True),
-    SearchRow("obj", 0.2, 4.0, log=True),
-    SearchRow("obj_pw", 0.5, 2.0, log=True),
-    SearchRow("anchor_t", 2.0, 8.0, log=True),
-    SearchRow("fl_gamma", 0.0, 2.0),
-    SearchRow("hsv_h", 0.0, 0.1),
-    SearchRow("hsv_s", 0.0, 0.9),
-    SearchRow("hsv_v", 0.0, 0.9),
-    SearchRow("degrees", 0.0, 45.0),
-    SearchRow("translate", 0.0, 0.5),  # at a half, the middle of the image can lie on its edge
-    SearchRow("scale", 0.0, 0.9),
-    SearchRow("shear", 0.0, 10.0),
-    SearchRow("perspective", 0.0, 0.001),
-    SearchRow("flipud", 0.0, 1.0),
-    SearchRow("fliplr", 0.0, 1.0),
-    SearchRow("mosaic", 0.0, 1.0),
-    SearchRow("mixup", 0.0, 1.0),
-    SearchRow("copy_paste", 0.0, 1.0),  # without effect unless labels are polygons
-)
-# In place of the rows of SPACE: steps of Adam and AdamW are of the size of the rate, whatever the gradient.
-SPACE_ADAM: tuple[SearchRow, ...] = (
-    SearchRow("lr0", 1e-5, 0.01, log=True),
-    SearchRow("weight_decay", 1e-5, 0.1, log=True),
-    SearchRow("warmup_bias_lr", 0.0, 0.02),
-)
+def from_plain(rows: Sequence[Sequence[object]]) -> tuple[SearchRow, ...]:
+    """Rebuild rows from the output of `as_plain`; TypeError or ValueError for other content."""
+    return tuple(SearchRow(str(key), float(low), float(high), bool(log)) for key, low, high, log in rows)  # type: ignore[arg-type]
+
+
+def _rows(section: Mapping[str, Sequence[object]]) -> tuple[SearchRow, ...]:
+    return from_plain([[key, *bounds[:2], bounds[2:] == ["log"]] for key, bounds in section.items()])
+
+
+_SPACES = plain(load_yaml(Path(__file__).with_name("space.yaml")))
+SPACE, SPACE_ADAM = _rows(_SPACES["SGD"]), _rows(_SPACES["Adam"])
 
 
 def space_for(optimizer: str) -> tuple[SearchRow, ...]:
@@ -143,11 +118,6 @@ def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
 def as_plain(space: Sequence[SearchRow]) -> list[list[object]]:
     """Rows as JSON can hold them."""
     return [list(astuple(row)) for row in space]
-
-
-def from_plain(rows: Sequence[Sequence[object]]) -> tuple[SearchRow, ...]:
-    """Rows from `as_plain`; TypeError or ValueError when they are something else."""
-    return tuple(SearchRow(str(key), float(low), float(high), bool(log)) for key, low, high, log in rows)  # type: ignore[arg-type]
 
 
 def with_values(hyp: Mapping[str, object], point: Mapping[str, float]) -> dict[str, object]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock, Timeout
+
 from engine.tune.space import Point, SearchRow, as_plain, from_plain
 from utils.errors import ConfigError
 from utils.files import newest_file
@@ -68,40 +70,19 @@ def quiet_optuna() -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-class StudyLock:
-    """A lock between processes: a transaction on a small sqlite file, which ends with the process that holds it."""
+class StudyLock(FileLock):
+    """A lock between processes, which ends with the process that holds it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._held: sqlite3.Connection | None = None
-
-    def acquire(self) -> None:
+    def acquire(self, *args: Any, **kwargs: Any) -> Any:
         """Wait until the lock is free and take it.
 
         Raises:
-            ConfigError: others held it for too long, or the file cannot be written.
+            ConfigError: other processes hold it for too long, or the file cannot be written.
         """
-        connection = None
         try:
-            connection = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None)
-            connection.execute("BEGIN EXCLUSIVE")
-        except sqlite3.Error as error:
-            if connection is not None:
-                connection.close()
-            raise ConfigError(f"{self.path}: cannot be locked for {WAIT} s: {error}") from error
-        self._held = connection
-
-    def release(self) -> None:
-        """Give it back; nothing to do when it is not held."""
-        if self._held is not None:
-            self._held.close()
-            self._held = None
-
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
+            return super().acquire(*args, **kwargs)
+        except (Timeout, OSError) as error:
+            raise ConfigError(f"{self.lock_file}: cannot be locked for {WAIT} s: {error}") from error
 
 
 def _storage(path: Path) -> RDBStorage:
