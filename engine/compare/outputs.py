@@ -27,22 +27,22 @@ IMAGES = {
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Everything there is to report.
+class Report:
+    """Content of the report.
 
     Attributes:
         config: options.
         rows: candidates.
-        chosen: the pick.
+        pick: recommendation.
         machine: description.
         conditions: per phase: rounds, calls, clocks.
-        data: the dataset in words.
+        data: description of the dataset.
         step_batch: images of the measured training step.
     """
 
     config: CompareConfig
     rows: Sequence[CandidateResult]
-    chosen: Pick
+    pick: Pick
     machine: Mapping[str, Any]
     conditions: Sequence[Mapping[str, Any]]
     data: str
@@ -50,51 +50,51 @@ class Findings:
 
     @property
     def command(self) -> str:
-        """The command line that gives this comparison."""
+        """Command line of this comparison."""
         return shlex.join(self.config.command_words())
 
     @property
     def reference(self) -> tuple[str, int]:
-        """Runtime and batch that count for image, limits and pick."""
+        """Runtime and batch size that count for plot, limits and pick."""
         return self.config.runtimes[0], self.config.batch[0]
 
     def tables(self) -> list[Table]:
-        """All tables."""
-        return all_tables(self.rows, self.chosen, *self.reference)
+        """Return all tables."""
+        return all_tables(self.rows, self.pick, *self.reference)
 
     def verdict(self) -> str:
-        """Return the pick in one sentence."""
-        if self.chosen.label is None:
-            names = ", ".join(self.chosen.front)
-            return f"No pick: {self.chosen.reason}." + (f" Pareto front: {names}." if names else "")
-        return f"Pick: {self.chosen.label}: {self.chosen.reason}."
+        """Return the recommendation in one sentence."""
+        if self.pick.label is None:
+            names = ", ".join(self.pick.front)
+            return f"No pick: {self.pick.reason}." + (f" Pareto front: {names}." if names else "")
+        return f"Pick: {self.pick.label}: {self.pick.reason}."
 
 
-def how_measured(found: Findings) -> list[str]:
+def how_measured(report: Report) -> list[str]:
     """Return sentences about the measurements."""
-    accuracies = [row.accuracy for row in found.rows if row.accuracy]
+    accuracies = [row.accuracy for row in report.rows if row.accuracy]
     text = render(
         "how_measured.txt",
-        config=found.config,
-        data=found.data,
+        config=report.config,
+        data=report.data,
         conf=CONF,
         iou=IOU,
-        step_batch=found.step_batch,
+        step_batch=report.step_batch,
         floor=RANKING_FLOOR,
-        hyp=Path(found.config.hyp).name,
-        cuda=found.machine.get("device") == "cuda",
+        hyp=Path(report.config.hyp).name,
+        cuda=report.machine.get("device") == "cuda",
         trained=any(accuracy.seeds is not None for accuracy in accuracies),
         given=any(accuracy.seeds is None for accuracy in accuracies),
-        untrained=any(row.failure is None and row.accuracy is None for row in found.rows),
+        untrained=any(row.failure is None and row.accuracy is None for row in report.rows),
     )
     return text.splitlines()
 
 
-def phases_table(found: Findings) -> list[tuple[str, ...]]:
+def phases_table(report: Report) -> list[tuple[str, ...]]:
     """Return header and rows: rounds, clocks and load of each phase; nothing without phases."""
     header = ("phase", "rounds", "core clocks before, MHz", "after", "load before", "after", "GPU before", "after")
     rows = []
-    for phase in found.conditions:
+    for phase in report.conditions:
         sides = (phase["before"], phase["after"])
         rows.append((
             phase["phase"] + (" (stored)" if phase.get("stored") else ""), str(phase["rounds"]),
@@ -105,49 +105,49 @@ def phases_table(found: Findings) -> list[tuple[str, ...]]:
     return [header, *rows] if rows else []
 
 
-def write_all(found: Findings, folder: Path) -> None:
+def write_all(report: Report, folder: Path) -> None:
     """Write results.json, results.csv, results.md, the plots, and report.html."""
-    draw(found, folder)
+    draw(report, folder)
     values = {
         "title": "Comparison of detectors",
-        "verdict": found.verdict(),
-        "tables": found.tables(),
+        "verdict": report.verdict(),
+        "tables": report.tables(),
         "images": image_files(folder, IMAGES),
-        "how_measured": how_measured(found),
-        "phases": phases_table(found),
-        "machine": {name.replace("_", " "): value for name, value in found.machine.items()},
-        "command": found.command,
+        "how_measured": how_measured(report),
+        "phases": phases_table(report),
+        "machine": {name.replace("_", " "): value for name, value in report.machine.items()},
+        "command": report.command,
         "date": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
     }
-    write_text(folder / "results.json", as_json(found))
-    write_text(folder / "results.csv", as_csv(found.rows, found.chosen))
+    write_text(folder / "results.json", as_json(report))
+    write_text(folder / "results.csv", as_csv(report.rows, report.pick))
     write_text(folder / "results.md", render("comparison.md", **values))
     write_text(folder / "report.html", render("comparison.html", **values))
 
 
-def draw(found: Findings, folder: Path) -> None:
+def draw(report: Report, folder: Path) -> None:
     """Write the plots for which there is something to plot."""
-    runtime, batch = found.reference
-    points, limits = points_of(found.rows, runtime, batch), Limits.of(found.config)
+    runtime, batch = report.reference
+    points, limits = points_of(report.rows, runtime, batch), Limits.of(report.config)
     if any(point.latency for point in points.values()):
         what = f"{runtime}, re-parameterized model, batch {batch}"
-        plots.plot_pareto(folder / "pareto.png", points, found.chosen, limits, what)
-    plots.plot_latency(folder / "latency.png", found.rows)
-    plots.plot_memory(folder / "memory.png", found.rows, runtime, batch)
+        plots.plot_pareto(folder / "pareto.png", points, report.pick, limits, what)
+    plots.plot_latency(folder / "latency.png", report.rows)
+    plots.plot_memory(folder / "memory.png", report.rows, runtime, batch)
 
 
-def as_json(found: Findings) -> str:
+def as_json(report: Report) -> str:
     """Return everything as JSON, the values of every round included."""
     content = {
-        "command": found.command,
+        "command": report.command,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "options": found.config.to_dict(),
-        "data": found.data,
-        "machine": dict(found.machine),
-        "pick": asdict(found.chosen),
-        "limits": asdict(Limits.of(found.config)),
-        "how_measured": how_measured(found),
-        "candidates": [row.to_plain() for row in found.rows],
-        "phases": list(found.conditions),
+        "options": report.config.to_dict(),
+        "data": report.data,
+        "machine": dict(report.machine),
+        "pick": asdict(report.pick),
+        "limits": asdict(Limits.of(report.config)),
+        "how_measured": how_measured(report),
+        "candidates": [row.to_plain() for row in report.rows],
+        "phases": list(report.conditions),
     }
     return json.dumps(content, indent=1, default=str) + "\n"

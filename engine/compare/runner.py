@@ -1,4 +1,4 @@
-"""A comparison from options to report: look at each candidate, train, measure in turns, report."""
+"""A comparison from options to report: structures, trainings, speeds, report."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from engine.compare.candidates import resolve
 from engine.compare.config import CompareConfig
 from engine.compare.context import Context, cache_folder
 from engine.compare.measure.speed import Speed
-from engine.compare.outputs import Findings, write_all
+from engine.compare.outputs import Report, write_all
 from engine.compare.pareto import Limits, Pick, pick, points_of
 from engine.compare.results import CandidateResult, measured
-from engine.compare.stages import look_at_all, train_all
+from engine.compare.stages import measure_structures, train_all
 from engine.compare.table import as_text
 from engine.evaluate.outputs import run_folder
 from utils.errors import ConfigError
@@ -31,12 +31,12 @@ SHOWN = ("Summary", "Latency", "What failed")  # on the terminal; the rest is in
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison found.
+    """Result of a comparison.
 
     Attributes:
         folder: of the report.
         rows: one per candidate.
-        pick: which one to take, and why.
+        pick: recommended candidate and reason.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Comparison:
 def compare(config: CompareConfig) -> Comparison:
     """Compare as the options say.
 
-    What is finished is kept below `<project>/cache`: after an interruption the same command goes on where it was.
+    Finished results are stored in `<project>/cache`: after an interruption the same command continues where it was.
 
     Raises:
         UserError: options, names, dataset or folder that cannot be used, or no candidate that can be measured.
@@ -75,27 +75,27 @@ def _compare(context: Context, rows: list[CandidateResult]) -> Comparison:
     config = context.config
     LOGGER.info("%d candidates: %s", len(rows), ", ".join(row.label for row in rows))
     try:
-        look_at_all(context, rows)
-        some_left(rows)
+        measure_structures(context, rows)
+        require_candidates(rows)
         train_all(context, rows)
         conditions = Speed(context, rows).run()
     except KeyboardInterrupt:
         LOGGER.warning("interrupted; finished results are kept, the same command continues from here")
         raise
     runtime, batch = config.runtimes[0], config.batch[0]
-    chosen = pick(points_of(rows, runtime, batch), Limits.of(config))
-    found = Findings(config, rows, chosen, context.machine, conditions, _about(context), context.step_batch)
+    recommended = pick(points_of(rows, runtime, batch), Limits.of(config))
+    report = Report(config, rows, recommended, context.machine, conditions, _about(context), context.step_batch)
     with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
-        write_all(found, run.folder)
-    for table in found.tables():
+        write_all(report, run.folder)
+    for table in report.tables():
         if table.title in SHOWN:
             LOGGER.info("\n%s", as_text(table))
-    LOGGER.info("\n%s\nResults saved to %s (open report.html)", found.verdict(), run.final)
-    return Comparison(run.final, tuple(rows), chosen)
+    LOGGER.info("\n%s\nResults saved to %s (open report.html)", report.verdict(), run.final)
+    return Comparison(run.final, tuple(rows), recommended)
 
 
-def some_left(rows: Sequence[CandidateResult]) -> None:
-    """ConfigError that gives every candidate's reason when none is left."""
+def require_candidates(rows: Sequence[CandidateResult]) -> None:
+    """Raise ConfigError with the reason of every candidate if all failed."""
     if not measured(rows):
         reasons = "; ".join(f"{row.label}: {row.failure}" for row in rows)
         raise ConfigError(f"none of the {len(rows)} candidate(s) can be measured: {reasons}")

@@ -1,4 +1,4 @@
-"""The first two stages of a comparison: what each candidate is made of, and how accurate it becomes."""
+"""Stages 1 and 2 of a comparison: structure and memory, training and validation."""
 
 from __future__ import annotations
 
@@ -17,60 +17,59 @@ from engine.compare.store import digest
 from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
 
 LOGGER = logging.getLogger(__name__)
-TRANSIENT = (MEMORY, CRASH)  # failures that another try may not see: never kept
-SAVING_S = 60.0  # what an interrupted training gets to save its state, in the middle of an epoch too
+TRANSIENT = (MEMORY, CRASH)  # failures that may not occur again: never stored
+SAVING_S = 60.0  # time for an interrupted training to save its state
 BAR = "{l_bar}{bar:20}{r_bar}"
 
 
-def look_at_all(context: Context, rows: Sequence[CandidateResult]) -> None:
-    """Structure and memory of training of every candidate; what fails here is out of the comparison."""
-    pending = [row for row in rows if not _take_known(context, row)]
-    started: dict[str, Worker] = {}
+def measure_structures(context: Context, rows: Sequence[CandidateResult]) -> None:
+    """Measure structure and training memory of every candidate; one that fails is out of the comparison."""
+    pending = [row for row in rows if not _take_stored_structure(context, row)]
+    workers: dict[str, Worker] = {}
     bar = tqdm(pending, desc="structure and memory", bar_format=BAR, disable=not pending)
     try:
         with logging_redirect_tqdm():
             for number, row in enumerate(bar):
                 bar.set_postfix_str(row.label)
-                for near in pending[number : number + 2]:  # the next one starts up while this one works
-                    if near.label not in started:
-                        started[near.label] = context.worker(near)
+                for near in pending[number : number + 2]:  # the next process starts while this one works
+                    if near.label not in workers:
+                        workers[near.label] = context.worker(near)
                 try:
-                    _look_at(context, row, started)
+                    _measure_structure(context, row, workers)
                 except JobFailedError as error:
                     row.failure, row.notes = error.reason, []
                     LOGGER.warning("%s: %s", row.label, error.reason)
-                started[row.label].close()
+                workers[row.label].close()
     finally:
-        for worker in started.values():
+        for worker in workers.values():
             worker.close()
 
 
-def _take_known(context: Context, row: CandidateResult) -> bool:
+def _take_stored_structure(context: Context, row: CandidateResult) -> bool:
     key = digest([row.candidate.key, context.measuring_key, context.step_batch])
     row.weights, row.weights_key = row.candidate.weights or context.initial / f"{safe(row.label)}-{key}.pt", key
-    known = context.store.find("structure", key)
-    if known is None:
-        return False
-    row.structure, row.training_memory = known["structure"], known["training_memory"]
-    row.notes += known["notes"]
-    return True
+    stored = context.store.find("structure", key)
+    if stored is not None:
+        row.structure, row.training_memory = stored["structure"], stored["training_memory"]
+        row.notes += stored["notes"]
+    return stored is not None
 
 
-def _look_at(context: Context, row: CandidateResult, started: dict[str, Worker]) -> None:
-    keep, label = True, row.label
-    try:  # first of all: the peak of memory is that of the whole process
-        row.training_memory = started[label].run(
+def _measure_structure(context: Context, row: CandidateResult, workers: dict[str, Worker]) -> None:
+    is_final, label = True, row.label
+    try:  # first: the peak of memory is that of the whole process
+        row.training_memory = workers[label].run(
             "training_memory", sample=context.sample, recipe=context.recipe(row), batch=context.step_batch
         )
     except JobFailedError as error:
         row.notes.append(f"training step of {context.step_batch}: {error.reason}")
         row.training_fits = error.kind != MEMORY
-        keep = error.kind not in TRANSIENT
-        if not started[label].is_alive:
-            started[label].close()
-            started[label] = context.worker(row)
-    row.structure = started[label].run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
-    if keep:
+        is_final = error.kind not in TRANSIENT
+        if not workers[label].is_alive:
+            workers[label].close()
+            workers[label] = context.worker(row)
+    row.structure = workers[label].run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
+    if is_final:
         found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
         context.store.keep("structure", row.weights_key, found, label)
 
@@ -79,9 +78,9 @@ def _look_at(context: Context, row: CandidateResult, started: dict[str, Worker])
 
 
 def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
-    """Train every candidate once per seed, and validate; checkpoints that were given are validated only.
+    """Train every candidate once per seed, and validate; checkpoints that were given are only validated.
 
-    Seeds take turns: when the first one is done, there is a first answer for all candidates.
+    All candidates are trained with the first seed before any is with the second.
     """
     found: dict[str, list[dict[str, Any]]] = {row.label: [] for row in rows}
     given = [row for row in measured(rows) if row.candidate.weights]
@@ -91,7 +90,9 @@ def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
     for number, (row, seed) in enumerate(jobs, 1):
         what = "validation" if seed is None else f"training, seed {seed}"
         try:
-            found[row.label].append(_one(context, row, seed, f"{number}/{len(jobs)} {row.label}, {what}"))
+            found[row.label].append(
+                _train_and_validate(context, row, seed, f"{number}/{len(jobs)} {row.label}, {what}")
+            )
         except JobFailedError as error:
             row.notes.append(f"{what}: {error.reason}")
             LOGGER.warning("%s: %s: %s", row.label, what, error.reason)
@@ -103,8 +104,8 @@ def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
             row.weights, row.weights_key = Path(results[0]["weights"]), results[0]["key"]
 
 
-def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -> dict[str, Any]:
-    """Figures of one training (or of a given checkpoint): those that are kept, or new ones."""
+def _train_and_validate(context: Context, row: CandidateResult, seed: int | None, title: str) -> dict[str, Any]:
+    """Return the stored or new validation of one training, or of a given checkpoint."""
     training = digest([row.candidate.key, context.training_key if seed is not None else None, seed])
     key = digest([training, context.validation_key])
     known = context.store.find("accuracy", key)
@@ -112,7 +113,7 @@ def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -
         LOGGER.info("%s: stored, not repeated", title)
         return known
     if seed is not None and not row.training_fits:
-        raise JobFailedError(MEMORY, "left out: a single step takes more memory than there is")
+        raise JobFailedError(MEMORY, "skipped: a single step needs more memory than available")
     folder = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
     with context.worker(row) as worker:
         weights = str(row.candidate.weights)
@@ -122,17 +123,17 @@ def _one(context: Context, row: CandidateResult, seed: int | None, title: str) -
             weights = _train(context, row, seed, folder, worker, title)
         config = context.config
         scratch = folder if seed is not None else context.initial
-        figures = worker.run(
+        metrics = worker.run(
             "validate", weights=weights, data=config.data, imgsz=config.imgsz, task=config.task,
             batch=config.batch_size, workers=config.workers, scratch=str(scratch),
         )  # fmt: skip
-    result = {**figures, "seed": seed, "weights": weights, "key": key}
+    result = {**metrics, "seed": seed, "weights": weights, "key": key}
     context.store.keep("accuracy", key, result, title)
     return result
 
 
 def _train(context: Context, row: CandidateResult, seed: int, folder: Path, worker: Worker, title: str) -> str:
-    """Train in a process of its own, with a bar that counts the epochs. Returns the best weights."""
+    """Train in a process, with a progress bar over the epochs. Returns the best weights."""
     log = folder / "results.csv"
     epochs = context.config.epochs
     done = min(_epochs_in(log), epochs)
@@ -153,7 +154,7 @@ def _train(context: Context, row: CandidateResult, seed: int, folder: Path, work
 
 
 def _epochs_in(path: Path) -> int:
-    """Epochs that a results.csv tells of."""
+    """Return the number of epochs in a results.csv."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError:

@@ -1,4 +1,4 @@
-"""The jobs of a candidate's own process: look at it, measure it, export, train and validate it."""
+"""Jobs of a candidate's process: structure, memory, latency, export, training, validation."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ from models.loading import load_detector, spec_without_weights
 from models.yolo import DetectionModel
 from utils.device import select_device
 from utils.errors import ExportError
-from utils.files import find_file
+from utils.files import find_file, make_folder
 from utils.log import configure_logging
 from utils.seed import seed_everything
 
 # COCO's bounds of small, medium and large objects: areas in pixels of the original image.
 AREAS = {"small": (0.0, 32.0**2), "medium": (32.0**2, 96.0**2), "large": (96.0**2, math.inf)}
-COCO_PLACE = {"small": 3, "medium": 4, "large": 5}  # among COCO's twelve figures
+COCO_PLACE = {"small": 3, "medium": 4, "large": 5}  # among COCO's twelve metrics
 
 
 @dataclass
@@ -114,7 +114,7 @@ def initial(state: State, *, checkpoint: str) -> float:
 
 
 def structure(state: State, *, imgsz: int, checkpoint: str) -> dict[str, Any]:
-    """Parameters and GFLOPs of the parts, levels, strides, size of the checkpoint; writes the latter.
+    """Return parameters and GFLOPs of the parts, levels, strides and size of the checkpoint, which is written.
 
     Args:
         state: of the process.
@@ -138,7 +138,7 @@ def structure(state: State, *, imgsz: int, checkpoint: str) -> dict[str, Any]:
 
 
 def levels_read(model: DetectionModel) -> list[list[int]]:
-    """(stride, channels) of each map of the section `backbone:` that the rest reads, high resolution first."""
+    """Return (stride, channels) of each map of the `backbone:` section that other rows read, high resolution first."""
     inside: dict[int, FeatureLevel] = {}
     for route in model.model.routes:
         if route.layer.section == "backbone":
@@ -160,7 +160,7 @@ def on_grid(imgsz: int, model: DetectionModel) -> int:
 
 
 def training_memory(state: State, *, sample: SampleFiles, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Peak memory of two training steps, and what a forward pass keeps for the backward pass.
+    """Return the peak memory of two training steps, and what a forward pass keeps for the backward pass.
 
     Args:
         state: of a fresh process: the peak is that of its whole life.
@@ -182,9 +182,10 @@ def _training_step(state: State, sample: SampleFiles, recipe: dict[str, Any], ba
 
 
 def memory_of(state: State, work: Callable[[], Any]) -> dict[str, Any]:
-    """Do some work; the peak of memory until then, and the work's result.
+    """Do some work; return the peak of memory and the result of the work.
 
-    CUDA: the allocator's peak during the work. CPU: the process's since it began, and what it held before the model.
+    CUDA: the allocator's peak during the work. CPU: the peak of the process since its start, and its memory before the
+    model was built.
     """
     cuda = state.device.type == "cuda"
     if cuda:
@@ -203,7 +204,7 @@ def memory_of(state: State, work: Callable[[], Any]) -> dict[str, Any]:
 def open_inference(
     state: State, *, weights: str, sample: SampleFiles, batch: int, imgsz: int, training_form: bool
 ) -> dict[str, Any]:
-    """Make ready to time detection, and warm up.
+    """Open a detector to be timed, and warm up.
 
     Args:
         state: of the process; for the peak of memory a fresh one.
@@ -211,7 +212,7 @@ def open_inference(
         sample: image files with labels.
         batch: images per call.
         imgsz: side in pixels.
-        training_form: the model as it is trained, not the deployed one.
+        training_form: the model as it is trained, not re-parameterized.
 
     Returns:
         `took` (seconds of a call), `peak_mb`, `side`.
@@ -230,7 +231,7 @@ def open_inference(
 
 
 def open_training(state: State, *, sample: SampleFiles, recipe: dict[str, Any], batch: int) -> dict[str, Any]:
-    """Make ready to time training steps, and warm up. Arguments as `training_memory`."""
+    """Prepare training steps to be timed, and warm up. Arguments as `training_memory`."""
     state.subject = None
     step = _training_step(state, sample, recipe, batch)
     state.subject = step
@@ -240,13 +241,13 @@ def open_training(state: State, *, sample: SampleFiles, recipe: dict[str, Any], 
 
 
 def visit_subject(state: State, *, calls: int) -> dict[str, float]:
-    """One turn; see `measure.visit`."""
+    """Time one turn; see `engine.compare.measure.detector.visit`."""
     assert state.subject is not None
     return visit(state.subject, calls)
 
 
 def close_subject(state: State) -> None:
-    """Let go of what was timed."""
+    """Free what was timed."""
     state.subject = None
     if state.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -256,7 +257,7 @@ def export_file(
     state: State,  # noqa: ARG001
     *,
     weights: str,
-    folder: str,
+    folder: Path,
     format: str,
     batch: int,
     imgsz: int,
@@ -273,11 +274,9 @@ def export_file(
         data: dataset YAML: images for the verification.
 
     Raises:
-        ExportError: it cannot be made, or it does not compute the same.
+        ExportError: it cannot be made, or its outputs differ from the model's.
     """
-    place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    copy = place / "model.pt"
+    copy = make_folder(folder) / "model.pt"
     shutil.copyfile(weights, copy)
     report = export(
         ExportConfig(weights=[str(copy)], include=[format], batch_size=batch, imgsz=[imgsz], data=data, device="cpu")
@@ -293,7 +292,7 @@ def export_file(
 
 
 def run_training(state: State, *, recipe: dict[str, Any], folder: str) -> dict[str, Any]:  # noqa: ARG001
-    """Train, or continue with an interrupted training in the same folder, or find that it is finished.
+    """Train; an interrupted training in the same folder is continued, a finished one is not repeated.
 
     Args:
         state: of the process.
@@ -314,7 +313,7 @@ def run_training(state: State, *, recipe: dict[str, Any], folder: str) -> dict[s
 def run_validation(
     state: State, *, weights: str, data: str, imgsz: int, task: str, batch: int, workers: int, scratch: str
 ) -> dict[str, Any]:
-    """Accuracy of a checkpoint: overall, per class, and for small, medium and large objects (COCO's areas).
+    """Return the accuracy of a checkpoint: overall, per class, and for small, medium and large objects (COCO's areas).
 
     Args:
         state: of the process.

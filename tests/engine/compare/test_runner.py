@@ -22,7 +22,7 @@ from engine.compare.candidates import Candidate
 from engine.compare.config import CompareConfig
 from engine.compare.context import Context
 from engine.compare.results import CandidateResult
-from engine.compare.runner import exclusive, some_left
+from engine.compare.runner import exclusive, require_candidates
 from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
 from engine.compare.worker.setting import Setting
 from models.checkpoint.io import read_checkpoint
@@ -125,8 +125,8 @@ def test_nothing_valid_is_one_line():
     with pytest.raises(
         ConfigError, match="^none of the 2 candidate.* can be measured: a: a.yaml:3: no; b: b.yaml:3: no$"
     ):
-        some_left(rows)
-    some_left([*rows, CandidateResult(Candidate("c", "c", Path("c"), None, "c"))])
+        require_candidates(rows)
+    require_candidates([*rows, CandidateResult(Candidate("c", "c", Path("c"), None, "c"))])
 
 
 @pytest.mark.parametrize(
