@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -17,6 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.build.rows import Route, Rows
 from models.common import Conv
+from utils.device import synchronize
+from utils.draw import feature_map_image
+from utils.files import atomic_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
 # A norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of PyTorch
@@ -276,3 +283,43 @@ def recorded_maps(rows: Rows, image: Tensor) -> dict[str, Tensor]:
         for handle in handles:
             handle.remove()
     return maps
+
+
+def save_maps(maps: Mapping[str, Tensor], image: Tensor, folder: Path) -> None:
+    """Write feature maps (B, C, H, W) of the first image (B, 3, H, W) in [0, 1] to `folder/<label>.png`."""
+    shown = (image[0].float().cpu().permute(1, 2, 0) * 255).byte().numpy()[..., ::-1]
+    make_folder(folder)
+    for label, features in maps.items():
+        drawn = feature_map_image(features[0], label, np.ascontiguousarray(shown))
+        with atomic_path(folder / f"{label}.png") as part:
+            part.write_bytes(cv2.imencode(".png", drawn)[1].tobytes())
+
+
+def time_table(rows: Rows, image: Tensor) -> str:
+    """Run the rows on an image (B, C, H, W) and return a table of milliseconds per row."""
+    begin: dict[int, float] = {}
+    times = [0.0] * len(rows)
+
+    def finish(index: int) -> None:
+        synchronize(image.device)
+        times[index] = 1000 * (time.perf_counter() - begin[index])
+
+    def start(index: int) -> None:
+        synchronize(image.device)
+        begin[index] = time.perf_counter()
+
+    handles = []
+    for index, module in enumerate(rows):
+        handles.append(module.register_forward_pre_hook(lambda _module, _args, at=index: start(at)))
+        handles.append(module.register_forward_hook(lambda _module, _args, _out, at=index: finish(at)))
+    try:
+        with torch.no_grad():
+            rows(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    lines = [f"{'time (ms)':>10}  {'params':>10}  module"]
+    for module, route, milliseconds in zip(rows, rows.routes, times, strict=True):
+        count = sum(p.numel() for p in module.parameters())
+        lines.append(f"{milliseconds:>10.2f}  {count:>10}  {route.layer.row} {route.layer.module}")
+    return "\n".join([*lines, f"{sum(times):>10.2f}  {'':>10}  total"])

@@ -17,7 +17,7 @@ from models.build.rows import Rows
 from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
 from models.heads import Head
-from models.summary import ModelInfo, layer_table, recorded_maps, summarize
+from models.summary import ModelInfo, layer_table, recorded_maps, save_maps, summarize, time_table
 
 LOGGER = logging.getLogger(__name__)
 # Test-time augmentation: (scale, horizontal flip).
@@ -45,6 +45,8 @@ class DetectionModel(nn.Module):
         save: slots read by index or level name, in ascending order.
         names: class names by index.
         nc: number of classes.
+        inplace: `inplace` of the YAML, which has no effect.
+        hyp: hyperparameters, for tools that store them here; unused.
 
     Raises:
         SpecError: the YAML is not valid; one line per error, each with file and line.
@@ -73,6 +75,8 @@ class DetectionModel(nn.Module):
         self.yaml = self.spec.to_dict()
         self.nc = self.spec.num_classes
         self.names = {i: str(i) for i in range(self.nc)}
+        self.inplace = True
+        self.hyp: dict[str, Any] = {}
 
     @property
     def head(self) -> Head:
@@ -86,13 +90,17 @@ class DetectionModel(nn.Module):
         """Return the stride of each level, shape (levels,), in input pixels per cell; float32 on the CPU."""
         return self.head.stride
 
-    def forward(self, x: Tensor, augment: bool = False) -> Predictions:
+    def forward(
+        self, x: Tensor, augment: bool = False, profile: bool = False, visualize: str | Path | bool = False
+    ) -> Predictions:
         """Run the detector.
 
         Args:
             x: (B, ch, H, W) in [0, 1], RGB. H and W must be multiples of the largest stride, except for models with a
                 backbone, which pads its input.
             augment: test-time augmentation (eval mode only): concatenate the predictions of three scales.
+            profile: log the time of each row in milliseconds.
+            visualize: folder in which the feature maps of each row are written as PNG files.
 
         Returns:
             Training mode: raw predictions of each level.
@@ -102,9 +110,15 @@ class DetectionModel(nn.Module):
         Raises:
             ConfigError: height or width is not a multiple of the stride.
         """
-        return self._forward_augment(x) if augment and not self.training else self._forward_once(x)
+        if augment and not self.training:
+            return self._forward_augment(x)
+        return self._forward_once(x, profile, visualize)
 
-    def _forward_once(self, x: Tensor) -> Predictions:
+    def _forward_once(self, x: Tensor, profile: bool = False, visualize: str | Path | bool = False) -> Predictions:
+        if profile:
+            LOGGER.info("%s", time_table(self.model, x))
+        if visualize:
+            save_maps(self.feature_maps(x), x, Path(str(visualize)))
         return self.model(x)
 
     def _forward_augment(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:

@@ -14,7 +14,12 @@ from tests.helpers import structure
 from tests.helpers.structure import LAZY, ONLY, SourceTree
 
 ROOT = Path(__file__).resolve().parents[1]
-FAMILY_MAY_IMPORT = ("models.backbones.base", "models.backbones.layers", "models.backbones.nextvit_attention")
+FAMILY_MAY_IMPORT = (
+    "models.backbones.base",
+    "models.backbones.layers",
+    "models.backbones.nextvit_attention",
+    "models.backbones.reversible",
+)
 FAMILIES = ("nextvit", "repmlp", "revvit", "riformer")
 
 RULES: dict[str, Callable[[SourceTree], list]] = {

@@ -1,4 +1,4 @@
-"""Users' own Python files that register backbones (`--plugin my_backbone.py`)."""
+"""Plug-ins: Python files of the user that define or register backbones (`--plugin my_backbone.py`)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from models.backbones import register_plain
 from utils.errors import ConfigError, UserError
 
 
 def load_plugins(files: Iterable[str]) -> None:
-    """Import each file once; what it registers is known from then on.
+    """Import each file once; its registered backbones and plain modules are available to model rows afterwards.
 
     Raises:
-        ConfigError: a file that is missing, or that fails when it is imported.
+        ConfigError: a file is missing or raises an error when it is imported.
     """
     for text in files:
         path = Path(text)
@@ -33,6 +34,7 @@ def load_plugins(files: Iterable[str]) -> None:
         except UserError:
             del sys.modules[name]
             raise
-        except Exception as error:  # the user's file may raise anything; it is reported in one line
+        except Exception as error:  # a plug-in may raise anything
             del sys.modules[name]
             raise ConfigError(f"--plugin {text}: {type(error).__name__}: {error}") from error
+        register_plain(module)

@@ -11,7 +11,10 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FunctionType, ModuleType
 from typing import Any, TypeVar, overload
+
+from torch import nn
 
 from models.arguments import check_type
 from models.backbones.base import Backbone, FeatureLevel
@@ -30,6 +33,7 @@ __all__ = [
     "is_backbone_name",
     "list_backbones",
     "register_backbone",
+    "register_plain",
     "row_names",
 ]
 
@@ -84,7 +88,10 @@ ROW_CLASSES: dict[str, BackboneEntry] = {
     "NextViT": BackboneEntry(NEXTVIT),
 }
 
+ADAPTER = "models.backbones.adapter:AdaptedBackbone"
+
 _PLUGINS: dict[str, BackboneEntry] = {}
+_PLAIN: dict[str, BackboneEntry] = {}  # classes and functions of plug-in files that are not registered
 
 
 def list_backbones() -> list[str]:
@@ -123,9 +130,18 @@ def _register(name: str, cls: Any) -> Any:
     return cls
 
 
+def register_plain(module: ModuleType) -> None:
+    """Make the plain `nn.Module` classes, and functions, of a plug-in file available to model rows by their names."""
+    for name, value in vars(module).items():
+        own = getattr(value, "__module__", None) == module.__name__ and not name.startswith("_")
+        is_class = isinstance(value, type) and issubclass(value, nn.Module) and not issubclass(value, Backbone)
+        if own and name not in _PLUGINS and (is_class or isinstance(value, FunctionType)):
+            _PLAIN[name] = BackboneEntry(ADAPTER, {"factory": value})
+
+
 def row_names(like: str = "") -> list[str]:
     """Return the names allowed in a model row: classes, registered names, and timm's if `like` may be one."""
-    names = [*ROW_CLASSES, *list_backbones()]
+    names = [*ROW_CLASSES, *list_backbones(), *_PLAIN]
     if like.islower() and not like.startswith("nn."):
         try:
             from models.backbones.timm_measure import timm_package
@@ -172,7 +188,10 @@ def _registered(name: str) -> BackboneEntry | None:
     if name in _PLUGINS:
         return _PLUGINS[name]
     lower = name.lower()
-    return next((entry for key, entry in {**BACKBONES, **ROW_CLASSES}.items() if key.lower() == lower), None)
+    built_in = next((entry for key, entry in {**BACKBONES, **ROW_CLASSES}.items() if key.lower() == lower), None)
+    if built_in is not None and name in _PLAIN:
+        raise SpecError(f"'{name}' is a built-in backbone, and a class of a plug-in file; rename the latter")
+    return built_in or _PLAIN.get(name)
 
 
 def _entry(name: str) -> BackboneEntry:
@@ -246,7 +265,7 @@ def _check_declaration(name: str, backbone: Backbone) -> None:
 
 def _published_key(name: str, entry: BackboneEntry, cls: type[Backbone], given: Mapping[str, Any]) -> str | None:
     """Return the registered name of the built architecture for its published weights; None for a custom one."""
-    if entry.target == TIMM or name in _PLUGINS:
+    if entry.target in (TIMM, ADAPTER) or name in _PLUGINS:
         return name
     known = importlib.import_module(cls.__module__).ARCHITECTURES
     arch = given.get("arch", inspect.signature(cls).parameters["arch"].default)
@@ -265,6 +284,8 @@ def _own_names(name: str, cls: type[Backbone], arguments: Mapping[str, Any]) -> 
     """
     own: dict[str, Any] = {}
     for key, value in arguments.items():
+        if key in cls.REFUSED and not value:
+            continue  # as published: nothing is asked for
         if key in cls.REFUSED:
             raise SpecError(f"{name}: argument '{key}' is not supported: {cls.REFUSED[key]}")
         target = cls.ALIASES.get(key, key)
@@ -291,7 +312,9 @@ def _check_arguments(name: str, cls: type[Backbone], arguments: Mapping[str, Any
             )
 
 
-def backbone_from_row(name: str, args: Sequence[Any] | Mapping[str, Any]) -> Backbone:
+def backbone_from_row(
+    name: str, args: Sequence[Any] | Mapping[str, Any], source: FeatureLevel | None = None
+) -> Backbone:
     """Build the backbone of a model row `[-1, 1, name, args]`.
 
     Args:
@@ -299,12 +322,20 @@ def backbone_from_row(name: str, args: Sequence[Any] | Mapping[str, Any]) -> Bac
         args: a mapping of arguments, `weights` among them; or a list of: the name of the architecture (`s12`) and,
             after it, weights (a path, URL or published name); True, False or the string `pretrained` (whether to load
             the published weights); and a mapping of arguments. An empty list or `['']` means the default architecture
-            with random weights.
+            with random weights. A plain class or function of a plug-in file gets the list as positional arguments.
+        source: level that the row reads, if that is not an RGB image: its channels become `in_channels`, and features
+            are not normalized.
 
     Raises:
         SpecError, CheckpointError: see `create_backbone`.
     """
+    if source is not None and "in_channels" not in inspect.signature(backbone_class(name)).parameters:
+        raise SpecError(f"{name} takes RGB images; it has no argument in_channels for {source.channels} channels")
+    if name in _PLAIN and not isinstance(args, Mapping):
+        return create_backbone(name, args=() if list(args) in ([False], [""], [None]) else tuple(args))
     arguments: dict[str, Any] = {}
+    if source is not None:
+        arguments = {"in_channels": source.channels} | ({"normalize": False} if source.stride > 1 else {})
     for arg in [args] if isinstance(args, Mapping) else args:
         for key, value in _row_argument(name, arg, "arch" in arguments).items():
             if key in arguments:

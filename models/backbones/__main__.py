@@ -1,16 +1,21 @@
 """List the backbones: levels, parameters, cost, published accuracy and weights.
 
     python -m models.backbones [NAME ...] [--imgsz 640]
+    python -m models.backbones --arguments NAME
 
-NAME is a registered name or one of timm's (`timm/resnet50`); its published weights are then listed, with addresses.
-Without any, all registered ones are listed. Nothing is allocated or fetched.
+NAME is a registered name or one of timm's (`timm/resnet50`), for which published weights are listed too. Without a
+name, all registered backbones are listed. `--arguments` prints the arguments of a backbone: default, published names,
+meaning, and the values of each architecture. No memory is allocated and nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from utils.errors import UserError
 
@@ -73,17 +78,74 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def argument_table(name: str) -> list[tuple[str, str, str]]:
+    """Return name, default and meaning of every argument of a backbone.
+
+    Published names that are translated follow their argument; those that are refused come last, with the reason.
+
+    Raises:
+        SpecError: unknown name.
+    """
+    from models.backbones import backbone_class
+
+    cls = backbone_class(name)
+    meanings = _meanings(inspect.getdoc(cls) or "") | {
+        "normalize": "subtract mean and divide by std", "mean": "mean of each channel", "std": "standard deviation",
+        "frozen_stages": "freeze the stem (0) or the stem and the first n stages",
+        "norm_eval": "keep norms in eval mode",
+    }  # fmt: skip
+    rows = [("weights", "None", "path, URL or published name; true for the default published weights")]
+    for parameter in inspect.signature(cls).parameters.values():
+        published = [key for key, own in cls.ALIASES.items() if own == parameter.name]
+        title = parameter.name + (f" (published: {', '.join(published)})" if published else "")
+        default = "" if parameter.default is inspect.Parameter.empty else str(parameter.default)
+        rows.append((title, default, meanings.get(parameter.name, "")))
+    return rows + [(key, "refused", reason) for key, reason in cls.REFUSED.items()]
+
+
+def architecture_lines(name: str) -> list[str]:
+    """Return one line per architecture of a backbone's class, with its values; aliases share a line."""
+    from models.backbones import backbone_class
+
+    known = getattr(sys.modules[backbone_class(name).__module__], "ARCHITECTURES", {})
+    names: dict[object, list[str]] = {}
+    for key, value in known.items():
+        names.setdefault(value, []).append(key)
+    lines = []
+    for value, keys in names.items():
+        values = ", ".join(f"{f.name} {getattr(value, f.name)}" for f in fields(value))  # type: ignore[arg-type]
+        lines.append(f"  {', '.join(keys)}: {values}")
+    return lines
+
+
+def _meanings(doc: str) -> dict[str, str]:
+    """Return the text of each argument in the section `Args:` of a docstring; one entry may name several arguments."""
+    section = doc.partition("Args:\n")[2].partition("\n\n")[0]
+    found: dict[str, str] = {}
+    for entry in re.split(r"\n(?=    \w)", "\n" + section):
+        names, _, text = entry.strip().partition(": ")
+        for name in names.split(", "):
+            found[name] = " ".join(text.split())
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the list of backbones and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models.backbones", description="List the backbones.")
     parser.add_argument(
         "names", nargs="*", metavar="NAME", help="registered names or timm/<name>; default: all registered"
     )
+    parser.add_argument("--arguments", metavar="NAME", help="print the arguments of one backbone")
     parser.add_argument("--imgsz", type=int, default=640, help="side of the image for the cost, in pixels")
     options = parser.parse_args(arguments)
     from models.backbones import list_backbones
 
     try:
+        if options.arguments:
+            for title, default, text in argument_table(options.arguments):
+                print(f"{title} = {default}\n    {text}")
+            print("\n".join(["architectures:", *architecture_lines(options.arguments)]))
+            return 0
         if options.imgsz < 32:
             raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
         print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))

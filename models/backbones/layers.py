@@ -1,4 +1,4 @@
-"""Layers that several backbones share, checks of their constructor arguments, and state that a recomputation replays.
+"""Layers that several backbones share, and checks of their constructor arguments.
 
 Shape legend: B batch, C channels, H and W height and width of a feature map in cells.
 """
@@ -6,14 +6,14 @@ Shape legend: B batch, C channels, H and W height and width of a feature map in 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.backbones.base import FeatureLevel
 from utils.errors import SpecError, did_you_mean
 
 Architecture = TypeVar("Architecture")
@@ -46,7 +46,12 @@ def find_architecture(name: str, table: Mapping[str, Architecture]) -> Architect
     return next((value for key, value in table.items() if key.lower() == name.lower()), None)
 
 
-def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mapping[str, Architecture]) -> Architecture:
+def choose_architecture(
+    family: str,
+    arch: str | Mapping[str, Any],
+    table: Mapping[str, Architecture],
+    aliases: Mapping[str, str] | None = None,
+) -> Architecture:
     """Return the architecture of a name, or build one from a mapping of its fields.
 
     Args:
@@ -54,6 +59,7 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
         arch: a key of `table`, or the fields of its dataclass (lists become tuples; fields with a default are
             optional).
         table: the known architectures, frozen dataclasses of one type.
+        aliases: published names of fields.
 
     Raises:
         SpecError: if the name or a field is unknown, or a required field is missing.
@@ -65,6 +71,7 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
         return known
     if not isinstance(arch, Mapping):
         raise SpecError(f"{family}: arch is {arch!r}; allowed: a name ({', '.join(table)}) or a mapping of its fields")
+    arch = {(aliases or {}).get(key, key): value for key, value in arch.items()}
     cls: Any = type(next(iter(table.values())))
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for key in arch:
@@ -79,6 +86,41 @@ def choose_architecture(family: str, arch: str | Mapping[str, Any], table: Mappi
         **{key: tuple(value) if isinstance(value, list) else value for key, value in arch.items()}
     )
     return built
+
+
+def choose_outputs(
+    family: str,
+    levels: Sequence[FeatureLevel],
+    strides: Sequence[int] | None,
+    out_indices: int | Sequence[int] | None,
+) -> tuple[int, ...]:
+    """Return the indices of the returned maps: those of `out_indices`, or the last map of each of `strides`.
+
+    Args:
+        family: name of the backbone class, for error messages.
+        levels: level of every map that can be returned.
+        strides: wanted strides, increasing; None = all.
+        out_indices: published argument, an integer or several; negative ones count from the end.
+
+    Raises:
+        SpecError: if both are given, an index or stride does not exist, or two maps have one stride.
+    """
+    last = {level.stride: index for index, level in enumerate(levels)}
+    if out_indices is None:
+        wanted = list(last if strides is None else strides)
+        increasing = bool(wanted) and wanted == [stride for stride in last if stride in wanted]
+        require(increasing, f"{family}: strides are {wanted}; allowed: some of {list(last)}, increasing")
+        return tuple(last[stride] for stride in wanted)
+    require(strides is None, f"{family}: strides and out_indices are given; allowed: one of them")
+    count = len(levels)
+    given = [out_indices] if isinstance(out_indices, int) else list(out_indices)
+    valid = bool(given) and all(-count <= index < count for index in given)
+    require(valid, f"{family}: out_indices is {out_indices}; allowed: {-count} to {count - 1}")
+    chosen = sorted({index % count for index in given})
+    found = [levels[index].stride for index in chosen]
+    unique = len(set(found)) == len(found)
+    require(unique, f"{family}: out_indices {given} are maps of strides {found}; allowed: one map of each stride")
+    return tuple(chosen)
 
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -337,78 +379,3 @@ def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int) ->
     layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width)]
     layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
     return nn.Sequential(*layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class AutocastState:
-    """Autocast state of the forward pass."""
-
-    device_type: str
-    dtype: torch.dtype
-    enabled: bool
-
-    @classmethod
-    def now(cls, device: torch.device) -> AutocastState:
-        kind = device.type
-        return cls(kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-
-    def replay(self) -> torch.autocast:
-        # Without the cache: weights cast without gradients must not be reused where gradients are needed.
-        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.enabled, cache_enabled=False)
-
-    def cast_linear(self, names: Sequence[str], theta: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Cast the parameters of linear layers as autocast would, in few launches instead of one for each."""
-        if not self.enabled:
-            return theta
-        norms = ("block.ln1.", "block.ln2.")
-        return convert_together(
-            theta,
-            [t.dtype if n.startswith(norms) or t.dtype == torch.float64 else self.dtype for n, t in zip(names, theta)],
-        )
-
-
-def convert_together(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> list[Any]:
-    """Convert tensors of any shapes to these dtypes by one multi-tensor copy; None stays None."""
-    pairs = [
-        (i, t, torch.empty_like(t, dtype=dtype))
-        for i, (t, dtype) in enumerate(zip(tensors, dtypes))
-        if t is not None and t.dtype != dtype
-    ]
-    if pairs:
-        torch._foreach_copy_([new for _, _, new in pairs], [old for _, old, _ in pairs])
-    converted = {i: new for i, _, new in pairs}
-    return [converted.get(i, t) for i, t in enumerate(tensors)]
-
-
-@dataclasses.dataclass(frozen=True)
-class BranchState:
-    """State that a branch depends on besides input and parameters: random generators and modes of its modules."""
-
-    modes: tuple[bool, ...]
-    cpu_state: Tensor | None = None
-    cuda_states: dict[torch.device, Tensor] = dataclasses.field(default_factory=dict)
-
-    @classmethod
-    def now(cls, block: nn.Module, devices: Sequence[torch.device]) -> BranchState:
-        modes = tuple(module.training for module in block.modules())
-        if not any(modes):
-            return cls(modes)  # no random numbers in eval mode
-        return cls(modes, torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices})
-
-    @contextmanager
-    def replay(self, block: nn.Module) -> Iterator[None]:
-        """Run the block with the recorded random numbers; restore the global generators afterwards."""
-        modules = list(block.modules())
-        modes = [module.training for module in modules]
-        with torch.random.fork_rng(list(self.cuda_states), enabled=self.cpu_state is not None):
-            if self.cpu_state is not None:
-                torch.set_rng_state(self.cpu_state)
-            for device, state in self.cuda_states.items():
-                torch.cuda.set_rng_state(state, device)
-            try:
-                for module, mode in zip(modules, self.modes):
-                    module.training = mode
-                yield
-            finally:
-                for module, mode in zip(modules, modes):
-                    module.training = mode

@@ -32,15 +32,23 @@ Shape legend: B batch, C channels, S share sets, P and Q partitions down and acr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.backbones.base import IMAGENET_MEAN, IMAGENET_STD, Backbone, FeatureLevel
-from models.backbones.layers import batch_norm_affine, choose_architecture, require, require_integers
+from models.backbones.layers import (
+    batch_norm_affine,
+    choose_architecture,
+    choose_outputs,
+    norm_eps,
+    require,
+    require_integers,
+)
 
 BN_EPS = 1e-5
 TILE_ORDERS = ("published", "spatial")
@@ -61,30 +69,37 @@ OFFICIAL_KEY_RULES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True)
 class RepMLPNetArchitecture:
-    """Configuration of the four stages.
+    """Configuration of the stages.
 
     Attributes:
         channels, depths, share_sets: channels C, number of blocks and share sets S of each stage.
-        nominal: side, or (height, width), of the training image; a partition of stage i has nominal / (4 * 2^i) cells.
+        nominal: side, or (height, width), of the training image; a partition of stage i has
+            nominal / (patch_size * 2^i) cells.
         kernels: kernel sizes of the Local Perceptron.
+        patch_size: side of the patches of the embedding, its stride; a power of two.
     """
 
-    channels: tuple[int, int, int, int]
-    depths: tuple[int, int, int, int]
-    share_sets: tuple[int, int, int, int]
+    channels: tuple[int, ...]
+    depths: tuple[int, ...]
+    share_sets: tuple[int, ...]
     nominal: int | tuple[int, int] = 224
     kernels: tuple[int, ...] = (1, 3)
+    patch_size: int = 4
 
     def __post_init__(self) -> None:
-        require_integers("RepMLPNet", self, ("channels", "depths", "share_sets"))
+        count = len(self.channels) if isinstance(self.channels, tuple) else 4
+        require_integers("RepMLPNet", self, ("channels", "depths", "share_sets"), count=max(count, 1))
+        size = self.patch_size
+        power_of_two = isinstance(size, int) and size >= 1 and size & (size - 1) == 0
+        require(power_of_two, f"RepMLPNet: patch_size is {size!r}; allowed: powers of two")
         for c, s in zip(self.channels, self.share_sets):
             require(
                 c % s == 0, f"RepMLPNet: {c} channels cannot be divided into {s} share sets; allowed: divisors of {c}"
             )
         sides = self.sides
         require(
-            all(isinstance(v, int) and v > 0 and v % 32 == 0 for v in sides),
-            f"RepMLPNet: nominal is {self.nominal!r}; allowed: multiples of 32",
+            all(isinstance(v, int) and v > 0 and v % self.stride == 0 for v in sides),
+            f"RepMLPNet: nominal is {self.nominal!r}; allowed: multiples of {self.stride}",
         )
         require(
             all(isinstance(k, int) and k > 0 and k % 2 == 1 for k in self.kernels),
@@ -95,6 +110,11 @@ class RepMLPNetArchitecture:
     def sides(self) -> tuple[int, int]:
         """Nominal (height, width)."""
         return (self.nominal, self.nominal) if isinstance(self.nominal, int) else self.nominal
+
+    @property
+    def stride(self) -> int:
+        """Stride of the last stage."""
+        return self.patch_size << (len(self.channels) - 1)
 
 
 ARCHITECTURES: dict[str, RepMLPNetArchitecture] = {
@@ -107,7 +127,7 @@ ARCHITECTURES: dict[str, RepMLPNetArchitecture] = {
 }
 ARCHITECTURES |= {name.lower(): architecture for name, architecture in ARCHITECTURES.items()}
 # mmpretrain's `base` is B224 or B256, by its image size
-ARCHITECTURES |= {"base": ARCHITECTURES["B224"], "base-256": ARCHITECTURES["B256"]}
+ARCHITECTURES |= {"base": ARCHITECTURES["B224"], "b": ARCHITECTURES["B224"], "base-256": ARCHITECTURES["B256"]}
 
 
 class ConvBN(nn.Module):
@@ -127,10 +147,10 @@ class ConvBN(nn.Module):
 class GlobalPerceptron(nn.Module):
     """Global Perceptron: one factor in (0, 1) per channel, from the mean over the map."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
-        self.fc1 = nn.Conv2d(channels, channels // 4, 1)
-        self.fc2 = nn.Conv2d(channels // 4, channels, 1)
+        self.fc1 = nn.Conv2d(channels, hidden_channels, 1)
+        self.fc2 = nn.Conv2d(hidden_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, 1, 1)."""
@@ -146,16 +166,23 @@ class RepMLPBlock(nn.Module):
         partition: (h, w) in cells.
         kernels: kernel sizes of the Local Perceptron.
         tile_order: "published" or "spatial"; see the module docstring.
+        hidden_channels: of the Global Perceptron.
     """
 
     def __init__(
-        self, channels: int, share_sets: int, partition: tuple[int, int], kernels: Sequence[int], tile_order: str
+        self,
+        channels: int,
+        share_sets: int,
+        partition: tuple[int, int],
+        kernels: Sequence[int],
+        tile_order: str,
+        hidden_channels: int,
     ) -> None:
         super().__init__()
         self.share_sets, self.partition, self.kernels = share_sets, partition, tuple(kernels)
         self.tile_order = tile_order
         h, w = partition
-        self.gp = GlobalPerceptron(channels)
+        self.gp = GlobalPerceptron(channels, hidden_channels)
         self.fc3 = nn.Conv2d(share_sets * h * w, share_sets * h * w, 1, groups=share_sets, bias=False)
         self.fc3_bn = nn.BatchNorm2d(share_sets, eps=BN_EPS)
         for k in self.kernels:
@@ -278,65 +305,107 @@ class RepMLPUnit(nn.Module):
 
 
 class RepMLPNet(Backbone):
-    """RepMLPNet with the outputs of its four stages (strides 4, 8, 16, 32), before the downsampling after each stage.
+    """RepMLPNet with the outputs of its stages (strides 4, 8, 16, 32), before the downsampling after each stage.
 
-    Fine-tune before `reparameterize()`, as the authors recommend. Norm and layer of the classifier (`head_norm.*`,
-    `head.*`) are ignored.
+    Fine-tune before `reparameterize()`, as the authors recommend. The classifier (`head.*`) is ignored, and so is its
+    norm (`head_norm.*`) without `final_norm`.
 
     Args:
-        arch: name in `ARCHITECTURES` or a mapping with `channels`, `depths`, `share_sets` and optionally `nominal`,
-            `kernels`.
+        arch: name in `ARCHITECTURES` or a mapping with `channels`, `depths`, `share_sets` (published name:
+            `sharesets_nums`) and optionally `nominal`, `kernels`, `patch_size`; any number of stages.
+        img_size, patch_size, reparam_conv_kernels: override `nominal`, `patch_size`, `kernels` of the architecture.
+        in_channels: channels of the input.
         tile_order: "published" or "spatial"; see the module docstring.
+        strides: strides of the returned maps; None = all.
+        out_indices: the same by stage, an integer or several; negative ones count from the end.
+        after_downsampling: take each output after the downsampling that follows the stage, as mmpretrain does.
+        globalperceptron_ratio: reduction of the Global Perceptron, with the width rounded to a multiple of 8 as in
+            mmpretrain; None = a quarter of the channels, as in the authors' code.
+        final_norm: apply a BatchNorm to the output of the last stage.
+        norm_cfg: {type: BN}, optionally with `eps`.
         frozen_stages, norm_eval: see `Backbone`.
+        deploy: build the re-parameterized model, for weights in that form.
         normalize, mean, std: see `Backbone`.
 
     Raises:
-        SpecError: if the architecture, one of its fields or the tile order is not allowed.
+        SpecError: if the architecture, one of its fields or another argument is not allowed.
     """
 
     OFFICIAL_PREFIXES = ("backbone.", "module.")
-    IGNORED_KEYS = ("head.*", "head_norm.*")
+    IGNORED_KEYS: tuple[str, ...] = ("head.*", "head_norm.*")
+    DEPLOYED_KEYS = ("*.fc3.bias",)
+    REFUSED: ClassVar[Mapping[str, str]] = {
+        "init_cfg": "weights are loaded with `weights`",
+        "conv_cfg": "re-parameterization needs plain convolutions",
+        "patch_cfg": "give the size of the patches as `patch_size`",
+        "num_classes": "the classifier is not built",
+    }
 
     def __init__(
         self,
         arch: str | Mapping[str, Any] = "T224",
+        img_size: int | Sequence[int] | None = None,
+        in_channels: int = 3,
+        patch_size: int | None = None,
+        out_indices: int | Sequence[int] | None = None,
+        reparam_conv_kernels: Sequence[int] | None = None,
+        globalperceptron_ratio: int | None = None,
+        norm_cfg: Mapping[str, Any] | None = None,
+        final_norm: bool = False,
+        deploy: bool = False,
+        *,
         tile_order: str = "published",
+        strides: Sequence[int] | None = None,
+        after_downsampling: bool = False,
         frozen_stages: int = -1,
         norm_eval: bool = False,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
     ) -> None:
-        super().__init__(normalize, mean, std)
+        super().__init__(normalize, mean, std, in_channels)
         require(
             tile_order in TILE_ORDERS, f"RepMLPNet: tile_order is '{tile_order}'; allowed: {', '.join(TILE_ORDERS)}"
         )
-        a = choose_architecture("RepMLPNet", arch, ARCHITECTURES)
-        self.levels = tuple(FeatureLevel(c, 4 << i) for i, c in enumerate(a.channels))
-        self.size_divisor = 32
+        eps = norm_eps("RepMLPNet", norm_cfg, {"type": "BN"}, BN_EPS)
+        a = choose_architecture("RepMLPNet", arch, ARCHITECTURES, {"sharesets_nums": "share_sets"})
+        changes: dict[str, Any] = {"nominal": img_size, "patch_size": patch_size, "kernels": reparam_conv_kernels}
+        changes = {k: tuple(v) if isinstance(v, (list, tuple)) else v for k, v in changes.items() if v is not None}
+        a = replace(a, **changes)
+        self.size_divisor = a.stride
         self.stage_sizes = a.depths
-        self.conv_embedding = ConvBN(3, a.channels[0], 4, stride=4)
-        stages, embeds = [], []
-        for i, (c, depth, s) in enumerate(zip(a.channels, a.depths, a.share_sets)):
-            partition = (a.sides[0] // (4 << i), a.sides[1] // (4 << i))
-            blocks = [RepMLPBlock(c, s, partition, a.kernels, tile_order) for _ in range(depth)]
-            stages.append(nn.ModuleList([RepMLPUnit(c, block) for block in blocks]))
-            if i < 3:
-                embeds.append(ConvBN(c, a.channels[i + 1], 2, stride=2))
-        self.stages = nn.ModuleList(stages)
-        self.embeds = nn.ModuleList(embeds)
+        self.conv_embedding = ConvBN(in_channels, a.channels[0], a.patch_size, stride=a.patch_size)
+        self.stages = nn.ModuleList(_stages(a, tile_order, globalperceptron_ratio))
+        self.embeds = nn.ModuleList(ConvBN(c, d, 2, stride=2) for c, d in pairwise(a.channels))
+        self.after_downsampling = after_downsampling
+        levels = [_level(a, stage, after_downsampling) for stage in range(len(a.channels))]
+        self.out_indices = choose_outputs("RepMLPNet", levels, strides, out_indices)
+        self.levels = tuple(levels[stage] for stage in self.out_indices)
+        self.head_norm = nn.BatchNorm2d(a.channels[-1]) if final_norm else None
+        if final_norm:
+            self.IGNORED_KEYS = ("head.*",)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = eps
         self.hold(frozen_stages, norm_eval)
+        if deploy:
+            self.reparameterize()
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         """Return the stage outputs (B, C, H / stride, W / stride) of a normalized image (B, 3, H, W)."""
         x = F.relu(self.conv_embedding(image))
         outputs = []
-        for i, stage in enumerate(self.stages):
-            for unit in stage:  # type: ignore[attr-defined]
+        for stage, units in enumerate(self.stages):
+            for unit in units:  # type: ignore[attr-defined]
                 x = unit(x)
-            outputs.append(x)
-            if i < 3:
-                x = F.relu(self.embeds[i](x))
+            y = x
+            if stage < len(self.embeds):
+                x = F.relu(self.embeds[stage](x))
+                y = x if self.after_downsampling else y
+            elif self.head_norm is not None:
+                y = self.head_norm(y)
+            if stage in self.out_indices:
+                outputs.append(y)
         return tuple(outputs)
 
     def reparameterize(self) -> None:
@@ -347,6 +416,14 @@ class RepMLPNet(Backbone):
         for module in self.modules():
             if isinstance(module, RepMLPUnit) and isinstance(module.repmlp_block, RepMLPBlock):
                 module.repmlp_block = DeployedRepMLPBlock(module.repmlp_block)
+
+    def switch_to_deploy(self) -> None:
+        """Call `reparameterize`; the published name."""
+        self.reparameterize()
+
+    def local_inject(self) -> None:
+        """Call `reparameterize`; the published name of Locality Injection."""
+        self.reparameterize()
 
     def official_key(self, key: str) -> str:
         """Return the key of this class (as in the reference) for a key of either published layout."""
@@ -360,3 +437,26 @@ class RepMLPNet(Backbone):
         if parts[0] == "stages":
             return 1 + sum(self.stage_sizes[: int(parts[1])]) + int(parts[2])
         return 1 + sum(self.stage_sizes[: int(parts[1]) + 1]) if parts[0] == "embeds" else 0
+
+
+def _stages(arch: RepMLPNetArchitecture, tile_order: str, ratio: int | None) -> list[nn.ModuleList]:
+    stages = []
+    for i, (c, depth, s) in enumerate(zip(arch.channels, arch.depths, arch.share_sets)):
+        stride = arch.patch_size << i
+        partition = (arch.sides[0] // stride, arch.sides[1] // stride)
+        hidden = c // 4 if ratio is None else _make_divisible(c // ratio)
+        blocks = [RepMLPBlock(c, s, partition, arch.kernels, tile_order, hidden) for _ in range(depth)]
+        stages.append(nn.ModuleList([RepMLPUnit(c, block) for block in blocks]))
+    return stages
+
+
+def _make_divisible(value: int, divisor: int = 8) -> int:
+    """Round to a multiple of `divisor`, by at most 10 % down, as mmpretrain does."""
+    rounded = max(divisor, int(value + divisor / 2) // divisor * divisor)
+    return rounded + divisor if rounded < 0.9 * value else rounded
+
+
+def _level(arch: RepMLPNetArchitecture, stage: int, after_downsampling: bool) -> FeatureLevel:
+    """Return the level of the output of a stage."""
+    index = min(stage + 1, len(arch.channels) - 1) if after_downsampling else stage
+    return FeatureLevel(arch.channels[index], arch.patch_size << index)

@@ -28,6 +28,7 @@ from models.backbones.layers import (
     Mlp,
     activation_from_cfg,
     choose_architecture,
+    choose_outputs,
     drop_path_rates,
     norm_eps,
     require,
@@ -227,7 +228,7 @@ class RIFormer(Backbone):
         down = (down_patch_size, down_stride, down_pad)
         network, levels, self.depths = _network(architecture, in_stride, down, drop_path_rate, options)
         self.network = nn.ModuleList(network)
-        self.out_indices = _choose_outputs(levels, strides, out_indices)
+        self.out_indices = choose_outputs("RIFormer", levels, strides, out_indices)
         self.levels = tuple(levels[index] for index in self.out_indices)
         self.size_divisor = levels[-1].stride
         for index, level in zip(self.out_indices, self.levels):
@@ -294,34 +295,6 @@ def _network(
         levels.append(FeatureLevel(width, stride))
         depths.append(before + 1)
     return network, levels, depths
-
-
-def _choose_outputs(
-    levels: Sequence[FeatureLevel], strides: Sequence[int] | None, out_indices: int | Sequence[int] | None
-) -> tuple[int, ...]:
-    """Return the indices of the returned maps: by `out_indices`, or the last map of each stride."""
-    last = {level.stride: index for index, level in enumerate(levels)}
-    if out_indices is None:
-        wanted = list(last if strides is None else strides)
-        require(
-            bool(wanted) and wanted == [stride for stride in last if stride in wanted],
-            f"RIFormer: strides are {wanted}; allowed: some of {list(last)}, increasing",
-        )
-        return tuple(last[stride] for stride in wanted)
-    require(strides is None, "RIFormer: strides and out_indices are given; allowed: one of them")
-    count = len(levels)
-    given = [out_indices] if isinstance(out_indices, int) else list(out_indices)
-    require(
-        bool(given) and all(-count <= index < count for index in given),
-        f"RIFormer: out_indices is {out_indices}; allowed: {-count} to {count - 1}",
-    )
-    chosen = sorted({index % count for index in given})
-    found = [levels[index].stride for index in chosen]
-    require(
-        len(set(found)) == len(found),
-        f"RIFormer: out_indices {given} are maps of strides {found}; allowed: one map of each stride",
-    )
-    return tuple(chosen)
 
 
 def _init_weights(module: nn.Module) -> None:

@@ -143,6 +143,8 @@ class _Builder:
         readers = [route.gives_levels for route in self.routes if IMAGE in route.sources]
         # Backbones pad their own input; if they are the only readers of the image, any size is valid.
         size_multiple = 1 if all(readers) else largest
+        for route, module in zip(self.routes, self.modules, strict=True):
+            _describe(module, route)
         return Rows(self.modules, self._with_releases(largest), size_multiple), sorted(self.save)
 
     def _with_releases(self, largest: int) -> list[Route]:
@@ -151,7 +153,8 @@ class _Builder:
         for i, route in enumerate(self.routes):
             outputs = tuple(slot if slot in last_reader else None for slot in route.outputs)
             releases = tuple(slot for slot in dict.fromkeys(route.sources) if last_reader[slot] == i)
-            pad_to = math.lcm(route.pad_to, largest) if route.gives_levels else 1
+            needed = max(largest // route.in_stride, 1)
+            pad_to = math.lcm(route.pad_to, needed) if route.gives_levels else 1
             routes.append(replace(route, outputs=outputs, releases=releases, pad_to=pad_to))
         return routes
 
@@ -189,13 +192,17 @@ class _Builder:
         if layer.repeats != 1:
             raise SpecError(f"number is {layer.repeats}; a backbone row needs number 1")
         sources = self._sources(layer)
-        if sources is not None and sources != (IMAGE,):
-            raise SpecError(f"from is {_listed(layer.sources)}; a backbone reads the image: -1 in row 0, or image")
-        if self.image.channels != 3:
-            raise SpecError(f"the image has {self.image.channels} channels; a backbone takes 3")
+        inputs = None if sources is None else self._levels(sources)
+        if sources is None or inputs is None:
+            self.slots += [_UNKNOWN] * len(LEVEL_STRIDES)
+            return
+        if len(inputs) != 1:
+            raise SpecError(f"from is {_listed(layer.sources)}; a backbone reads one slot: the image, or a stem row")
+        source = inputs[0]
         try:
-            module = backbone_from_row(layer.module, layer.args)
-            levels, divisor = tuple(module.levels), module.size_divisor
+            is_image = source == FeatureLevel(3, 1)
+            module = backbone_from_row(layer.module, layer.args, None if is_image else source)
+            levels = tuple(FeatureLevel(level.channels, level.stride * source.stride) for level in module.levels)
         except (TypeError, AttributeError) as error:  # raised by the constructor of a plugin class
             raise SpecError(f"cannot be built with {plain(layer.args)}: {error}") from error
         first = len(self.slots)
@@ -206,7 +213,13 @@ class _Builder:
         outputs = tuple(number.get(level.stride) for level in levels)
         given = layer.args if isinstance(layer.args, tuple) else (layer.args,)
         self.modules.append(module)
-        self.routes.append(Route(layer, 1, given, first, (IMAGE,), False, True, outputs, levels, pad_to=divisor))
+        self.routes.append(
+            Route(
+                *(layer, 1, given, first, sources, False, True, outputs, levels),
+                pad_to=module.size_divisor,
+                in_stride=source.stride,
+            )
+        )
 
     # ---- from -------------------------------------------------------------------------------------------------------
 
@@ -261,6 +274,19 @@ class _Builder:
     def _levels(self, sources: Sequence[int]) -> list[FeatureLevel] | None:
         levels = [self.image if source == IMAGE else self.slots[source].level for source in sources]
         return None if any(level is None for level in levels) else [level for level in levels if level is not None]
+
+
+def _describe(module: nn.Module, route: Route) -> None:
+    """Set the attributes by which YOLOv5 tools know a row: index, from, type name, number of parameters."""
+    sources = route.layer.sources
+    facts = {
+        "i": route.layer.row,
+        "f": sources[0] if len(sources) == 1 else list(sources),
+        "type": route.layer.module,
+        "np": sum(p.numel() for p in module.parameters()),
+    }
+    for name, value in facts.items():
+        setattr(module, name, value)
 
 
 def _listed(sources: Sequence[int | str]) -> str:

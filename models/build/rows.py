@@ -34,6 +34,7 @@ class Route:
         levels: channels and stride of each returned feature map (empty for the head).
         releases: slots that no later row reads.
         pad_to: the input is padded at the right and bottom to a multiple of this (1 = no padding).
+        in_stride: stride of the input of a backbone (1 = the image).
     """
 
     layer: LayerSpec
@@ -47,6 +48,7 @@ class Route:
     levels: tuple[FeatureLevel, ...]
     releases: tuple[int, ...] = ()
     pad_to: int = 1
+    in_stride: int = 1
 
 
 class Rows(nn.Sequential):

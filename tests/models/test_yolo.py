@@ -182,7 +182,7 @@ def test_parse_model_gives_rows_and_kept_slots() -> None:
 def test_backbone_weights_go_into_the_backbone_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
 
-    def note(name: str, args: Any) -> Any:
+    def note(name: str, args: Any, source: object = None) -> Any:
         seen.append((name, args))
         raise SpecError("enough")
 

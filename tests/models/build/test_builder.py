@@ -15,6 +15,7 @@ from models.backbones import Backbone, FeatureLevel, register_backbone
 from models.build.builder import build_layers
 from models.build.rows import IMAGE, PAD_VALUE, check_size, padded
 from models.build.spec import load_model_spec, read_model_spec
+from models.yolo import DetectionModel
 from tests.helpers.model_rows import build, one_row
 from utils.errors import ConfigError, SpecError
 
@@ -301,8 +302,8 @@ CASES = [
     (CONV0, "[-1, 1, TinyBackbone, {strides: 8}]",
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: strides is 8; allowed: a list of numbers"),
     (CONV0, "[-1, 1, NeedyBackbone, []]", "my.yaml:4: row 0 (NeedyBackbone): cannot be built with []: "),
-    (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): from is -1; a backbone reads the image: "
-     "-1 in row 0, or image"),
+    (C3, "[-1, 1, TinyBackbone, []]", "my.yaml:6: row 2 (TinyBackbone): TinyBackbone takes RGB images; "
+     "it has no argument in_channels for 16 channels"),
     (CONV0, "[-1, 1, TinyBackbone, []]\n  - [P2, 1, Conv, [8]]",
      "my.yaml:5: row 1 (Conv): from refers to P2, P2 of row 0 "
      "(TinyBackbone), which is empty; available: P3 (slot 2), P4 (slot 3), P5 (slot 4)"),
@@ -322,7 +323,9 @@ def test_a_mistake_is_told_with_line_and_row(old: str, new: str, said: str, tmp_
 
 def test_a_backbone_takes_three_channels(tmp_path: Path) -> None:
     said = mistakes(tmp_path, FILE.replace(CONV0, "[-1, 1, TinyBackbone, []]"), channels=1)
-    assert said[0] == "my.yaml:4: row 0 (TinyBackbone): the image has 1 channels; a backbone takes 3"
+    assert said[0] == (
+        "my.yaml:4: row 0 (TinyBackbone): TinyBackbone takes RGB images; it has no argument in_channels for 1 channels"
+    )
 
 
 def test_mistakes_of_form_and_of_meaning_are_told_together(tmp_path: Path) -> None:
@@ -336,3 +339,58 @@ def test_an_unknown_module_does_not_make_later_rows_wrong(tmp_path: Path) -> Non
     # It may have been meant to own five slots: 8 and 6 may be right.
     text = FILE.replace(CONV0, "[-1, 1, RIFourmer, []]").replace("[[4, 2], 1", "[[8, 6], 1")
     assert len(mistakes(tmp_path, text)) == 1
+
+
+# ---- stem rows and YOLOv5's attributes ------------------------------------------------------------------------------
+
+STEM_MODEL = {
+    "nc": 3,
+    "depth_multiple": 1.0,
+    "width_multiple": 1.0,
+    "anchors": 2,
+    "backbone": [
+        [-1, 1, "Conv", [16, 3, 2]],
+        [-1, 1, "RIFormer", {"arch": {"layers": [1, 1, 1, 1], "embed_dims": [8, 16, 24, 32]}, "in_stride": 2}],
+    ],
+    "head": [[["P3", "P4", "P5"], 1, "Detect", ["nc", "anchors"]]],
+}
+
+
+def test_backbone_row_follows_a_stem_row() -> None:
+    model = DetectionModel(STEM_MODEL)
+    backbone = model.model[1]
+    assert backbone.in_channels == 16 and not backbone.normalize
+    assert [(level.channels, level.stride) for level in model.model.routes[1].levels] == [
+        (8, 4), (16, 8), (24, 16), (32, 32),
+    ]  # fmt: skip
+    assert model.stride.tolist() == [8, 16, 32]
+    raw = model.train()(torch.rand(2, 3, 64, 96))
+    assert [tuple(level.shape[2:4]) for level in raw] == [(8, 12), (4, 6), (2, 3)]
+
+
+def test_rows_carry_yolov5_attributes() -> None:
+    model = DetectionModel(STEM_MODEL)
+    assert [(m.i, m.f, m.type) for m in model.model] == [
+        (0, -1, "Conv"), (1, -1, "RIFormer"), (2, ["P3", "P4", "P5"], "Detect"),
+    ]  # fmt: skip
+    assert [m.np for m in model.model] == [sum(p.numel() for p in m.parameters()) for m in model.model]
+    assert model.inplace is True and model.hyp == {}
+
+
+def test_forward_accepts_yolov5_arguments(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = DetectionModel(STEM_MODEL).eval()
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), caplog.at_level("INFO"):
+        plain = model(x)[0]
+        shown = model.forward(x, False, True, tmp_path)[0]
+        assert torch.equal(model._forward_once(x, profile=False, visualize=False)[0], plain)
+    assert torch.equal(shown, plain)
+    assert "time (ms)" in caplog.text and "RIFormer" in caplog.text
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [
+        "0_Conv_P1.png",
+        "1_RIFormer_P2.png",
+        "1_RIFormer_P3.png",
+        "1_RIFormer_P4.png",
+        "1_RIFormer_P5.png",
+    ]
