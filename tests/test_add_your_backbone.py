@@ -78,7 +78,7 @@ class OldNet(Backbone):
 
     def __init__(self, width=8, frozen_stages=-1, norm_eval=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__(True, mean, std)
-        self.inner = create_backbone("riformer_s12", arch={"layers": [1] * 4, "embed_dims": [width] * 4})
+        self.inner = create_backbone("riformer_s12", arch={"layers": [1] * 4, "embed_dims": [width, 2 * width, 3 * width, 4 * width]})
         self.stem = nn.Conv2d(3, 3, 1)
         self.levels = tuple(FeatureLevel(level.channels, level.stride) for level in self.inner.levels)
         self.size_divisor = 32
@@ -99,10 +99,10 @@ def test_plugin_of_version_0_1_loads(tmp_path: Path, monkeypatch: pytest.MonkeyP
     load_plugins([str(tmp_path / "old_net.py")])
     assert backbones.list_backbones()[-1] == "old_net"
     backbone = backbones.create_backbone("old_net", width=16, frozen_stages=0)
-    assert backbone.levels == tuple(FeatureLevel(16, stride) for stride in (4, 8, 16, 32))
+    assert backbone.levels == tuple(FeatureLevel(16 * (i + 1), 4 << i) for i in range(4))
     assert not backbone.get_parameter("stem.weight").requires_grad
     maps = backbone(torch.rand(1, 3, 64, 96))
-    assert [tuple(m.shape) for m in maps] == [(1, 16, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    assert [tuple(m.shape) for m in maps] == [(1, 16 * (i + 1), 16 >> i, 24 >> i) for i in range(4)]
 
 
 FAULTS = {

@@ -210,7 +210,7 @@ def any_rank(flag: bool, world: World) -> bool:
 
 @torch.no_grad()
 def mean_over_ranks(value: torch.Tensor, world: World) -> torch.Tensor:
-    """Return the mean of a tensor over all ranks, on every rank; by the process group of the gradients."""
+    """Return the mean of a tensor (any shape) over all ranks, on every rank; by the process group of the gradients."""
     total = value.clone()
     dist.all_reduce(total, group=world.gradients)
     return total / world.size

@@ -67,7 +67,7 @@ class Candidates(NamedTuple):
     stride: Tensor
 
     def take(self, rows: Tensor) -> Candidates:
-        """Return the given rows."""
+        """Return the candidates of the given rows (k,)."""
         return Candidates(*(column[rows] for column in self))
 
     def to(self, device: torch.device) -> Candidates:
