@@ -78,7 +78,8 @@ class OldNet(Backbone):
 
     def __init__(self, width=8, frozen_stages=-1, norm_eval=False, mean=IMAGENET_MEAN, std=IMAGENET_STD):
         super().__init__(True, mean, std)
-        self.inner = create_backbone("riformer_s12", arch={"layers": [1] * 4, "embed_dims": [width, 2 * width, 3 * width, 4 * width]})
+        widths = [width, 2 * width, 3 * width, 4 * width]
+        self.inner = create_backbone("riformer_s12", arch={"layers": [1] * 4, "embed_dims": widths})
         self.stem = nn.Conv2d(3, 3, 1)
         self.levels = tuple(FeatureLevel(level.channels, level.stride) for level in self.inner.levels)
         self.size_divisor = 32

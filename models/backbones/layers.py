@@ -264,12 +264,14 @@ class DropPath(nn.Module):
 class LayerNorm2d(nn.Module):
     """LayerNorm over the channels of each cell of a (B, C, H, W) map.
 
-    Statistics are computed in float32 if the input is float16 or bfloat16; the output has the dtype of the input.
+    The output has the dtype of the input. A float16 or bfloat16 input is converted to float32 and back, unless
+    `fast_norm` is set: PyTorch's kernels accumulate the statistics in float32 anyway, and only rounding differs.
     """
 
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
+    def __init__(self, num_channels: int, eps: float = 1e-6, fast_norm: bool = False) -> None:
         super().__init__()
         self.eps = eps
+        self.fast_norm = fast_norm
         self.weight = nn.Parameter(torch.ones(num_channels))
         self.bias = nn.Parameter(torch.zeros(num_channels))
 
@@ -279,6 +281,10 @@ class LayerNorm2d(nn.Module):
         weight: Tensor = self.weight
         bias: Tensor = self.bias
         if x.dtype in (torch.float16, torch.bfloat16):
+            if self.fast_norm:
+                with torch.autocast(x.device.type, enabled=False):
+                    y = F.layer_norm(x_BHWC, weight.shape, weight.to(x.dtype), bias.to(x.dtype), self.eps)
+                return y.permute(0, 3, 1, 2)
             x_BHWC, weight, bias = x_BHWC.float(), weight.float(), bias.float()
         y_BHWC = F.layer_norm(x_BHWC, weight.shape, weight, bias, self.eps)
         return y_BHWC.to(x.dtype).permute(0, 3, 1, 2)
@@ -332,6 +338,7 @@ class SimpleFeaturePyramid(nn.Module):
         in_stride: stride of the input map in input pixels per cell.
         strides: strides of the levels, high resolution first; each is `in_stride` times a power of two.
         widths: channels of each level, or one number for all levels.
+        fast_norm: see `LayerNorm2d`.
 
     Raises:
         SpecError: if strides are not increasing, a stride is unreachable, or the number of widths differs.
@@ -343,6 +350,7 @@ class SimpleFeaturePyramid(nn.Module):
         in_stride: int = 16,
         strides: Sequence[int] = (4, 8, 16, 32),
         widths: int | Sequence[int] = 256,
+        fast_norm: bool = False,
     ) -> None:
         super().__init__()
         self.strides = tuple(strides)
@@ -355,7 +363,8 @@ class SimpleFeaturePyramid(nn.Module):
             "or one number for all",
         )
         self.levels = nn.ModuleList(
-            _pyramid_level(in_channels, in_stride, stride, width) for stride, width in zip(self.strides, self.widths)
+            _pyramid_level(in_channels, in_stride, stride, width, fast_norm)
+            for stride, width in zip(self.strides, self.widths)
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -363,19 +372,19 @@ class SimpleFeaturePyramid(nn.Module):
         return tuple(level(x) for level in self.levels)
 
 
-def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int) -> nn.Sequential:
+def _pyramid_level(in_channels: int, in_stride: int, stride: int, width: int, fast_norm: bool) -> nn.Sequential:
     """Resample from `in_stride` to `stride`, then apply the 1x1 and the 3x3 convolution."""
     layers: list[nn.Module] = []
     channels, at = in_channels, in_stride
     while at > stride and at % 2 == 0:
         if layers:
-            layers += [LayerNorm2d(channels), nn.GELU()]
+            layers += [LayerNorm2d(channels, fast_norm=fast_norm), nn.GELU()]
         layers.append(nn.ConvTranspose2d(channels, channels // 2, 2, stride=2))
         channels, at = channels // 2, at // 2
     while at < stride:
         layers.append(nn.MaxPool2d(2, ceil_mode=True))
         at *= 2
     require(at == stride, f"feature pyramid: stride {stride} is unreachable from stride {in_stride} by factors of two")
-    layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width)]
-    layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width)]
+    layers += [nn.Conv2d(channels, width, 1, bias=False), LayerNorm2d(width, fast_norm=fast_norm)]
+    layers += [nn.Conv2d(width, width, 3, padding=1, bias=False), LayerNorm2d(width, fast_norm=fast_norm)]
     return nn.Sequential(*layers)

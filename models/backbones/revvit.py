@@ -138,6 +138,7 @@ class RevViT(Backbone):
         no_custom_backward: train with ordinary autograd, which stores all activations.
         strides: strides of the returned maps.
         widths: channels of the returned maps, or one number for all.
+        fast_norm: norms of the pyramid compute float16 and bfloat16 without conversion to float32.
         normalize, mean, std: see `Backbone`.
 
     Raises:
@@ -179,6 +180,7 @@ class RevViT(Backbone):
         buffered_layers: Sequence[int] = (),
         strides: Sequence[int] = (4, 8, 16, 32),
         widths: int | Sequence[int] = (64, 128, 256, 512),
+        fast_norm: bool = False,
         normalize: bool = True,
         mean: Sequence[float] = IMAGENET_MEAN,
         std: Sequence[float] = IMAGENET_STD,
@@ -211,7 +213,9 @@ class RevViT(Backbone):
         self.drop_after_pos = nn.Dropout(drop_rate)
         self.layers = nn.ModuleList(_blocks(self.arch, layer, shared_drop_path))
         self.ln1 = nn.LayerNorm(2 * width, eps=eps) if final_norm else nn.Identity()
-        self.pyramid = SimpleFeaturePyramid(width * (2 if fusion_mode == "concat" else 1), patch, strides, widths)
+        self.pyramid = SimpleFeaturePyramid(
+            width * (2 if fusion_mode == "concat" else 1), patch, strides, widths, fast_norm
+        )
         self.levels = tuple(FeatureLevel(w, s) for w, s in zip(self.pyramid.widths, self.pyramid.strides))
         self._initialize()
         self.stage_sizes = (1,) * self.arch.num_layers

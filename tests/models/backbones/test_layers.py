@@ -96,3 +96,14 @@ def test_batch_norm_affine_matches_eval_mode() -> None:
 )
 def test_drop_path_rates_increase_linearly(rate: float, depth: int, expected: list[float]) -> None:
     assert drop_path_rates(rate, depth) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_layer_norm_2d_fast_norm_differs_by_rounding_only(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain, fast = LayerNorm2d(32), LayerNorm2d(32, fast_norm=True)
+    x = (torch.randn(2, 32, 5, 7) * 3 + 1).to(dtype)
+    a, b = plain(x), fast(x)
+    assert a.dtype == b.dtype == dtype
+    torch.testing.assert_close(b.float(), a.float(), rtol=2**-7, atol=2**-7)
+    assert torch.equal(fast(x.float()), plain(x.float()))

@@ -298,3 +298,96 @@ def test_repmlp_deploys_under_every_name(method: str) -> None:
     deployed.load_state_dict(model.state_dict())
     for a, b in zip(deployed.eval()(image()), before, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+# ---- training mode against references written from the papers ------------------------------------------------------
+
+
+def keep_mask(rate: float, batch: int) -> Tensor:
+    """Factors of stochastic depth (https://arxiv.org/abs/1603.09382): 0, or 1 / (1 - rate)."""
+    return torch.empty(batch, 1, 1, 1).bernoulli_(1 - rate) / (1 - rate)
+
+
+def test_riformer_training_mode_equals_reference() -> None:
+    """x = x + DropPath(ls_1 (a y + c - y)), y = norm1(x); x = x + DropPath(ls_2 MLP(norm2(x))); rates 0 ... rate."""
+    torch.manual_seed(0)
+    model = RIFormer(RIFORMER, drop_path_rate=0.5, layer_scale_init_value=0.7).train()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    x = image()
+    torch.manual_seed(3)
+    found = model.forward_features(x)
+    sum(y.square().mean() for y in found).backward()
+    gradient = model.network[0][0].layer_scale_1.grad.clone()
+    model.zero_grad()
+    torch.manual_seed(3)
+    z, outputs, rates = model.patch_embed(x), [], iter(torch.linspace(0, 0.5, 5).tolist())
+    for index, stage in enumerate(model.network):
+        if index % 2:
+            z = stage.proj(z)
+            continue
+        for block in stage:
+            rate = next(rates)
+            y = block.norm1(z)
+            affine = block.token_mixer.affine
+            mixed = affine.weight.view(-1, 1, 1) * y + affine.bias.view(-1, 1, 1) - y
+            z = z + block.layer_scale_1.view(-1, 1, 1) * mixed * (keep_mask(rate, 2) if rate else 1)
+            y = block.mlp.fc2(nn.functional.gelu(block.mlp.fc1(block.norm2(z))))
+            z = z + block.layer_scale_2.view(-1, 1, 1) * y * (keep_mask(rate, 2) if rate else 1)
+        outputs.append(getattr(model, f"norm{index}")(z))
+    for a, b in zip(found, outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    sum(y.square().mean() for y in outputs).backward()
+    torch.testing.assert_close(model.network[0][0].layer_scale_1.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_revvit_training_mode_equals_reference() -> None:
+    """y_1 = x_1 + m F(x_2), y_2 = x_2 + m G(y_1) with one mask m per block; rates 0 ... rate."""
+    model = revvit(drop_path_rate=0.5).train()
+    x = image(size=(64, 64))
+    torch.manual_seed(4)
+    (found,) = model.forward_features(x)
+    torch.manual_seed(4)
+    tokens = model.patch_embed.projection(x).flatten(2).transpose(1, 2) + model.pos_embed
+    x_1 = x_2 = tokens
+    for block, rate in zip(model.layers, torch.linspace(0, 0.5, 4).tolist(), strict=True):
+        m = keep_mask(rate, 2)[..., 0] if rate else 1
+        y = block.ln1(x_2)
+        q, k, v = block.attn.qkv(y).reshape(2, 16, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-1, -2) * 8**-0.5).softmax(-1)
+        x_1 = x_1 + m * block.attn.proj((weights @ v).transpose(1, 2).reshape(2, 16, 32))
+        first, second = block.ffn.layers[0][0], block.ffn.layers[1]
+        x_2 = x_2 + m * second(nn.functional.gelu(first(block.ln2(x_1))))
+    y = model.ln1(torch.cat((x_1, x_2), -1))
+    torch.testing.assert_close(found, y.transpose(1, 2).reshape(2, 64, 4, 4), rtol=1e-4, atol=1e-5)
+
+
+def test_repmlp_training_mode_equals_reference() -> None:
+    """One partition: (BN(FC3 x) + sum of BN(conv_k x)) * sigmoid(fc2 relu fc1 mean(x)), with batch statistics."""
+    torch.manual_seed(0)
+    model = RepMLPNet({**REPMLP, "nominal": 16}).train()
+    x = torch.rand(4, 3, 16, 16)
+    found = model.forward_features(x)
+    z, outputs = nn.functional.relu(model.conv_embedding.bn(model.conv_embedding.conv(x))), []
+    for index, stage in enumerate(model.stages):
+        for unit in stage:
+            y, block = unit.prebn1(z), unit.repmlp_block
+            b, c, h, w = y.shape
+            s = block.share_sets
+            p = y.reshape(b * c // s, s, h, w)
+            matrix = block.fc3.weight.reshape(s, h * w, h * w)
+            out = block.fc3_bn(torch.einsum("soi,nsi->nso", matrix, p.flatten(2)).reshape(p.shape))
+            for k in (1, 3):
+                branch = block.get_submodule(f"repconv{k}")
+                out = out + branch.bn(nn.functional.conv2d(p, branch.conv.weight, padding=k // 2, groups=s))
+            gate = block.gp.fc2(nn.functional.relu(block.gp.fc1(y.mean((2, 3), keepdim=True)))).sigmoid()
+            z = z + out.reshape(b, c, h, w) * gate
+            ffn = unit.ffn_block
+            y = nn.functional.gelu(ffn.ffn_fc1.bn(ffn.ffn_fc1.conv(unit.prebn2(z))))
+            z = z + ffn.ffn_fc2.bn(ffn.ffn_fc2.conv(y))
+        outputs.append(z)
+        if index < len(model.embeds):
+            z = nn.functional.relu(model.embeds[index].bn(model.embeds[index].conv(z)))
+    for a, b in zip(found, outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
