@@ -250,10 +250,12 @@ class AnchorFreeDetect(Head):
         logits, classes = level.flatten(1, 3).split((4 * self.reg_max, self.nc), dim=2)  # (B, H * W, ...)
         boxes = boxes_around(cell_centers(level, stride), distances(logits, self.bins) * stride)
         top_left, bottom_right = boxes.split(2, dim=2)
-        confidence = classes.sigmoid()
-        objectness = confidence.amax(2, keepdim=True).clamp(min=1e-12)  # sigmoid may underflow to 0
+        # 1 / sigmoid, so that the ratio of tiny confidences is exact in every runtime: some compute sigmoid with an
+        # absolute error of 1e-7. The clamp avoids inf / inf.
+        inverse = 1 + (-classes.clamp(min=-60)).exp()
+        smallest = inverse.amin(2, keepdim=True)
         center, size = (top_left + bottom_right) / 2, bottom_right - top_left
-        return torch.cat((center, size, objectness, confidence / objectness), 2)
+        return torch.cat((center, size, 1 / smallest, smallest / inverse), 2)
 
     def loss(self, hyp: Mapping[str, Any], options: LossOptions) -> AnchorFreeLoss:
         """See `Head`."""
