@@ -39,7 +39,9 @@ def distances(logits: Tensor, bins: Tensor) -> Tensor:
     """
     if len(bins) == 1:
         return F.softplus(logits)
-    return logits.unflatten(-1, (4, len(bins))).softmax(-1) @ bins.to(logits.dtype)
+    probabilities = logits.unflatten(-1, (4, len(bins))).softmax(-1)
+    # By a matrix: OpenVINO fuses a product with a vector and the scaling that follows into an invalid graph.
+    return (probabilities @ bins.to(logits.dtype)[:, None]).squeeze(-1)
 
 
 def boxes_around(points: Tensor, ltrb: Tensor) -> Tensor:

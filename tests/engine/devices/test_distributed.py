@@ -23,6 +23,7 @@ from data.loading import image_cache as image_store
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from data.loading.order import shard
+from engine.cli.config import Hyperparameters, TrainConfig
 from engine.devices import distributed
 from engine.devices.distributed import (
     World,
@@ -39,15 +40,18 @@ from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, evaluat
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train import trainer as trainer_module
 from engine.train.interrupt import StopRequest
+from engine.train.setup import build_loss
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
-from models.losses.anchor_based import LossOutput
+from models.losses.base import LossOutput
+from models.yolo import DetectionModel
 from tests.helpers.detection_data import NAMES, write_data
 from tests.helpers.detectors import build
 from tests.helpers.processes import next_group, run_processes
 from tests.helpers.training import config, detection_loss, rows, train_step, write_project
 from utils import log
 from utils.errors import ConfigError, DataError
+from utils.files import ROOT
 
 CPU = torch.device("cpu")
 # ---- shares of the data ---------------------------------------------------------------------------------------------
@@ -175,6 +179,7 @@ GRADIENTS = {
     "sync": ("yolov5", "sync", "squares", 1e-10),
     "sync, backbone": ("nextvit", "sync", "squares", 1e-10),
     "detection": ("yolov5", "frozen", "detection", 1e-5),
+    "free": ("yolov5", "frozen", "free", 1e-4),
     "accumulated": ("yolov5", "frozen", "squares", 1e-10),
 }
 
@@ -183,7 +188,13 @@ def step(case: str, world: World) -> dict[str, Tensor]:
     """Gradients and batch statistics of a training step, each rank with its half of the batch."""
     family, statistics, loss, _ = GRADIENTS[case]
     model = build(family, seed=4)
-    criterion = detection_loss(model) if loss == "detection" else squares
+    if loss == "free":
+        torch.manual_seed(4)
+        model = DetectionModel(model.yaml, head="free")
+        hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.auto.yaml")
+        criterion: Any = build_loss(model, hyp, TrainConfig(imgsz=64), world=world)
+    else:
+        criterion = detection_loss(model) if loss == "detection" else squares
     network = Doubled(model)
     network.train()
     if statistics == "frozen":
@@ -195,8 +206,11 @@ def step(case: str, world: World) -> dict[str, Tensor]:
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     # The loss is a mean over the matches of each process: equal halves of targets make it the mean over all.
     boxes = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
+    if loss == "free" and world.rank == 1:
+        boxes = boxes[:1]  # the sums of soft targets of the ranks differ
     half = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
-    targets = boxes if world.size > 1 else torch.cat((boxes, boxes + torch.tensor([2.0, 0, 0, 0, 0, 0])))
+    second = boxes[:1] if loss == "free" else boxes
+    targets = boxes if world.size > 1 else torch.cat((boxes, second + torch.tensor([2.0, 0, 0, 0, 0, 0])))
     stepper = train_step(network, criterion, world)
     if case == "accumulated":
         stepper.backward(images[half].flip(1), targets, (0, 0), average=False)

@@ -28,6 +28,7 @@ from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
+from models.yolo import DetectionModel
 from tests.helpers.detectors import BACKBONES, build, save
 from utils.errors import ExportError
 from utils.files import ROOT
@@ -75,6 +76,23 @@ def test_every_format_computes_what_eager_does(weights, exported):
         assert (runtime.imgsz, runtime.fixed_batch, runtime.stride) == ((64, 96), 1, 32)
         assert runtime.names == {0: "disc", 1: "bar", 2: "dot"}
         torch.testing.assert_close(runtime(images), eager(weights, images), rtol=1e-4, atol=2e-3)
+
+
+def test_anchor_free_head_exports_to_every_format(tmp_path):
+    # Several seconds: OpenVINO fused an earlier form of the decoder into an invalid graph, and ONNX Runtime's sigmoid
+    # has an absolute error that showed in the class columns.
+    torch.manual_seed(0)
+    model = DetectionModel(build("yolov5").yaml, head="free").eval()
+    for branch in model.head.cls:
+        branch[-1].weight.data.normal_(0, 0.5)
+        branch[-1].bias.data.fill_(-2)
+    weights = save(model, tmp_path / "free.pt")
+    report = export.run(weights=[str(weights)], imgsz=SIZE, include=INSTALLED)
+    images = torch.rand(1, 3, *SIZE)
+    for exported_file in report.exported_files:
+        decoded = open_runtime([str(exported_file.path)], CPU)(images)
+        assert decoded.shape == (1, 8 * 12 + 4 * 6 + 2 * 3, 8)
+        torch.testing.assert_close(decoded, eager(weights, images), rtol=1e-4, atol=2e-3)
 
 
 def test_checkpoint_is_untouched_and_nothing_else_lies_about(weights, exported):

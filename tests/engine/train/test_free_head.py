@@ -1,0 +1,131 @@
+"""A training with the anchor-free head: columns, recipe, resume, transfer between heads, ensembles of both."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.cli.config import Hyperparameters
+from engine.runtimes.pytorch import PyTorchRuntime
+from engine.train.optimizer import AUTO_ITERATIONS, auto_settings
+from engine.train.setup import ema_tau, resolve_auto, with_recipe
+from engine.train.trainer import train
+from models.loading import load_detector
+from tests.helpers.training import assert_equal_runs, config, interrupt_at, write_project
+from utils.errors import ConfigError
+from utils.files import ROOT
+
+AUTO = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.auto.yaml")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    return write_project(tmp_path_factory.mktemp("free"))
+
+
+@pytest.fixture(scope="module")
+def run(project) -> Path:
+    """A run of two epochs with the free head."""
+    return train(config(project, head="free", name="free")).folder
+
+
+def test_results_name_the_losses_of_the_head(run):
+    header = [word.strip() for word in (run / "results.csv").read_text().splitlines()[0].split(",")]
+    assert header[1:4] == ["train/box_loss", "train/cls_loss", "train/dfl_loss"]
+    assert header[8:11] == ["val/box_loss", "val/cls_loss", "val/dfl_loss"]
+
+
+def test_run_files_hold_the_resolved_recipe(run):
+    options, hyp = (run / "opt.yaml").read_text(), (run / "hyp.yaml").read_text()
+    assert "head: free" in options
+    assert "optimizer: AdamW" in options
+    assert "hyp.auto.yaml" in options
+    assert f"lr0: {auto_settings(1, 3).lr0}" in hyp
+    assert load_detector(run / "weights/best.pt").head.kind == "free"
+
+
+def test_a_resumed_run_is_bit_equal(project, run, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
+        train(config(project, head="free", name="resumed"))
+    train(config(project, resume=str(project / "runs/resumed/weights/last.pt")))
+    assert_equal_runs(run, project / "runs/resumed")
+
+
+@pytest.mark.parametrize("options", [{"freeze": ["3"]}, {"amp": "bf16"}, {"rect": True}, {"quad": True}])
+def test_options_of_a_training_work(project, options):
+    result = train(config(project, head="free", epochs=1, **options))
+    assert result.best is not None
+
+
+def test_transfer_takes_all_but_the_head_and_reports_it(project, run, caplog):
+    caplog.set_level(logging.INFO)
+    result = train(config(project, weights=str(run / "weights/best.pt"), cfg="", head="anchor", epochs=1, name="back"))
+    assert load_detector(result.last).head.kind == "anchor"
+    assert any("Transferred 30/37 items; 7 new: model.5.anchors" in text for text in caplog.messages)
+
+
+def test_ensemble_of_both_heads_has_the_rows_of_both(project, run):
+    other = train(config(project, epochs=1, name="anchor")).last
+    runtime = PyTorchRuntime([run / "weights/best.pt", other], torch.device("cpu"))
+    decoded = runtime(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    cells = 16**2 + 8**2 + 4**2
+    assert decoded.shape[1] in (cells + 3 * cells, (8**2 + 4**2 + 2**2) * 4)
+
+
+AUTO_CASES = [
+    (AUTO_ITERATIONS - 1, 3, "AdamW", 0.001429),
+    (1, 80, "AdamW", 0.000119),
+    (AUTO_ITERATIONS, 3, "SGD", 0.01),
+]
+
+
+@pytest.mark.parametrize(("iterations", "classes", "name", "lr"), AUTO_CASES)
+def test_auto_chooses_by_iterations_and_classes(iterations, classes, name, lr):
+    settings = auto_settings(iterations, classes)
+    assert (settings.optimizer, settings.lr0) == (name, lr)
+    assert settings.warmup_bias_lr == (0 if name == "AdamW" else 0.1)
+
+
+def test_auto_is_resolved_once(project):
+    options, hyp = resolve_auto(config(project, optimizer="auto", epochs=60), AUTO, 3, 205)
+    assert (options.optimizer, options.close_mosaic, hyp.optimizer, hyp.lr0) == ("AdamW", 10, "AdamW", 0.001429)
+    assert resolve_auto(options, hyp, 3, 205) == (options, hyp)
+
+
+@pytest.mark.parametrize(("given", "epochs", "expected"), [(-1, 30, 5), (-1, 600, 10), (3, 6, 3), (0, 60, 0)])
+def test_close_mosaic_is_a_sixth_of_a_short_run(project, given, epochs, expected):
+    options = config(project, close_mosaic=given, epochs=epochs)
+    assert resolve_auto(options, AUTO, 3, 205)[0].close_mosaic == expected
+
+
+def test_ema_tau_below_one_is_a_fraction_of_the_updates(project):
+    options = config(project, epochs=60, batch_size=16)
+    assert ema_tau(AUTO, options, 205) == AUTO.ema_tau or AUTO.ema_tau < 1
+    low = Hyperparameters.from_mapping({**AUTO.to_dict(), "ema_tau": 0.25, "nominal_batch": 64})
+    assert ema_tau(low, options, 205) == 0.25 * 60 * 13 / 4
+
+
+@pytest.mark.parametrize(
+    ("options", "hyp", "optimizer"),
+    [
+        ({}, "hyp.scratch-low.yaml", "SGD"),
+        ({"head": "free"}, "hyp.auto.yaml", "auto"),
+        ({"cfg": "yolov5n-free.yaml"}, "hyp.auto.yaml", "auto"),
+        ({"cfg": "yolov5n-free.yaml", "head": "anchor"}, "hyp.scratch-low.yaml", "SGD"),
+        ({"head": "free", "hyp": "hyp.scratch-high.yaml"}, "hyp.scratch-high.yaml", "SGD"),
+        ({"head": "free", "optimizer": "AdamW"}, "hyp.auto.yaml", "AdamW"),
+        ({"hyp": "hyp.auto.yaml"}, "hyp.auto.yaml", "auto"),
+    ],
+)
+def test_recipe_follows_the_head_unless_given(project, options, hyp, optimizer):
+    resolved = with_recipe(config(project, **options))
+    assert (Path(resolved.hyp).name, resolved.optimizer) == (hyp, optimizer)
+
+
+def test_without_a_model_there_is_no_recipe(project):
+    with pytest.raises(ConfigError, match="--cfg and --weights are empty"):
+        with_recipe(config(project, cfg=""))
