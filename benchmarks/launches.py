@@ -32,7 +32,15 @@ from utils.files import ROOT
 from utils.nms import non_max_suppression
 
 GPU = torch.device("cuda", 0)
-MODELS = ("yolov5n", "yolov5s", "yolov5-riformer-s", "yolov5-repmlp-s", "yolov5-revvit-s", "yolov5-nextvit-s")
+MODELS = (
+    "yolov5n",
+    "yolov5s",
+    "yolov5s:free",
+    "yolov5-riformer-s",
+    "yolov5-repmlp-s",
+    "yolov5-revvit-s",
+    "yolov5-nextvit-s",
+)
 COLUMNS = ("ops", "launches", "waits", "copies")
 SIDE = 64  # the counts hardly depend on it
 TARGETS = torch.tensor([[k % 2, k, 0.2 + k / 20, 0.5, 0.05 + k / 15, 0.1 + k / 12] for k in range(10)])  # of all levels
@@ -52,9 +60,15 @@ def phase(record: Record, table: dict[str, Counts], name: str) -> Iterator[None]
     table[name] = {column: value - before[column] for column, value in counts(record).items()}
 
 
+def build(name: str) -> DetectionModel:
+    """Return a model YAML's network on the device; `name:head` replaces its head."""
+    name, _, head = name.partition(":")
+    return DetectionModel(ROOT / f"models/{name}.yaml", nc=80, head=head or None).to(GPU)
+
+
 def train_step(name: str, amp: str = "fp16") -> TrainStep:
     """Return a training step of a model YAML on the device, with the trainer's optimizer."""
-    model = DetectionModel(ROOT / f"models/{name}.yaml", nc=80).to(GPU).to(memory_format=torch.channels_last).train()
+    model = build(name).to(memory_format=torch.channels_last).train()
     config = TrainConfig(imgsz=SIDE, amp=amp)
     hyp = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
     optimizer = build_optimizer("SGD", parameter_groups(model, 5e-4), 0.01, 0.9)
@@ -96,8 +110,7 @@ def count_training(name: str, record: Record, amp: str = "fp16") -> dict[str, Co
 
 def count_inference(name: str, record: Record) -> dict[str, Counts]:
     """Count a validated batch (without its metrics, which are computed on the CPU) and a detected frame."""
-    model = DetectionModel(ROOT / f"models/{name}.yaml", nc=80).to(GPU).eval()
-    runtime = PyTorchRuntime.from_model(model, GPU)
+    runtime = PyTorchRuntime.from_model(build(name).eval(), GPU)
     table: dict[str, Counts] = {}
     for label, batch, options in (("validated batch of 32", 32, (0.001, 0.6)), ("detected frame", 1, (0.25, 0.45))):
         images = torch.randint(0, 256, (batch, 3, SIDE, SIDE), dtype=torch.uint8)
@@ -112,7 +125,7 @@ def count_inference(name: str, record: Record) -> dict[str, Counts]:
 def main() -> None:
     """Count and write the result files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--models", nargs="+", default=MODELS, help="names in models/, with :free for the other head")
     options = parser.parse_args()
     rows, results = [], {}
     for name in options.models:

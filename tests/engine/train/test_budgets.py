@@ -14,6 +14,7 @@ from data.labels.labels import load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from data.sources.frames import Frame
+from engine.devices.prefetch import prefetch
 from engine.evaluate.evaluator import EvalOptions, evaluate
 from engine.predict.inference import NmsSettings, infer, prepare
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -21,6 +22,7 @@ from tests.helpers.detectors import build
 from tests.helpers.pretend_cuda import pretend_cuda, unavailable
 from tests.helpers.training import detection_loss
 from utils.device import Profile
+from utils.structures import Batch
 
 GPU = torch.device("cuda", 0)
 
@@ -74,3 +76,13 @@ def test_waits_of_a_detected_frame() -> None:
     assert len(found.boxes) > 0
     assert record.total(record.waits) <= 2, record.table()
     assert not [what for what, _ in record.copies if what.startswith("host to device") and "non-blocking" not in what]
+
+
+def test_prefetching_does_not_wait() -> None:
+    """Images are copied asynchronously from page-locked memory."""
+    with pretend_cuda() as record:
+        batch = Batch(torch.zeros(2, 3, 64, 64, dtype=torch.uint8), torch.zeros(0, 6), ("",) * 2, (None,) * 2)
+        record.clear()
+        assert len(list(prefetch(iter([batch.pin_memory()] * 3), GPU))) == 3
+    assert record.total(record.waits) == 0, record.table()
+    assert record.total(record.copies) == 3

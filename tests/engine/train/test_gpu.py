@@ -230,6 +230,48 @@ def _optimizers(patch: pytest.MonkeyPatch) -> list[torch.optim.Optimizer]:
     return seen
 
 
+def test_loss_scale_and_random_numbers_of_the_device_are_resumed(project: Path, monkeypatch) -> None:
+    """Drop path and dropout draw from the device's generator."""
+    states = []
+    original = Trainer._train_epoch
+
+    def train_epoch(self: Trainer, epoch: int) -> Any:
+        if epoch == 1 and not states:
+            self.stepper.scaler.update(128.0)
+        if epoch == 1:
+            states.append((self.stepper.scaler.get_scale(), torch.cuda.get_rng_state(GPU)))
+            if len(states) == 1:
+                self._save(0)
+                raise KeyboardInterrupt
+        torch.rand(5, device=GPU)
+        return original(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", train_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        train(config(project, device="0", amp="fp16", name="cut"))
+    torch.cuda.manual_seed(77)
+    train(TrainConfig.from_keywords(resume=str(project / "runs/cut/weights/last.pt")))
+    (scale, generator), (resumed_scale, resumed_generator) = states
+    assert scale == resumed_scale == 128.0
+    assert torch.equal(generator, resumed_generator)
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("off", torch.float32)])
+def test_network_computes_in_the_precision_and_the_loss_in_float32(amp, dtype) -> None:
+    model = build("yolov5", seed=4).to(GPU).train()
+    parts = ModelParts(model, ModelEma(model), Frozen(), detection_loss(model), 32)
+    step = TrainStep(
+        parts, torch.optim.SGD(model.parameters(), 0.01), TrainConfig(imgsz=64, amp=amp), 10.0, GPU, World()
+    )
+    seen = []
+    handle = model.register_forward_hook(lambda *arguments: seen.extend(arguments[-1]))
+    total, components = step.loss(torch.rand(1, 3, 64, 64, device=GPU), torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4]]))
+    handle.remove()
+    assert {level.dtype for level in seen} == {dtype}
+    assert total.dtype == components.dtype == torch.float32
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
 def test_float16_of_a_gpu_is_resumed_on_a_cpu_with_another_precision(project: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         interrupt_at(patch, 1)
