@@ -187,7 +187,7 @@ def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> 
     instances = int(result.nt.sum())
     LOGGER.info(row, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
     if not instances:
-        LOGGER.warning("there are no labels: the metrics are not meaningful")
+        LOGGER.warning("there are no labels: mAP is undefined and reported as 0")
     if per_class and len(names) > 1:
         for k, c in enumerate(result.classes.tolist()):
             figures = result.p[k], result.r[k], result.ap50[k], result.ap[k]

@@ -400,7 +400,7 @@ def test_a_network_by_name(caplog):
     assert model(np.zeros((64, 64, 3), np.uint8), size=64).n == 1
     caplog.clear()
     bare = torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1, autoshape=False, _verbose=False)
-    assert bare.model[0].conv.in_channels == 1 and bare.nc == 80 and not caplog.text
+    assert bare.model[0].conv.in_channels == 1 and bare.nc == 80 and "means nothing" not in caplog.text
     with pytest.raises(ConfigError, match="images have 3"):
         torch.hub.load(str(ROOT), "yolov5n", source="local", channels=1)
     with pytest.raises(ConfigError, match=r"nothing is downloaded.*path='yolov5s6.pt'"):
