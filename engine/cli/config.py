@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from engine.cli.keywords import settled
-from utils.errors import ConfigError, did_you_mean
+from utils.errors import ConfigError, did_you_mean, shown
 from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
 FLAG, OPTIONAL, MANY = "flag", "optional", "many"
@@ -44,6 +44,27 @@ def flag(text: str, **extra: Any) -> Any:
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "auto")
 IMGSZ_NAMES = ("--img", "--img-size")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
+LARGEST = 2**31 - 1  # of options without a bound of their own
+SIDE: dict[str, Any] = {"low": 32, "high": 16384}  # pixels of the input
+
+# Smallest and largest value of each hyperparameter that is a number.
+HYP_RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("lr0", "lrf", "weight_decay", "warmup_bias_lr"), (0, 100)),
+    **dict.fromkeys(("momentum", "warmup_momentum"), (0, 0.9999)),
+    **dict.fromkeys(("warmup_epochs", "close_mosaic"), (0, 1e5)),
+    **dict.fromkeys(("box", "cls", "cls_pw", "obj", "obj_pw", "free_box", "free_cls", "free_dfl"), (0, 1e4)),
+    **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "scale", "iou_t"), (0, 1)),
+    **dict.fromkeys(("flipud", "fliplr", "mosaic", "mixup", "copy_paste"), (0, 1)),
+    "anchor_t": (0, 1e4),
+    "fl_gamma": (0, 100),
+    "degrees": (0, 360),
+    "shear": (0, 89),
+    "perspective": (0, 0.1),
+    "anchors": (0, 100),
+    "nominal_batch": (1, 1e6),
+    "clip_norm": (0, 1e9),
+    "ema_tau": (0, 1e9),
+}
 
 
 class Options:
@@ -80,9 +101,9 @@ class Options:
             for item in value if isinstance(value, (list, tuple)) else [value]:
                 if isinstance(item, bool) or not isinstance(item, (int, float)):
                     continue
-                if item < m.get("low", item) or item > m.get("high", item):
-                    allowed = f"{m.get('low', '-inf')} to {m.get('high', 'inf')}"
-                    problems.append(f"{name}: {item} is out of range; allowed: {allowed}")
+                low, high = m.get("low", -LARGEST), m.get("high", LARGEST)
+                if not low <= item <= high:  # not a number is in no range
+                    problems.append(f"{name}: {shown(item)} is out of range; allowed: {low} to {high}")
             if "choices" in m and value not in m["choices"]:
                 problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
         if problems:
@@ -121,7 +142,7 @@ class TrainConfig(Options):
     )
     epochs: int = option(100, "number of epochs", int, low=1)
     batch_size: int = option(16, "images per step over all devices; -1 = choose by GPU memory (CPU: 16)", int, low=-1)
-    imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    imgsz: int = option(640, "square side for training and validation in pixels", int, aliases=IMGSZ_NAMES, **SIDE)
     rect: bool = flag("rectangular batches sorted by shape: no mosaic, no shuffling")
     resume: Any = option(
         False, "continue with the newest run, or with the given last.pt", str, form=OPTIONAL, const=True
@@ -205,7 +226,7 @@ class ValConfig(Options):
     data: str = option("data/shapes.yaml", "dataset YAML")
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
     batch_size: int = option(32, "images per step", int, low=1)
-    imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, low=32)
+    imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, **SIDE)
     conf_thres: float = option(0.001, "score threshold", float, low=0.0, high=1.0)
     iou_thres: float = option(0.6, "NMS threshold", float, low=0.0, high=1.0)
     max_det: int = option(300, "boxes kept per image", int, low=1)
@@ -239,7 +260,7 @@ class DetectConfig(Options):
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
     source: str = option("data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen")
     data: str = option("", "dataset YAML for class names where the model file has none")
-    imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, low=32)
+    imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, **SIDE)
     conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
     iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
     max_det: int = option(1000, "boxes per image", int, low=1)
@@ -359,10 +380,13 @@ class Hyperparameters:
                     problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
             elif key == "class_weights":
                 problems += [f"{place}: {problem}" for problem in _problems_of_class_weights(value)]
-            elif isinstance(value, bool) or not isinstance(value, (int, float, type(None))):
-                problems.append(f"{place}: {key} is '{value}'; a number is needed")
-            elif isinstance(value, (int, float)) and value < 0:
-                problems.append(f"{place}: {key} is {value}; it cannot be negative")
+            elif value is None and key in ("anchors", "optimizer", "class_weights"):
+                continue
+            elif isinstance(value, bool) or not isinstance(value, (int, float)):
+                problems.append(f"{place}: {key} is {shown(value)}; a number is needed")
+            elif not HYP_RANGES[key][0] <= value <= HYP_RANGES[key][1]:
+                low, high = HYP_RANGES[key]
+                problems.append(f"{place}: {key} is {shown(value)}; allowed: {low:g} to {high:g}")
         missing = [f.name for f in fields(cls) if f.name not in data and f.default is MISSING]
         if missing:
             problems.append(f"{where}: missing hyperparameter(s) {', '.join(missing)}")

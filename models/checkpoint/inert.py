@@ -96,7 +96,7 @@ class LoadedFile:
             zipped = zipfile.is_zipfile(path)
             if zipped:
                 with zipfile.ZipFile(path) as archive:
-                    self.records = {info.file_size for info in archive.infolist() if "/data/" in info.filename}
+                    self._check_records(archive)
             try:
                 self.value = self._load(zipped, strict)
             except pickle.UnpicklingError as error:
@@ -104,6 +104,16 @@ class LoadedFile:
                     self.refuse("a pickled module in the format of before torch 1.6; save it again with a later torch")
                 reason = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
                 self.refuse(reason[1][:160] if reason else _one_line(error))
+
+    def _check_records(self, archive: zipfile.ZipFile) -> None:
+        """Compare the checksum of every record, which torch does not do, and remember the sizes of tensors."""
+        entries = archive.infolist()
+        if sum(info.file_size for info in entries) > self.path.stat().st_size:
+            raise CheckpointError(f"{self.path}: damaged: its records are longer than the file")
+        damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{self.path}: damaged: the content of '{damaged}' does not match its checksum")
+        self.records = {info.file_size for info in entries if "/data/" in info.filename}
 
     def _load(self, zipped: bool, strict: bool) -> Any:  # noqa: ANN401 (whatever was saved)
         names = _unsafe_names(self.path, zipped)

@@ -86,7 +86,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
             path=file.path,
             source="official" if official else "own",
             spec=content["spec"],
-            state=_float32(content["state"]),
+            state=_finite(_float32(content["state"]), file.path),
             names=_class_names(content["names"], file.path),
             stride=_strides(content["stride"], file.path),
             epoch=content.get("epoch", -1),
@@ -169,6 +169,14 @@ def _strides(values: object, path: Path) -> tuple[float, ...]:
     if not isinstance(values, (list, tuple)) or not all(isinstance(v, (int, float)) and v > 0 for v in values):
         raise CheckpointError(f"{path}: 'stride' must be a list of positive numbers, found {str(values)[:80]}")
     return tuple(float(value) for value in values)
+
+
+def _finite(state: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Return the weights, or raise a CheckpointError for the first that is NaN or infinite (masks may be infinite)."""
+    for key, value in state.items():
+        if value.is_floating_point() and "mask" not in key and not bool(torch.isfinite(value).all()):
+            raise CheckpointError(f"{path}: weight '{key}' is not finite (NaN or infinity); use an earlier checkpoint")
+    return state
 
 
 def _float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

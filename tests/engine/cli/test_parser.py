@@ -6,7 +6,7 @@ from dataclasses import fields
 
 import pytest
 
-from engine.cli.config import DetectConfig, Hyperparameters, TrainConfig, ValConfig
+from engine.cli.config import HYP_RANGES, DetectConfig, Hyperparameters, TrainConfig, ValConfig
 from engine.cli.parser import run_main
 from engine.compare.config import CompareConfig
 from engine.export.config import ExportConfig
@@ -147,3 +147,28 @@ def test_class_weights_of_a_hyp_file_name_classes_as_written(tmp_path):
     text = (ROOT / "data/hyps/hyp.scratch-low.yaml").read_text() + "class_weights: {02146: 2, no: 3}\n"
     (tmp_path / "h.yaml").write_text(text)
     assert Hyperparameters.from_yaml(tmp_path / "h.yaml").class_weights == {"02146": 2, "no": 3}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("lr0", float("nan")), ("box", float("inf")), ("momentum", 2), ("mosaic", 1e30), ("lr0", None), ("degrees", -1),
+        ("hsv_h", True), ("nominal_batch", 0),
+    ],
+)  # fmt: skip
+def test_hyperparameters_have_finite_ranges(key, value):
+    values = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml").to_dict()
+    with pytest.raises(ConfigError, match=f"hyp.yaml: {key} is .*(allowed|a number is needed)"):
+        Hyperparameters.from_mapping({**values, key: value}, "hyp.yaml")
+
+
+@pytest.mark.parametrize(
+    "argv", [["--imgsz", "999999999"], ["--seed", "9" * 30], ["--label-smoothing", "nan"], ["--backbone-lr", "inf"]]
+)
+def test_options_have_finite_ranges(argv, capsys):
+    assert _run(argv)[0] == 2
+    assert f"{argv[0]}: " in capsys.readouterr().err
+
+
+def test_every_number_of_the_hyperparameters_has_a_range():
+    assert set(HYP_RANGES) == {f.name for f in fields(Hyperparameters)} - {"optimizer", "class_weights"}

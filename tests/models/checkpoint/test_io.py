@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -215,3 +216,26 @@ def test_read_checkpoint_of_a_folder_lists_its_checkpoints(tmp_path):
     (tmp_path / "weights" / "best.pt").touch()
     with pytest.raises(CheckpointError, match=r"a folder; a checkpoint file is needed; it contains best\.pt"):
         read_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("record", ["data/0", "data.pkl", ".format_version"])
+def test_read_checkpoint_refuses_a_flipped_bit(tmp_path, record):
+    path = write_checkpoint(tmp_path / "a.pt", content(detector()))
+    with zipfile.ZipFile(path) as archive:
+        (info,) = (i for i in archive.infolist() if i.filename.endswith("/" + record))
+        before = archive.read(info)
+    data = bytearray(path.read_bytes())
+    at = data.index(before, info.header_offset) + len(before) // 2
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=f"damaged: the content of '.*{record}' does not match its checksum"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_read_checkpoint_refuses_weights_that_are_not_finite(tmp_path, value):
+    values = content(detector())
+    key = next(iter(values["state"]))
+    values["state"][key].view(-1)[0] = value
+    with pytest.raises(CheckpointError, match=f"weight '{key}' is not finite"):
+        read_checkpoint(write_checkpoint(tmp_path / "a.pt", values))
