@@ -1,4 +1,4 @@
-"""What is compared: `--cfg` and `--weights` entries as candidates with a label, a model YAML or a checkpoint each."""
+"""Candidates of a comparison: each `--cfg` and `--weights` entry with a label and a model YAML or checkpoint."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Candidate:
     """One row of the comparison.
 
     Attributes:
-        label: what tables and images call it; no two are alike.
-        given: as the command line has it.
-        cfg: model YAML, or None where `weights` is given.
-        weights: trained checkpoint, or None.
-        key: stands for everything that the file says; another one after every change that matters.
+        label: unique name in tables and plots.
+        given: as given on the command line.
+        cfg: model YAML; None with `weights`.
+        weights: trained checkpoint; None with `cfg`.
+        key: hash of everything that the file defines.
     """
 
     label: str
@@ -55,7 +55,7 @@ class Candidate:
 def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candidate]:
     """Return the candidates that the options name, in order.
 
-    A YAML is only looked for, not read: one that is broken becomes a row that says so.
+    YAMLs are located but not read: an invalid one becomes a failed row.
 
     Args:
         config: options; plugins are loaded.
@@ -63,7 +63,7 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
         specs: folder for the YAMLs of backbones that are given by name.
 
     Raises:
-        UserError: unknown names, missing files, checkpoints with other classes; all of them in one line.
+        UserError: unknown names, missing files, checkpoints with other classes; all in one line.
     """
     found: list[tuple[str, Path, bool]] = []
     problems: list[str] = []
@@ -106,7 +106,7 @@ def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _names_of(given: str, path: Path, trained: bool) -> list[str]:
-    """Names from short to long: of a checkpoint first that of its run, since all are called best.pt."""
+    """Return names from short to long; of a checkpoint first that of its run, since all are called best.pt."""
     if not trained and not given.lower().endswith(YAML_SUFFIXES):
         return [given.removeprefix(TIMM_PREFIX), given]
     parts = PurePath(path).with_suffix("").parts
@@ -136,7 +136,7 @@ def _yaml_of(given: str, pretrained: bool, specs: Path) -> Path:
 def _is_backbone(name: str) -> bool:
     if not name.startswith(TIMM_PREFIX):
         return is_backbone_name(name)
-    timm_package()  # an error that gives the pip command where it is missing
+    timm_package()  # ConfigError with the pip command if missing
     return is_timm_name(name.removeprefix(TIMM_PREFIX))
 
 
@@ -146,7 +146,7 @@ def write_spec(name: str, pretrained: bool, folder: Path) -> Path:
     Args:
         name: registered name, class name, `timm/<name>` or a timm name.
         pretrained: ask for the published weights.
-        folder: where it goes.
+        folder: where it is written.
     """
     arguments: dict[str, Any] = {}
     own = BACKBONES.get(name) or ROW_CLASSES.get(name)
@@ -174,7 +174,7 @@ def _checkpoint(given: str, data: DataConfig) -> Path:
         check_classes(read_checkpoint(path).names, data, str(given))
     except DataError as error:
         found = str(error).rpartition("; ")[0]  # without the hint at an option of val.py
-        raise DataError(f"{found}; give the dataset that it was trained for") from error
+        raise DataError(f"{found}; give the dataset that it was trained on") from error
     return path
 
 
@@ -190,7 +190,7 @@ def _key(path: Path, trained: bool, config: CompareConfig) -> str:
 
 
 def _named_files(value: Any) -> list[Path]:
-    """Files that a YAML names (weights of a backbone row)."""
+    """Return the files that a YAML names (weights of a backbone row)."""
     if isinstance(value, Mapping):
         return [path for item in value.values() for path in _named_files(item)]
     if isinstance(value, (list, tuple)):

@@ -11,7 +11,7 @@ from utils.errors import ConfigError, did_you_mean
 
 PYTORCH = "pytorch"
 RUNTIMES = (PYTORCH, *FORMATS)
-# Options that say how a candidate is trained: they are part of what a stored training is known by.
+# Options of the training recipe; part of the key of a stored training.
 RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "amp", "cache")
 
 
@@ -27,18 +27,18 @@ class CompareConfig(Options):
     )
     weights: list[str] = option([], "further candidates: trained checkpoints; they are not trained", str, form=MANY)
     data: str = option("data/shapes.yaml", "dataset YAML: images, classes, training and validation")
-    imgsz: int = option(640, "square side in pixels, for everything", int, aliases=IMGSZ_NAMES, low=32)
-    epochs: int = option(0, "train each candidate for so many epochs; 0 = structure and speed alone", int, low=0)
+    imgsz: int = option(640, "square side in pixels, for training and measurements", int, aliases=IMGSZ_NAMES, low=32)
+    epochs: int = option(0, "train each candidate for this many epochs; 0 = structure and speed only", int, low=0)
     seeds: list[int] = option([0], "train each candidate once per seed", int, form=MANY, low=0)
     runtimes: list[str] = option(
-        [PYTORCH], f"of {', '.join(RUNTIMES)}; the first one counts for image, limits and pick", str, form=MANY
+        [PYTORCH], f"of {', '.join(RUNTIMES)}; the first one counts for plot, limits and pick", str, form=MANY
     )
     batch: list[int] = option(
-        [1], "images per call when latency is measured; the first one counts for image, limits and pick", int,
+        [1], "images per call when latency is measured; the first one counts for plot, limits and pick", int,
         form=MANY, low=1,
     )  # fmt: skip
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
-    threads: int = option(0, "threads of a measurement on a CPU; 0 = as many as PyTorch takes", int, low=0)
+    threads: int = option(0, "threads of a measurement on a CPU; 0 = PyTorch's default", int, low=0)
     max_latency_ms: float | None = option(None, "limit: milliseconds per image, all stages", float, low=0.0)
     max_params_m: float | None = option(None, "limit: millions of parameters", float, low=0.0)
     max_gflops: float | None = option(None, "limit: GFLOPs at --imgsz", float, low=0.0)
@@ -59,23 +59,23 @@ class CompareConfig(Options):
     step_batch: int = option(
         0, "images of the training step that is measured; 0 = --batch-size on a GPU, at most 2 on a CPU", int, low=0
     )
-    rounds: int = option(15, "measured rounds at most; each asks every candidate once", int, low=3)
+    rounds: int = option(15, "maximum number of rounds; each measures every candidate once", int, low=3)
     seconds: float = option(
         10.0,
         "measuring time per runtime and batch for all candidates together; 5 rounds at least",
         float,
         low=0.0,
     )
-    memory_gb: float = option(0.0, "memory one candidate may take on a CPU; 0 = what is free", float, low=0.0)
+    memory_gb: float = option(0.0, "memory limit of a candidate on a CPU; 0 = what is available", float, low=0.0)
     pretrained: bool = flag("backbones given by name start from their published weights")
-    fresh: bool = flag("measure and train everything again instead of using stored results")
+    fresh: bool = flag("repeat all measurements and trainings instead of using stored results")
     project: str = option("runs/compare", "parent folder of runs, and of the stored results")
     name: str = option("exp", "run folder name")
     exist_ok: bool = flag("reuse the folder instead of counting up")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
 
     def check(self) -> None:
-        """As `Options.check`; also that there is something to compare, and runtimes that are known and installed."""
+        """Check ranges, that there is a candidate, and that the runtimes are known and installed."""
         super().check()
         problems = []
         if not self.cfg and not self.weights:
@@ -87,7 +87,7 @@ class CompareConfig(Options):
         for name in ("seeds", "runtimes", "batch"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
-                problems.append(f"--{name}: {' '.join(map(str, values))} names one twice")
+                problems.append(f"--{name}: {' '.join(map(str, values))} is repeated")
         if problems:
             raise ConfigError("; ".join(problems))
         for name in self.runtimes:

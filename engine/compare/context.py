@@ -1,4 +1,4 @@
-"""What all stages of a comparison share: options, data, folders, keys, and images to measure on."""
+"""Shared state of the stages of a comparison: options, data, folders, keys, sample images."""
 
 from __future__ import annotations
 
@@ -35,18 +35,20 @@ CPU_STEP_BATCH = 2
 
 @dataclass(frozen=True)
 class Context:
-    """Made once, never changed.
+    """Immutable state of a comparison.
 
     Attributes:
         config: options.
         data: the dataset.
-        device: where everything is measured.
-        cache: folder of what is kept between runs.
+        device: of all measurements.
+        cache: folder of stored results.
         store: finished results.
         sample: images that are timed.
         machine: description.
-        memory: bytes that a candidate may take on a CPU.
-        measuring_key, training_key, validation_key: stand for all that such results depend on, candidates apart.
+        memory: bytes that a candidate may allocate on a CPU.
+        measuring_key: hash of everything that measurements depend on besides the candidate.
+        training_key: the same for trainings.
+        validation_key: the same for validations.
     """
 
     config: CompareConfig
@@ -108,11 +110,11 @@ class Context:
 
     @property
     def initial(self) -> Path:
-        """Folder of checkpoints with random weights, and of other files that are not kept; removed at the end."""
+        """Folder of checkpoints with random weights and other temporary files; removed at the end."""
         return self.cache / "initial"
 
     def recipe(self, row: CandidateResult, seed: int = 0) -> dict[str, Any]:
-        """Options of train.py for a candidate: the same for all but `cfg` and `seed`."""
+        """Return the options of train.py for a candidate, which differ in `cfg` and `seed` only."""
         config = self.config
         device = "cpu" if self.device.type == "cpu" else str(self.device.index or 0)
         chosen = {name: getattr(config, name) for name in RECIPE} | {"epochs": max(config.epochs, 1)}
@@ -130,12 +132,12 @@ class Context:
         return Worker(setting, self.log(row))
 
     def log(self, row: CandidateResult) -> Path:
-        """File that takes what a candidate's processes print."""
+        """Return the file that the output of a candidate's processes goes to."""
         return self.cache / "logs" / f"{safe(row.label)}.log"
 
 
 def cache_folder(config: CompareConfig) -> Path:
-    """Folder of what is kept between runs."""
+    """Return the folder of stored results."""
     return Path(config.project) / "cache"
 
 

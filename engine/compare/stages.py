@@ -71,7 +71,7 @@ def _measure_structure(context: Context, row: CandidateResult, workers: dict[str
     row.structure = workers[label].run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
     if is_final:
         found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
-        context.store.keep("structure", row.weights_key, found, label)
+        context.store.save("structure", row.weights_key, found, label)
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ def _train_and_validate(context: Context, row: CandidateResult, seed: int | None
             batch=config.batch_size, workers=config.workers, scratch=str(scratch),
         )  # fmt: skip
     result = {**metrics, "seed": seed, "weights": weights, "key": key}
-    context.store.keep("accuracy", key, result, title)
+    context.store.save("accuracy", key, result, title)
     return result
 
 

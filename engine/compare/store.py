@@ -1,7 +1,4 @@
-"""Results that are kept, each by a key of everything that it depends on: nothing is done twice, nothing is stale.
-
-A key is a hash of plain values. What an interrupted comparison has finished is found again by the same command.
-"""
+"""Stored results, each under a hash of everything that it depends on, so an interrupted comparison can continue."""
 
 from __future__ import annotations
 
@@ -19,15 +16,14 @@ from utils.files import ROOT, atomic_path, make_folder
 LOGGER = logging.getLogger(__name__)
 VERSION = 2  # raise it when the content of stored results changes
 HEX = 16
-# Source files that can change what a training or a measurement gives. What draws and reports is left out: a nicer
-# table is no reason to train again.
+# Source files that can change the result of a training or a measurement; plots and reports are left out.
 TRAINING_CODE = ("models", "data", "utils", "engine/cli", "engine/devices", "engine/evaluate", "engine/train")
 MEASURING_CODE = (*TRAINING_CODE, "engine/runtimes", "engine/export", "engine/compare")
 REPORTING = ("table.py", "outputs.py", "plots.py", "pareto.py", "runner.py", "config.py", "store.py")
 
 
 def digest(value: Any) -> str:
-    """Hex digits of plain values (of bytes: of their content); equal values give equal digits."""
+    """Return a hash of plain values or bytes; equal values give equal hashes."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()[:HEX]
     text = json.dumps(value, sort_keys=True, ensure_ascii=True, default=str)
@@ -35,7 +31,7 @@ def digest(value: Any) -> str:
 
 
 def stat_key(path: Path) -> list[Any]:
-    """Name, size and time of a file; stands for its content."""
+    """Return name, size and modification time of a file."""
     try:
         stat = path.stat()
     except OSError:
@@ -44,7 +40,7 @@ def stat_key(path: Path) -> list[Any]:
 
 
 def data_key(data: DataConfig, splits: Iterable[str]) -> str:
-    """Stands for the classes, images (names, sizes, times) and labels of some splits, in whatever format they are."""
+    """Return a hash of the classes, images (names, sizes, times) and labels of some splits."""
     found: list[Any] = [sorted(data.names.items())]
     for name in splits:
         for record in load_annotations(data.split(name), len(data.names), require_labels=False).records:
@@ -73,8 +69,8 @@ class Store:
     """Finished results as JSON files, one per key.
 
     Args:
-        folder: of the files; made when something is kept.
-        fresh: find nothing (but keep what is new).
+        folder: of the files; created when needed.
+        fresh: ignore stored results.
     """
 
     def __init__(self, folder: Path, fresh: bool = False) -> None:
@@ -89,17 +85,17 @@ class Store:
             content = json.loads(path.read_text(encoding="utf-8"))
             return content["result"] if content["version"] == VERSION else None
         except (OSError, ValueError, KeyError, TypeError) as error:
-            LOGGER.warning("%s: cannot be used, made again (%s)", path, error)
+            LOGGER.warning("%s: not readable, repeated (%s)", path, error)
             return None
 
-    def keep(self, kind: str, key: str, result: Any, about: Any = None) -> None:
-        """Keep plain values under a key.
+    def save(self, kind: str, key: str, result: Any, about: Any = None) -> None:
+        """Store plain values under a key.
 
         Args:
             kind: first part of the file's name.
-            key: of everything that the result depends on.
+            key: hash of everything that the result depends on.
             result: plain values.
-            about: what the key was made of, for who reads the file.
+            about: description for readers of the file.
         """
         make_folder(self.folder)
         content = {"version": VERSION, "kind": kind, "about": about, "result": result}

@@ -1,4 +1,4 @@
-"""What is written about a run while it trains: results.csv and TensorBoard always, hosted trackers when asked."""
+"""Loggers of a training run: results.csv and TensorBoard always, hosted trackers on request."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class CsvLog:
         self.path, self.columns = folder / "results.csv", columns
 
     def drop_from(self, epoch: int) -> None:
-        """Remove the rows of `epoch` and later ones, which a resumed run writes again, and rows that broke off."""
+        """Remove the rows of `epoch` and later ones, which a resumed run writes again, and truncated rows."""
         if not self.path.is_file():
             return
         lines = self.path.read_text().splitlines()
@@ -80,11 +80,11 @@ def _epoch_of(line: str) -> int:
 
 
 class TensorBoardLog:
-    """The same numbers for TensorBoard; absent without complaint only when the package is not installed.
+    """The values of results.csv as TensorBoard events; does nothing if the package is not installed.
 
     Args:
         folder: run folder.
-        start_epoch: TensorBoard forgets what earlier event files say of this epoch and later ones.
+        start_epoch: TensorBoard drops earlier events of this epoch and later ones.
         columns: names of the values.
     """
 
@@ -112,7 +112,7 @@ class TensorBoardLog:
 
 
 class Logs:
-    """Everything that a run reports to; a context manager that closes all of it.
+    """All loggers of a run; a context manager that closes them.
 
     A hosted tracker that fails while training goes on (its network is gone, say) is given up with a warning: results
     are in the run folder in any case.
@@ -149,13 +149,13 @@ class Logs:
         self._each(lambda log: log.add(int(values[0]), metrics))
 
     def finish(self) -> None:
-        """Hand weights, images and files of the run folder to the hosted trackers."""
+        """Send weights, images and files of the run folder to the hosted trackers."""
         if self.hosted:
             outcome = outcome_of(self.folder)
             self._each(lambda log: log.finish(outcome))
 
     def close(self, failed: bool = False) -> None:
-        """End everything; a second call does nothing.
+        """Close all loggers; a second call does nothing.
 
         Args:
             failed: training was interrupted or broke off.

@@ -1,8 +1,8 @@
 """Hosted trackers: W&B, MLflow, ClearML, Comet. Each is imported only when `--logger` names it.
 
-What a tracker gets: options and hyperparameters at the start, the numbers of results.csv after every epoch, and at the
-end the best weights, the images and the small files of the run. Images of the dataset and its labels are sent only
-as far as the run draws them (`train_batch*.jpg`, `val_batch*.jpg`, report.html).
+A tracker receives options and hyperparameters at the start, the values of results.csv after every epoch, and at the
+end the best weights, the images and the small files of the run. Images of the dataset and its labels are sent only as
+plotted (`train_batch*.jpg`, `val_batch*.jpg`, report.html).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from utils.errors import ConfigError, did_you_mean
 
-MLFLOW_CALL = 100  # parameters that its server takes in one request
+MLFLOW_CALL = 100  # parameters that its server accepts per request
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class RunInfo:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run leaves behind.
+    """Files and metrics of a run.
 
     Attributes:
-        best: best weights, where there are any.
+        best: best weights, or None.
         images, files: of the run folder; files are results.csv, the two YAMLs, the report.
         summary: the metrics of the best epoch as `best/...`.
-        epoch: the last epoch done.
+        epoch: the last finished epoch.
     """
 
     best: Path | None
@@ -77,15 +77,15 @@ class HostedLogger(ABC):
 
     @abstractmethod
     def add(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        """Send the numbers of one epoch."""
+        """Send the metrics of one epoch."""
 
     @abstractmethod
     def finish(self, outcome: Outcome) -> None:
-        """Send what the run leaves behind."""
+        """Send weights, images and files."""
 
     @abstractmethod
     def close(self, failed: bool) -> None:
-        """End the run; `failed` = training was interrupted or broke off."""
+        """End the run; `failed` if the training was interrupted or raised an error."""
 
 
 class WandbLogger(HostedLogger):
@@ -177,7 +177,7 @@ class MlflowLogger(HostedLogger):
 
 
 class ClearmlLogger(HostedLogger):
-    """ClearML (https://clear.ml/docs); its own environment variables and `clearml.conf` say where the server is."""
+    """ClearML (https://clear.ml/docs); the server is set by its own environment variables or `clearml.conf`."""
 
     name = package = pip = "clearml"
 
@@ -211,7 +211,7 @@ class ClearmlLogger(HostedLogger):
 
     def close(self, failed: bool) -> None:
         if failed:
-            self.task.mark_failed(status_reason="training broke off")
+            self.task.mark_failed(status_reason="training was interrupted")
         self.task.close()
 
 
@@ -268,9 +268,9 @@ WITH_ENTITY = ("wandb", "comet")
 
 
 def check_loggers(names: Sequence[str], entity: str | None = None) -> None:
-    """Raise a ConfigError for what `--logger` and `--entity` cannot mean, and for packages that are not installed.
+    """Raise ConfigError for unknown loggers, packages that are not installed, and an unused `--entity`.
 
-    Nothing is imported: this is for the very start of a run, on every rank.
+    No tracker is imported; called at the start of a run on every rank.
     """
     for name in names:
         if name not in HOSTED:
@@ -281,10 +281,10 @@ def check_loggers(names: Sequence[str], entity: str | None = None) -> None:
         if not _installed(HOSTED[name].package):
             raise ConfigError(f"--logger {name}: its package is not installed; pip install {HOSTED[name].pip}")
     if entity and not set(names) & set(WITH_ENTITY):
-        raise ConfigError(f"--entity {entity}: is an account of {' or '.join(WITH_ENTITY)}; add --logger wandb")
+        raise ConfigError(f"--entity {entity}: names an account of {' or '.join(WITH_ENTITY)}; add --logger wandb")
 
 
 def _installed(package: str) -> bool:
-    """Whether a package is there; a folder of that name, as wandb makes one for its runs, is no package."""
+    """Return whether a package is installed; a plain folder of that name, such as wandb's runs, does not count."""
     spec = importlib.util.find_spec(package)
     return spec is not None and spec.origin is not None

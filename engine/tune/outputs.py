@@ -1,4 +1,4 @@
-"""What a hyperparameter search writes after each trial: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
+"""Output files of a hyperparameter search: evolve.csv, hyp_evolve.yaml, evolve.png, importance.png."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import yaml
 from engine.cli.config import TrainConfig
 from engine.loggers.run_logger import METRICS
 from engine.tune.space import SearchRow, with_values
-from engine.tune.study import Plan, broken_off, trials_of
+from engine.tune.study import Plan, trials_of, was_interrupted
 from utils.files import atomic_path
 from utils.metrics import RANKING_FLOOR
 from utils.plots import new_figure, save_figure
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 CSV, YAML, IMAGE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
 IMPORTANCE_FROM, IMPORTANCE_SURE = 5, 50
-"""Complete trials that importances are worked out from, and from which on they mean something."""
+"""Complete trials from which importances are computed, and from which they are reliable."""
 SHOWN = ("complete", "pruned")
 _COLUMNS = 6
 
 
 @dataclass(frozen=True)
 class TrialRow:
-    """A trial that is over.
+    """A finished trial.
 
     Attributes:
         number: of the trial.
         state: complete, pruned, failed, or interrupted (its process ended first).
         fitness: None when nothing was validated.
         metrics: precision, recall, mAP50, mAP50-95 of its best epoch, or nothing.
-        epochs: validated ones.
+        epochs: number of validated epochs.
         point: hyperparameters.
     """
 
@@ -65,7 +65,7 @@ def rows_of(study: Study) -> list[TrialRow]:
         if trial.state.name in words:
             seen = trial.intermediate_values
             fitness = trial.user_attrs.get("fitness", max(seen.values(), default=None))
-            state = "interrupted" if broken_off(trial) else words[trial.state.name]
+            state = "interrupted" if was_interrupted(trial) else words[trial.state.name]
             metrics = tuple(trial.user_attrs.get("metrics", ()))
             epochs = trial.user_attrs.get("epochs", len(seen))
             rows.append(TrialRow(trial.number, state, fitness, metrics, epochs, trial.params))
@@ -106,7 +106,7 @@ def first_command(plan: Plan) -> str:
 
 
 def write_files(folder: Path, rows: Sequence[TrialRow], plan: Plan) -> None:
-    """evolve.csv, and hyp_evolve.yaml once a trial is complete."""
+    """Write evolve.csv, and hyp_evolve.yaml once a trial is complete."""
     write_csv(folder / CSV, rows, plan.space)
     best = best_of(rows)
     if best is not None:
@@ -114,7 +114,7 @@ def write_files(folder: Path, rows: Sequence[TrialRow], plan: Plan) -> None:
 
 
 def draw(folder: Path, rows: Sequence[TrialRow], plan: Plan, study: Study) -> None:
-    """evolve.png, and importance.png once there are enough trials."""
+    """Write evolve.png, and importance.png once there are enough trials."""
     plot_trials(folder / IMAGE, rows, plan.space)
     found = importances(study)
     if found:
@@ -122,7 +122,7 @@ def draw(folder: Path, rows: Sequence[TrialRow], plan: Plan, study: Study) -> No
 
 
 def write_csv(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
-    """One row per trial; cells are empty where nothing was measured."""
+    """Write one row per trial; cells without a value are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["trial", "state", "fitness", *METRICS, "epochs", *(row.key for row in space)])
@@ -135,7 +135,7 @@ def write_csv(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) 
 
 
 def write_hyp(path: Path, best: TrialRow, plan: Plan, count: int) -> None:
-    """Return the best hyperparameters as a YAML for `--hyp`, with their origin as comments."""
+    """Write the best hyperparameters as a YAML for `--hyp`, with their origin as comments."""
     names = ("precision", "recall", "mAP50", "mAP50-95")
     head = [
         f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",
@@ -151,10 +151,10 @@ def write_hyp(path: Path, best: TrialRow, plan: Plan, count: int) -> None:
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Which hyperparameters tell the best trials from the others (PED-ANOVA, https://arxiv.org/abs/2304.10255).
+    """Return how much each hyperparameter distinguishes the best trials (PED-ANOVA, https://arxiv.org/abs/2304.10255).
 
     Returns:
-        By name, sum 1, largest first; nothing when there are too few complete trials, or all are equally good.
+        Importances by name, sum 1, largest first; empty with too few complete trials or equal fitness.
     """
     import optuna
 

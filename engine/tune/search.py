@@ -1,4 +1,4 @@
-"""Tuning of the hyperparameters (`--evolve`) by optuna: many trainings, each of which learns from those before it."""
+"""Hyperparameter search (`--evolve`) by optuna."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 OWN_CHOICE = ("device", "workers", "cache", "noplots")
-"""Options that each process of a study may choose; they do not change what a trial means."""
+"""Options that each process of a study may choose; they do not affect the results of a trial."""
 NO_OPTIONS = ("evolve", "resume_evolve", "evolve_population", "project", "name", "exist_ok", "resume", "local_rank")
 POLL = 3.0
-"""Seconds between two looks at the trials of other processes."""
+"""Seconds between checks of the trials of other processes."""
 MOST_FAILED = 5
-"""Trials of this process that may fail in a row."""
+"""Trials of this process that may fail in a row before it ends."""
 
 
 @dataclass(frozen=True)
 class EvolveResult:
-    """What a hyperparameter search left behind.
+    """Result of a hyperparameter search.
 
     Attributes:
         folder: with study.db, evolve.csv and the rest.
@@ -74,10 +74,10 @@ class EvolveResult:
 
 
 def evolve(config: TrainConfig) -> EvolveResult:
-    """Train with varied hyperparameters until as many trials as asked for are complete or pruned.
+    """Train with varied hyperparameters until the requested number of trials is complete or pruned.
 
     Args:
-        config: options of the trainings; with `resume_evolve`, those that were given when the study began hold.
+        config: options of the trainings; with `resume_evolve`, the stored options of the study are used.
 
     Raises:
         UserError: options that cannot be used; no partial files are left.
@@ -98,11 +98,11 @@ def evolve(config: TrainConfig) -> EvolveResult:
         )
     with studies.quiet_optuna():
         if config.resume_evolve is not None:
-            return _go_on(config, config.resume_evolve)
-        return _begin(config)
+            return _resume(config, config.resume_evolve)
+        return _start(config)
 
 
-def _begin(config: TrainConfig) -> EvolveResult:
+def _start(config: TrainConfig) -> EvolveResult:
     asked, config = config, with_recipe(config)  # only `asked` knows which options were given
     if config.optimizer is None or config.optimizer == "auto":
         raise ConfigError("--evolve: --optimizer auto sets the learning rate itself; give SGD, Adam or AdamW")
@@ -119,23 +119,23 @@ def _begin(config: TrainConfig) -> EvolveResult:
         study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
         return SearchRun(study, plan, config, folder).run()
     except UserError:
-        if not any(folder.glob("trial*/results.csv")):  # the very first training could not begin
+        if not any(folder.glob("trial*/results.csv")):  # the first training could not start
             _remove(folder, is_new)
         raise
 
 
-def _go_on(config: TrainConfig, text: str) -> EvolveResult:
+def _resume(config: TrainConfig, text: str) -> EvolveResult:
     path = studies.find(text)
     study, plan = studies.load(path)
     given = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if config.is_given(f.name)}
     problems = [
-        f"--{name.replace('_', '-')} is {value}, the study was begun with {plan.options.get(name)}"
+        f"--{name.replace('_', '-')} is {value}, the study was started with {plan.options.get(name)}"
         for name, value in given.items()
         if name not in (*NO_OPTIONS, *OWN_CHOICE) and value != plan.options.get(name)
     ]
     if problems:
         raise ConfigError(
-            f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or begin another hyperparameter search"
+            f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or start another hyperparameter search"
         )
     if config.evolve is not None and config.evolve != plan.target:
         plan = replace(plan, target=int(config.evolve))
@@ -145,7 +145,7 @@ def _go_on(config: TrainConfig, text: str) -> EvolveResult:
 
 
 def _remove(folder: Path, is_new: bool) -> None:
-    """Remove what `_begin` made, and nothing that was there before."""
+    """Remove what `_start` made, and nothing that was there before."""
     made = [folder] if is_new else [p for p in folder.iterdir() if p.name.startswith(("study.", "trial"))]
     for path in made:
         if path.is_dir():
@@ -180,12 +180,12 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def _drop_weights(trial: Path) -> None:
-    """Remove the weights of a trial: of hundreds of trainings, nobody needs them."""
+    """Remove the weights of a trial, which nobody needs of hundreds of trainings."""
     shutil.rmtree(trial / "weights", ignore_errors=True)
 
 
 class SearchRun:
-    """This process's part in a study.
+    """The trials of this process.
 
     Args:
         study: optuna's.
@@ -202,9 +202,9 @@ class SearchRun:
         self.drawn = -1
 
     def run(self) -> EvolveResult:
-        """Do trials until there are enough of them, counting those of other processes."""
+        """Run trials until there are enough of them, counting those of other processes."""
         LOGGER.info("Hyperparameter search of %d trials in %s", self.plan.target, self.folder)
-        LOGGER.info("To take part in it or to continue with it: %s", command_of(self.plan, self.folder))
+        LOGGER.info("To join or resume it: %s", command_of(self.plan, self.folder))
         try:
             while self._take_turn():
                 self._trial()
@@ -230,12 +230,12 @@ class SearchRun:
             if done >= self.plan.target:
                 return False
             if not logged:
-                LOGGER.info("Waiting for %d trial(s) that other processes began", running)
+                LOGGER.info("Waiting for %d trial(s) of other processes", running)
             logged = True
             time.sleep(POLL)
 
     def _trial(self) -> None:
-        """One trial, its log line and the files."""
+        """Run one trial, log it, and update the files."""
         self.study.sampler = self._sampler()
         self.number = -1
         begin = time.time()
@@ -243,10 +243,10 @@ class SearchRun:
             self.study.optimize(self._objective, n_trials=1, catch=(TrainingError, torch.OutOfMemoryError))
         except UserError:
             raise
-        except ValueError as error:  # how optuna refuses the result of a trial that is over already
+        except ValueError as error:  # optuna refuses the result of a finished trial
             if self.number < 0 or self.study.trials[self.number].state.name != "FAIL":
                 raise
-            LOGGER.warning("trial %d was given up by another process: %s", self.number, error)
+            LOGGER.warning("trial %d was ended by another process: %s", self.number, error)
         finally:
             self.lock.release()
             if torch.cuda.is_available():
@@ -263,7 +263,7 @@ class SearchRun:
         self._count_failures(mine.state)
 
     def _write(self) -> list[TrialRow]:
-        """Bring the files up to date; images only when a trial is over since they were drawn here."""
+        """Update the files; plots only if a trial finished since the last call."""
         with self.lock:
             rows = rows_of(self.study)
             write_files(self.folder, rows, self.plan)
@@ -282,9 +282,9 @@ class SearchRun:
             )
 
     def _sampler(self) -> Any:
-        """Seeded again per trial by --seed and the number of points before it.
+        """Return a sampler seeded by --seed and the number of earlier points.
 
-        One seed for the process would give two processes, or a study that is gone on with, the same draws twice.
+        A seed per process would give two processes, or a resumed study, the same draws.
         """
         from optuna.samplers import TPESampler
 
@@ -299,7 +299,7 @@ class SearchRun:
         point = {r.key: trial.suggest_float(r.key, r.low, r.high, log=r.log) for r in self.plan.space}
         folder = make_folder(self.folder / f"trial{trial.number}")
         trial.set_user_attr("folder", folder.name)
-        self.lock.release()  # from here on the others see what is tried here
+        self.lock.release()  # from here on other processes see this point
         start = trial.user_attrs.get("start")
         LOGGER.info("Trial %d%s", trial.number, f": the starting values of {start}" if start else "")
         dump_yaml(folder / "hyp.yaml", with_values(self.plan.hyp, point))
@@ -333,7 +333,7 @@ class SearchRun:
         )  # fmt: skip
 
     def _note(self, trial: Trial, folder: Path, value: float) -> None:
-        """Keep fitness and the metrics of the best epoch with the trial."""
+        """Store fitness and the metrics of the best epoch with the trial."""
         history = read_history(folder / "results.csv")
         metrics = np.stack([history[name] for name in METRICS], axis=1)
         best = metrics[int(np.argmax(fitness(metrics)))]
@@ -347,7 +347,7 @@ class SearchRun:
 
         self.lock.release()
         if self.number >= 0:
-            with contextlib.suppress(ValueError):  # it is over
+            with contextlib.suppress(ValueError):  # it is finished
                 self.study.tell(self.number, state=TrialState.FAIL)
 
     def _finish(self) -> EvolveResult:
@@ -359,7 +359,7 @@ class SearchRun:
                 LOGGER.warning("%s; search with more --epochs", unranked_note(best))
         if not self.config.noplots and not (self.folder / IMPORTANCE).is_file():
             LOGGER.info(
-                "No %s: it needs %d complete trials that are not equally good", IMPORTANCE, IMPORTANCE_FROM
+                "No %s: it needs %d complete trials of different fitness", IMPORTANCE, IMPORTANCE_FROM
             )  # fmt: skip
         LOGGER.info("Results saved to %s", self.folder)
         return EvolveResult(

@@ -1,4 +1,4 @@
-"""What a hyperparameter search varies, between which bounds, and where it starts. No optuna here."""
+"""Search space and starting points of a hyperparameter search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SearchRow:
     Attributes:
         key: its name in hyperparameter files.
         low, high: bounds, both included.
-        log: whether ratios count rather than differences, so that 0.001 to 0.01 is as wide as 0.01 to 0.1.
+        log: logarithmic scale.
     """
 
     key: str
@@ -66,13 +66,13 @@ def point_of(hyp: Hyperparameters, where: str) -> Point:
 
 
 def widened(points: Sequence[Point], space: Sequence[SearchRow]) -> tuple[SearchRow, ...]:
-    """Widen the bounds to include every starting point (zeros have no place on a log scale and are left out)."""
+    """Widen the bounds to include every starting point (zeros are left out on a log scale)."""
     rows = []
     for row in space:
         values = [p[row.key] for p in points if p[row.key] > 0 or not row.log]
         wide = replace(row, low=min([row.low, *values]), high=max([row.high, *values]))
         if wide != row:
-            LOGGER.info("%s: searched from %g to %g, which holds the starting values", row.key, wide.low, wide.high)
+            LOGGER.info("%s: bounds widened to %g ... %g, to include the starting values", row.key, wide.low, wide.high)
         rows.append(wide)
     return tuple(rows)
 
@@ -86,11 +86,11 @@ def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
     """Read the starting points from a folder of hyperparameter files (*.yaml) in alphabetical order.
 
     Args:
-        folder: where they are.
+        folder: holds the files.
         optimizer: that of the trainings; files made for another one are left out, with a warning.
 
     Raises:
-        ConfigError: no such folder, no file in it, or files that hold something else.
+        ConfigError: no such folder, no YAML file in it, or invalid files.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -107,7 +107,7 @@ def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
             problems.append(str(error))
             continue
         if hyp.optimizer not in (None, optimizer):
-            LOGGER.warning("%s: left out, since it is made for %s, not %s", path, hyp.optimizer, optimizer)
+            LOGGER.warning("%s: left out: made for %s, not %s", path, hyp.optimizer, optimizer)
             continue
         points[path.name] = point
     if problems:

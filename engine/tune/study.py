@@ -33,20 +33,20 @@ HEARTBEAT, GRACE = 15, 60
 WAIT = 120
 """Seconds that a process waits for the study or the lock while others use it."""
 MOST_TRIES = 5
-"""How often a trial is begun whose process ends before it does."""
+"""How often an interrupted trial is started."""
 PRUNE_AFTER = 5
 """Complete trials before any trial is stopped early."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trials of a study share, kept in it.
+    """What all trials of a study share; stored in it.
 
     Attributes:
         options: those of the trainings, plain values.
         hyp: hyperparameters that are not varied, and the order of all.
         space: what is varied.
-        target: trials asked for.
+        target: requested number of trials.
     """
 
     options: dict[str, Any]
@@ -57,7 +57,7 @@ class Plan:
 
 @contextmanager
 def quiet_optuna() -> Iterator[None]:
-    """Silence optuna's own log and its notes on experimental parts; the trials are reported by this program."""
+    """Silence optuna's log and its warnings about experimental features; trials are logged by this program."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -112,12 +112,12 @@ def pruner(epochs: int) -> Any:
 
 
 def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
-    """Make a study.
+    """Create a study.
 
     Args:
-        path: file that is not there yet.
-        plan: what it is about.
-        points: tried first, in this order, each with a name.
+        path: file to create.
+        plan: shared by all trials.
+        points: tried first, in this order, by name.
     """
     import optuna
 
@@ -132,7 +132,7 @@ def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
     study.set_user_attr("hyp", plan.hyp)
     study.set_user_attr("space", as_plain(plan.space))
     study.set_user_attr("target", plan.target)
-    study.set_user_attr("options", plan.options)  # the last one: with it the study is whole
+    study.set_user_attr("options", plan.options)  # written last: it marks the study as complete
     return study
 
 
@@ -168,7 +168,7 @@ def load(path: Path) -> tuple[Study, Plan]:
     """Open a study that `find` found.
 
     Raises:
-        ConfigError: another version of optuna wrote it, or it was never made ready.
+        ConfigError: it was written by another version of optuna, or is incomplete.
     """
     import optuna
 
@@ -181,7 +181,7 @@ def load(path: Path) -> tuple[Study, Plan]:
         raise ConfigError(f"--resume_evolve {path}: {str(error).splitlines()[0]}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"--resume_evolve {path}: is not whole ({error}); begin a new hyperparameter search"
+            f"--resume_evolve {path}: is incomplete ({error}); begin a new hyperparameter search"
         ) from error
     return study, plan
 
@@ -192,31 +192,31 @@ def trials_of(study: Study) -> list[FrozenTrial]:
 
 
 def finished(study: Study) -> int:
-    """Trials that count: complete, or stopped early on purpose."""
+    """Return the number of complete and pruned trials."""
     return sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials_of(study))
 
 
 def running(study: Study) -> int:
-    """Trials in work, in any process."""
+    """Return the number of running trials of all processes."""
     return sum(t.state.name == "RUNNING" for t in trials_of(study))
 
 
 def own_index(study: Study) -> int:
-    """How many different points have been tried or queued: repeated trials count once."""
+    """Return the number of different points tried or queued: repeated trials count once."""
     return sum("again" not in t.user_attrs for t in trials_of(study))
 
 
-def broken_off(trial: FrozenTrial) -> bool:
-    """Whether the process ended before the trial did (a trial that failed by itself says why)."""
+def was_interrupted(trial: FrozenTrial) -> bool:
+    """Return whether the process ended before the trial did (a trial that failed stores its error)."""
     return trial.state.name == "FAIL" and "error" not in trial.user_attrs
 
 
 def revive(study: Study, folder: Path) -> None:
-    """Queue again what killed processes left; the lock has to be held.
+    """Queue interrupted trials again; the lock has to be held.
 
     Args:
         study: of the hyperparameter search.
-        folder: of the trials; weights of broken trials are removed.
+        folder: of the trials; weights of interrupted trials are removed.
     """
     import optuna
 
@@ -231,7 +231,7 @@ def revive(study: Study, folder: Path) -> None:
     again = {t.user_attrs.get("again") for t in trials_of(study)}
     for trial in trials_of(study):
         tries = int(trial.user_attrs.get("tries", 1))
-        if not broken_off(trial) or trial.number in again or tries >= MOST_TRIES:
+        if not was_interrupted(trial) or trial.number in again or tries >= MOST_TRIES:
             continue
         point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
         attributes = {"again": trial.number, "tries": tries + 1}

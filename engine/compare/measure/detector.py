@@ -1,4 +1,4 @@
-"""What is timed: a detector on real images, stage by stage, and a training step; in a candidate's own process."""
+"""Timed subjects: inference on images of the dataset, stage by stage, and a training step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STAGES = ("preprocess", "forward", "nms")
 TOTAL, STEP = "total", "step"
 CONF, IOU, MAX_DET = DetectConfig().conf_thres, DetectConfig().iou_thres, DetectConfig().max_det
 NMS = NmsSettings(CONF, IOU, max_det=MAX_DET)
-SMALL_STEP = 1e-3  # of lr0: the same steps on one batch again and again are not to end in infinities
+SMALL_STEP = 1e-3  # of lr0: repeated steps on one batch must not diverge
 
 LabeledImage = NDArray[np.uint8]
 SampleFiles = tuple[tuple[Path, NDArray[np.float32]], ...]
@@ -44,7 +44,7 @@ Times = dict[str, float]
 
 @dataclass(frozen=True)
 class SampleImages:
-    """Real images that everything is measured on, decoded.
+    """Decoded images on which all candidates are measured.
 
     Attributes:
         images: (H, W, 3) uint8 BGR each.
@@ -61,11 +61,11 @@ class SampleImages:
 
 
 class Inference:
-    """Detection in three stages, each timed for itself with the device synchronized.
+    """Inference in three stages, each timed with the device synchronized.
 
     Args:
         runtime: the detector.
-        sample: images; each call takes the next ones.
+        sample: images; each call uses the next ones.
         batch: images per call.
         side: of the input in pixels.
     """
@@ -76,11 +76,11 @@ class Inference:
         self._next = 0
 
     def restart(self) -> None:
-        """Begin with the first image again, so that all candidates see the same ones."""
+        """Start with the first image again, so that all candidates use the same ones."""
         self._next = 0
 
     def call(self) -> Times:
-        """One batch; milliseconds per image by stage, and their sum."""
+        """Run one batch; return milliseconds per image by stage, and their sum."""
         frames = tuple(self._frames[(self._next + i) % len(self._frames)] for i in range(self.batch))
         self._next += self.batch
         device = self.runtime.device
@@ -92,12 +92,12 @@ class Inference:
         return {**times, TOTAL: sum(times.values())}
 
     def rest(self) -> None:
-        """Nothing to give back between visits."""
+        """Do nothing: inference holds no memory to free."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a training step needs besides the model: the options and hyperparameters of train.py."""
+    """Options and hyperparameters of train.py for a training step."""
 
     config: TrainConfig
     hyp: Hyperparameters
@@ -138,7 +138,7 @@ class TrainingStep:
         return self.step.loss(images, self.targets)[0]
 
     def call(self) -> Times:
-        """One step; milliseconds per image."""
+        """Run one step; return milliseconds per image."""
         start = time.perf_counter()
         self.step.backward(self.images.to(self.device), self.targets, (0, 0))
         self.step.step()
@@ -146,7 +146,7 @@ class TrainingStep:
         return {STEP: 1000 * (time.perf_counter() - start) / self.batch}
 
     def rest(self) -> None:
-        """Give the memory of activations back to the GPU, for the other candidates' turns."""
+        """Free cached GPU memory for the other candidates."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -175,11 +175,11 @@ def training_batch(sample: SampleImages, batch: int, side: int) -> tuple[Tensor,
 
 
 def visit(subject: Subject, calls: int) -> Times:
-    """One turn of a candidate: a call that does not count (the others' turns emptied the caches), then those that do.
+    """Time one turn of a candidate: a call that is not counted (other candidates emptied the caches), then `calls`.
 
     Args:
         subject: what is timed.
-        calls: that count.
+        calls: that are counted.
 
     Returns:
         Medians over the calls, in milliseconds per image.
@@ -192,7 +192,7 @@ def visit(subject: Subject, calls: int) -> Times:
 
 
 def warm_up(subject: Subject) -> float:
-    """Two calls; seconds of the second one."""
+    """Run two calls; return the seconds of the second one."""
     subject.call()
     start = time.perf_counter()
     subject.call()
@@ -203,8 +203,8 @@ def kept_for_backward(forward: Callable[[], Tensor | tuple[Tensor, ...]], parame
     """Return the bytes of all storages that autograd keeps for backward, except parameters; of any shape.
 
     Args:
-        forward: gives the loss, or any output.
-        parameters: addresses of the storages that do not count.
+        forward: returns the loss, or any output.
+        parameters: addresses of storages that are not counted.
     """
     storages: dict[int, int] = {}
 
@@ -222,5 +222,5 @@ def kept_for_backward(forward: Callable[[], Tensor | tuple[Tensor, ...]], parame
 
 
 def addresses(model: torch.nn.Module) -> dict[int, str]:
-    """Storage address of every parameter."""
+    """Return the storage address of every parameter, with its name."""
     return {parameter.untyped_storage().data_ptr(): name for name, parameter in model.named_parameters()}

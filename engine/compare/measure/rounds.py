@@ -1,4 +1,4 @@
-"""Interleaved rounds (A B C, A B C, ...) and what they say: medians, quartiles, ranks with ties."""
+"""Interleaved rounds (A B C, A B C, ...) and their statistics: medians, quartiles, ranks with ties."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_CALLS = 20
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure measured several times.
+    """A value measured several times.
 
     Attributes:
         middle, low, high: median and quartiles of rounds; mean, smallest and largest of seeds.
@@ -50,14 +50,14 @@ class Spread:
 
 
 def turns(names: Sequence[str], rounds: int) -> Iterator[tuple[int, str]]:
-    """Whose turn it is: (round, name), every name once per round, always in the same order."""
+    """Yield (round, name): every name once per round, always in the same order."""
     for number in range(rounds):
         for name in names:
             yield number, name
 
 
 def calls_per_visit(call_s: float) -> int:
-    """Return how many calls are timed per turn of a candidate whose call takes `seconds`."""
+    """Return how many calls are timed per turn of a candidate whose call takes `call_s` seconds."""
     return max(1, min(MOST_CALLS, int(VISIT_S / max(call_s, 1e-9))))
 
 
@@ -73,42 +73,42 @@ def rounds_that_fit(call_s: Mapping[str, float], seconds: float, most: int) -> i
     return max(min(most, FEWEST_ROUNDS), min(most, int(seconds / one) if one > 0 else most))
 
 
-def play(
-    names: Sequence[str], rounds: int, ask: Callable[[str], Mapping[str, float] | None], tick: Callable[[], object]
+def run_rounds(
+    names: Sequence[str], rounds: int, measure: Callable[[str], Mapping[str, float] | None], tick: Callable[[], object]
 ) -> dict[str, dict[str, Spread]]:
-    """Make the rounds.
+    """Measure in rounds.
 
     Args:
         names: candidates, in the order of their turns.
         rounds: number of rounds.
-        ask: gives the figures of one turn; None from a candidate that failed, which is not asked again.
+        measure: returns the values of one turn; None if the candidate failed, which is then skipped.
         tick: called after every turn.
 
     Returns:
-        By candidate (those that failed are left out), by figure.
+        By candidate (without failed ones), by name of the value.
     """
     found: dict[str, list[Mapping[str, float]]] = {name: [] for name in names}
     failed: set[str] = set()
     for _, name in turns(names, rounds):
         if name not in failed:
-            figures = ask(name)
-            if figures is None:
+            values = measure(name)
+            if values is None:
                 failed.add(name)
             else:
-                found[name].append(figures)
+                found[name].append(values)
         tick()
     return {
-        name: {figure: Spread.of([times[figure] for times in rows]) for figure in rows[0]}
+        name: {key: Spread.of([values[key] for values in rows]) for key in rows[0]}
         for name, rows in found.items()
         if name not in failed
     }
 
 
 def ranks(spreads: Mapping[str, Spread], smaller_is_better: bool = True) -> dict[str, str]:
-    """Places: one more than there are candidates that are better beyond doubt, whose ranges lie clear of its own.
+    """Return ranks: one more than the number of candidates that are better and whose range does not overlap.
 
-    `=` marks those that the measurement does not tell apart from some other one: of three in a row, each of which
-    overlaps with the next, the first two are `1=` and the third, which the first one clearly beats, is `2=`.
+    `=` marks ties with at least one other candidate: of three in a row, each of which overlaps with the next, the first
+    two are `1=` and the third, which does not overlap with the first, is `2=`.
     """
 
     def is_better(a: Spread, b: Spread) -> bool:
@@ -123,10 +123,10 @@ def ranks(spreads: Mapping[str, Spread], smaller_is_better: bool = True) -> dict
 
 
 def over_seeds(values: Sequence[float]) -> Spread:
-    """Figures of several seeds: mean, smallest, largest. One seed has no known spread."""
+    """Return mean, minimum and maximum over seeds."""
     return Spread(math.fsum(values) / len(values), min(values), max(values), tuple(values))
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """Sample standard deviation; None for a single value."""
+    """Return the sample standard deviation; None for a single value."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None

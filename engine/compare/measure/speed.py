@@ -15,7 +15,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from engine.compare.config import PYTORCH, CompareConfig
 from engine.compare.context import Context, safe
 from engine.compare.measure.machine import MB, clocks
-from engine.compare.measure.rounds import Spread, calls_per_visit, play, rounds_that_fit
+from engine.compare.measure.rounds import Spread, calls_per_visit, rounds_that_fit, run_rounds
 from engine.compare.results import DEPLOYED, STEP, TRAINING, CandidateResult, Latency, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
@@ -187,7 +187,7 @@ class Speed:
                 return None
 
         with tqdm(total=rounds * len(ready), desc=str(phase), unit="turn", bar_format=BAR) as bar:
-            spreads = play(list(ready), rounds, time_calls, bar.update)
+            spreads = run_rounds(list(ready), rounds, time_calls, bar.update)
         for label in spreads:
             try:
                 self.workers[label].run("close")
@@ -226,7 +226,7 @@ class Speed:
         self.conditions.append(conditions)
         if not any(entry.failure and entry.failure.kind in TRANSIENT for entry in entries):
             content = {"results": results, "conditions": conditions}
-            self.context.store.keep("speed", self._key(phase), content, [str(phase), [e.row.label for e in entries]])
+            self.context.store.save("speed", self._key(phase), content, [str(phase), [e.row.label for e in entries]])
 
 
 def _add(row: CandidateResult, phase: Phase, result: Mapping[str, Any]) -> None:

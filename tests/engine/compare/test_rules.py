@@ -1,4 +1,4 @@
-"""The pure parts of a comparison: rounds, ties, front, pick, keys, names of candidates, failures in one line."""
+"""Pure functions of a comparison: rounds, ties, front, pick, bootstrap, keys, labels, failures."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def spread(middle: float, low: float | None = None, high: float | None = None, s
 # ---- rounds ---------------------------------------------------------------------------------------------------------
 
 
-def test_candidates_take_turns():
+def test_turns_are_interleaved():
     assert [name for _, name in rounds.turns("ABC", 3)] == list("ABCABCABC")
 
 
-def test_a_failed_candidate_is_not_asked_again_and_the_others_go_on():
+def test_run_rounds_skips_failed_candidates():
     asked = []
 
     def ask(name):
@@ -55,7 +55,7 @@ def test_a_failed_candidate_is_not_asked_again_and_the_others_go_on():
         return None if name == "B" and asked.count("B") == 2 else {"total": float(len(asked))}
 
     ticks = []
-    found = rounds.play("ABC", 4, ask, lambda: ticks.append(1))
+    found = rounds.run_rounds("ABC", 4, ask, lambda: ticks.append(1))
     assert asked == list("ABCABCACAC")
     assert set(found) == {"A", "C"} and len(ticks) == 12
     assert found["A"]["total"].values == (1.0, 4.0, 7.0, 9.0)
@@ -281,7 +281,7 @@ def dataset(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_key_of_a_dataset_changes_with_what_matters(dataset: Path):
+def test_data_key_changes_with_images_labels_and_classes(dataset: Path):
     def key(*splits):
         return store.data_key(load_data_config(dataset), splits)
 
@@ -299,7 +299,7 @@ def test_the_key_of_a_dataset_changes_with_what_matters(dataset: Path):
     assert key("val") != validation
 
 
-def test_the_key_sees_labels_in_annotation_files(dataset: Path):
+def test_data_key_includes_annotation_files(dataset: Path):
     file = dataset.parent / "set/val.json"
     content = {
         "images": [{"id": 1, "file_name": "images/val/a.jpg", "width": 30, "height": 20}],
@@ -314,7 +314,7 @@ def test_the_key_sees_labels_in_annotation_files(dataset: Path):
     assert store.data_key(load_data_config(dataset), ["val"]) != before
 
 
-def test_the_key_of_the_code_leaves_out_what_only_reports():
+def test_code_key_leaves_out_reporting():
     names = ["engine/compare", "engine/train"]
     assert store.code_key(names) == store.code_key(names)
     assert store.code_key(["engine/compare"]) != store.code_key(["engine/compare"], store.REPORTING)
@@ -335,7 +335,7 @@ def test_other_values_have_other_keys(a, b):
 def test_results_are_found_again_unless_they_are_damaged_or_not_wanted(tmp_path: Path):
     kept = Store(tmp_path / "results")
     assert kept.find("speed", "abc") is None
-    kept.keep("speed", "abc", {"a": [1, None]}, "about")
+    kept.save("speed", "abc", {"a": [1, None]}, "about")
     assert kept.find("speed", "abc") == {"a": [1, None]}
     assert kept.find("accuracy", "abc") is None
     assert Store(tmp_path / "results", fresh=True).find("speed", "abc") is None
@@ -361,7 +361,7 @@ def test_labels_are_short_and_different(names, expected):
 
 
 @pytest.mark.parametrize("name", ["timm/mobilenetv3_small_050", "timm/deit_tiny_patch16_224", "RIFormer"])
-def test_a_backbone_by_name_gets_the_small_neck(name, tmp_path):
+def test_write_spec_adds_the_neck_of_yolov5n(name, tmp_path):
     path = write_spec(name, False, tmp_path)
     model = DetectionModel(path, nc=2)
     parts = {part.name: part.parameters for part in model.info(64).parts}
@@ -384,16 +384,16 @@ def test_levels_that_the_neck_reads(cfg, expected):
     [
         ("--cfg and --weights are empty", {}),
         ("did you mean 'onnx'", {"cfg": ["a"], "runtimes": ["onxx"]}),
-        ("names one twice", {"cfg": ["a"], "seeds": [1, 1]}),
+        ("is repeated", {"cfg": ["a"], "seeds": [1, 1]}),
         ("--epochs: -1 is out of range", {"cfg": ["a"], "epochs": -1}),
     ],
 )
-def test_options_that_cannot_be(words, options):
+def test_check_refuses_invalid_options(words, options):
     with pytest.raises(ConfigError, match=words):
         CompareConfig(**options).check()
 
 
-def test_the_command_is_told_without_defaults():
+def test_command_words_hold_the_given_options():
     config = CompareConfig(cfg=["a b.yaml", "c"], epochs=3, seeds=[0, 1], fresh=True, max_latency_ms=40.0, cache="ram")
     words = "python compare.py --cfg|a b.yaml|c --epochs|3 --seeds|0|1 --max-latency-ms|40 --cache|ram --fresh"
     assert config.command_words() == words.replace(" --", "|--").replace(
@@ -401,7 +401,7 @@ def test_the_command_is_told_without_defaults():
     ).split("|")
 
 
-# ---- what a process says --------------------------------------------------------------------------------------------
+# ---- failures --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -422,7 +422,7 @@ def test_the_command_is_told_without_defaults():
         (KeyError("x"), OTHER, "KeyError: 'x'"),
     ],
 )  # fmt: skip
-def test_failures_in_one_line(error, kind, words):
+def test_classify_returns_one_line(error, kind, words):
     assert classify(error) == (kind, words)
 
 
@@ -430,7 +430,7 @@ def test_failures_in_one_line(error, kind, words):
     ("status", "kind", "words"),
     [(-signal.SIGKILL, MEMORY, "SIGKILL"), (-signal.SIGSEGV, CRASH, "SIGSEGV"), (1, CRASH, "status 1")],
 )
-def test_ends_of_processes(status, kind, words):
+def test_exit_reason(status, kind, words):
     found = exit_reason(status)
     assert found[0] == kind and words in found[1]
 

@@ -1,4 +1,4 @@
-"""Comparisons end to end, at the smallest sizes: what is written, what fails alone, what is used again."""
+"""Comparisons end to end at small sizes: files, failures, stored results, processes."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class Page(HTMLParser):
         self.sources += [value for name, value in attrs if name in ("src", "href") and value]
 
 
-def test_two_models_and_a_broken_one(place, monkeypatch):
+def test_compare_two_models_and_an_invalid_one(place, monkeypatch):
     found = compare_script.run(**options(place, "small", "broken", "tiny", max_params_m=0.008))
     assert {p.name for p in found.folder.iterdir()} == FILES
     rows = {row.label: row for row in found.rows}
@@ -120,7 +120,7 @@ def test_two_models_and_a_broken_one(place, monkeypatch):
     assert not (place / "runs/cache/initial").exists() and not (place / "runs/cache/exports").exists()
 
 
-def test_nothing_valid_is_one_line():
+def test_require_candidates_gives_all_reasons():
     rows = [CandidateResult(Candidate(n, n, Path(n), None, n), failure=f"{n}.yaml:3: no") for n in ("a", "b")]
     with pytest.raises(
         ConfigError, match="^none of the 2 candidate.* can be measured: a: a.yaml:3: no; b: b.yaml:3: no$"
@@ -155,7 +155,7 @@ def test_mistakes_are_one_line(place, tmp_path, capfd, more, words):
     assert not list(tmp_path.rglob("exp*"))
 
 
-def test_weights_of_other_classes_are_refused(place, tmp_path):
+def test_compare_refuses_weights_of_other_classes(place, tmp_path):
     model = detectors.build("yolov5")
     model.names = {0: "circle", 1: "square", 2: "cat"}
     path = detectors.save(model, tmp_path / "other.pt")
@@ -163,7 +163,7 @@ def test_weights_of_other_classes_are_refused(place, tmp_path):
         compare_script.run(**options(place, weights=[str(path)], cfg=[]))
 
 
-def test_two_comparisons_do_not_share_a_folder(tmp_path):
+def test_exclusive_refuses_a_second_comparison(tmp_path):
     refused = pytest.raises(ConfigError, match="b: in use by another compare.py")
     with exclusive(tmp_path / ".lock", "a"), refused, exclusive(tmp_path / ".lock", "b"):
         pass
@@ -176,7 +176,7 @@ def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
-def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_path):
+def test_worker_survives_out_of_memory_and_ends_with_its_connection(place, tmp_path):
     (tmp_path / "huge.yaml").write_text(TINY.format(width=400))
     with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
         for _ in range(2):
@@ -189,7 +189,7 @@ def test_a_process_survives_a_lack_of_memory_and_ends_with_its_input(place, tmp_
         assert process._process.exitcode == 0
 
 
-def test_a_killed_process_is_a_reason(place, tmp_path):
+def test_worker_reports_a_killed_process(place, tmp_path):
     with worker(place / "tiny.yaml", tmp_path) as process:
         os.kill(process.pid, signal.SIGKILL)
         with pytest.raises(JobFailedError, match="SIGKILL"):
@@ -263,7 +263,7 @@ def test_train_py_shows_the_parts():
 
 
 @pytest.mark.slow
-def test_training_is_taken_up_after_a_kill(place, tmp_path):
+def test_compare_continues_after_a_kill(place, tmp_path):
     """Two models, two seeds, ONNX: killed in the second training, gone on with, and not done again a third time."""
     words = ["--cfg", str(place / "tiny.yaml"), str(place / "small.yaml"), "--data", str(place / "data.yaml")]
     words += [

@@ -93,7 +93,7 @@ def test_summary(rows):
     assert found.rows[0][2].value == pytest.approx(0.425)
 
 
-def test_a_column_without_values_is_left_out(rows):
+def test_build_table_leaves_out_empty_columns(rows):
     for row in rows:
         row.accuracy = None
     assert "mAP50" not in table.summary(rows, chosen(rows), "pytorch", 1).header

@@ -79,7 +79,7 @@ def test_csv_has_a_header_and_a_row_per_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [1, 12, 25, 270])
-def test_a_resumed_run_replaces_rows_and_drops_what_broke_off(tmp_path, cut):
+def test_csv_log_replaces_repeated_and_truncated_rows(tmp_path, cut):
     whole = CsvLog(tmp_path)
     for epoch in range(4):
         whole.add(results_row(epoch))
@@ -93,7 +93,7 @@ def test_a_resumed_run_replaces_rows_and_drops_what_broke_off(tmp_path, cut):
     assert (tmp_path / "results.csv").read_text() == expected
 
 
-def test_a_row_that_broke_off_is_dropped_even_before_the_first_new_epoch(tmp_path):
+def test_csv_log_drops_a_truncated_row(tmp_path):
     log = CsvLog(tmp_path)
     log.add(results_row(0))
     with open(tmp_path / "results.csv", "a") as stream:
@@ -127,7 +127,7 @@ def test_tensorboard_holds_the_numbers_and_forgets_epochs_done_again(tmp_path):
     [
         (["wandbb"], None, r"--logger wandbb: not known; allowed: wandb, mlflow, clearml, comet; did you mean 'wandb'"),
         (["tensorboard"], None, "CSV and TensorBoard are always written"),
-        ([], "me", "--entity me: is an account of wandb or comet; add --logger wandb"),
+        ([], "me", "--entity me: names an account of wandb or comet; add --logger wandb"),
     ],
 )
 def test_what_cannot_be_meant(names, entity, message):
@@ -137,13 +137,13 @@ def test_what_cannot_be_meant(names, entity, message):
 
 @pytest.mark.parametrize(("name", "pip"), [("wandb", "wandb"), ("mlflow", "mlflow"), ("clearml", "clearml"),
                                            ("comet", "comet_ml")])  # fmt: skip
-def test_a_missing_package_is_calls_with_the_pip_command(name, pip, monkeypatch):
+def test_check_loggers_names_the_pip_command(name, pip, monkeypatch):
     monkeypatch.setattr(loggers.importlib.util, "find_spec", lambda package: None)
     with pytest.raises(ConfigError, match=f"--logger {name}: its package is not installed; pip install {pip}$"):
         check_loggers([name])
 
 
-def test_a_folder_named_as_a_package_is_no_package(tmp_path, monkeypatch):
+def test_check_loggers_ignores_plain_folders(tmp_path, monkeypatch):
     (tmp_path / "clearmlx").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(loggers.ClearmlLogger, "package", "clearmlx")
@@ -162,7 +162,7 @@ def test_trackers_are_not_imported_unless_asked():
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
+def test_logs_report_a_run_from_start_to_end(recorder, tmp_path):
     with make_logs(["recorder", "recorder"], tmp_path, OPTIONS, {"lr0": 0.01}) as logs:
         logs.add(results_row(0))
         logs.add(results_row(1))
@@ -179,7 +179,7 @@ def test_a_run_is_reported_from_start_to_end(recorder, tmp_path):
     assert epochs(tmp_path) == [0, 1]
 
 
-def test_a_resumed_run_goes_on_under_its_name(recorder, tmp_path):
+def test_make_logs_resumes_under_the_same_id(recorder, tmp_path):
     with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
         logs.add(results_row(0))
     make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1).close()
@@ -187,14 +187,14 @@ def test_a_resumed_run_goes_on_under_its_name(recorder, tmp_path):
     assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1", None]
 
 
-def test_an_error_in_training_is_calls(recorder, tmp_path):
+def test_logs_report_errors_of_the_training(recorder, tmp_path):
     with pytest.raises(KeyboardInterrupt), make_logs(["recorder"], tmp_path, OPTIONS, {}):
         raise KeyboardInterrupt
     assert recorder.calls[-1] == ("close", True)
 
 
 @pytest.mark.parametrize("step", ["add", "finish", "close"])
-def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(recorder, tmp_path, caplog, step):
+def test_logs_disable_a_tracker_that_fails(recorder, tmp_path, caplog, step):
     recorder.broken = step
     with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
         for epoch in range(3):
@@ -205,7 +205,7 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(recorder, tmp_path
     assert epochs(tmp_path) == [0, 1, 2]
 
 
-def test_a_tracker_that_cannot_start_is_an_error(recorder, tmp_path):
+def test_make_logs_refuses_a_tracker_that_cannot_start(recorder, tmp_path):
     recorder.broken = "start"
     with pytest.raises(ConfigError, match="--logger recorder: cannot be started: no network$"):
         make_logs(["recorder"], tmp_path, OPTIONS, {})
@@ -218,7 +218,7 @@ def test_other_ranks_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_best_epoch_is_the_one_of_best_pt(tmp_path):
+def test_best_epoch_is_that_of_best_pt(tmp_path):
     log = CsvLog(tmp_path)
     for epoch, value in enumerate((0.1, 0.3, 0.3, 0.2)):
         log.add(results_row(epoch, 0.5, value))

@@ -1,4 +1,4 @@
-"""report.html: what it tells, that it stands alone, and that no text of the user becomes markup."""
+"""report.html: contents, no external resources, escaping."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ A, B, FAR = (10, 10, 30, 30), (50, 10, 80, 40), (120, 50, 150, 80)
         ),
     ],
 )
-def test_errors_of_a_image(detections, labels, expected):
+def test_image_errors(detections, labels, expected):
     found = image_errors(outcome(detections, labels))
     assert (len(found.right), len(found.wrong), len(found.missed)) == expected
     assert found.errors == expected[1] + expected[2]
@@ -74,7 +74,7 @@ def test_errors_agree_with_the_count_of_the_evaluation():
         assert len(found.right) + len(found.missed) == 12
 
 
-def test_the_worst_images_come_first_and_good_ones_not_at_all():
+def test_worst_images_are_sorted_by_errors():
     worst = WorstImages(count=3)
     worst(outcome([(*A, 0.9, 0)], [(0, *A)], "good.jpg"))
     worst(outcome([], [(0, *A)], "one.jpg"))
@@ -148,7 +148,7 @@ def facts(folder: Path, name: str = "disc", **changes) -> RunFacts:
     return RunFacts(**{**values, **changes})
 
 
-def test_a_report_tells_everything(run):
+def test_write_report_contains_all_sections(run):
     path = write_report(run, facts(run))
     assert path == run / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
@@ -169,7 +169,7 @@ def test_a_report_tells_everything(run):
     assert not list(run.glob(".report*")), "no partial file is left"
 
 
-def test_a_report_stands_alone(run):
+def test_write_report_loads_nothing(run):
     page = Page(write_report(run, facts(run)).read_text(encoding="utf-8"))
     for name, value in page.attributes:
         if name in ("src", "href"):
@@ -179,7 +179,7 @@ def test_a_report_stands_alone(run):
     assert "url(" not in page.text and "@import" not in page.text
 
 
-def test_text_of_the_user_is_no_markup(run):
+def test_write_report_escapes_text(run):
     plain = Page(write_report(run, facts(run)).read_text(encoding="utf-8"))
     nasty = facts(run, NASTY, layers=NASTY, model=NASTY, device=NASTY, hyp={NASTY: NASTY})
     page = Page(write_report(run, nasty).read_text(encoding="utf-8"))
@@ -188,13 +188,13 @@ def test_text_of_the_user_is_no_markup(run):
     assert page.text.count(NASTY) >= 6
 
 
-def test_a_file_name_that_is_no_utf8(run):
+def test_write_report_accepts_file_names_that_are_not_utf8(run):
     odd = ImageErrors("b\udcffd.jpg", (10, 10), torch.zeros(0, 6), torch.zeros(0, 6), torch.zeros(1, 5))
     page = Page(write_report(run, facts(run, worst=(odd,))).read_text(encoding="utf-8"))
     assert "b?d.jpg" in page.text and "cannot be read" in page.text
 
 
-def test_a_report_of_a_run_that_left_nothing(tmp_path):
+def test_write_report_of_an_empty_run(tmp_path):
     page = Page(write_report(tmp_path, facts(tmp_path, result=None, worst=())).read_text(encoding="utf-8"))
     for text in ("No epoch was finished", "was not validated", "No images were written", "None: no errors"):
         assert text in page.text

@@ -93,7 +93,7 @@ def table(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(stream))
 
 
-def test_an_search_leaves_its_results(tmp_path, trainings, monkeypatch):
+def test_search_writes_its_results(tmp_path, trainings, monkeypatch):
     monkeypatch.setattr(outputs, "IMPORTANCE_FROM", 3)
     result = evolve(config(tmp_path, noplots=False, batch_size=8))
     folder = tmp_path / "runs/exp"
@@ -137,7 +137,7 @@ def test_values_stay_within_bounds_and_the_rest_as_given(tmp_path, trainings):
     assert trainings.hyps[0].weight_decay == rows["weight_decay"].low, "zero has no place on a log scale"
 
 
-def test_going_on_tries_what_a_single_run_would_have_tried(tmp_path, trainings):
+def test_resumed_search_tries_the_same_points(tmp_path, trainings):
     evolve(config(tmp_path, evolve=3, seed=7))
     whole, trainings.hyps = trainings.points(), {}
     evolve(config(tmp_path, evolve=2, seed=7, name="cut"))
@@ -148,7 +148,7 @@ def test_going_on_tries_what_a_single_run_would_have_tried(tmp_path, trainings):
     assert trainings.points()[1] != whole[1], "--seed counts"
 
 
-def test_going_on_needs_no_option_but_the_folder(tmp_path, trainings):
+def test_resume_needs_only_the_folder(tmp_path, trainings):
     evolve(config(tmp_path, evolve=2, batch_size=4, single_cls=True))
     again = evolve(TrainConfig.from_keywords(resume_evolve=tmp_path / "runs/exp/study.db", device="cpu"))
     assert again.trials == 2 and len(trainings.hyps) == 2, "there was nothing left to do"
@@ -158,7 +158,7 @@ def test_going_on_needs_no_option_but_the_folder(tmp_path, trainings):
 
 
 @pytest.mark.parametrize("event", [KeyboardInterrupt(), SystemExit(143), DataError("the disk is full")])
-def test_what_broke_off_is_repeated(tmp_path, trainings, event):
+def test_interrupted_trial_is_repeated(tmp_path, trainings, event):
     trainings.events = {1: event}
     with pytest.raises(type(event)):
         evolve(config(tmp_path))
@@ -169,7 +169,7 @@ def test_what_broke_off_is_repeated(tmp_path, trainings, event):
     assert trainings.hyps[3] not in (trainings.hyps[1], trainings.hyps[0])
 
 
-def test_a_killed_trial_is_found_by_its_silence(tmp_path, trainings, monkeypatch):
+def test_killed_trial_is_found_by_its_missing_heartbeat(tmp_path, trainings, monkeypatch):
     monkeypatch.setattr(studies, "HEARTBEAT", 1)
     monkeypatch.setattr(studies, "GRACE", 1)
     evolve(config(tmp_path, evolve=1))
@@ -212,7 +212,7 @@ def test_trials_behind_the_median_are_pruned(tmp_path, trainings, monkeypatch):
     assert (result.trials, result.best_trial) == (5, 3)
 
 
-def test_the_first_of_equals_is_best():
+def test_best_of_returns_the_first_of_equals():
     rows = [
         TrialRow(0, "pruned", 9.0, (), 1, {}),
         TrialRow(1, "complete", 1.0, (), 1, {}),
@@ -222,7 +222,7 @@ def test_the_first_of_equals_is_best():
     assert best_of(rows[:1]) is None
 
 
-def test_a_population_is_tried_first(tmp_path, trainings, caplog):
+def test_population_is_tried_first(tmp_path, trainings, caplog):
     people = tmp_path / "people"
     people.mkdir()
     for name in ("hyp.scratch-high.yaml", "hyp.quick.yaml", "hyp.scratch-low.yaml"):
@@ -267,7 +267,7 @@ def test_search_below_the_floor_names_no_best(tmp_path, trainings, caplog, value
     assert ("star" in titles[0]) == (value >= 0.05)
 
 
-def test_bounds_hold_the_recipes():
+def test_bounds_include_the_recipes():
     names = {f.name for f in fields(Hyperparameters)}
     for optimizer in ("SGD", "AdamW"):
         for row in space_for(optimizer):
@@ -283,7 +283,7 @@ def test_bounds_hold_the_recipes():
         point_of(replace(Hyperparameters.from_yaml(START), lr0=float("inf")), "x")
 
 
-def test_the_documented_bounds_are_those_in_use():
+def test_documented_bounds_are_those_in_use():
     text = (HYPS.parents[1] / "docs/tuning.md").read_text()
     found = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (by ratio)?", text, re.MULTILINE)
     assert [(k, float(a), float(b), bool(r)) for k, a, b, r in found] == [(r.key, r.low, r.high, r.log) for r in SPACE]
@@ -336,9 +336,9 @@ def finished(tmp_path_factory) -> Path:
         ({"resume_evolve": "text.db"}, ["text.db: is not the study of a hyperparameter search"]),
         ({"resume_evolve": "other.db"}, ["other.db: is not the study of a hyperparameter search"]),
         ({"resume_evolve": "runs/exp", "epochs": 9, "seed": 1},
-         ["--epochs is 9, the study was begun with 3", "--seed is 1, the study was begun with 0"]),
+         ["--epochs is 9, the study was started with 3", "--seed is 1, the study was started with 0"]),
         # given at its default value is given
-        ({"resume_evolve": "runs/exp", "epochs": 100}, ["--epochs is 100, the study was begun with 3"]),
+        ({"resume_evolve": "runs/exp", "epochs": 100}, ["--epochs is 100, the study was started with 3"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
         ({"evolve_population": "runs"}, ["holds no *.yaml file"]),
         ({"hyp": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
@@ -361,14 +361,14 @@ def test_torchrun_is_refused(tmp_path, monkeypatch):
         evolve(config(tmp_path))
 
 
-def test_a_missing_package_is_named(tmp_path, monkeypatch):
+def test_evolve_names_the_missing_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match="pip install optuna"):
         evolve(config(tmp_path))
 
 
 @pytest.mark.parametrize("exist_ok", [False, True])
-def test_a_training_that_cannot_begin_leaves_nothing(tmp_path, trainings, exist_ok):
+def test_evolve_leaves_nothing_when_the_first_training_cannot_start(tmp_path, trainings, exist_ok):
     if exist_ok:
         (tmp_path / "runs/exp").mkdir(parents=True)
         (tmp_path / "runs/exp/mine.txt").write_text("x")
