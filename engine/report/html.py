@@ -139,28 +139,22 @@ def line_chart(
 
 
 @dataclass(frozen=True)
-class ReportBox:
-    """A box drawn over an image, in its pixels; `kind` is correct, wrong or missed."""
-
-    kind: str
-    text: str
-    x: float
-    y: float
-    width: float
-    height: float
-
-
-@dataclass(frozen=True)
 class ReportImage:
-    """A validation image with boxes; without an address where the file can no longer be read."""
+    """A validation image with its boxes.
 
+    Attributes:
+        found: detections and missed labels.
+        name: of the file.
+        address: data URL; empty where the file can no longer be read.
+        error: why it cannot be read.
+        boxes: (kind, text, left, top, width, height) in pixels of the image; kind is correct, missed or wrong.
+    """
+
+    found: ImageErrors
+    name: str
     address: str
     error: str
-    name: str
-    counts: str
-    width: int
-    height: int
-    boxes: tuple[ReportBox, ...]
+    boxes: tuple[tuple[str, str, float, float, float, float], ...]
 
 
 def worst_image(found: ImageErrors, names: Mapping[int, str]) -> ReportImage:
@@ -170,15 +164,12 @@ def worst_image(found: ImageErrors, names: Mapping[int, str]) -> ReportImage:
         address = embedded(read(found.path), IMAGE_SIDE)
     except DataError as problem:
         error = str(problem)
-    boxes = [_report_box("correct", row[:4], class_name(names, int(row[5])), row[4]) for row in found.right.tolist()]
-    boxes += [_report_box("missed", row[1:], class_name(names, int(row[0]))) for row in found.missed.tolist()]
-    boxes += [_report_box("wrong", row[:4], class_name(names, int(row[5])), row[4]) for row in found.wrong.tolist()]
-    counts = f"{len(found.wrong)} false positive(s), {len(found.missed)} missed, {len(found.right)} correct"
-    height, width = found.shape
-    return ReportImage(address, error, Path(found.path).name, counts, width, height, tuple(boxes))
-
-
-def _report_box(kind: str, xyxy: Sequence[float], name: str, confidence: float | None = None) -> ReportBox:
-    x1, y1, x2, y2 = xyxy
-    text = name if confidence is None else f"{name} {confidence:.2f}"
-    return ReportBox(kind, text, x1, y1, max(x2 - x1, 0), max(y2 - y1, 0))
+    rows = [("correct", *row) for row in found.right.tolist()]
+    rows += [("missed", *row[1:], None, row[0]) for row in found.missed.tolist()]
+    rows += [("wrong", *row) for row in found.wrong.tolist()]
+    boxes = []
+    for kind, x1, y1, x2, y2, confidence, index in rows:
+        name = class_name(names, int(index))
+        text = name if confidence is None else f"{name} {confidence:.2f}"
+        boxes.append((kind, text, x1, y1, max(x2 - x1, 0.0), max(y2 - y1, 0.0)))
+    return ReportImage(found, Path(found.path).name, address, error, tuple(boxes))
