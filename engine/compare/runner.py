@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,8 @@ def compare(config: CompareConfig) -> Comparison:
     Raises:
         UserError: options, names, dataset or folder that cannot be used, or no candidate that can be measured.
     """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker imports the calling script
+        raise ConfigError('compare.run: a script has to call it under if __name__ == "__main__":')
     load_plugins(config.plugin)
     make_folder(config.project)
     data = load_data_config(config.data)

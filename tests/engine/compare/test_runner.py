@@ -163,6 +163,16 @@ def test_compare_refuses_weights_of_other_classes(place, tmp_path):
         compare_script.run(**options(place, weights=[str(path)], cfg=[]))
 
 
+@pytest.mark.slow
+def test_compare_names_the_missing_main_guard(place, tmp_path):
+    given = options(place, "tiny", project=str(tmp_path / "runs"))
+    (tmp_path / "script.py").write_text(f"import compare\ncompare.run(**{given!r})")
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert 'compare.run: a script has to call it under if __name__ == "__main__":' in done.stderr
+
+
 def test_exclusive_refuses_a_second_comparison(tmp_path):
     refused = pytest.raises(ConfigError, match="b: in use by another compare.py")
     with exclusive(tmp_path / ".lock", "a"), refused, exclusive(tmp_path / ".lock", "b"):
