@@ -32,6 +32,7 @@ __all__ = [
     "create_backbone",
     "is_backbone_name",
     "list_backbones",
+    "named_arguments",
     "register_backbone",
     "register_plain",
     "row_names",
@@ -181,6 +182,15 @@ def backbone_class(name: str) -> type[Backbone]:
         SpecError: unknown name; the nearest one is suggested.
     """
     return _class_of(_entry(name))
+
+
+def named_arguments(name: str) -> Mapping[str, Any]:
+    """Return the arguments that a registered name stands for, such as {"arch": "m36"}.
+
+    Raises:
+        SpecError: unknown name; the nearest one is suggested.
+    """
+    return _entry(name).arguments
 
 
 def _registered(name: str) -> BackboneEntry | None:

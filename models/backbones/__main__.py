@@ -86,9 +86,9 @@ def argument_table(name: str) -> list[tuple[str, str, str]]:
     Raises:
         SpecError: unknown name.
     """
-    from models.backbones import backbone_class
+    from models.backbones import backbone_class, named_arguments
 
-    cls = backbone_class(name)
+    cls, named = backbone_class(name), named_arguments(name)
     meanings = _meanings(inspect.getdoc(cls) or "") | {
         "normalize": "subtract mean and divide by std", "mean": "mean of each channel", "std": "standard deviation",
         "frozen_stages": "freeze the stem (0) or the stem and the first n stages",
@@ -99,6 +99,7 @@ def argument_table(name: str) -> list[tuple[str, str, str]]:
         published = [key for key, own in cls.ALIASES.items() if own == parameter.name]
         title = parameter.name + (f" (published: {', '.join(published)})" if published else "")
         default = "" if parameter.default is inspect.Parameter.empty else str(parameter.default)
+        default = str(named.get(parameter.name, default))
         rows.append((title, default, meanings.get(parameter.name, "")))
     return rows + [(key, "refused", reason) for key, reason in cls.REFUSED.items()]
 

@@ -40,3 +40,29 @@ def test_errors_are_one_line_and_status_two(
     assert main(arguments) == 2
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "riformer_m36",
+            ["arch = m36", "out_indices = None", "init_cfg = refused", "m36: layers (6, 6, 18, 6)", "1e-06"],
+        ),
+        (
+            "NextViT",
+            ["drop_path_rate (published: path_dropout) = 0.0", "stochastic depth", "small: depths (3, 4, 10, 3)"],
+        ),
+        ("RevVisionTransformer", ["arch = base", "small, s: embed_dims 768"]),
+    ],
+)
+def test_arguments_are_printed(name: str, expected: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arguments", name]) == 0
+    text = capsys.readouterr().out
+    for words in expected:
+        assert words in text
+
+
+def test_arguments_of_an_unknown_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--arguments", "riformer_m63"]) == 2
+    assert "did you mean 'riformer_m36'" in capsys.readouterr().err

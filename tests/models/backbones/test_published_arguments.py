@@ -348,6 +348,9 @@ def test_revvit_training_mode_equals_reference() -> None:
     x = image(size=(64, 64))
     torch.manual_seed(4)
     (found,) = model.forward_features(x)
+    found.square().mean().backward()
+    gradient = model.patch_embed.projection.weight.grad.clone()
+    model.zero_grad()
     torch.manual_seed(4)
     tokens = model.patch_embed.projection(x).flatten(2).transpose(1, 2) + model.pos_embed
     x_1 = x_2 = tokens
@@ -361,6 +364,8 @@ def test_revvit_training_mode_equals_reference() -> None:
         x_2 = x_2 + m * second(nn.functional.gelu(first(block.ln2(x_1))))
     y = model.ln1(torch.cat((x_1, x_2), -1))
     torch.testing.assert_close(found, y.transpose(1, 2).reshape(2, 64, 4, 4), rtol=1e-4, atol=1e-5)
+    y.square().mean().backward()
+    torch.testing.assert_close(model.patch_embed.projection.weight.grad, gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_repmlp_training_mode_equals_reference() -> None:
@@ -369,6 +374,9 @@ def test_repmlp_training_mode_equals_reference() -> None:
     model = RepMLPNet({**REPMLP, "nominal": 16}).train()
     x = torch.rand(4, 3, 16, 16)
     found = model.forward_features(x)
+    sum(y.square().mean() for y in found).backward()
+    gradient = model.conv_embedding.conv.weight.grad.clone()
+    model.zero_grad()
     z, outputs = nn.functional.relu(model.conv_embedding.bn(model.conv_embedding.conv(x))), []
     for index, stage in enumerate(model.stages):
         for unit in stage:
@@ -391,3 +399,5 @@ def test_repmlp_training_mode_equals_reference() -> None:
             z = nn.functional.relu(model.embeds[index].bn(model.embeds[index].conv(z)))
     for a, b in zip(found, outputs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    sum(y.square().mean() for y in outputs).backward()
+    torch.testing.assert_close(model.conv_embedding.conv.weight.grad, gradient, rtol=1e-3, atol=1e-5)
