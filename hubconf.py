@@ -53,7 +53,7 @@ def _entry(name: str, cfg: str) -> _Any:
         )
 
     build.__name__ = build.__qualname__ = name
-    build.__doc__ = f"""The network of models/{cfg}, with random weights unless `path` names a checkpoint.
+    build.__doc__ = f"""The network of {cfg}, with random weights unless `path` names a checkpoint.
 
     Arguments:
         pretrained: not possible, since nothing is downloaded; give `path`.
@@ -71,11 +71,11 @@ yolov5s = _entry("yolov5s", "yolov5s.yaml")
 yolov5m = _entry("yolov5m", "yolov5m.yaml")
 yolov5l = _entry("yolov5l", "yolov5l.yaml")
 yolov5x = _entry("yolov5x", "yolov5x.yaml")
-yolov5n6 = _entry("yolov5n6", "hub/yolov5n6.yaml")
-yolov5s6 = _entry("yolov5s6", "hub/yolov5s6.yaml")
-yolov5m6 = _entry("yolov5m6", "hub/yolov5m6.yaml")
-yolov5l6 = _entry("yolov5l6", "hub/yolov5l6.yaml")
-yolov5x6 = _entry("yolov5x6", "hub/yolov5x6.yaml")
+yolov5n6 = _entry("yolov5n6", "yolov5n6.yaml")
+yolov5s6 = _entry("yolov5s6", "yolov5s6.yaml")
+yolov5m6 = _entry("yolov5m6", "yolov5m6.yaml")
+yolov5l6 = _entry("yolov5l6", "yolov5l6.yaml")
+yolov5x6 = _entry("yolov5x6", "yolov5x6.yaml")
 yolov5_riformer = _entry("yolov5_riformer", "yolov5-riformer.yaml")
 yolov5_riformer_s = _entry("yolov5_riformer_s", "yolov5-riformer-s.yaml")
 yolov5_revvit = _entry("yolov5_revvit", "yolov5-revvit.yaml")
@@ -87,3 +87,13 @@ yolov5_nextvit_s = _entry("yolov5_nextvit_s", "yolov5-nextvit-s.yaml")
 yolov5_timm = _entry("yolov5_timm", "yolov5-timm.yaml")
 yolov5_timm_resnet50 = _entry("yolov5_timm_resnet50", "yolov5-timm-resnet50.yaml")
 yolov5_timm_vit = _entry("yolov5_timm_vit", "yolov5-timm-vit.yaml")
+yolov5_nextvit_free = _entry("yolov5_nextvit_free", "yolov5-nextvit-free.yaml")
+yolov5_repmlp_free = _entry("yolov5_repmlp_free", "yolov5-repmlp-free.yaml")
+yolov5_revvit_free = _entry("yolov5_revvit_free", "yolov5-revvit-free.yaml")
+yolov5_riformer_free = _entry("yolov5_riformer_free", "yolov5-riformer-free.yaml")
+yolov5_timm_free = _entry("yolov5_timm_free", "yolov5-timm-free.yaml")
+yolov5l_free = _entry("yolov5l_free", "yolov5l-free.yaml")
+yolov5m_free = _entry("yolov5m_free", "yolov5m-free.yaml")
+yolov5n_free = _entry("yolov5n_free", "yolov5n-free.yaml")
+yolov5s_free = _entry("yolov5s_free", "yolov5s-free.yaml")
+yolov5x_free = _entry("yolov5x_free", "yolov5x-free.yaml")

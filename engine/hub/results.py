@@ -153,7 +153,7 @@ class Results:
         folder = make_folder(increment_path(save_dir, exist_ok))
         names = FileNames()
         for found, drawn in zip(self._found, self._drawn(labels)):
-            write_image(folder / names.name_for(found.frame, ".jpg"), drawn)
+            write_image(folder / f"{names.stem_for(found.frame)}.jpg", drawn)
         return folder
 
     def crop(self, save: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool = False) -> list[dict[str, Any]]:
@@ -169,7 +169,7 @@ class Results:
         """
         if save:
             folder = make_folder(increment_path(save_dir, exist_ok))
-            writer = CropWriter(folder / "crops", self.names)
+            writer = CropWriter(folder / "crops", self.names, FileNames())
             for found in self._found:
                 writer.write(found, None)
         out = []

@@ -31,6 +31,7 @@ from engine.predict.progress import Progress
 from engine.predict.writers import (
     CropWriter,
     CsvWriter,
+    FileNames,
     ImageWriter,
     JsonWriter,
     LabelWriter,
@@ -257,17 +258,23 @@ class Predictor:
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
         folder = self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
+        left = sum(path.is_file() for path in folder.rglob("*"))
+        if left:
+            LOGGER.warning(
+                "--exist-ok: %s holds %d file(s) of earlier runs, which stay unless overwritten", folder, left
+            )
+        names = FileNames()
         writers: list[Writer] = []
         if not c.nosave:
-            writers.append(ImageWriter(folder, self.style))
+            writers.append(ImageWriter(folder, self.style, names))
         if c.save_txt:
-            writers.append(LabelWriter(folder / "labels", corners=c.save_format == 1, scores=c.save_conf))
+            writers.append(LabelWriter(folder / "labels", names, corners=c.save_format == 1, scores=c.save_conf))
         if c.save_csv:
             writers.append(CsvWriter(folder / "predictions.csv", self.names))
         if c.save_json:
             writers.append(JsonWriter(folder / "predictions.json", self.names))
         if c.save_crop:
-            writers.append(CropWriter(folder / "crops", self.names))
+            writers.append(CropWriter(folder / "crops", self.names, names))
         return Outputs(writers)
 
     def _show_features(self, frame: Frame, image: torch.Tensor) -> None:
@@ -298,10 +305,11 @@ class Predictor:
                 LOGGER.info("%d label file(s) in %s", writer.files, self.folder and self.folder / "labels")
         if self.folder is not None:
             LOGGER.info("Results saved to %s", self.folder)
+        lost = [line for writer in outputs.writers for line in getattr(writer, "failures", ())]
         if source.failures:
             LOGGER.warning("%d input(s) could not be read: %s", len(source.failures), "; ".join(source.failures))
         return DetectReport(
-            self.folder, self.tally.frames, self.tally.detections, tuple(source.failures), seconds, elapsed
+            self.folder, self.tally.frames, self.tally.detections, (*source.failures, *lost), seconds, elapsed
         )
 
 

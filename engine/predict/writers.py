@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -30,6 +31,7 @@ from utils.files import make_folder
 LOGGER = logging.getLogger(__name__)
 IMAGE_FORMATS = frozenset({".bmp", ".jpg", ".jpeg", ".jpe", ".png", ".tif", ".tiff", ".webp"})
 """Suffixes that annotated images keep; others become .jpg."""
+LARGEST_TIMEBASE = 65535
 CROP_GAIN, CROP_PAD = 1.02, 10
 """Cut-outs are boxes of this many times the size, and this many pixels more, on each axis."""
 
@@ -45,29 +47,39 @@ class Writer(Protocol):
 
 
 class FileNames:
-    """Gives every input a file name of its own in one folder."""
+    """Gives every input of a run a stem of its own, which its image, labels and crops share."""
 
     def __init__(self) -> None:
         self._taken: dict[str, str] = {}
+        self._videos: set[str] = set()
         self._given: dict[int, str] = {}
 
-    def name_for(self, frame: Frame, suffix: str) -> str:
-        """`stem + suffix` of the frame's input, or `stem_2 + suffix` ... when another input has that; always the same.
+    def stem_for(self, frame: Frame) -> str:
+        """Return the stem of the frame's input, with `_2` ... where another input has it; always the same.
 
-        Upper and lower case count as equal, as they do for many file systems.
+        Upper and lower case count as equal, as they do for many file systems. Frames of a video `clip` are called
+        `clip_<frame>`: no other input gets a name of that form.
         """
         if frame.number not in self._given:
-            stem = frame.path.stem if frame.kind != "live" else frame.path.name
-            name, count = stem + suffix, 1
-            while name.lower() in self._taken:
+            wanted = frame.path.stem if frame.kind != "live" else frame.path.name
+            stem, count = wanted, 1
+            while self._collides(stem, frame.kind != "image"):
                 count += 1
-                name = f"{stem}_{count}{suffix}"
+                stem = f"{wanted}_{count}"
             if count > 1:
-                other = self._taken[(stem + suffix).lower()]
-                LOGGER.info("%s: %s%s belongs to %s; %s is used", frame.origin, stem, suffix, other, name)
-            self._taken[name.lower()] = frame.origin
-            self._given[frame.number] = name
+                LOGGER.info("%s: another input has the name %s; %s is used", frame.origin, wanted, stem)
+            self._taken[stem.lower()] = frame.origin
+            if frame.kind != "image":
+                self._videos.add(stem.lower())
+            self._given[frame.number] = stem
         return self._given[frame.number]
+
+    def _collides(self, stem: str, video: bool) -> bool:
+        stem = stem.lower()
+        head, _, number = stem.rpartition("_")
+        frame_of_video = number.isdecimal() and head in self._videos
+        frames = re.compile(re.escape(stem) + r"_\d+")
+        return stem in self._taken or frame_of_video or (video and any(map(frames.fullmatch, self._taken)))
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -100,6 +112,16 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
     write_whole(path, data.tobytes())
 
 
+def writable_rate(fps: float) -> float:
+    """Return the nearest frame rate that MPEG-4 can store: a fraction whose numerator is at most 65535."""
+    if not 0 < fps < math.inf:
+        return DEFAULT_FPS
+    base = 1
+    while base < 1000 and abs(round(fps * base) / base - fps) > 0.001 and fps * base * 10 <= LARGEST_TIMEBASE:
+        base *= 10
+    return min(max(round(fps * base), 1), LARGEST_TIMEBASE) / base
+
+
 class VideoFile:
     """An mp4 (MPEG-4 part 2) that appears under its name when it is finished.
 
@@ -120,7 +142,7 @@ class VideoFile:
         self._size = size
         self._part = path.with_name(f".{path.stem}.part.mp4")
         fourcc = cv2.VideoWriter.fourcc(*"mp4v")
-        self._writer = cv2.VideoWriter(str(self._part), fourcc, fps if fps > 0 else DEFAULT_FPS, size)
+        self._writer = cv2.VideoWriter(str(self._part), fourcc, writable_rate(fps), size)
         if not self._writer.isOpened():
             raise DataError(f"{path}: a video of {size[0]} x {size[1]} at {fps:g} frames/s cannot be written")
 
@@ -150,11 +172,12 @@ class VideoFile:
 class ImageWriter:
     """Annotated images under the names of their files; videos and streams as mp4 with rate and size of the source."""
 
-    def __init__(self, folder: Path, style: DrawStyle) -> None:
+    def __init__(self, folder: Path, style: DrawStyle, names: FileNames) -> None:
         self._folder = folder
         self._style = style
-        self._names = FileNames()
-        self._videos: dict[int, VideoFile] = {}
+        self._names = names
+        self._videos: dict[int, VideoFile | None] = {}
+        self.failures: list[str] = []
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
         frame = found.frame
@@ -163,16 +186,25 @@ class ImageWriter:
             self._finish(n for n in list(self._videos) if n != frame.number)
         if frame.kind == "image":
             suffix = frame.path.suffix if frame.path.suffix.lower() in IMAGE_FORMATS else ".jpg"
-            write_image(self._folder / self._names.name_for(frame, suffix), image)
+            write_image(self._folder / f"{self._names.stem_for(frame)}{suffix}", image)
             return
         if frame.number not in self._videos:
-            path = self._folder / self._names.name_for(frame, ".mp4")
-            self._videos[frame.number] = VideoFile(path, frame.fps, (image.shape[1], image.shape[0]))
-        self._videos[frame.number].write(image)
+            path = self._folder / f"{self._names.stem_for(frame)}.mp4"
+            try:
+                self._videos[frame.number] = VideoFile(path, frame.fps, (image.shape[1], image.shape[0]))
+            except DataError as error:  # this output is missing; the others continue
+                self._videos[frame.number] = None
+                self.failures.append(str(error))
+                LOGGER.error("%s", error)
+        video = self._videos[frame.number]
+        if video is not None:
+            video.write(image)
 
     def _finish(self, numbers: Any) -> None:
         for number in numbers:
-            self._videos.pop(number).finish()
+            video = self._videos.pop(number)
+            if video is not None:
+                video.finish()
 
     def close(self) -> None:
         self._finish(list(self._videos))
@@ -189,23 +221,20 @@ class LabelWriter:
         scores: append the score.
     """
 
-    def __init__(self, folder: Path, corners: bool = False, scores: bool = False) -> None:
+    def __init__(self, folder: Path, names: FileNames, corners: bool = False, scores: bool = False) -> None:
         self._folder = make_folder(folder)
         self._corners = corners
         self._scores = scores
-        self._image_names = FileNames()
-        self._video_names = FileNames()
+        self._names = names
         self.files = 0
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         if not len(found.boxes):
             return
         frame = found.frame
-        if frame.kind == "image":
-            name = self._image_names.name_for(frame, ".txt")
-        else:
-            name = f"{self._video_names.name_for(frame, '')}_{frame.frame}.txt"
-        write_whole(self._folder / name, self._text(found).encode())
+        stem = self._names.stem_for(frame)
+        name = stem if frame.kind == "image" else f"{stem}_{frame.frame}"
+        write_whole(self._folder / f"{name}.txt", self._text(found).encode())
         self.files += 1
 
     def _text(self, found: Detections) -> str:
@@ -223,7 +252,8 @@ class LabelWriter:
 class CsvWriter:
     """predictions.csv: image, class, score, one line per box, lowest score of an image first.
 
-    The image is named as its file; a frame of a video as `<stem>_<frame>`.
+    The image is named by its path, relative to the working directory where it is below it; a frame of a video as
+    `<path>_<frame>`. Cells that a spreadsheet would take for a formula get a leading apostrophe.
     """
 
     def __init__(self, path: Path, names: Any) -> None:
@@ -236,9 +266,10 @@ class CsvWriter:
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:  # noqa: ARG002
         frame = found.frame
-        image = frame.path.name if frame.kind == "image" else f"{_stem(frame)}_{frame.frame}"
+        image = _relative(frame) if frame.kind == "image" else f"{_relative(frame)}_{frame.frame}"
         for row in found.boxes[::-1]:
-            self._writer.writerow([image, class_name(self._names, int(row[5])), f"{row[4]:.4f}"])
+            name = class_name(self._names, int(row[5]))
+            self._writer.writerow([_cell(image), _cell(name), f"{row[4]:.4f}"])
 
     def close(self) -> None:
         self._stream.close()
@@ -300,9 +331,10 @@ def cut_out(image: NDArray[np.uint8], box_xyxy: NDArray[np.floating]) -> NDArray
 class CropWriter:
     """Cut-outs of the unmarked image: crops/<class>/<stem>.jpg, then `<stem>2.jpg` ... where a name is taken."""
 
-    def __init__(self, folder: Path, names: Any) -> None:
+    def __init__(self, folder: Path, names: Any, file_names: FileNames) -> None:
         self._folder = folder
         self._names = names
+        self._file_names = file_names
         self._next: dict[Path, int] = {}
         self.files = 0
 
@@ -311,7 +343,7 @@ class CropWriter:
             image = cut_out(found.frame.image, row[:4])
             if image.size:
                 folder = make_folder(self._folder / _folder_name(class_name(self._names, int(row[5]))))
-                write_image(self._free(folder / _stem(found.frame)), image)
+                write_image(self._free(folder / self._file_names.stem_for(found.frame)), image)
                 self.files += 1
 
     def _free(self, base: Path) -> Path:
@@ -325,8 +357,16 @@ class CropWriter:
         """Nothing is open."""
 
 
-def _stem(frame: Frame) -> str:
-    return frame.path.name if frame.kind == "live" else frame.path.stem
+def _relative(frame: Frame) -> str:
+    if frame.kind == "live":
+        return frame.path.name
+    path = os.path.relpath(frame.path)
+    return str(frame.path.absolute()) if path.startswith("..") else path
+
+
+def _cell(text: str) -> str:
+    """Return a cell of a table as text that no spreadsheet takes for a formula."""
+    return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
 def _folder_name(name: str) -> str:

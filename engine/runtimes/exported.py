@@ -11,7 +11,7 @@ import torch
 from engine.runtimes.metadata import Metadata
 from utils.boxes import xyxy2xywh
 from utils.device import to_device
-from utils.errors import ConfigError
+from utils.errors import CheckpointError, ConfigError
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class ExportedRuntime(ABC):
         self.imgsz = None if height is None or width is None else (height, width)
         count = len(metadata.names) or (columns or 6) - 5
         self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range(count)}
+        if columns is not None:
+            self._check_columns(columns)
         if metadata.nms:
             LOGGER.warning(
                 "%s: suppresses by itself (%s); looser thresholds than that have no effect",
@@ -66,7 +68,17 @@ class ExportedRuntime(ABC):
         pixels = to_unit(to_device(images, self.device))
         if self.fixed_batch is not None and count < self.fixed_batch:
             pixels = torch.cat((pixels, pixels.new_zeros(self.fixed_batch - count, *pixels.shape[1:])))
-        return self._infer(pixels.contiguous())[:count].to(self.device, torch.float32)
+        rows = self._infer(pixels.contiguous())[:count].to(self.device, torch.float32)
+        self._check_columns(rows.shape[-1])
+        return rows
+
+    def _check_columns(self, columns: int) -> None:
+        needed = 6 if self.metadata.nms else 5 + len(self.names)
+        if columns != needed:
+            kind = "boxes" if self.metadata.nms else f"rows of {len(self.names)} classes"
+            raise CheckpointError(
+                f"{self.where}: its output has {columns} columns, {kind} have {needed}: metadata of another model"
+            )
 
     def _check_size(self, count: int, height: int, width: int) -> None:
         if self.imgsz is not None and (height, width) != self.imgsz:

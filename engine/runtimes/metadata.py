@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from utils.errors import CheckpointError
+from utils.errors import CheckpointError, shown
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Metadata:
         about = {key: value for key, value in texts.items() if key not in {*known, "names", "imgsz"}}
         try:
             stride, batch = int(known.get("stride", 32)), known.get("batch")
+            if stride < 1 or (batch is not None and int(batch) < 1) or (imgsz is not None and min(map(int, imgsz)) < 1):
+                raise ValueError(f"stride {stride}, batch {batch}, imgsz {imgsz}: positive numbers are needed")
+            if sorted(map(int, names)) != list(range(len(names))):
+                raise ValueError(f"names {shown(dict(names))}: classes 0, 1, 2, ... are needed")
             return cls(
                 names={int(number): str(name) for number, name in names.items()},
                 stride=stride,

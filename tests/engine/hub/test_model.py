@@ -21,7 +21,7 @@ from engine.hub.results import Results
 from models.yolo import DetectionModel
 from tests.helpers import detectors
 from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
-from utils.files import ROOT
+from utils.files import ROOT, find_file
 
 CONF, BEST = 0.05, 20  # few enough boxes that none of them is a matter of rounding
 SIZES = ((60, 80), (97, 64), (80, 60), (33, 133), (60, 80))  # height, width
@@ -385,8 +385,10 @@ def entries() -> dict[str, str]:
 
 def test_every_usual_yaml_has_its_function():
     yamls = {f"{p.name}" for p in (ROOT / "models").glob("*.yaml")}
-    yamls |= {f"hub/yolov5{size}6.yaml" for size in "nsmlx"}
+    yamls |= {f"yolov5{size}6.yaml" for size in "nsmlx"}
     assert set(entries().values()) == yamls
+    for cfg in entries().values():
+        assert find_file(cfg, "models", "models/hub").is_relative_to(ROOT / "models")
     assert set(entries()) == {Path(y).stem.replace("-", "_") for y in yamls}
     public = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
     assert public == {"custom", *entries()}, "torch.hub lists these"

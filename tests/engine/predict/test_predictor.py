@@ -163,11 +163,11 @@ def test_equal_names_from_two_folders_do_not_overwrite(runtime, tmp_path, caplog
     save(tmp_path / "two/a.jpg", rectangles((64, 64), (0, 10, 10, 40, 40)))
     with caplog.at_level("INFO"):
         report = run(tmp_path / "*/a.*", save_txt=True, save_crop=True)
-    assert sorted(p.name for p in report.folder.glob("a*")) == ["a.jpg", "a.png", "a_2.png"]
+    assert sorted(p.name for p in report.folder.glob("a*")) == ["a.png", "a_2.jpg", "a_3.png"]
     assert cv2.imread(str(report.folder / "a.png")).shape == ONE.shape
     assert sorted(p.name for p in (report.folder / "labels").iterdir()) == ["a.txt", "a_2.txt", "a_3.txt"]
-    assert sorted(p.name for p in (report.folder / "crops/red").iterdir()) == ["a.jpg", "a2.jpg", "a3.jpg"]
-    assert "belongs to" in caplog.text
+    assert sorted(p.name for p in (report.folder / "crops/red").iterdir()) == ["a.jpg", "a_2.jpg", "a_3.jpg"]
+    assert "another input has the name a; a_2 is used" in caplog.text
 
 
 def test_csv_json_and_crops(runtime, tmp_path):
@@ -179,8 +179,8 @@ def test_csv_json_and_crops(runtime, tmp_path):
         rows = list(csv.reader(stream))
     assert rows == [
         ["Image Name", "Prediction", "Confidence"],
-        ["a.png", "green/../x", "0.6000"],
-        ["a.png", "red", "0.9000"],
+        ["in/a.png", "green/../x", "0.6000"],
+        ["in/a.png", "red", "0.9000"],
     ]
     a, b = json.loads((report.folder / "predictions.json").read_text(encoding="utf-8"))
     assert (a["height"], a["width"], a["frame"]) == (240, 480, None) and b["detections"] == []
@@ -219,7 +219,7 @@ def test_videos_keep_size_rate_and_order(runtime, tmp_path):
     centers = [label_rows(report.folder / f"labels/v_{i}.txt")[0][1] * 160 for i in range(1, 13)]
     np.testing.assert_allclose(centers, [8 * i + 16 for i in range(12)], atol=2)
     lines = (report.folder / "predictions.csv").read_text().splitlines()
-    assert [line.split(",")[0] for line in lines[1:]] == [f"v_{i}" for i in range(1, 13)]
+    assert [line.split(",")[0] for line in lines[1:]] == [f"v.mp4_{i}" for i in range(1, 13)]
     assert not list(report.folder.glob(".*"))  # no temporary file is left
 
 

@@ -1,5 +1,6 @@
 """Files of detection, number by number."""
 
+import csv
 from pathlib import Path
 
 import cv2
@@ -7,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.sources.frames import Frame
-from engine.predict.detections import Detections, counts_text
-from engine.predict.writers import CropWriter, FileNames, LabelWriter, VideoFile
+from engine.predict.detections import Detections, DrawStyle, counts_text
+from engine.predict.writers import CropWriter, CsvWriter, FileNames, ImageWriter, LabelWriter, VideoFile, writable_rate
 from utils.errors import DataError
 
 
@@ -31,7 +32,7 @@ BOXES = [[10.4, 19.6, 50.4, 79.6, 0.87654321, 2], [0.4, 0.0, 33.3, 50.0, 0.25, 0
     ],
 )
 def test_label_text(tmp_path, corners, scores, expected):
-    writer = LabelWriter(tmp_path, corners, scores)
+    writer = LabelWriter(tmp_path, FileNames(), corners, scores)
     writer.write(detections(BOXES), None)
     writer.write(detections([], "empty.jpg", number=2), None)
     writer.write(detections(BOXES, "v.mp4", "video", frame=12, number=3), None)
@@ -39,16 +40,55 @@ def test_label_text(tmp_path, corners, scores, expected):
     assert len(list(tmp_path.iterdir())) == writer.files == 2  # none for the image without boxes
 
 
-def test_file_names_are_given_once():
+@pytest.mark.parametrize(
+    ("inputs", "expected"),
+    [
+        (["x/a.jpg", "y/A.jpg", "z/a.png"], ["a", "A_2", "a_3"]),
+        (["in/clip.avi", "in/clip_1.jpg", "in/clip_x.jpg"], ["clip", "clip_1_2", "clip_x"]),  # frames are clip_<frame>
+        (["in/clip_1.jpg", "in/clip.avi"], ["clip_1", "clip_2"]),
+        (["a.jpg", "b/a.jpg", "a_2.jpg"], ["a", "a_2", "a_2_2"]),
+    ],
+)
+def test_file_names_are_unique_within_a_run(inputs, expected):
     names = FileNames()
-    frames = [detections([], path, number=n).frame for n, path in enumerate(["x/a.jpg", "y/A.jpg", "z/a.png"], 1)]
-    assert [names.name_for(f, f.path.suffix) for f in frames] == ["a.jpg", "A_2.jpg", "a.png"]
-    assert names.name_for(frames[1], ".jpg") == "A_2.jpg"  # the same input again
+    kinds = ["video" if path.endswith(".avi") else "image" for path in inputs]
+    frames = [detections([], path, kind, number=n).frame for n, (path, kind) in enumerate(zip(inputs, kinds), 1)]
+    assert [names.stem_for(f) for f in frames] == expected
+    assert [names.stem_for(f) for f in frames] == expected  # the same inputs again
+
+
+def test_csv_names_the_path_and_holds_no_formula(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    writer = CsvWriter(tmp_path / "p.csv", {0: "=cmd|' /C calc'!A0", 2: "@x"})
+    writer.write(detections(BOXES, "x/a.jpg"), None)
+    writer.write(detections(BOXES[:1], tmp_path / "-a.jpg", "video", frame=3, number=2), None)
+    writer.close()
+    with open("p.csv", newline="") as stream:
+        rows = list(csv.reader(stream))[1:]
+    assert [row[:2] for row in rows] == [["x/a.jpg", "'=cmd|' /C calc'!A0"], ["x/a.jpg", "'@x"], ["'-a.jpg_3", "'@x"]]
+
+
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [(30, 30), (29.97, 29.97), (100.0123, 100.01), (1e6, 65535), (0, 30), (float("nan"), 30), (0.1, 0.1)],
+)
+def test_writable_rate(fps, expected):
+    assert writable_rate(fps) == pytest.approx(expected, abs=0.011)
+
+
+def test_a_video_that_cannot_be_opened_ends_that_output_only(tmp_path, monkeypatch):
+    monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda self: False)
+    writer = ImageWriter(tmp_path, DrawStyle({0: "a", 2: "b"}), FileNames())
+    for frame in (1, 2):
+        writer.write(detections(BOXES, "v.mp4", "video", frame=frame), None)
+    writer.write(detections(BOXES, "a.jpg", number=2), None)
+    writer.close()
+    assert (tmp_path / "a.jpg").is_file() and len(writer.failures) == 1
 
 
 @pytest.mark.parametrize(("name", "folder"), [("a/b", "a_b"), ("..", "_"), ("", "_"), ("größe", "größe"), ("x.", "x")])
 def test_crop_folders_stay_inside(tmp_path, name, folder):
-    CropWriter(tmp_path, {2: name, 0: "other"}).write(detections(BOXES), None)
+    CropWriter(tmp_path, {2: name, 0: "other"}, FileNames()).write(detections(BOXES), None)
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder, "other"])
 
 

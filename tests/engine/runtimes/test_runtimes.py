@@ -157,6 +157,11 @@ def test_metadata_survives():
         ({"stride": "wide"}, "metadata 'stride'"),
         ({"names": "3"}, "cannot be understood"),
         ({"imgsz": "[]"}, "cannot be understood"),
+        ({"stride": "0"}, "stride 0"),
+        ({"stride": "-32"}, "stride -32"),
+        ({"batch": "0"}, "batch 0"),
+        ({"imgsz": "[0, 64]"}, "imgsz"),
+        ({"names": "{1: 'a'}"}, "classes 0, 1, 2, ... are needed"),
     ],
 )
 def test_broken_metadata(texts, words):
@@ -280,3 +285,9 @@ def test_detect_runs_a_file(tmp_path):
         DetectConfig(weights=[path], source="data/images", project=str(tmp_path), nosave=True, save_txt=True)
     )
     assert report.frames == 4 and not report.failures
+
+
+def test_metadata_that_does_not_fit_the_rows_is_refused(tmp_path):
+    path = onnx_file(tmp_path / "x.onnx", texts={"names": "{0: 'a', 1: 'b', 2: 'c'}"})
+    with pytest.raises(CheckpointError, match="its output has 6 columns, rows of 3 classes have 8"):
+        open_runtime([path], CPU)
