@@ -41,6 +41,8 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
         model.eval().fuse()
     _load_exactly(model, checkpoint)
     model.names = dict(checkpoint.names)
+    stored = checkpoint.metadata.get("best_conf")
+    model.best_conf = float(stored) if isinstance(stored, (int, float)) else None
     return model.float().eval().to(device)
 
 

@@ -45,6 +45,7 @@ class DetectionModel(nn.Module):
         save: slots read by index or level name, in ascending order.
         names: class names by index.
         nc: number of classes.
+        best_conf: confidence threshold with the best F1 in the validation of its checkpoint, None if unknown.
         inplace: `inplace` of the YAML, which has no effect.
         hyp: hyperparameters, for tools that store them here; unused.
 
@@ -75,6 +76,7 @@ class DetectionModel(nn.Module):
         self.yaml = self.spec.to_dict()
         self.nc = self.spec.num_classes
         self.names = {i: str(i) for i in range(self.nc)}
+        self.best_conf: float | None = None
         self.inplace = True
         self.hyp: dict[str, Any] = {}
 

@@ -7,7 +7,7 @@ drift apart. No torch here: `--help` has to be instant.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 FLAG, OPTIONAL, MANY = "flag", "optional", "many"
 
 
-def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
+def option(default: Any, text: str, kind: Callable[[Any], Any] = str, **extra: Any) -> Any:
     """Declare one option as a dataclass field.
 
     Args:
@@ -39,6 +39,11 @@ def option(default: Any, text: str, kind: type = str, **extra: Any) -> Any:
 def flag(text: str, **extra: Any) -> Any:
     """Declare an option without a value, off by default."""
     return option(False, text, bool, form=FLAG, **extra)
+
+
+def confidence(text: str | float) -> str | float:
+    """Return `auto` or the number."""
+    return "auto" if text == "auto" else float(text)
 
 
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "auto")
@@ -261,7 +266,10 @@ class DetectConfig(Options):
     source: str = option("data/images", "file, folder, glob, .txt list, .streams list, URL, camera number, screen")
     data: str = option("", "dataset YAML for class names where the model file has none")
     imgsz: list[int] = option([640], "height width, or one number", int, form=MANY, aliases=IMGSZ_NAMES, **SIDE)
-    conf_thres: float = option(0.25, "score threshold", float, low=0.0, high=1.0)
+    conf_thres: float | str = option(
+        0.25, "confidence threshold; auto = that of the best F1 in validation, which training stores in the model file",
+        confidence, low=0.0, high=1.0,
+    )  # fmt: skip
     iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
     max_det: int = option(1000, "boxes per image", int, low=1)
     device: str = option("", "'' = first GPU or CPU; cpu; 0")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, Field
 from typing import Any
 
 from utils.errors import ConfigError
 
-WORDS = {int: "an integer", float: "a number", str: "a text or a path", bool: "True or False"}
+WORDS: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a text or a path", bool: "True or False"}
 
 
 def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,7 +51,7 @@ def _settled(f: Field[Any], value: Any) -> Any:
     return _one(kind, value)
 
 
-def _one(kind: type, value: Any) -> Any:
+def _one(kind: Callable[[Any], Any], value: Any) -> Any:
     """Return a single value converted to its type, or raise TypeError."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is bool and isinstance(value, bool):
@@ -63,4 +64,7 @@ def _one(kind: type, value: Any) -> Any:
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
     if kind is str and type(value).__name__ == "device":  # a torch.device, without importing torch
         return str(value)
+    if not isinstance(kind, type) and (is_number or isinstance(value, str)):
+        with suppress(ValueError):
+            return kind(value)
     raise TypeError(f"{WORDS.get(kind, kind.__name__)} is needed")

@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from utils.metrics import IOU_THRESHOLDS, APResult, ConfusionMatrix, Curves, ap_per_class, match_detections
+from utils.metrics import (
+    F1_SMOOTHING,
+    IOU_THRESHOLDS,
+    APResult,
+    ConfusionMatrix,
+    Curves,
+    ap_per_class,
+    match_detections,
+    smooth,
+)
 from utils.structures import Batch
 
 LOGGER = logging.getLogger(__name__)
@@ -71,6 +80,13 @@ class EvalResult:
     curves: Curves
     confusion: np.ndarray | None = None
     coco: tuple[float, ...] | None = None
+
+    @property
+    def best_conf(self) -> float | None:
+        """Return the confidence with the best mean F1, at which `mp` and `mr` are given; None without labels."""
+        if not len(self.classes):
+            return None
+        return float(self.curves.confidence[smooth(self.curves.f1.mean(0), F1_SMOOTHING).argmax()])
 
 
 @dataclass
@@ -188,6 +204,8 @@ def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> 
     LOGGER.info(row, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
     if not instances:
         LOGGER.warning("there are no labels: mAP is undefined and reported as 0")
+    elif per_class:
+        LOGGER.info("Best F1 at confidence %.3f", result.best_conf)
     if per_class and len(names) > 1:
         for k, c in enumerate(result.classes.tolist()):
             figures = result.p[k], result.r[k], result.ap50[k], result.ap[k]

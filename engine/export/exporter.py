@@ -263,7 +263,7 @@ def describe(model: DetectionModel, weights: Path) -> dict[str, str]:
         "backbone": name,
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "spec": json.dumps(model.yaml, default=str),
-    }
+    } | ({} if model.best_conf is None else {"best_conf": f"{model.best_conf:.4f}"})
 
 
 def _nms_options(c: ExportConfig) -> NmsOptions:

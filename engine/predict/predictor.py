@@ -178,6 +178,17 @@ class _Tally:
     preparation: Profile = field(default_factory=Profile)
 
 
+def _threshold(config: DetectConfig, runtime: Runtime) -> float:
+    """Return the confidence threshold, for `auto` the one stored in the weights."""
+    if config.conf_thres != "auto":
+        return float(config.conf_thres)
+    stored: float | None = getattr(runtime, "best_conf", None)
+    if stored is None:
+        raise ConfigError(f"--conf-thres auto: {', '.join(config.weights)}: no threshold is stored; give a number")
+    LOGGER.info("Confidence threshold %.3f (--conf-thres auto)", stored)
+    return stored
+
+
 class Predictor:
     """Runs a detector over a source and hands the results to the writers.
 
@@ -192,7 +203,7 @@ class Predictor:
         self.runtime, self.config, self.names, self.size = runtime, config, names, size
         self.style = DrawStyle(names, config.line_thickness, not config.hide_labels, not config.hide_conf)
         c = config
-        self.nms = NmsSettings(c.conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
+        self.nms = NmsSettings(_threshold(c, runtime), c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
         self.network = Profile(runtime.device)
         self.nms_time = Profile(runtime.device)
         self.tally = _Tally()

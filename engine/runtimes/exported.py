@@ -40,6 +40,7 @@ class ExportedRuntime(ABC):
         self.where, self.metadata, self.device = where, metadata, device
         self.stride = metadata.stride
         self.fixed_batch = batch
+        self.best_conf = _number(metadata.about.get("best_conf"))
         self.imgsz = None if height is None or width is None else (height, width)
         count = len(metadata.names) or (columns or 6) - 5
         self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range(count)}
@@ -108,3 +109,10 @@ def rows_from_boxes(boxes: torch.Tensor, num_classes: int) -> torch.Tensor:
     rows[..., 4] = boxes[..., 4]
     labels = boxes[..., 5].long().clamp(0, num_classes - 1)
     return rows.scatter_(2, labels[..., None] + 5, 1.0)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        return None

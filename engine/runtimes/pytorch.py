@@ -101,6 +101,8 @@ class PyTorchRuntime:
         self.device, self.dtype = device, dtype
         self.autocast, self.augment = autocast, augment
         self.names: Mapping[int, str] = dict(models[0].names)
+        known = [model.best_conf for model in models if model.best_conf is not None]
+        self.best_conf = sum(known) / len(known) if len(known) == len(models) else None
         self.stride = max(grid_of(model) for model in models)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:

@@ -162,6 +162,7 @@ class Trainer:
         self.class_maps = np.zeros(len(self.data.names))
         self.eval_options = EvalOptions(names=self.data.names, single_cls=self.config.single_cls)
         self.logs = Logs(self.run.folder)
+        self.best_conf: float | None = None
         self.stop = StopRequest()
 
     def fit(self) -> TrainResult:
@@ -286,6 +287,7 @@ class Trainer:
         if result is not None:
             metrics, val_losses = [result.mp, result.mr, result.map50, result.map], list(result.losses)
             self.class_maps = np.asarray(result.class_maps)
+            self.best_conf = result.best_conf
             value = float(fitness(np.array(metrics)))
             self.early_stopping.update(epoch, value)
         self.logs.add([epoch, *losses, *metrics, *val_losses, *lr])
@@ -351,6 +353,7 @@ class Trainer:
                 "data": str(self.config.data),
                 "data_file": str(self.data.file),
                 "best_fitness": self.early_stopping.best_fitness,
+                "best_conf": self.best_conf,
             }
             content = checkpoints.inference_content(self.ema.module, epoch, metadata)
             folder = self.run.folder / "weights"

@@ -32,7 +32,7 @@ from utils.structures import to_unit
 
 STAGES = ("preprocess", "forward", "nms")
 TOTAL, STEP = "total", "step"
-CONF, IOU, MAX_DET = DetectConfig().conf_thres, DetectConfig().iou_thres, DetectConfig().max_det
+CONF, IOU, MAX_DET = float(DetectConfig().conf_thres), DetectConfig().iou_thres, DetectConfig().max_det
 NMS = NmsSettings(CONF, IOU, max_det=MAX_DET)
 SMALL_STEP = 1e-3  # of lr0: repeated steps on one batch must not diverge
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.cli.config import Hyperparameters
+from engine.cli.config import DetectConfig, Hyperparameters
+from engine.predict.predictor import detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train.optimizer import AUTO_ITERATIONS, auto_settings
 from engine.train.setup import ema_tau, resolve_auto, with_recipe
@@ -74,6 +75,23 @@ def test_ensemble_of_both_heads_has_the_rows_of_both(project, run):
     decoded = runtime(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
     cells = 16**2 + 8**2 + 4**2
     assert decoded.shape[1] in (cells + 3 * cells, (8**2 + 4**2 + 2**2) * 4)
+
+
+def test_conf_thres_auto_uses_the_threshold_of_the_validation(project, run, caplog):
+    weights = run / "weights/best.pt"
+    content = torch.load(weights, weights_only=True)
+    stored = content["metadata"]["best_conf"]
+    assert 0 <= stored <= 1
+    caplog.set_level(logging.INFO)
+    content["metadata"]["best_conf"] = 0.125
+    torch.save(content, project / "auto.pt")
+    options = {"source": str(project / "set/images/val"), "imgsz": 64, "project": str(project / "d"), "nosave": True}
+    detect(DetectConfig.from_keywords(weights=str(project / "auto.pt"), conf_thres="auto", **options))
+    assert "Confidence threshold 0.125 (--conf-thres auto)" in caplog.messages
+    del content["metadata"]["best_conf"]
+    torch.save(content, project / "none.pt")
+    with pytest.raises(ConfigError, match=r"--conf-thres auto: .*none\.pt: no threshold is stored; give a number"):
+        detect(DetectConfig.from_keywords(weights=str(project / "none.pt"), conf_thres="auto", **options))
 
 
 AUTO_CASES = [
