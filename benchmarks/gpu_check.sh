@@ -18,6 +18,7 @@ failed=()
 run() { # run NAME SECONDS COMMAND...: output goes to results/gpu_NAME.txt, the last line to the terminal
     local name=$1 limit=$2
     shift 2
+    [ "$PREFIX" = dry ] && limit=$((limit * 5))
     local start=$SECONDS
     if timeout "$limit" "$@" >"$RESULTS/${PREFIX}_$name.txt" 2>&1; then
         echo "$name: $((SECONDS - start)) s: $(tail -n 1 "$RESULTS/${PREFIX}_$name.txt")"
