@@ -268,6 +268,7 @@ def test_network_computes_in_the_precision_and_the_loss_in_float32(amp, dtype) -
     total, components = step.loss(torch.rand(1, 3, 64, 64, device=GPU), torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4]]))
     handle.remove()
     assert {level.dtype for level in seen} == {dtype}
+    assert step.scaler.is_enabled() == (amp == "fp16")
     assert total.dtype == components.dtype == torch.float32
     assert all(p.dtype == torch.float32 for p in model.parameters())
 
