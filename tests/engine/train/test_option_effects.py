@@ -18,7 +18,7 @@ import pytest
 import torch
 
 import train as train_script
-from engine.cli.config import TrainConfig
+from engine.cli.config import Hyperparameters, TrainConfig
 from engine.devices.distributed import World
 from engine.train import setup, trainer
 from engine.train.setup import TrainingParts, build_parts
@@ -332,12 +332,12 @@ EFFECTS: dict[str, Callable[[Run], None]] = {
 }
 # Options whose effect other modules test: option -> file and test.
 ELSEWHERE = {
-    "evolve_population": ("tests/engine/tune/test_search.py", "test_a_population_is_tried_first"),
+    "evolve_population": ("tests/engine/tune/test_search.py", "test_population_is_tried_first"),
     "sync_bn": (
         "tests/engine/devices/test_distributed.py",
         "test_gradients_are_those_of_one_process_with_the_double_batch",
     ),
-    "logger": ("tests/engine/loggers/test_run_logger.py", "test_a_run_is_reported_from_start_to_end"),
+    "logger": ("tests/engine/loggers/test_run_logger.py", "test_logs_report_a_run_from_start_to_end"),
     "entity": ("tests/engine/loggers/test_run_logger.py", "test_what_cannot_be_meant"),
     "backbone_weights": ("tests/models/test_yolo.py", "test_backbone_weights_go_into_the_backbone_row"),
     "partial_weights": ("tests/models/test_transfer.py", "test_partial_transfer_takes_the_rows_that_agree"),
@@ -374,3 +374,10 @@ def test_option_has_its_effect(option: str, project: Path, monkeypatch: pytest.M
 def test_effect_is_absent_without_the_option(option: str, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         EFFECTS[option](Run(project, monkeypatch, dropped=True))
+
+
+def test_defaults_of_the_anchor_head_are_the_official_ones(project: Path) -> None:
+    parts = build_parts(config(project), None, torch.device("cpu"), World())
+    official = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
+    assert parts.run.hyp == official
+    assert type(parts.optimization.optimizer) is torch.optim.SGD
