@@ -68,7 +68,6 @@ HYP_RANGES: dict[str, tuple[float, float]] = {
     "anchors": (0, 100),
     "nominal_batch": (1, 1e6),
     "clip_norm": (0, 1e9),
-    "ema_tau": (0, 1e9),
 }
 
 
@@ -313,7 +312,6 @@ class Hyperparameters:
     - `nominal_batch`: images that one optimizer step is to see.
     - `clip_norm`: largest norm of the gradient.
     - `close_mosaic`: epochs at the end without mosaic, unless `--close-mosaic` is given.
-    - `ema_tau`: time constant of the averaged weights in updates; below 1 a fraction of the updates of the run.
     - `free_box`, `free_cls`, `free_dfl`: gains of the anchor-free head, which ignores `box`, `cls` and `obj`.
     - `optimizer`: the one that the rates are made for (another `--optimizer` is refused), or `auto`.
     - `class_weights`: factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
@@ -352,7 +350,6 @@ class Hyperparameters:
     nominal_batch: float = 64
     clip_norm: float = 10.0
     close_mosaic: float = 0
-    ema_tau: float = 2000
     free_box: float = 7.5
     free_cls: float = 0.5
     free_dfl: float = 1.5

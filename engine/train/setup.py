@@ -35,7 +35,7 @@ from engine.train.optimizer import (
     parameter_groups,
     scaled_decay,
 )
-from engine.train.schedule import Schedule, accumulation
+from engine.train.schedule import Schedule
 from engine.train.state import rounded_size
 from models.build.spec import HEADS, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
@@ -170,7 +170,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     run = RunSettings(config, hyp, _run_folder(config, world), device, world, resumed)
     if not config.noautoanchor and not resumed:
         _fit_anchors(model, train_set, config, hyp)
-    model_parts = _model_parts(run, model, frozen_names, grid, class_factors, len(train_set.records))
+    model_parts = _model_parts(run, model, frozen_names, grid, class_factors)
     loader, val_loader = _loaders(run, annotations, grid)
     weights = labels_to_class_weights(labels, len(data.names))
     data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest, data.file.resolve())
@@ -178,9 +178,8 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
 
 
 def _model_parts(
-    run: RunSettings, model: DetectionModel, names: set[str], grid: int, class_factors: tuple[float, ...] | None,
-    images: int,
-) -> ModelParts:  # fmt: skip
+    run: RunSettings, model: DetectionModel, names: set[str], grid: int, class_factors: tuple[float, ...] | None
+) -> ModelParts:
     config, world = run.config, run.world
     copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
     unfrozen = 0 < config.freeze_epochs <= run.start_epoch
@@ -189,7 +188,7 @@ def _model_parts(
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {' '.join(config.freeze)}: freezes every parameter; nothing is left to train")
     model = model.to(memory_format=torch.channels_last)
-    ema = ModelEma(model, tau=ema_tau(run.hyp, config, images))
+    ema = ModelEma(model)
     if config.sync_bn and world.size > 1:
         convert_sync_batchnorm(model, world, run.device)
     return ModelParts(model, ema, frozen, build_loss(model, run.hyp, config, class_factors, world), grid)
@@ -286,14 +285,6 @@ def resolve_auto(
         hyp, optimizer=auto.optimizer, lr0=auto.lr0, momentum=auto.momentum, warmup_bias_lr=auto.warmup_bias_lr
     )
     return replace(config, optimizer=auto.optimizer), hyp
-
-
-def ema_tau(hyp: Hyperparameters, config: TrainConfig, images: int) -> float:
-    """Return the time constant of the EMA in updates: `ema_tau`, or that fraction of the updates of the run below 1."""
-    if hyp.ema_tau >= 1:
-        return hyp.ema_tau
-    batches = config.epochs * math.ceil(images / config.batch_size)
-    return max(hyp.ema_tau * batches / accumulation(config.batch_size, int(hyp.nominal_batch)), 1.0)
 
 
 def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:

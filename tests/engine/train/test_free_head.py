@@ -12,7 +12,7 @@ from engine.cli.config import DetectConfig, Hyperparameters
 from engine.predict.predictor import detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train.optimizer import AUTO_ITERATIONS, auto_settings
-from engine.train.setup import ema_tau, resolve_auto, with_recipe
+from engine.train.setup import resolve_auto, with_recipe
 from engine.train.trainer import train
 from models.loading import load_detector
 from tests.helpers.training import assert_equal_runs, config, interrupt_at, write_project
@@ -118,13 +118,6 @@ def test_auto_is_resolved_once(project):
 def test_close_mosaic_is_a_sixth_of_a_short_run(project, given, epochs, expected):
     options = config(project, close_mosaic=given, epochs=epochs)
     assert resolve_auto(options, AUTO, 3, 205)[0].close_mosaic == expected
-
-
-def test_ema_tau_below_one_is_a_fraction_of_the_updates(project):
-    options = config(project, epochs=60, batch_size=16)
-    assert ema_tau(AUTO, options, 205) == AUTO.ema_tau or AUTO.ema_tau < 1
-    low = Hyperparameters.from_mapping({**AUTO.to_dict(), "ema_tau": 0.25, "nominal_batch": 64})
-    assert ema_tau(low, options, 205) == 0.25 * 60 * 13 / 4
 
 
 @pytest.mark.parametrize(
