@@ -214,6 +214,14 @@ FAMILIES = {
     "nextvit": ["yolov5-nextvit", "yolov5-nextvit-s"],
     "timm": ["yolov5-timm", "yolov5-timm-resnet50", "yolov5-timm-vit"],
     "yolov5": ["yolov5n", "yolov5s", "yolov5m", "yolov5l", "yolov5x"],
+    "yolov5-free": ["yolov5l-free", "yolov5m-free", "yolov5n-free", "yolov5s-free", "yolov5x-free"],
+    "families-free": [
+        "yolov5-nextvit-free",
+        "yolov5-repmlp-free",
+        "yolov5-revvit-free",
+        "yolov5-riformer-free",
+        "yolov5-timm-free",
+    ],
 }
 
 
@@ -232,7 +240,7 @@ def two_steps(folder: Path) -> None:
         for name in (folder / "models.txt").read_text().split():
             model = DetectionModel(ROOT / f"models/{name}.yaml", nc=3).train()
             step = train_step(model, detection_loss(model), world)
-            before = model.head.m[0].weight.detach().clone()
+            before = next(model.head.parameters()).detach().clone()
             try:
                 for number in range(2):  # data-parallel training tells of missed parameters at the second forward pass
                     step.backward(torch.rand(2, 3, 64, 64), targets, (0, number))
@@ -240,7 +248,7 @@ def two_steps(folder: Path) -> None:
                     step.optimizer.zero_grad()
             except RuntimeError as error:
                 problems.append(f"{name}: {error}")
-            if torch.equal(model.head.m[0].weight, before):
+            if torch.equal(next(model.head.parameters()), before):
                 problems.append(f"{name}: learns nothing")
         (folder / f"problems{os.environ['RANK']}.txt").write_text("\n".join(problems))
 
