@@ -313,7 +313,7 @@ def test_wrong_digest_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "set").exists() and list((tmp_path / "set.download").iterdir()) == []
 
 
-def test_broken_off_fetch_leaves_no_set_and_goes_on(tmp_path: Path) -> None:
+def test_interrupted_download_leaves_no_dataset_and_resumes(tmp_path: Path) -> None:
     files = voc_files()
     del files["kit/V/Annotations/two.xml"]
     config = load_data_config(voc_yaml(tmp_path, archive("tar", files)))

@@ -327,7 +327,7 @@ def test_cache_forgets_what_is_gone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "version", "empty", "pickle"])
-def test_unusable_cache_is_made_anew(
+def test_unusable_cache_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verified: list[str], damage: str
 ) -> None:
     source = make_set(tmp_path, MIXED)

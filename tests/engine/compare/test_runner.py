@@ -274,27 +274,12 @@ def test_train_py_shows_the_parts():
 
 @pytest.mark.slow
 def test_compare_continues_after_a_kill(place, tmp_path):
-    """Two models, two seeds, ONNX: killed in the second training, gone on with, and not done again a third time."""
+    """Two models, two seeds, ONNX: killed in the second training, resumed, and not repeated in a third run."""
     words = ["--cfg", str(place / "tiny.yaml"), str(place / "small.yaml"), "--data", str(place / "data.yaml")]
     words += [
-        "--imgsz",
-        "64",
-        "--epochs",
-        "6",
-        "--seeds",
-        "0",
-        "1",
-        "--runtimes",
-        "onnx",
-        "pytorch",
-        "--batch",
-        "1",
-        "2",
-        "--rounds",
-        "3",
-        "--seconds",
-        "0",
-    ]
+        "--imgsz", "64", "--epochs", "6", "--seeds", "0", "1", "--runtimes", "onnx", "pytorch", "--batch", "1", "2",
+        "--rounds", "3", "--seconds", "0",
+    ]  # fmt: skip
     words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
     own = tmp_path / "project"  # a copy: a change of the sources in between is a reason to train again
     for name in ("models", "data", "engine", "utils"):
