@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from utils.errors import UserError, did_you_mean
-from utils.log import configure_logging
+from utils.errors import did_you_mean
+from utils.log import configure_logging, run_command
 
 
 class DataParser(argparse.ArgumentParser):
@@ -26,16 +25,9 @@ def run(parser: DataParser, work: Callable[[argparse.Namespace], None], argv: Se
     """Parse and work.
 
     Returns:
-        Exit status: 0; 2 after a mistake of the user (one line on standard error); 130 after Ctrl-C.
+        Exit status: 0, or that of an exception, see `utils.log.run_command`.
     """
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an internal error")
     arguments = parser.parse_args(argv)
     configure_logging()
-    try:
-        work(arguments)
-    except UserError as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(parser.prog, lambda: work(arguments), arguments.debug)

@@ -35,7 +35,7 @@ def select_device(text: str = "") -> torch.device:
             raise ConfigError("--device mps: not available in this PyTorch; use --device cpu")
         return torch.device("mps")
     numbers = [part.strip() for part in (name or "0").split(",") if part.strip()]
-    if not all(part.isdigit() for part in numbers):
+    if not all(part.isascii() and part.isdigit() for part in numbers):
         raise ConfigError(f"--device {text}: not a device; allowed are '', cpu, mps, or GPU numbers such as 0 or 0,1")
     count = torch.cuda.device_count()
     if not torch.cuda.is_available() or any(int(part) >= count for part in numbers):

@@ -1,4 +1,4 @@
-"""Logging set-up for the scripts; everything else only calls `logging.getLogger(__name__)`."""
+"""Logging set-up and exit statuses of the commands; everything else only calls `logging.getLogger(__name__)`."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import logging
 import os
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from contextvars import ContextVar
+from pathlib import Path
 from typing import NoReturn
 
-from utils.errors import printable
+from utils.errors import TrainingError, UserError, printable
 
 LINGER = 10.0
 """Seconds that a process lives on while another one of the training says why all of them end."""
+
+MISTAKE, FAILURE, INTERNAL_ERROR, INTERRUPTED = 2, 1, 70, 130
+"""Exit statuses: user error, failed training, unexpected exception (EX_SOFTWARE of sysexits.h), Ctrl-C."""
+
+_error_folder = ContextVar("error_folder", default=Path("runs"))
 
 
 def world_size() -> int:
@@ -52,6 +61,62 @@ def end_silently(status: int) -> NoReturn:
     """End a process of a training whose failure another one tells; torchrun ends all as soon as the first is gone."""
     time.sleep(LINGER)
     raise SystemExit(status)
+
+
+def set_error_folder(folder: Path) -> None:
+    """Choose where `run_command` writes error.log; a command calls it when its run folder is known."""
+    _error_folder.set(folder)
+
+
+def status_of(error: BaseException) -> int:
+    """Return the exit status of a command that ends by this exception."""
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    return MISTAKE if isinstance(error, UserError) else FAILURE if isinstance(error, TrainingError) else INTERNAL_ERROR
+
+
+def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) -> int:
+    """Do the work of a command; an exception becomes one line on standard error.
+
+    The traceback of an unexpected exception goes to error.log in the run folder, or beside the runs as long as there is
+    no run folder.
+
+    Args:
+        prog: name of the command.
+        work: returns an exit status, None = 0.
+        debug: print the traceback on standard error instead.
+
+    Returns:
+        Exit status: that of the work, or `status_of` its exception.
+    """
+    try:
+        return work() or 0
+    except KeyboardInterrupt as error:
+        if is_main_process():
+            print(f"{prog}: interrupted", file=sys.stderr)
+        return status_of(error)
+    except (UserError, TrainingError) as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return status_of(error)
+    except Exception as error:  # noqa: BLE001 (whatever is raised, the user gets one line and the traceback in a file)
+        print(_internal_error(prog, error, debug), file=sys.stderr)
+        return status_of(error)
+
+
+def _internal_error(prog: str, error: Exception, debug: bool) -> str:
+    """Write the traceback of an unexpected exception and return the line for the terminal."""
+    trace = printable("".join(traceback.format_exception(error)))
+    summary = " ".join(printable(f"{type(error).__name__}: {error}").split())[:300]
+    place = "traceback above"
+    path = _error_folder.get() / "error.log"
+    if not debug:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(' '.join(sys.argv))}\n{trace}")
+            place = f"traceback in {path}; --debug prints it here"
+        except OSError as cause:
+            debug, place = True, f"traceback above, since {path} cannot be written: {cause.strerror or cause}"
+    return f"{trace if debug else ''}{prog}: internal error: {summary} ({place})"
 
 
 class _LevelFormatter(logging.Formatter):

@@ -9,13 +9,25 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
-from utils.errors import ConfigError, TrainingError, UserError, did_you_mean
-from utils.log import configure_logging, end_silently, is_main_process, world_size
+from utils.errors import ConfigError, UserError, did_you_mean
+from utils.log import (
+    MISTAKE,
+    configure_logging,
+    end_silently,
+    is_main_process,
+    run_command,
+    set_error_folder,
+    world_size,
+)
 
 T = TypeVar("T", bound=Options)
+
+
+DEBUG_HELP = "print the traceback of an internal error instead of writing it to error.log"
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,6 +92,7 @@ def build_parser(config: type[Options], prog: str, description: str) -> argparse
         elif form == MANY:
             common["nargs"] = "+"
         parser.add_argument(*names, **common)
+    parser.add_argument("--debug", action="store_true", help=DEBUG_HELP)
     return parser
 
 
@@ -112,32 +125,22 @@ def run_main(
         argv: arguments; None = those of the process.
 
     Returns:
-        Exit status: 0 or what `work` returned; 2 after a mistake of the user, 1 when a training broke down (one line on
-        stderr each); 130 after Ctrl-C.
+        Exit status: 0 or what `work` returned, or that of its exception, see `utils.log.run_command`.
     """
     parser = build_parser(config, prog, description)
     absent = object()
     values = argparse.Namespace(**{f.name: absent for f in fields(config)})  # type: ignore[arg-type]
     parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv), values)
     configure_logging()
+    debug = vars(values).pop("debug", False)
     try:
         options = config.from_given({name: value for name, value in vars(values).items() if value is not absent})
         options.check()
         _check_together(prog, options)
     except UserError as error:
         if not is_main_process():
-            end_silently(2)
+            end_silently(MISTAKE)
         print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    try:
-        return work(options) or 0
-    except UserError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 2
-    except TrainingError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if is_main_process():
-            print(f"{prog}: interrupted", file=sys.stderr)
-        return 130
+        return MISTAKE
+    set_error_folder(Path(getattr(options, "project", "runs")))
+    return run_command(prog, lambda: work(options), debug)

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 
-from utils.errors import ConfigError, TrainingError, UserError
-from utils.log import end_silently, process_rank, world_size
+from utils.errors import ConfigError, TrainingError
+from utils.log import FAILURE, end_silently, process_rank, status_of, world_size
 
 T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)
@@ -93,7 +93,7 @@ def process_group(world: World) -> Iterator[None]:
         broadcast(None, world)  # rank zero may still write files when the others are done: all leave together
     except Exception as error:
         if not _is_first(store):
-            end_silently(status_of(error))
+            end_silently(FAILURE if _is_loss(error) else status_of(error))
         if _is_loss(error):
             raise TrainingError(
                 f"rank {world.rank}: another process of this training is gone; its own message, or torchrun's summary, "
@@ -126,11 +126,6 @@ def _is_loss(error: Exception) -> bool:
     if isinstance(error, TrainingError) or not isinstance(error, RuntimeError):
         return False
     return isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)
-
-
-def status_of(error: Exception) -> int:
-    """Return the exit status of a process that ends by this error."""
-    return 2 if isinstance(error, UserError) else 1
 
 
 def with_gradients(world: World, device: torch.device) -> World:

@@ -47,6 +47,7 @@ from utils.device import Profile, describe_device, select_device
 from utils.draw import feature_map_image
 from utils.errors import ConfigError
 from utils.files import ROOT, increment_path, make_folder
+from utils.log import set_error_folder
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
@@ -269,6 +270,7 @@ class Predictor:
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
         folder = self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
+        set_error_folder(folder)
         left = sum(path.is_file() for path in folder.rglob("*"))
         if left:
             LOGGER.warning(

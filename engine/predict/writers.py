@@ -391,11 +391,15 @@ class Outputs:
 
     def close(self) -> None:
         """Close every writer, then raise the first error that one of them met."""
-        errors: list[Exception] = []
+        errors: list[DataError] = []
         for writer in self.writers:
             try:
                 writer.close()
-            except (OSError, DataError) as error:
+            except OSError as error:
+                errors.append(
+                    DataError(f"{error.filename or type(writer).__name__}: cannot be written: {error.strerror}")
+                )
+            except DataError as error:
                 errors.append(error)
         if errors:
             raise errors[0]

@@ -45,7 +45,7 @@ from models.yolo import DetectionModel
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError
 from utils.files import find_file, increment_path, make_folder
-from utils.log import is_main_process
+from utils.log import is_main_process, set_error_folder
 from utils.seed import seed_everything
 
 LOGGER = logging.getLogger(__name__)
@@ -386,7 +386,9 @@ def _run_folder(config: TrainConfig, world: World) -> Path:
     if is_main_process():
         folder = increment_path(folder, exist_ok=config.exist_ok)
         make_folder(folder / "weights")
-    return broadcast(folder, world)
+    folder = broadcast(folder, world)
+    set_error_folder(folder)
+    return folder
 
 
 def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters) -> None:

@@ -36,7 +36,7 @@ from engine.tune.space import inside, point_of, population, space_for, widened, 
 from engine.tune.study import Plan, StudyLock
 from utils.errors import ConfigError, TrainingError, UserError
 from utils.files import find_file, increment_path, make_folder
-from utils.log import world_size
+from utils.log import set_error_folder, world_size
 from utils.metrics import fitness
 from utils.plots import read_history
 from utils.yaml_lines import dump_yaml
@@ -115,6 +115,7 @@ def _start(config: TrainConfig) -> EvolveResult:
     options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
     plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
     folder, is_new = _new_folder(asked)
+    set_error_folder(folder)
     try:
         study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
         return SearchRun(study, plan, config, folder).run()

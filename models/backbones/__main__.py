@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from utils.errors import UserError
+from utils.log import run_command
 
 HEADER = ("name", "levels (channels@stride)", "params (M)", "GFLOPs", "top-1 (%)", "weights")
 
@@ -138,24 +139,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--arguments", metavar="NAME", help="print the arguments of one backbone")
     parser.add_argument("--imgsz", type=int, default=640, help="side of the image for the cost, in pixels")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an internal error")
     options = parser.parse_args(arguments)
+    return run_command(parser.prog, lambda: _print(options), options.debug)
+
+
+def _print(options: argparse.Namespace) -> None:
     from models.backbones import list_backbones
 
-    try:
-        if options.arguments:
-            for title, default, text in argument_table(options.arguments):
-                print(f"{title} = {default}\n    {text}")
-            print("\n".join(["architectures:", *architecture_lines(options.arguments)]))
-            return 0
-        if options.imgsz < 32:
-            raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
-        print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))
-        for name in options.names:
-            print("\n".join(weights_of(name)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    if options.arguments:
+        for title, default, text in argument_table(options.arguments):
+            print(f"{title} = {default}\n    {text}")
+        print("\n".join(["architectures:", *architecture_lines(options.arguments)]))
+        return
+    if options.imgsz < 32:
+        raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
+    print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))
+    for name in options.names:
+        print("\n".join(weights_of(name)))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,12 @@ def test_amp(text, device, wanted):
     assert amp_dtype(text, device) == wanted
 
 
+@pytest.mark.parametrize("text", ["²", "٣", "0.5", "gpu", "-1"])
+def test_what_is_no_device_is_refused(text):
+    with pytest.raises(ConfigError, match="not a device"):
+        select_device(text)
+
+
 def test_no_float16_on_a_cpu():
     with pytest.raises(ConfigError, match="allowed there are bf16 and off"):
         amp_dtype("fp16", CPU)

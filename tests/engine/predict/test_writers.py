@@ -9,7 +9,16 @@ import pytest
 
 from data.sources.frames import Frame
 from engine.predict.detections import Detections, DrawStyle, counts_text
-from engine.predict.writers import CropWriter, CsvWriter, FileNames, ImageWriter, LabelWriter, VideoFile, writable_rate
+from engine.predict.writers import (
+    CropWriter,
+    CsvWriter,
+    FileNames,
+    ImageWriter,
+    LabelWriter,
+    Outputs,
+    VideoFile,
+    writable_rate,
+)
 from utils.errors import DataError
 
 
@@ -122,3 +131,17 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
 )
 def test_counts(classes, expected):
     assert counts_text(np.array(classes, int), {0: "cat", 1: "bus"}) == expected
+
+
+def test_writer_that_fails_on_close_does_not_keep_the_others_open(tmp_path):
+    first, second = (CsvWriter(tmp_path / folder / "predictions.csv", {0: "a"}) for folder in _folders(tmp_path))
+    (tmp_path / "one/.predictions.csv.part").unlink()
+    with pytest.raises(DataError, match=r"predictions\.csv.*cannot be written: No such file"):
+        Outputs([first, second]).close()
+    assert (tmp_path / "two/predictions.csv").is_file()
+
+
+def _folders(place):
+    for name in ("one", "two"):
+        (place / name).mkdir()
+    return "one", "two"
