@@ -228,14 +228,46 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
     _class_bars(bars, labels[:, 0].astype(int), names)
     _box_polygons(boxes, labels)
     for axes, columns, words in ((centers, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
-        counts, *_ = np.histogram2d(labels[:, columns[0]], labels[:, columns[1]], bins=50, range=((0, 1), (0, 1)))
-        shown = np.where(counts > 0, counts, np.nan).T
-        axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
+        _joint_histogram(axes, labels[:, columns[0]], labels[:, columns[1]])
         axes.set(xlabel=words[0], ylabel=words[1])
     centers.invert_yaxis()  # as in an image: y grows downwards
     centers.set_title("centers (parts of the sides)", fontsize=11)
     sizes.set_title("sizes (parts of the sides)", fontsize=11)
     save_figure(figure, path)
+
+
+def plot_label_correlogram(path: str | Path, labels: np.ndarray) -> None:
+    """Distributions of box centers and sizes, and the joint distribution of each pair of them.
+
+    Args:
+        path: file to write.
+        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
+    """
+    values = np.asarray(labels, np.float64).reshape(-1, 5)[:, 1:]
+    names = ("x", "y", "width", "height")
+    figure = new_figure(9, 9)
+    grid = figure.subplots(4, 4, sharex="col")
+    for row, column in np.ndindex(4, 4):
+        axes = grid[row, column]
+        if column > row:
+            axes.set_axis_off()
+        elif column == row:
+            axes.hist(values[:, row], bins=50, range=(0, 1), color=MEAN_COLOR)
+            axes.set(xlim=(0, 1), yticks=[])
+        else:
+            _joint_histogram(axes, values[:, column], values[:, row])
+        if column == 0:
+            axes.set_ylabel(names[row])
+        if row == 3:
+            axes.set_xlabel(names[column])
+    save_figure(figure, path)
+
+
+def _joint_histogram(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    """Show how many points (n,), (n,) in [0, 1] fall into each of 50 x 50 cells; empty cells stay blank."""
+    counts, *_ = np.histogram2d(x, y, bins=50, range=((0, 1), (0, 1)))
+    shown = np.where(counts > 0, counts, np.nan).T
+    axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
 
 
 def _class_bars(axes: Axes, classes: np.ndarray, names: Names) -> None:
@@ -253,11 +285,11 @@ def _box_polygons(axes: Axes, labels: np.ndarray) -> None:
     """Draw the first boxes around a common center, so that their shapes can be compared."""
     from matplotlib.collections import LineCollection
 
-    centerd = labels[:DRAWN_BOXES].copy()
-    centerd[:, 1:3] = 0.5
-    x1, y1, x2, y2 = xywh2xyxy(centerd[:, 1:]).T
+    centered = labels[:DRAWN_BOXES].copy()
+    centered[:, 1:3] = 0.5
+    x1, y1, x2, y2 = xywh2xyxy(centered[:, 1:]).T
     corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2, x1, y1), 1).reshape(-1, 5, 2)
-    colors = [f"C{k % 10}" for k in centerd[:, 0].astype(int)]
+    colors = [f"C{k % 10}" for k in centered[:, 0].astype(int)]
     axes.add_collection(LineCollection(list(corners), colors=colors, linewidths=0.6, alpha=0.6))
     axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"shapes of {len(corners)} boxes", fontsize=11)

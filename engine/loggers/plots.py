@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 
 from engine.predict.writers import write_image
 from utils.draw import image_grid
-from utils.plots import plot_history, plot_labels
+from utils.plots import plot_history, plot_label_correlogram, plot_labels
 from utils.structures import Batch
 
 
 def labels(folder: Path, labels: Sequence[NDArray[np.floating]], names: Mapping[int, str]) -> None:
-    """Write labels.jpg: class counts, box centers and sizes of the training split.
+    """Write labels.jpg (class counts, box centers and sizes) and labels_correlogram.jpg (joint distributions).
 
     Args:
         folder: run folder.
@@ -24,6 +24,7 @@ def labels(folder: Path, labels: Sequence[NDArray[np.floating]], names: Mapping[
     """
     rows = np.concatenate(labels) if labels else np.zeros((0, 5), np.float32)
     plot_labels(folder / "labels.jpg", rows, names)
+    plot_label_correlogram(folder / "labels_correlogram.jpg", rows)
 
 
 def training_batch(folder: Path, batch: Batch, index: int, names: Mapping[int, str]) -> None:

@@ -46,6 +46,7 @@ CURVES = {
 }
 EXAMPLES = {
     "labels.jpg": "Labels of the training split",
+    "labels_correlogram.jpg": "Joint distributions of box centers and sizes",
     "train_batch0.jpg": "First training batch, as the network receives it",
     "val_batch0_labels.jpg": "First validation batch: labels",
     "val_batch0_pred.jpg": "First validation batch: detections",

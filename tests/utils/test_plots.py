@@ -114,3 +114,16 @@ def test_the_callers_matplotlib_is_left_alone(tmp_path):
         "sys.exit('matplotlib.pyplot' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_plot_label_correlogram_shows_the_diagonal_of_equal_columns(tmp_path):
+    rows = np.zeros((400, 5))
+    rows[:, 1:] = np.linspace(0.01, 0.99, 400)[:, None]
+    curves.plot_label_correlogram(tmp_path / "equal.png", rows)
+    rows[:, 2] = rows[::-1, 2]
+    curves.plot_label_correlogram(tmp_path / "mirrored.png", rows)
+    curves.plot_label_correlogram(tmp_path / "empty.png", np.zeros((0, 5)))
+    equal, mirrored, empty = (cv2.imread(str(tmp_path / f"{name}.png")) for name in ("equal", "mirrored", "empty"))
+    assert equal.shape == mirrored.shape == empty.shape
+    assert (equal != mirrored).any()
+    assert len(np.unique(empty.reshape(-1, 3), axis=0)) < len(np.unique(equal.reshape(-1, 3), axis=0))

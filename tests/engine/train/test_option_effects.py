@@ -167,6 +167,7 @@ def check_noautoanchor(run: Run) -> None:
 def check_noplots(run: Run) -> None:
     result = run.train(noplots=False, epochs=1)  # `config` of the tests sets noplots
     assert (result.folder / "labels.jpg").is_file()
+    assert (result.folder / "labels_correlogram.jpg").is_file()
 
 
 def check_cache(run: Run) -> None:
