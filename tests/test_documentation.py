@@ -1,7 +1,7 @@
 """Tests that the commands, links and code of README.md, CONTRIBUTING.md and docs/ work.
 
-A block is left out when the comment `<!-- not run: reason -->` stands before it. Commands run in a folder of links to the
-project, with a small dataset in the place of each dataset, and fewer epochs and pixels.
+A block is left out when the comment `<!-- not run: reason -->` stands before it. Commands run in a folder of links to
+the project, with a small dataset in the place of each dataset, and fewer epochs and pixels.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.training import write_project
-
 from engine.cli.config import DetectConfig, Options, TrainConfig, ValConfig
 from engine.cli.parser import _respelled, build_parser
 from engine.compare.config import CompareConfig
 from engine.export.config import ExportConfig
 from models.backbones.published import published_table
+from tests.helpers.training import write_project
 from utils.files import ROOT
 
 OWN_TESTS = ("docs/add-your-backbone.md",)

@@ -94,8 +94,13 @@ def test_opencv_cpp_compiles(tmp_path):
 _NODE_TEST = """
 import { detect } from %s;
 class Tensor { constructor(type, data, dims) { Object.assign(this, { type, data, dims }); } }
-const rows = new Float32Array([32, 16, 20, 10, 0.9, 0.9, 0.1,  33, 16, 20, 10, 0.8, 0.9, 0.1,  10, 10, 8, 8, 0.5, 0.1, 0.9,
-                               33, 16, 20, 10, 0.8, 0.1, 0.9,  50, 50, 4, 4, 0.2, 0.9, 0.1]);
+const rows = new Float32Array([
+  32, 16, 20, 10, 0.9, 0.9, 0.1,
+  33, 16, 20, 10, 0.8, 0.9, 0.1,
+  10, 10, 8, 8, 0.5, 0.1, 0.9,
+  33, 16, 20, 10, 0.8, 0.1, 0.9,
+  50, 50, 4, 4, 0.2, 0.9, 0.1,
+]);
 let input;
 const session = { run: async ({ images }) => { input = images; return { output0: { dims: [1, 5, 7], data: rows } }; } };
 const data = new Uint8ClampedArray(128 * 64 * 4).map((_, i) => [255, 51, 0, 255][i %% 4]);
