@@ -4,9 +4,24 @@
 project is imported when a model is asked for, not before. See docs/python.md.
 """
 
+import sys as _sys
+from pathlib import Path as _Path
 from typing import Any as _Any
 
 dependencies = ["torch", "torchvision", "cv2", "numpy", "PIL", "yaml", "tqdm", "matplotlib"]
+
+
+def _check_modules() -> None:
+    """Raise an ImportError if the caller has imported modules of its own under the names of this project's folders."""
+    root = _Path(__file__).resolve().parent
+    for name in ("utils", "data", "models", "engine"):
+        module = _sys.modules.get(name)
+        place = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", ())), "an unknown place")
+        if module is not None and not _Path(place).resolve().is_relative_to(root):
+            raise ImportError(
+                f"module '{name}' is already imported from {place}, so that of {root} cannot be; move yours into a "
+                f"package (mypackage/{name}.py), rename it, or load the model in a process of its own"
+            )
 
 
 def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bool = True, device: _Any = None) -> _Any:
@@ -14,9 +29,10 @@ def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bo
 
     Arguments:
         path: the file.
-        autoshape: take images and give results; without it: the bare network, for training.
+        autoshape: take images and return results; without it: the bare network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
     """
+    _check_modules()
     from engine.hub.model import load
 
     return load(path, autoshape, device)
@@ -34,6 +50,7 @@ def _entry(name: str, cfg: str) -> _Any:
         device: _Any = None,
         path: _Any = None,
     ) -> _Any:
+        _check_modules()
         from engine.hub.model import create
         from utils.errors import ConfigError
 
@@ -59,7 +76,7 @@ def _entry(name: str, cfg: str) -> _Any:
         pretrained: not possible, since nothing is downloaded; give `path`.
         channels: of the images; others than 3 need autoshape=False.
         classes: number of classes; None = the checkpoint's, or the YAML's.
-        autoshape: take images and give results; without it: the bare network, for training.
+        autoshape: take images and return results; without it: the bare network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
         path: checkpoint whose weights are copied where rows agree.
     """

@@ -53,6 +53,8 @@ class HubModel(nn.Module):
         names, stride, device: of the model; names is a dict by class number.
     """
 
+    __module__ = "models.common"  # that of YOLOv5's hub models, by which other packages (SAHI) recognize them
+
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
         self.runtime = runtime
@@ -83,6 +85,9 @@ class HubModel(nn.Module):
         if not isinstance(self.runtime, PyTorchRuntime):
             raise ConfigError("model.model: an exported file holds no PyTorch network; load the .pt file for that")
         return self.runtime.models[0]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, (), self.__dict__  # by reference to a function: the class is not found under `__module__`
 
     def train(self, mode: bool = True) -> HubModel:
         """Only `eval` is possible: batch norms are folded already."""
@@ -167,6 +172,10 @@ class HubModel(nn.Module):
                 if bottom or right:
                     images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GRAY)
         return Prepared(frames, images, letterboxed=False)
+
+
+def _empty() -> HubModel:
+    return HubModel.__new__(HubModel)
 
 
 def load(path: Weights, autoshape: bool = True, device: Device = None) -> HubModel | DetectionModel:

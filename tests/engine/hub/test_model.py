@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -256,6 +257,27 @@ def test_supervision(model, files):
     assert found.class_id.tolist() == results.pred[0][:, 5].int().tolist()
 
 
+def test_sahi_adapter_accepts_model(model, files, monkeypatch):
+    """SAHI's adapter recognizes the class by its module; the AGPL package that it asks for is not needed."""
+    adapter = pytest.importorskip("sahi.models.yolov5", reason="sahi is not installed")
+    monkeypatch.setattr(adapter.Yolov5DetectionModel, "check_dependencies", lambda *_: None)
+    monkeypatch.setattr(adapter, "check_package_minimum_version", lambda *_: True)
+    detector = adapter.Yolov5DetectionModel(model=model, confidence_threshold=CONF, device="cpu", image_size=160)
+    assert detector.category_mapping == {str(number): name for number, name in model.names.items()}
+    detector.perform_inference(rgb(files[0]))
+    detector.convert_original_predictions(full_shape=list(SIZES[0]))
+    rows = model(files[0], size=160).pred[0].numpy()
+    assert len(rows) == BEST and len(detector.object_prediction_list) == BEST
+    for found, row in zip(detector.object_prediction_list, rows):
+        np.testing.assert_allclose(found.bbox.to_xyxy(), row[:4], atol=1e-3)
+        assert found.category.name == model.names[int(row[5])]
+
+
+def test_hub_model_survives_pickling(model, files):
+    again = pickle.loads(pickle.dumps(model))
+    close(again(files[0], size=160), model(files[0], size=160))
+
+
 def test_render_leaves_what_was_handed_over(model, files):
     array = rgb(files[0]).copy()
     before = array.copy()
@@ -449,6 +471,29 @@ print(json.dumps([mine, late]))
             needed |= {n.split(".")[0] for n in names}
     needed -= {*sys.stdlib_module_names, "utils", "data", "models", "engine"}
     assert needed <= set(hubconf.dependencies), needed - set(hubconf.dependencies)
+
+
+@pytest.mark.parametrize("name", ["utils", "models"])
+def test_hub_names_imported_module_of_caller(weights, tmp_path, name):
+    """Folders of the caller do not matter, modules that are imported already do."""
+    for other in ("utils", "models"):
+        (tmp_path / f"{other}.py").write_text("helper = 1\n")
+    load = f"torch.hub.load({str(ROOT)!r}, 'custom', path={str(weights)!r}, source='local', device='cpu')"
+    code = f"""
+import torch
+import {name}
+try:
+    {load}
+except ImportError as error:
+    print(error)
+del __import__("sys").modules[{name!r}]
+{load}
+"""
+    (tmp_path / "mine.py").write_text(code)
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (line,) = [line for line in done.stdout.splitlines() if "already imported" in line]
+    assert f"module '{name}' is already imported from {tmp_path / name}.py" in line and "package" in line
 
 
 def test_importing_hubconf_imports_nothing_of_the_project():
