@@ -50,7 +50,7 @@ STAGES = ("read", "fit", "network", "nms", "draw+write")
 def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, float]:
     """Milliseconds per frame of each stage when nothing else runs beside it."""
     read, fit, write = Profile(), Profile(), Profile()
-    network, nms_time = predictor.network.total, predictor.nms_time.total
+    network, nms_time = predictor.inference_time.total, predictor.nms_time.total
     writer = ImageWriter(folder, DrawStyle(predictor.names))
     count = 0
     with open_source(source) as opened:
@@ -68,7 +68,7 @@ def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, fl
             count += 1
         with write:
             writer.close()
-    network, nms_time = predictor.network.total - network, predictor.nms_time.total - nms_time
+    network, nms_time = predictor.inference_time.total - network, predictor.nms_time.total - nms_time
     seconds = (read.total, fit.total, network, nms_time, write.total)
     return {name: 1000 * s / count for name, s in zip(STAGES, seconds)}
 

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from engine.predict.detections import Detections, DrawStyle, annotated, counts_text
-from engine.predict.writers import CropWriter, FileNames, cut_out, write_image
+from engine.predict.writers import CropWriter, FileNames, crop_box, write_image
 from utils.boxes import xyxy2xywh
 from utils.draw import class_name
 from utils.errors import ConfigError
@@ -182,7 +182,7 @@ class Results:
                         "conf": row[4],
                         "cls": row[5],
                         "label": f"{name} {values[4]:.2f}",
-                        "im": cut_out(found.frame.image, values[:4]).copy(),
+                        "im": crop_box(found.frame.image, values[:4]).copy(),
                     }
                 )
         return out

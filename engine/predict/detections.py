@@ -1,4 +1,4 @@
-"""What was found in an image, in words and as an image."""
+"""Detections of one image: record, drawing, one-line description."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from utils.draw import class_name, draw_boxes
 
 @dataclass(frozen=True)
 class Detections:
-    """The boxes of one frame.
+    """Boxes of one frame.
 
     Attributes:
-        frame: the image and where it is from.
-        boxes: (n, 6) float32: left, top, right, bottom in pixels of the image, score, class; by falling score.
+        frame: the image and its origin.
+        boxes: (n, 6) float32: xyxy in pixels of the image, confidence, class; by falling confidence.
         input_shape: (height, width) of the network's input.
-        inference_s: seconds that the network took for this image.
+        inference_s: seconds of inference for this image.
     """
 
     frame: Frame
@@ -30,7 +30,7 @@ class Detections:
 
     @property
     def classes(self) -> NDArray[np.int64]:
-        """(n,) class numbers."""
+        """Class numbers (n,)."""
         return self.boxes[:, 5].astype(np.int64)
 
 
@@ -41,14 +41,14 @@ class DrawStyle:
     Attributes:
         names: class names by number.
         line_thickness: pixels.
-        labels: write class names.
-        scores: write scores beside the names.
+        labels: draw class names.
+        confidence: draw the confidence beside the names.
     """
 
     names: Mapping[int, str]
     line_thickness: int = 3
     labels: bool = True
-    scores: bool = True
+    confidence: bool = True
 
 
 def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
@@ -58,8 +58,8 @@ def annotated(found: Detections, style: DrawStyle) -> NDArray[np.uint8]:
     captions = None
     if style.labels:
         captions = [
-            class_name(style.names, c) + (f" {score:.2f}" if style.scores else "")
-            for c, score in zip(classes, rows[:, 4])
+            class_name(style.names, c) + (f" {conf:.2f}" if style.confidence else "")
+            for c, conf in zip(classes, rows[:, 4])
         ]
     return draw_boxes(found.frame.image, rows[:, :4], classes, captions, style.line_thickness)
 
@@ -74,6 +74,6 @@ def counts_text(classes: NDArray[np.integer], names: Mapping[int, str]) -> str:
 
 
 def describe(found: Detections, names: Mapping[int, str]) -> str:
-    """`256x320 17 RBCs, 1 WBC, 12.3ms`: input size, what was found, time of the network."""
+    """Return input size, counts and inference time as `256x320 17 RBCs, 1 WBC, 12.3ms`."""
     height, width = found.input_shape
     return f"{height}x{width} {counts_text(found.classes, names)}, {1000 * found.inference_s:.1f}ms"

@@ -1,4 +1,4 @@
-"""One batch through a detector: preprocessing, inference, NMS, and boxes in pixels of the original images."""
+"""Detection on one batch: preprocessing, inference, NMS, boxes scaled back to the original images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from utils.nms import non_max_suppression
 
 @dataclass(frozen=True)
 class Prepared:
-    """Frames and the network input made from them.
+    """Frames and their network input.
 
     Attributes:
         frames: B frames.
@@ -53,12 +53,12 @@ def preprocess(
 
     Args:
         images: (H, W, 3) uint8 BGR each.
-        size: (height, width) that they have to fit into.
-        stride: of the smallest rectangle.
-        auto: use the smallest rectangle that fits (images of one shape) instead of `size`.
+        size: (height, width) of the input.
+        stride: sides of the smallest rectangle are multiples of it.
+        auto: pad to the smallest rectangle (images of one shape) instead of to `size`.
 
     Returns:
-        (B, 3, height, width) uint8 RGB in channels_last memory layout, in which the network computes.
+        (B, 3, height, width) uint8 RGB in channels_last memory layout.
     """
     auto = auto and len({image.shape for image in images}) == 1
     fitted = [letterbox(image, size, auto=auto, stride=stride)[0] for image in images]
@@ -67,14 +67,14 @@ def preprocess(
 
 
 def prepare(frames: tuple[Frame, ...], size: tuple[int, int], stride: int, auto: bool) -> Prepared:
-    """Fit frames into the network's input; arguments as for `preprocess`."""
+    """Preprocess frames; arguments as for `preprocess`."""
     return Prepared(frames, preprocess([frame.image for frame in frames], size, stride, auto))
 
 
 def infer(
     runtime: Runtime, prepared: Prepared, nms: NmsSettings, inference_time: Profile, nms_time: Profile
 ) -> list[Detections]:
-    """Run the network and NMS on one batch.
+    """Run inference and NMS on one batch.
 
     Args:
         runtime: the detector.
@@ -83,7 +83,7 @@ def infer(
         inference_time, nms_time: accumulate the time of the two stages, the device synchronized after each.
 
     Returns:
-        Per frame its boxes, in pixels of the frame, clipped to it.
+        One record per frame; boxes in pixels of the frame, clipped to it.
     """
     count = len(prepared.frames)
     with inference_time:

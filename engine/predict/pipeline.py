@@ -1,6 +1,6 @@
-"""Two ends of a pipeline: a thread that fills a bounded queue, and one that empties another.
+"""Bounded queues with a thread at one end: `Feed` produces items ahead of their use, `Drain` consumes them.
 
-Order is kept. An error in either thread surfaces in the thread that uses the queue; nothing waits for ever.
+The order is kept. An error in either thread is raised in the thread that uses the queue; nothing waits forever.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-TICK_S = 0.2  # how often a waiting thread looks whether it should stop
+TICK_S = 0.2  # how often a waiting thread checks whether it should stop
 
 
 class _End:
@@ -19,11 +19,11 @@ class _End:
 
 
 class Feed(Generic[T]):
-    """Runs a generator in a thread of its own, ahead of who iterates over the feed.
+    """Runs a generator in a thread, ahead of the loop that iterates over the feed.
 
     Args:
-        items: made, advanced and closed in the thread.
-        depth: how far ahead it may be.
+        items: advanced and closed in the thread.
+        depth: number of items it may be ahead.
     """
 
     def __init__(self, items: Generator[T, None, None], depth: int) -> None:
@@ -69,17 +69,17 @@ class Feed(Generic[T]):
             yield item
 
     def close(self, patience: float = 5.0) -> None:
-        """Stop, and wait for the thread (a daemon: one that hangs in a driver does not keep the program alive)."""
+        """Stop, and wait for the thread; as a daemon it cannot keep the program alive if a driver hangs."""
         self._stop.set()
         self._thread.join(patience)
 
 
 class Drain(Generic[T]):
-    """Hands items to a function in a thread of its own.
+    """Passes items to a function that runs in a thread.
 
     Args:
         work: called with each item, in order.
-        depth: how many items may wait; `put` blocks when there are more.
+        depth: number of items that may wait; `put` blocks when there are more.
     """
 
     def __init__(self, work: Callable[[T], None], depth: int) -> None:
@@ -102,13 +102,13 @@ class Drain(Generic[T]):
                 self._error = error
 
     def put(self, item: T) -> None:
-        """Queue an item; raises what the function raised for an earlier one."""
+        """Queue an item; raise the error that the function raised for an earlier one."""
         if self._error is not None:
             raise self._error
         self._queue.put(item)
 
     def close(self) -> None:
-        """Wait until all is done; raises what the function raised."""
+        """Wait until all items are done; raise the error that the function raised."""
         self._queue.put(_End())
         self._thread.join()
         if self._error is not None:

@@ -1,7 +1,7 @@
-"""Detection on images, videos and streams.
+"""Detection on images, videos and streams (detect.py).
 
-Three things go on at once: a thread reads, decodes and fits frames into the network's input; the main thread runs the
-network; a third thread draws and writes. Bounded queues lie between them and keep the order.
+Three threads work at once: one reads, decodes and letterboxes frames; the main thread runs inference and NMS; a third
+one draws and writes. Bounded queues between them keep the order.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import cv2
@@ -28,17 +28,7 @@ from engine.predict.detections import Detections, DrawStyle, annotated
 from engine.predict.inference import NmsSettings, Prepared, infer, prepare
 from engine.predict.pipeline import Drain, Feed
 from engine.predict.progress import Progress
-from engine.predict.writers import (
-    CropWriter,
-    CsvWriter,
-    FileNames,
-    ImageWriter,
-    JsonWriter,
-    LabelWriter,
-    Outputs,
-    Writer,
-    write_image,
-)
+from engine.predict.writers import FileNames, Outputs, open_outputs, write_image
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
@@ -56,14 +46,14 @@ AHEAD = 4  # frames decoded ahead of the network, and frames waiting to be writt
 
 @dataclass(frozen=True)
 class DetectReport:
-    """What a run of detection did.
+    """Result of a detection run.
 
     Attributes:
-        folder: where results are; None when nothing was to be written.
-        frames: number of images and frames that went through the network.
+        folder: of the output files; None when nothing was to be written.
+        frames: number of images and frames processed.
         detections: number of boxes.
-        failures: one line per input that could not be read.
-        seconds: per frame, of preparation, network, and NMS.
+        failures: one line per input that could not be read, and per file that could not be written.
+        seconds: per frame, of preprocessing, inference, and NMS.
         elapsed_s: from the first frame to the last file.
     """
 
@@ -76,11 +66,11 @@ class DetectReport:
 
 
 def detect(config: DetectConfig) -> DetectReport:
-    """Detect as the options say, and write what they ask for.
+    """Run detection as the options say, and write the files that they ask for.
 
     Raises:
         UserError: options, weights or sources that cannot be used; nothing has been written then.
-        KeyboardInterrupt: Ctrl-C, after the files have been finished (a live source just ends).
+        KeyboardInterrupt: Ctrl-C, after the files have been completed (a live source just ends).
     """
     load_plugins(config.plugin)
     if config.view_img:
@@ -97,8 +87,8 @@ def detect(config: DetectConfig) -> DetectReport:
     names = class_names(runtime, config.data)
     check_classes(config.classes, names)
     if config.visualize and not isinstance(runtime, PyTorchRuntime):
-        raise ConfigError("--visualize: looks into a PyTorch model; give a .pt file as --weights")
-    with open_source(found_source(config.source), config.vid_stride) as source:
+        raise ConfigError("--visualize: shows layers of a PyTorch model; give a .pt file as --weights")
+    with open_source(resolve_source(config.source), config.vid_stride) as source:
         predictor = Predictor(runtime, config, names, input_size(config.imgsz, runtime))
         report = predictor.run(source)
     if config.update:
@@ -108,17 +98,17 @@ def detect(config: DetectConfig) -> DetectReport:
     return report
 
 
-def found_source(text: str) -> str:
+def resolve_source(text: str) -> str:
     """Return the source as given, or the project's `data/images` if the working directory has none."""
     default = DetectConfig.source
-    own = ROOT / default
-    return str(own) if text == default and not Path(text).exists() and own.exists() else text
+    shipped = ROOT / default
+    return str(shipped) if text == default and not Path(text).exists() and shipped.exists() else text
 
 
 def check_display() -> None:
     """Raise a ConfigError when windows cannot be shown (OpenCV would abort the whole program)."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
-        raise ConfigError("--view-img: there is no display (DISPLAY is not set); leave it out and look at the files")
+        raise ConfigError("--view-img: there is no display (DISPLAY is not set); leave it out and open the files")
     try:
         cv2.namedWindow("detect")
         cv2.destroyWindow("detect")
@@ -151,7 +141,7 @@ def check_classes(classes: Sequence[int] | None, names: Mapping[int, str]) -> No
 
 
 def input_size(imgsz: Sequence[int], runtime: Runtime) -> tuple[int, int]:
-    """Height and width of the network's input: as asked for, rounded up to the model's grid; or its own fixed size.
+    """Return (height, width) of the input: `imgsz` rounded up to multiples of the stride, or the file's fixed size.
 
     Raises:
         ConfigError: more than two numbers.
@@ -161,26 +151,21 @@ def input_size(imgsz: Sequence[int], runtime: Runtime) -> tuple[int, int]:
     asked = (imgsz[0], imgsz[-1])
     if runtime.imgsz is not None:
         if tuple(runtime.imgsz) != asked:
-            LOGGER.info("--imgsz %d %d: the model has a fixed input of %d %d, which is used", *asked, *runtime.imgsz)
+            LOGGER.info("--imgsz %d %d: the model has a fixed input of %d x %d, which is used", *asked, *runtime.imgsz)
         return runtime.imgsz
     stride = runtime.stride
     height, width = (-(-side // stride) * stride for side in asked)
     if (height, width) != asked:
-        LOGGER.warning("--imgsz %d %d: made %d %d, multiples of the stride %d", *asked, height, width, stride)
+        LOGGER.warning("--imgsz %d %d: rounded up to %d %d, multiples of the stride %d", *asked, height, width, stride)
     return height, width
 
 
-@dataclass
-class _Tally:
-    """Running figures."""
+def confidence_threshold(config: DetectConfig, runtime: Runtime) -> float:
+    """Return the confidence threshold, for `auto` the one stored in the weights.
 
-    frames: int = 0
-    detections: int = 0
-    preparation: Profile = field(default_factory=Profile)
-
-
-def _threshold(config: DetectConfig, runtime: Runtime) -> float:
-    """Return the confidence threshold, for `auto` the one stored in the weights."""
+    Raises:
+        ConfigError: `auto`, and none is stored.
+    """
     if config.conf_thres != "auto":
         return float(config.conf_thres)
     stored: float | None = getattr(runtime, "best_conf", None)
@@ -191,33 +176,37 @@ def _threshold(config: DetectConfig, runtime: Runtime) -> float:
 
 
 class Predictor:
-    """Runs a detector over a source and hands the results to the writers.
+    """Runs a detector over a source and passes the detections to the writers.
 
     Args:
         runtime: the detector.
         config: the options.
         names: class names by number.
         size: (height, width) of the input, multiples of the runtime's stride.
+
+    Attributes:
+        preprocess_time, inference_time, nms_time: accumulated over all frames.
     """
 
     def __init__(self, runtime: Runtime, config: DetectConfig, names: Mapping[int, str], size: tuple[int, int]) -> None:
         self.runtime, self.config, self.names, self.size = runtime, config, names, size
         self.style = DrawStyle(names, config.line_thickness, not config.hide_labels, not config.hide_conf)
         c = config
-        self.nms = NmsSettings(_threshold(c, runtime), c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
-        self.network = Profile(runtime.device)
+        conf_thres = confidence_threshold(c, runtime)
+        self.nms = NmsSettings(conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
+        self.preprocess_time, self.inference_time = Profile(), Profile(runtime.device)
         self.nms_time = Profile(runtime.device)
-        self.tally = _Tally()
         self.folder: Path | None = None
-        self._features_shown: set[int] = set()
+        self._frames = self._detections = 0
+        self._file_names = FileNames()
+        self._features_of: set[int] = set()
 
     def run(self, source: Source) -> DetectReport:
         """Process the source to its end."""
         self.runtime.warmup((1, 3, *self.size))
         outputs = self._outputs()
         start = time.perf_counter()
-        depth = 1 if source.live else AHEAD
-        feed = Feed(self._prepared(source), depth)
+        feed = Feed(self._prepared(source), depth=1 if source.live else AHEAD)
         drain = Drain(outputs.write, AHEAD)
         interrupted = False
         try:
@@ -245,60 +234,45 @@ class Predictor:
                     drain.put((found, drawn))
                     progress.show(found)
                     if self.config.visualize:
-                        self._show_features(found.frame, prepared.images[number : number + 1])
+                        self._write_features(found.frame, prepared.images[number : number + 1])
                     if drawn is not None and show(found.frame, drawn):
                         return
 
     def _prepared(self, source: Source) -> Generator[Prepared, None, None]:
         auto = self.runtime.imgsz is None
         for frames in source:
-            with self.tally.preparation:
+            with self.preprocess_time:
                 prepared = prepare(frames, self.size, self.runtime.stride, auto)
             yield prepared
 
     def predict(self, prepared: Prepared) -> list[Detections]:
         """Run one batch and count it; see `infer`."""
-        count = len(prepared.frames)
-        out = infer(self.runtime, prepared, self.nms, self.network, self.nms_time)
-        self.tally.frames += count
-        self.tally.detections += sum(len(d.boxes) for d in out)
+        out = infer(self.runtime, prepared, self.nms, self.inference_time, self.nms_time)
+        self._frames += len(prepared.frames)
+        self._detections += sum(len(d.boxes) for d in out)
         return out
 
     def _outputs(self) -> Outputs:
-        """Return the writers that the options ask for, and the run folder if there are any."""
+        """Create the run folder if anything is to be written, and return the writers."""
         c = self.config
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
-        folder = self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
-        set_error_folder(folder)
-        left = sum(path.is_file() for path in folder.rglob("*"))
-        if left:
-            LOGGER.warning(
-                "--exist-ok: %s holds %d file(s) of earlier runs, which stay unless overwritten", folder, left
-            )
-        names = FileNames()
-        writers: list[Writer] = []
-        if not c.nosave:
-            writers.append(ImageWriter(folder, self.style, names))
-        if c.save_txt:
-            writers.append(LabelWriter(folder / "labels", names, corners=c.save_format == 1, scores=c.save_conf))
-        if c.save_csv:
-            writers.append(CsvWriter(folder / "predictions.csv", self.names))
-        if c.save_json:
-            writers.append(JsonWriter(folder / "predictions.json", self.names))
-        if c.save_crop:
-            writers.append(CropWriter(folder / "crops", self.names, names))
-        return Outputs(writers)
+        self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
+        set_error_folder(self.folder)
+        stale = sum(path.is_file() for path in self.folder.rglob("*"))
+        if stale:
+            LOGGER.warning("--exist-ok: %s: %d file(s) of earlier runs stay unless overwritten", self.folder, stale)
+        return open_outputs(c, self.folder, self.style, self._file_names)
 
-    def _show_features(self, frame: Frame, image: torch.Tensor) -> None:
-        """features/<stem>/<slot>.png for an image, or for the first frame of a video or stream."""
+    def _write_features(self, frame: Frame, image: torch.Tensor) -> None:
+        """Write features/<stem>/<slot>.png for an image (1, 3, H, W), or the first frame of a video or stream."""
         assert isinstance(self.runtime, PyTorchRuntime) and self.folder is not None
-        if frame.number in self._features_shown:
+        if frame.number in self._features_of:
             return
-        self._features_shown.add(frame.number)
+        self._features_of.add(frame.number)
         model = self.runtime.models[0]
         maps = model.feature_maps(to_unit(image.to(self.runtime.device), self.runtime.dtype))
-        folder = make_folder(increment_path(self.folder / "features" / frame.path.stem))
+        folder = make_folder(self.folder / "features" / self._file_names.stem_for(frame))
         shown = cv2.cvtColor(image[0].permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR).astype(np.uint8)
         for slot, features in maps.items():
             row, _, rest = slot.partition("_")  # 01_..., 02_..., so that a listing has the order of the network
@@ -306,24 +280,20 @@ class Predictor:
         LOGGER.info("%s: feature maps of %d slots in %s", frame.origin, len(maps), folder)
 
     def _report(self, source: Source, outputs: Outputs, elapsed: float) -> DetectReport:
-        frames = max(self.tally.frames, 1)
-        totals = (self.tally.preparation.total, self.network.total, self.nms_time.total)
-        seconds = (totals[0] / frames, totals[1] / frames, totals[2] / frames)
+        stages = self.preprocess_time, self.inference_time, self.nms_time
+        preprocess, inference, nms = (stage.total / max(self._frames, 1) for stage in stages)
         LOGGER.info(
-            "Per image at %dx%d: %.1f ms preparation, %.1f ms network, %.1f ms NMS; %d image(s), %.1f a second in all",
-            *self.size, *(1000 * s for s in seconds), self.tally.frames, self.tally.frames / max(elapsed, 1e-9),
+            "Speed per image at %dx%d: %.1f ms preprocess, %.1f ms inference, %.1f ms NMS; %d image(s), %.1f images/s "
+            "overall", *self.size, 1000 * preprocess, 1000 * inference, 1000 * nms, self._frames,
+            self._frames / max(elapsed, 1e-9),
         )  # fmt: skip
-        for writer in outputs.writers:
-            if isinstance(writer, LabelWriter):
-                LOGGER.info("%d label file(s) in %s", writer.files, self.folder and self.folder / "labels")
         if self.folder is not None:
             LOGGER.info("Results saved to %s", self.folder)
-        lost = [line for writer in outputs.writers for line in getattr(writer, "failures", ())]
         if source.failures:
             LOGGER.warning("%d input(s) could not be read: %s", len(source.failures), "; ".join(source.failures))
-        return DetectReport(
-            self.folder, self.tally.frames, self.tally.detections, (*source.failures, *lost), seconds, elapsed
-        )
+        failures = (*source.failures, *outputs.failures)
+        seconds = (preprocess, inference, nms)
+        return DetectReport(self.folder, self._frames, self._detections, failures, seconds, elapsed)
 
 
 def show(frame: Frame, drawn: NDArray[np.uint8]) -> bool:

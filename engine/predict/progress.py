@@ -1,4 +1,4 @@
-"""What detection says while it works: a line per image, a bar per video, a line per second for live sources."""
+"""Progress of detection: a line per image, a bar per video, a line per second for live sources."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from engine.predict.detections import Detections, counts_text, describe
 
 LOGGER = logging.getLogger(__name__)
 LIVE_LINE_S = 1.0
-VIDEO_LINE_S = 10.0  # where standard error is no terminal, lines take the place of the bar
+VIDEO_LINE_S = 10.0  # where standard error is not a terminal: lines instead of the bar
 
 
 class Progress:
-    """Reports each frame as it is done; a context manager, so that the bar of an unfinished video is closed.
+    """Logs each processed frame; a context manager, so that the bar of an unfinished video is closed.
 
     Args:
         names: class names by number.
-        vid_stride: only every n-th frame of a video comes.
+        vid_stride: only every n-th frame of a video is processed.
     """
 
     def __init__(self, names: Mapping[int, str], vid_stride: int = 1) -> None:
@@ -34,7 +34,7 @@ class Progress:
         self._last_line: dict[int, float] = {}
 
     def show(self, found: Detections) -> None:
-        """Say what there is to say about a frame."""
+        """Log a frame, or advance the bar of its video."""
         frame = found.frame
         if self._video is not None and self._video.frame.number != frame.number:
             self._end_video()
@@ -69,7 +69,7 @@ class Progress:
 
 
 class _Video:
-    """The bar and the closing line of one video."""
+    """Progress bar and closing line of one video."""
 
     def __init__(self, frame: Frame, stride: int, names: Mapping[int, str]) -> None:
         self.frame = frame
@@ -99,6 +99,6 @@ class _Video:
         rate = self._frames / max(time.monotonic() - self._start, 1e-9)
         boxes = counts_text(np.array(sorted(self._classes.elements()), np.int64), self._names)
         LOGGER.info(
-            "%s: %dx%d, %d frames, %d with detections (boxes in all: %s), %.1f frames/s",
+            "%s: %dx%d, %d frames, %d with detections (%s in all), %.1f frames/s",
             self._head, *self._shape, self._frames, self._with_boxes, boxes, rate,
         )  # fmt: skip

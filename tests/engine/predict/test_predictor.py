@@ -140,7 +140,14 @@ def test_images_keep_their_names_and_show_boxes(runtime, tmp_path):
     assert drawn.shape == ONE.shape and not np.array_equal(drawn, ONE)
     assert (drawn[5, 5] == 90).all()
     assert run(tmp_path / "in").folder == Path("runs/detect/exp2")
-    assert run(tmp_path / "in", exist_ok=True).folder == Path("runs/detect/exp")
+
+
+def test_exist_ok_reports_stale_files(runtime, tmp_path, caplog):
+    save(tmp_path / "a.png", ONE)
+    run(tmp_path / "a.png", save_txt=True)
+    assert "--exist-ok" not in caplog.text
+    assert run(tmp_path / "a.png", exist_ok=True).folder == Path("runs/detect/exp")
+    assert "runs/detect/exp: 2 file(s) of earlier runs stay unless overwritten" in caplog.text
 
 
 def test_hidden_labels_and_line_thickness(runtime, tmp_path):
@@ -170,6 +177,9 @@ def test_equal_names_from_two_folders_do_not_overwrite(runtime, tmp_path, caplog
     assert "another input has the name a; a_2 is used" in caplog.text
 
 
+BOX_A, BOX_B = [48, 24, 240, 120], [300, 120, 420, 216]
+
+
 def test_csv_json_and_crops(runtime, tmp_path):
     save(tmp_path / "in/a.png", rectangles((240, 480), (0, 48, 24, 240, 120), (1, 300, 120, 420, 216)))
     save(tmp_path / "in/b.png", rectangles((64, 64)))
@@ -178,10 +188,11 @@ def test_csv_json_and_crops(runtime, tmp_path):
     with open(report.folder / "predictions.csv", newline="", encoding="utf-8") as stream:
         rows = list(csv.reader(stream))
     assert rows == [
-        ["Image Name", "Prediction", "Confidence"],
-        ["in/a.png", "green/../x", "0.6000"],
-        ["in/a.png", "red", "0.9000"],
+        ["Image Name", "Prediction", "Confidence", "xmin", "ymin", "xmax", "ymax"],
+        ["in/a.png", "red", "0.9000", *rows[1][3:]],
+        ["in/a.png", "green/../x", "0.6000", *rows[2][3:]],
     ]
+    np.testing.assert_allclose([[float(v) for v in row[3:]] for row in rows[1:]], [BOX_A, BOX_B], atol=1.6)
     a, b = json.loads((report.folder / "predictions.json").read_text(encoding="utf-8"))
     assert (a["height"], a["width"], a["frame"]) == (240, 480, None) and b["detections"] == []
     assert [d["name"] for d in a["detections"]] == ["red", "green/../x"]  # surest first
@@ -255,15 +266,16 @@ def test_ctrl_c_leaves_finished_files(runtime, tmp_path):
     assert len(json.loads((folder / "predictions.json").read_text())) == 7
 
 
-def test_an_error_of_the_writer_surfaces(runtime, tmp_path, monkeypatch):
+def test_failing_writer_ends_that_output_only(runtime, tmp_path, monkeypatch):
     def full(*_):
         raise DataError("disk full")
 
     monkeypatch.setattr("engine.predict.writers.write_image", full)
-    for i in range(20):
+    for i in range(12):
         save(tmp_path / f"in/{i}.png", ONE)
-    with pytest.raises(DataError, match="disk full"):
-        run(tmp_path / "in")
+    report = run(tmp_path / "in", save_txt=True)
+    assert report.failures == ("disk full",) * 9 + ("disk full; ImageWriter writes no more",)
+    assert len(list((report.folder / "labels").iterdir())) == 12
 
 
 def test_streams_are_one_batch(runtime, tmp_path):
@@ -348,10 +360,10 @@ def test_no_weights_and_no_trained_run(tmp_path, monkeypatch):
 
 def test_the_projects_own_images_are_the_default_source(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert predictor.found_source("data/images") == str(ROOT / "data/images")
+    assert predictor.resolve_source("data/images") == str(ROOT / "data/images")
     (tmp_path / "data/images").mkdir(parents=True)
-    assert predictor.found_source("data/images") == "data/images"
-    assert predictor.found_source("x.jpg") == "x.jpg"
+    assert predictor.resolve_source("data/images") == "data/images"
+    assert predictor.resolve_source("x.jpg") == "x.jpg"
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
-"""Files of detection, number by number."""
+"""Output files of detection."""
 
 import csv
+import json
 from pathlib import Path
 
 import cv2
@@ -14,6 +15,7 @@ from engine.predict.writers import (
     CsvWriter,
     FileNames,
     ImageWriter,
+    JsonWriter,
     LabelWriter,
     Outputs,
     VideoFile,
@@ -74,7 +76,7 @@ def test_csv_names_the_path_and_holds_no_formula(tmp_path, monkeypatch):
     writer.close()
     with open("p.csv", newline="") as stream:
         rows = list(csv.reader(stream))[1:]
-    assert [row[:2] for row in rows] == [["x/a.jpg", "'=cmd|' /C calc'!A0"], ["x/a.jpg", "'@x"], ["'-a.jpg_3", "'@x"]]
+    assert [row[:2] for row in rows] == [["x/a.jpg", "'@x"], ["x/a.jpg", "'=cmd|' /C calc'!A0"], ["'-a.jpg_3", "'@x"]]
 
 
 @pytest.mark.parametrize(
@@ -85,14 +87,65 @@ def test_writable_rate(fps, expected):
     assert writable_rate(fps) == pytest.approx(expected, abs=0.011)
 
 
-def test_a_video_that_cannot_be_opened_ends_that_output_only(tmp_path, monkeypatch):
+def test_outputs_continue_after_video_that_cannot_be_opened(tmp_path, monkeypatch):
     monkeypatch.setattr(cv2.VideoWriter, "isOpened", lambda self: False)
-    writer = ImageWriter(tmp_path, DrawStyle({0: "a", 2: "b"}), FileNames())
+    outputs = Outputs([ImageWriter(tmp_path, DrawStyle({0: "a", 2: "b"}), FileNames())])
     for frame in (1, 2):
-        writer.write(detections(BOXES, "v.mp4", "video", frame=frame), None)
-    writer.write(detections(BOXES, "a.jpg", number=2), None)
+        outputs.write((detections(BOXES, "v.mp4", "video", frame=frame), None))
+    outputs.write((detections(BOXES, "a.jpg", number=2), None))
+    outputs.close()
+    assert (tmp_path / "a.jpg").is_file() and len(outputs.failures) == 1
+
+
+def test_outputs_record_video_that_fails_on_closing(tmp_path):
+    """The first video is short of a frame; the second one and the table are complete."""
+    names = {0: "a", 2: "b"}
+    images = ImageWriter(tmp_path, DrawStyle(names), FileNames())
+    outputs = Outputs([images, CsvWriter(tmp_path / "p.csv", names)])
+    for number, name in enumerate(("v.mp4", "w.mp4"), 1):
+        outputs.write((detections(BOXES, name, "live", frame=1, number=number), None))
+    images._videos[1].frames += 1
+    outputs.close()
+    (failure,) = outputs.failures
+    assert failure.startswith(f"{tmp_path}/v.mp4.mp4: only 1 of 2 frames")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.csv", "w.mp4.mp4"]
+
+
+@pytest.mark.parametrize("writer", [CsvWriter, JsonWriter])
+def test_failing_table_is_removed(tmp_path, monkeypatch, writer):
+    outputs = Outputs([writer(tmp_path / "p", {0: "a", 2: "b"})])
+    outputs.write((detections(BOXES), None))
+    monkeypatch.setattr("engine.predict.writers.class_name", lambda *_: (_ for _ in ()).throw(OSError("no space")))
+    outputs.write((detections(BOXES), None))
+    outputs.close()
+    assert outputs.failures == [f"cannot be written: no space; {writer.__name__} writes no more"] and not list(
+        tmp_path.iterdir()
+    )
+
+
+@pytest.mark.parametrize("frames", [0, 1, 2])
+def test_json_is_valid_for_any_number_of_frames(tmp_path, frames):
+    writer = JsonWriter(tmp_path / "p.json", {})
+    for number in range(frames):
+        writer.write(detections(BOXES, f"{number}.jpg", number=number), None)
     writer.close()
-    assert (tmp_path / "a.jpg").is_file() and len(writer.failures) == 1
+    assert [e["image"] for e in json.loads((tmp_path / "p.json").read_text())] == [f"{n}.jpg" for n in range(frames)]
+
+
+def test_crops_are_numbered_best_first(tmp_path):
+    """The best crop has the image's name; no crop of one image overwrites that of another."""
+    rows = [[10, 10, 90, 60, 0.9, 0], [10, 10, 30, 20, 0.8, 0]]
+    writer = CropWriter(tmp_path, {0: "a"}, FileNames())
+    writer.write(detections(rows, "IMG_2470.jpg"), None)
+    writer.write(detections(rows[:1], "IMG_2470_2.jpg", number=2), None)
+    writer.write(detections(rows[:1], "v.mp4", "video", frame=7, number=3), None)
+    names = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert names == ["IMG_2470.jpg", "IMG_2470_2.jpg", "IMG_2470_2_2.jpg", "v_7.jpg"]
+    assert (
+        cv2.imread(str(tmp_path / "a/IMG_2470.jpg")).shape[1]
+        > 80
+        > cv2.imread(str(tmp_path / "a/IMG_2470_2.jpg")).shape[1]
+    )
 
 
 @pytest.mark.parametrize(("name", "folder"), [("a/b", "a_b"), ("..", "_"), ("", "_"), ("größe", "größe"), ("x.", "x")])
@@ -101,7 +154,7 @@ def test_crop_folders_stay_inside(tmp_path, name, folder):
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([folder, "other"])
 
 
-def test_a_video_appears_when_it_is_finished(tmp_path):
+def test_video_is_renamed_when_finished(tmp_path):
     video = VideoFile(tmp_path / "v.mp4", 10.0, (64, 48))
     for size in ((48, 64), (96, 128)):  # the second one is scaled
         video.write(np.zeros((*size, 3), np.uint8))
@@ -111,16 +164,16 @@ def test_a_video_appears_when_it_is_finished(tmp_path):
     assert cv2.VideoCapture(str(tmp_path / "v.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 2
 
 
-def test_a_video_that_lost_frames_is_an_error(tmp_path):
+def test_video_that_lost_frames_is_an_error(tmp_path):
     video = VideoFile(tmp_path / "v.mp4", 10.0, (64, 48))
     video.write(np.zeros((48, 64, 3), np.uint8))
     video.frames += 5
-    with pytest.raises(DataError, match="1 of 6 frames"):
+    with pytest.raises(DataError, match="1 of 6 frames were"):
         video.finish()
     assert not list(tmp_path.iterdir())
 
 
-def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
+def test_video_that_cannot_be_written_is_an_error(tmp_path):
     with pytest.raises(DataError, match="cannot be written"):
         VideoFile(tmp_path / "gone/v.mp4", 10.0, (64, 48))
 
@@ -129,15 +182,18 @@ def test_a_video_that_cannot_be_written_is_an_error(tmp_path):
     ("classes", "expected"),
     [([], "no detections"), ([0], "1 cat"), ([1, 0, 0], "2 cats, 1 bus"), ([1, 1], "2 bus"), ([7, 7], "2 7s")],
 )
-def test_counts(classes, expected):
+def test_counts_text(classes, expected):
     assert counts_text(np.array(classes, int), {0: "cat", 1: "bus"}) == expected
 
 
 def test_writer_that_fails_on_close_does_not_keep_the_others_open(tmp_path):
     first, second = (CsvWriter(tmp_path / folder / "predictions.csv", {0: "a"}) for folder in _folders(tmp_path))
     (tmp_path / "one/.predictions.csv.part").unlink()
-    with pytest.raises(DataError, match=r"predictions\.csv.*cannot be written: No such file"):
-        Outputs([first, second]).close()
+    outputs = Outputs([first, second])
+    outputs.close()
+    assert outputs.failures == [
+        f"{tmp_path}/one/predictions.csv: cannot be written: No such file or directory; CsvWriter writes no more"
+    ]
     assert (tmp_path / "two/predictions.csv").is_file()
 
 
