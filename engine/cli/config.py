@@ -118,6 +118,19 @@ class Options:
         out = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
 
+    def command_words(self, script: str) -> list[str]:
+        """Return the command line of the options that were given."""
+        words = ["python", script]
+        for f in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, f.name)
+            if not self.is_given(f.name) or value is None or value is False or value == []:
+                continue
+            words.append("--" + f.name.replace("_", "-"))
+            if value is not True:
+                values = value if isinstance(value, (list, tuple)) else [value]
+                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        return words
+
     @classmethod
     def from_keywords(cls, **keywords: Any) -> Any:
         """Build from keywords (the flags with underscores), for use from Python; unknown ones are an error."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from engine.cli.config import IMGSZ_NAMES, MANY, OPTIONAL, Options, flag, option
@@ -93,19 +93,3 @@ class CompareConfig(Options):
         for name in self.runtimes:
             if name in FORMATS:
                 require_packages(f"--runtimes {name}", FORMATS[name].packages)
-
-    def command_words(self) -> list[str]:
-        """Return the command line of the options that were given."""
-        words = ["python", "compare.py"]
-        for f in fields(self):
-            value = getattr(self, f.name)
-            if not self.is_given(f.name) or value is None or value is False or value == []:
-                continue
-            words.append("--" + f.name.replace("_", "-"))
-            if value is not True:
-                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in _listed(value)]
-        return words
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -51,7 +51,7 @@ class Report:
     @property
     def command(self) -> str:
         """Command line of this comparison."""
-        return shlex.join(self.config.command_words())
+        return shlex.join(self.config.command_words("compare.py"))
 
     @property
     def reference(self) -> tuple[str, int]:

@@ -37,7 +37,7 @@ from engine.train.optimizer import (
 )
 from engine.train.schedule import Schedule
 from engine.train.state import rounded_size
-from models.build.spec import HEADS, read_model_spec
+from models.build.spec import HEADS, HeadForm, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.loading import spec_without_weights, transfer_weights
 from models.losses.base import LossModule, LossOptions
@@ -254,17 +254,21 @@ def _log_class_factors(factors: tuple[float, ...] | None, data: DataConfig) -> N
         LOGGER.info("Class loss weighted (class_weights): %s%s", shown, note)
 
 
+def head_form(config: TrainConfig) -> HeadForm:
+    """Return the form of the head that `--head`, `--cfg` or `--weights` name; that of the anchor head if unknown."""
+    if config.cfg:
+        spec = read_model_spec(find_file(config.cfg, "models", "models/hub"))[0]
+    elif config.weights:
+        spec = read_model_spec(read_checkpoint(find_file(config.weights, error=CheckpointError)).spec)[0]
+    else:
+        raise ConfigError(NO_MODEL)
+    return HEADS[config.head] if config.head else spec.head_form
+
+
 def with_recipe(config: TrainConfig) -> TrainConfig:
     """Return the options with the hyperparameter file of the model's head, and its optimizer, where none is given."""
     if not config.hyp:
-        if config.cfg:
-            spec = read_model_spec(find_file(config.cfg, "models", "models/hub"))[0]
-        elif config.weights:
-            spec = read_model_spec(read_checkpoint(find_file(config.weights, error=CheckpointError)).spec)[0]
-        else:
-            raise ConfigError(NO_MODEL)
-        recipe = HEADS[config.head].recipe if config.head else spec.recipe
-        config = replace(config, hyp=f"data/hyps/{recipe}")
+        config = replace(config, hyp=f"data/hyps/{head_form(config).recipe}")
     if config.optimizer is None:
         file = find_file(config.hyp, "data/hyps")
         auto = Hyperparameters.from_yaml(file).optimizer == "auto"

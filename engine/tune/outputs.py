@@ -9,7 +9,7 @@ import math
 import shlex
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import yaml
 
 from engine.cli.config import TrainConfig
 from engine.loggers.run_logger import METRICS
-from engine.tune.space import SearchRow, with_values
+from engine.tune.space import SearchRow, Space, with_values
 from engine.tune.study import Plan, trials_of, was_interrupted
 from utils.files import atomic_path
 from utils.metrics import RANKING_FLOOR
@@ -32,6 +32,7 @@ LOGGER = logging.getLogger(__name__)
 CSV, YAML, IMAGE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
 IMPORTANCE_FROM, IMPORTANCE_SURE = 5, 50
 """Complete trials from which importances are computed, and from which they are reliable."""
+STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 SHOWN = ("complete", "pruned")
 _COLUMNS = 6
 
@@ -59,16 +60,13 @@ class TrialRow:
 
 def rows_of(study: Study) -> list[TrialRow]:
     """Return the finished trials by number."""
-    words = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
     rows = []
-    for trial in trials_of(study):
-        if trial.state.name in words:
-            seen = trial.intermediate_values
-            fitness = trial.user_attrs.get("fitness", max(seen.values(), default=None))
-            state = "interrupted" if was_interrupted(trial) else words[trial.state.name]
-            metrics = tuple(trial.user_attrs.get("metrics", ()))
-            epochs = trial.user_attrs.get("epochs", len(seen))
-            rows.append(TrialRow(trial.number, state, fitness, metrics, epochs, trial.params))
+    for trial in trials_of(study, *STATES):
+        epochs = trial.intermediate_values
+        fitness = trial.user_attrs.get("fitness", max(epochs.values(), default=None))
+        state = "interrupted" if was_interrupted(trial) else STATES[trial.state.name]
+        metrics = tuple(trial.user_attrs.get("metrics", ()))
+        rows.append(TrialRow(trial.number, state, fitness, metrics, len(epochs), trial.params))
     return rows
 
 
@@ -87,22 +85,13 @@ def unranked_note(best: TrialRow | None) -> str:
 
 def command_of(plan: Plan, folder: Path) -> str:
     """Return the command line that joins the hyperparameter search."""
-    words = ["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)]
-    return shlex.join(words)
+    return shlex.join(["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)])
 
 
 def first_command(plan: Plan) -> str:
-    """Return the command line that started the hyperparameter search."""
-    defaults = TrainConfig()
-    words = ["python", "train.py", "--evolve", str(plan.target)]
-    for f in fields(TrainConfig):
-        value = plan.options.get(f.name, getattr(defaults, f.name))
-        if f.name in ("evolve", "resume_evolve") or value == getattr(defaults, f.name):
-            continue
-        words.append("--" + f.name.replace("_", "-"))
-        if value is not True:
-            words += [str(v) for v in value] if isinstance(value, list) else [str(value)]
-    return " ".join(shlex.join(words).split())
+    """Return the command line that started the hyperparameter search, without line breaks."""
+    config = TrainConfig(**{**plan.options, "evolve": plan.target})
+    return " ".join(shlex.join(config.command_words("train.py")).split())
 
 
 def write_files(folder: Path, rows: Sequence[TrialRow], plan: Plan) -> None:
@@ -121,7 +110,7 @@ def draw(folder: Path, rows: Sequence[TrialRow], plan: Plan, study: Study) -> No
         plot_importances(folder / IMPORTANCE, found, sum(r.state == "complete" for r in rows))
 
 
-def write_csv(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
+def write_csv(path: Path, rows: Sequence[TrialRow], space: Space) -> None:
     """Write one row per trial; cells without a value are empty."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -158,19 +147,18 @@ def importances(study: Study) -> dict[str, float]:
     """
     import optuna
 
-    values = [t.value for t in trials_of(study) if t.state.name == "COMPLETE" and t.value is not None]
+    values = [t.value for t in trials_of(study, "COMPLETE") if t.value is not None]
     if len(values) < IMPORTANCE_FROM or min(values) == max(values):
         return {}
-    best_part = min(0.5, max(0.1, 5 / len(values)))  # at least five trials, where there are ten
+    quantile = min(0.5, max(0.1, 5 / len(values)))  # at least five trials, where there are ten
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=best_part)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=quantile)
         found = optuna.importance.get_param_importances(study, evaluator=evaluator)
-    found = {key: value for key, value in found.items() if math.isfinite(value)}
-    return dict(sorted(found.items(), key=lambda item: -item[1])) if any(found.values()) else {}
+    return {key: value for key, value in found.items() if math.isfinite(value)} if any(found.values()) else {}
 
 
-def plot_trials(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]) -> None:
+def plot_trials(path: Path, rows: Sequence[TrialRow], space: Space) -> None:
     """Plot fitness over each hyperparameter: later trials lighter, pruned ones hollow, the best one a star.
 
     The best trial is not marked where the trials cannot be ranked. The fitness axis starts at 0.
@@ -188,7 +176,7 @@ def plot_trials(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]
     for axes in grid[:, 0]:
         axes.set_ylabel("fitness")
     grid[0, 0].set_ylim(0, max([1.15 * (r.fitness or 0.0) for r in shown] + [2 * RANKING_FLOOR]))
-    counts = ", ".join(f"{sum(r.state == state for r in rows)} {state}" for state in ("complete", "pruned", "failed"))
+    counts = ", ".join(f"{sum(r.state == state for r in rows)} {state}" for state in STATES.values())
     title = f"{counts}; a dot per trial, later ones lighter; hollow: pruned; one training each"
     if best is not None:
         title += f"; {note}" if note else f"; star: the best, trial {best.number}, {best.fitness:.4g}"
@@ -198,24 +186,19 @@ def plot_trials(path: Path, rows: Sequence[TrialRow], space: Sequence[SearchRow]
 
 def _panel(axes: Axes, row: SearchRow, shown: Sequence[TrialRow], best: TrialRow | None) -> None:
     last = max((r.number for r in shown), default=0)
-    for pruned in (True, False):
-        dots = [r for r in shown if (r.state != "complete") == pruned]
+    for is_pruned in (True, False):
+        dots = [r for r in shown if (r.state == "pruned") == is_pruned]
         x, y = [r.point[row.key] for r in dots], [r.fitness or 0.0 for r in dots]
         order: dict[str, Any] = {"c": [r.number for r in dots], "cmap": "viridis", "vmin": 0, "vmax": last * 1.1 or 1}
-        axes.scatter(x, y, s=22, **({"facecolors": "none", "edgecolors": "0.6"} if pruned else order))
+        axes.scatter(x, y, s=22, **({"facecolors": "none", "edgecolors": "0.6"} if is_pruned else order))
     if best is not None:
         axes.scatter(best.point[row.key], best.fitness or 0.0, marker="*", s=130, c="tab:red", zorder=3)
     axes.set_title(row.key + (f" = {best.point[row.key]:.3g}" if best else ""), fontsize=10)
-    margin = (row.high / row.low) ** 0.04 if row.log else 0.04 * (row.high - row.low)
-    if row.log:
-        axes.set_xscale("log")
-        axes.set_xlim(row.low / margin, row.high * margin)
-        ticks = [row.low, math.sqrt(row.low * row.high), row.high]
-        axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
-        axes.minorticks_off()
-    else:
-        axes.set_xlim(row.low - margin, row.high + margin)
-        axes.locator_params(axis="x", nbins=4)
+    axes.set_xscale("log" if row.log else "linear")
+    center = math.sqrt(row.low * row.high) if row.log else (row.low + row.high) / 2
+    ticks = (row.low, center, row.high)
+    axes.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
+    axes.minorticks_off()
     axes.tick_params(labelsize=8)
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
@@ -229,7 +212,6 @@ def plot_importances(path: Path, found: Mapping[str, float], count: int) -> None
     axes.bar_label(bars, fmt=" %.2f", fontsize=8)
     doubt = "" if count >= IMPORTANCE_SURE else "; too few: mostly chance"
     axes.set(xlabel="importance", title=f"What distinguishes the best trials ({count} trials{doubt})")
-    axes.set_xlim(0, max(found.values()) * 1.12)
-    axes.margins(y=0.01)
+    axes.margins(x=0.1, y=0.01)
     axes.tick_params(labelsize=9)
     save_figure(figure, path, 120)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from data.config import load_data_config
+from data.labels.labels import load_annotations
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.loggers.run_logger import METRICS
-from engine.train.setup import with_recipe
+from engine.train.setup import choose_hyperparameters, head_form, resolve_auto, with_recipe
 from engine.train.trainer import train
 from engine.tune import study as studies
 from engine.tune.outputs import (
@@ -35,7 +37,7 @@ from engine.tune.outputs import (
 from engine.tune.space import inside, point_of, population, space_for, widened, with_values
 from engine.tune.study import Plan, StudyLock
 from utils.errors import ConfigError, TrainingError, UserError
-from utils.files import find_file, increment_path, make_folder
+from utils.files import increment_path, make_folder
 from utils.log import set_error_folder, world_size
 from utils.metrics import fitness
 from utils.plots import read_history
@@ -104,14 +106,12 @@ def evolve(config: TrainConfig) -> EvolveResult:
 
 def _start(config: TrainConfig) -> EvolveResult:
     asked, config = config, with_recipe(config)  # only `asked` knows which options were given
-    if config.optimizer is None or config.optimizer == "auto":
-        raise ConfigError("--evolve: --optimizer auto sets the learning rate itself; give SGD, Adam or AdamW")
-    file = find_file(config.hyp, "data/hyps")
-    hyp = Hyperparameters.from_yaml(file)
-    points = {str(config.hyp): point_of(hyp, str(file))}
+    optimizer, hyp = _concrete_recipe(config)
+    space = space_for(optimizer, head_form(config).module)
+    points = {str(config.hyp): point_of(hyp, space, str(config.hyp))}
     if asked.is_given("evolve_population"):
-        points |= population(config.evolve_population, config.optimizer)
-    space = widened(list(points.values()), space_for(config.optimizer))
+        points |= population(config.evolve_population, optimizer, space)
+    space = widened(list(points.values()), space)
     options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
     plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
     folder, is_new = _new_folder(asked)
@@ -123,6 +123,26 @@ def _start(config: TrainConfig) -> EvolveResult:
         if not any(folder.glob("trial*/results.csv")):  # the first training could not start
             _remove(folder, is_new)
         raise
+
+
+def _concrete_recipe(config: TrainConfig) -> tuple[str, Hyperparameters]:
+    """Return optimizer and hyperparameters, those that `--optimizer auto` chooses included.
+
+    Otherwise each trial would replace the learning rate and momentum that it is to try.
+    """
+    hyp = choose_hyperparameters(config, None)
+    if config.optimizer == "auto":
+        if config.batch_size < 1:
+            raise ConfigError(
+                "--evolve: --optimizer auto depends on the number of iterations: give --batch-size as a number, or "
+                "--optimizer SGD, Adam or AdamW"
+            )
+        data = load_data_config(config.data)
+        images = len(load_annotations(data.split("train"), len(data.names), single_cls=config.single_cls).records)
+        config, hyp = resolve_auto(config, hyp, 1 if config.single_cls else len(data.names), images)
+        LOGGER.info("--optimizer auto: %s, lr0 %g, momentum %g", config.optimizer, hyp.lr0, hyp.momentum)
+    optimizer = str(config.optimizer)
+    return optimizer, replace(hyp, optimizer=optimizer if hyp.optimizer == "auto" else hyp.optimizer)
 
 
 def _resume(config: TrainConfig, text: str) -> EvolveResult:
@@ -223,7 +243,7 @@ class SearchRun:
         while True:
             self.lock.acquire()
             studies.revive(self.study, self.folder)
-            done, running = studies.finished(self.study), studies.running(self.study)
+            done, running = studies.finished(self.study), len(studies.trials_of(self.study, "RUNNING"))
             self.plan = replace(self.plan, target=int(self.study.user_attrs["target"]))
             if done + running < self.plan.target:
                 return True
@@ -331,6 +351,7 @@ class SearchRun:
         return replace(
             self.config, hyp=str(folder / "hyp.yaml"), project=str(folder.parent), name=folder.name, exist_ok=True,
             evolve=None, resume_evolve=None, noplots=True, nosave=True,
+            optimizer=self.plan.hyp.get("optimizer", self.config.optimizer),
         )  # fmt: skip
 
     def _note(self, trial: Trial, folder: Path, value: float) -> None:
@@ -340,7 +361,6 @@ class SearchRun:
         best = metrics[int(np.argmax(fitness(metrics)))]
         trial.set_user_attr("fitness", value)
         trial.set_user_attr("metrics", [float(v) for v in best])
-        trial.set_user_attr("epochs", len(metrics))
 
     def _give_up(self) -> None:
         """Mark the running trial as interrupted, so that it is repeated without waiting for its heartbeat to expire."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.cli.config import Hyperparameters
@@ -32,40 +32,31 @@ class SearchRow:
     log: bool = False
 
 
-def from_plain(rows: Sequence[Sequence[object]]) -> tuple[SearchRow, ...]:
-    """Rebuild rows from the output of `as_plain`; TypeError or ValueError for other content."""
-    return tuple(SearchRow(str(key), float(low), float(high), bool(log)) for key, low, high, log in rows)  # type: ignore[arg-type]
+Space = tuple[SearchRow, ...]
+_SECTIONS = plain(load_yaml(Path(__file__).with_name("space.yaml")))
 
 
-def _rows(section: Mapping[str, Sequence[object]]) -> tuple[SearchRow, ...]:
-    return from_plain([[key, *bounds[:2], bounds[2:] == ["log"]] for key, bounds in section.items()])
+def space_for(optimizer: str, head: str) -> Space:
+    """Return the search space for an optimizer and the module name of a head."""
+    rows = _SECTIONS["SGD"] | (_SECTIONS["Adam"] if optimizer.startswith("Adam") else {}) | _SECTIONS[head]
+    return tuple(SearchRow(key, bounds[0], bounds[1], "log" in bounds) for key, bounds in rows.items())
 
 
-_SPACES = plain(load_yaml(Path(__file__).with_name("space.yaml")))
-SPACE, SPACE_ADAM = _rows(_SPACES["SGD"]), _rows(_SPACES["Adam"])
-
-
-def space_for(optimizer: str) -> tuple[SearchRow, ...]:
-    """Return the search space for an optimizer."""
-    other = {row.key: row for row in SPACE_ADAM} if optimizer.startswith("Adam") else {}
-    return tuple(other.get(row.key, row) for row in SPACE)
-
-
-def point_of(hyp: Hyperparameters, where: str) -> Point:
+def point_of(hyp: Hyperparameters, space: Space, where: str) -> Point:
     """Return the varied hyperparameters.
 
     Raises:
         ConfigError: a value that is not finite.
     """
     values = hyp.to_dict()
-    point = {row.key: float(values[row.key]) for row in SPACE}
+    point = {row.key: float(values[row.key]) for row in space}
     bad = [key for key, value in point.items() if not math.isfinite(value)]
     if bad:
         raise ConfigError(f"{where}: {', '.join(bad)}: a finite number is needed to start a hyperparameter search from")
     return point
 
 
-def widened(points: Sequence[Point], space: Sequence[SearchRow]) -> tuple[SearchRow, ...]:
+def widened(points: Sequence[Point], space: Space) -> Space:
     """Widen the bounds to include every starting point (zeros are left out on a log scale)."""
     rows = []
     for row in space:
@@ -77,17 +68,18 @@ def widened(points: Sequence[Point], space: Sequence[SearchRow]) -> tuple[Search
     return tuple(rows)
 
 
-def inside(point: Point, space: Sequence[SearchRow]) -> Point:
+def inside(point: Point, space: Space) -> Point:
     """Clip a point to the bounds."""
     return {row.key: min(max(point[row.key], row.low), row.high) for row in space}
 
 
-def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
+def population(folder: str | Path, optimizer: str, space: Space) -> dict[str, Point]:
     """Read the starting points from a folder of hyperparameter files (*.yaml) in alphabetical order.
 
     Args:
-        folder: holds the files.
+        folder: contains the files.
         optimizer: that of the trainings; files made for another one are left out, with a warning.
+        space: what is varied.
 
     Raises:
         ConfigError: no such folder, no YAML file in it, or invalid files.
@@ -97,29 +89,24 @@ def population(folder: str | Path, optimizer: str) -> dict[str, Point]:
         raise ConfigError(f"--evolve_population {folder}: no such folder; give one with hyperparameter files (*.yaml)")
     files = sorted(p for p in folder.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("."))
     if not files:
-        raise ConfigError(f"--evolve_population {folder}: holds no *.yaml file")
+        raise ConfigError(f"--evolve_population {folder}: contains no *.yaml file")
     points, problems = {}, []
     for path in files:
         try:
             hyp = Hyperparameters.from_yaml(path)
-            point = point_of(hyp, str(path))
+            point = point_of(hyp, space, str(path))
         except ConfigError as error:
             problems.append(str(error))
             continue
-        if hyp.optimizer not in (None, optimizer):
+        if hyp.optimizer in (None, optimizer):
+            points[path.name] = point
+        else:
             LOGGER.warning("%s: left out: made for %s, not %s", path, hyp.optimizer, optimizer)
-            continue
-        points[path.name] = point
     if problems:
         raise ConfigError("--evolve_population: " + "; ".join(problems))
     return points
 
 
-def as_plain(space: Sequence[SearchRow]) -> list[list[object]]:
-    """Rows as JSON can hold them."""
-    return [list(astuple(row)) for row in space]
-
-
 def with_values(hyp: Mapping[str, object], point: Mapping[str, float]) -> dict[str, object]:
-    """All hyperparameters in their order, those of `point` replaced."""
+    """Return all hyperparameters in their order, those of `point` replaced."""
     return {key: point.get(key, value) for key, value in hyp.items()}

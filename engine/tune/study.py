@@ -10,13 +10,13 @@ import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
-from engine.tune.space import Point, SearchRow, as_plain, from_plain
+from engine.tune.space import Point, SearchRow, Space
 from utils.errors import ConfigError
 from utils.files import newest_file
 
@@ -51,7 +51,7 @@ class Plan:
 
     options: dict[str, Any]
     hyp: dict[str, Any]
-    space: tuple[SearchRow, ...]
+    space: Space
     target: int
 
 
@@ -88,7 +88,7 @@ class StudyLock(FileLock):
 def _storage(path: Path) -> RDBStorage:
     """Open the SQLite file as Optuna storage.
 
-    sqlite knows no row locks: with its usual transactions, two processes could take the same waiting trial. Each
+    SQLite has no row locks: with its usual transactions, two processes could take the same waiting trial. Each
     transaction therefore begins as a writing one, and waits for its turn.
     """
     from optuna.storages import RDBStorage
@@ -97,7 +97,7 @@ def _storage(path: Path) -> RDBStorage:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
 
-    storage = RDBStorage(  # the path goes by `creator`, since a URL cannot hold each name that a folder may have
+    storage = RDBStorage(  # the path goes by `creator`, since a URL cannot contain each name that a folder may have
         f"sqlite:///{FILE}", engine_kwargs={"creator": connect}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
     )
     event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -124,15 +124,11 @@ def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
     study = optuna.create_study(
         storage=_storage(path), study_name=STUDY, direction="maximize", pruner=pruner(plan.options["epochs"])
     )
-    tried: list[Point] = []
     for name, point in points.items():
-        if point not in tried:
-            study.enqueue_trial(point, user_attrs={"start": name})
-            tried.append(point)
-    study.set_user_attr("hyp", plan.hyp)
-    study.set_user_attr("space", as_plain(plan.space))
-    study.set_user_attr("target", plan.target)
-    study.set_user_attr("options", plan.options)  # written last: it marks the study as complete
+        study.enqueue_trial(point, user_attrs={"start": name}, skip_if_exists=True)
+    space = [astuple(row) for row in plan.space]
+    for key, value in {"hyp": plan.hyp, "space": space, "target": plan.target, "options": plan.options}.items():
+        study.set_user_attr(key, value)  # options last: they mark the study as complete
     return study
 
 
@@ -140,7 +136,7 @@ def find(text: str) -> Path:
     """Return the study.db that `--resume_evolve` names, as a file or its folder.
 
     Raises:
-        ConfigError: there is none, it holds something else, or it cannot be written.
+        ConfigError: there is none, it contains something else, or it cannot be written.
     """
     path = Path(text)
     path = path / FILE if path.is_dir() else path
@@ -159,7 +155,7 @@ def find(text: str) -> Path:
         raise ConfigError(f"--resume_evolve {path}: is not the study of a hyperparameter search: {error}") from error
     if STUDY not in names:
         raise ConfigError(
-            f"--resume_evolve {path}: is not the study of a hyperparameter search (it holds no study '{STUDY}')"
+            f"--resume_evolve {path}: is not the study of a hyperparameter search (it has no study '{STUDY}')"
         )
     return path
 
@@ -174,8 +170,9 @@ def load(path: Path) -> tuple[Study, Plan]:
 
     try:
         study = optuna.load_study(study_name=STUDY, storage=_storage(path))
-        kept = study.user_attrs
-        plan = Plan(kept["options"], kept["hyp"], from_plain(kept["space"]), int(kept["target"]))
+        stored = study.user_attrs
+        space = tuple(SearchRow(*row) for row in stored["space"])
+        plan = Plan(stored["options"], stored["hyp"], space, int(stored["target"]))
         study.pruner = pruner(int(plan.options["epochs"]))
     except (RuntimeError, optuna.exceptions.OptunaError) as error:  # a schema of another version, a damaged file
         raise ConfigError(f"--resume_evolve {path}: {str(error).splitlines()[0]}") from error
@@ -186,24 +183,19 @@ def load(path: Path) -> tuple[Study, Plan]:
     return study, plan
 
 
-def trials_of(study: Study) -> list[FrozenTrial]:
-    """All trials, by number."""
-    return study.get_trials(deepcopy=False)
+def trials_of(study: Study, *states: str) -> list[FrozenTrial]:
+    """Return the trials by number: those in the given states, or all."""
+    return [t for t in study.get_trials(deepcopy=False) if not states or t.state.name in states]
 
 
 def finished(study: Study) -> int:
     """Return the number of complete and pruned trials."""
-    return sum(t.state.name in ("COMPLETE", "PRUNED") for t in trials_of(study))
-
-
-def running(study: Study) -> int:
-    """Return the number of running trials of all processes."""
-    return sum(t.state.name == "RUNNING" for t in trials_of(study))
+    return len(trials_of(study, "COMPLETE", "PRUNED"))
 
 
 def own_index(study: Study) -> int:
     """Return the number of different points tried or queued: repeated trials count once."""
-    return sum("again" not in t.user_attrs for t in trials_of(study))
+    return sum("failed_trial" not in t.system_attrs for t in trials_of(study))
 
 
 def was_interrupted(trial: FrozenTrial) -> bool:
@@ -221,22 +213,16 @@ def revive(study: Study, folder: Path) -> None:
     import optuna
 
     optuna.storages.fail_stale_trials(study)
-    now = datetime.datetime.now()
-    for trial in trials_of(study):  # killed before its first heartbeat
-        begun = "folder" in trial.user_attrs
-        waiting = trial.state.name == "RUNNING" and not begun
-        start = trial.datetime_start
-        if waiting and start is not None and (now - start).total_seconds() > GRACE + WAIT:
+    oldest = datetime.datetime.now() - datetime.timedelta(seconds=GRACE + WAIT)
+    for trial in trials_of(study, "RUNNING"):  # killed before its first heartbeat: fail_stale_trials misses it
+        has_begun = trial.user_attrs.get("folder") == f"trial{trial.number}"
+        if not has_begun and trial.datetime_start is not None and trial.datetime_start < oldest:
             study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
-    again = {t.user_attrs.get("again") for t in trials_of(study)}
-    for trial in trials_of(study):
-        tries = int(trial.user_attrs.get("tries", 1))
-        if not was_interrupted(trial) or trial.number in again or tries >= MOST_TRIES:
-            continue
-        point = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-        attributes = {"again": trial.number, "tries": tries + 1}
-        if "start" in trial.user_attrs:
-            attributes["start"] = trial.user_attrs["start"]
-        study.enqueue_trial(point, user_attrs=attributes)
-        shutil.rmtree(folder / f"trial{trial.number}" / "weights", ignore_errors=True)
-        LOGGER.info("trial %d was interrupted: it is queued again", trial.number)
+    again = optuna.storages.RetryHeartbeatStaleTrialCallback()
+    retried = {number for trial in trials_of(study) for number in again.retry_history(trial)}
+    for trial in study.get_trials():
+        tries = len(again.retry_history(trial)) + 1
+        if was_interrupted(trial) and trial.number not in retried and tries < MOST_TRIES:
+            again(study, trial)
+            shutil.rmtree(folder / f"trial{trial.number}" / "weights", ignore_errors=True)
+            LOGGER.info("trial %d was interrupted: it is queued again", trial.number)

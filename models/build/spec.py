@@ -138,10 +138,10 @@ class ModelSpec:
         )
 
     @property
-    def recipe(self) -> str:
-        """Return the hyperparameter file for the head of the last row; that of the anchor head if it is not a head."""
+    def head_form(self) -> HeadForm:
+        """Return the form of the head in the last row; that of the anchor head if it is not a head."""
         module = self.layers[-1].module if self.layers else ""
-        return next((form.recipe for form in HEADS.values() if form.module == module), HEADS["anchor"].recipe)
+        return next((form for form in HEADS.values() if form.module == module), HEADS["anchor"])
 
     def with_head(self, kind: str) -> ModelSpec:
         """Return the specification with a head of `HEADS` as its last row; other rows stay.

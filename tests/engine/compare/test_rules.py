@@ -396,7 +396,7 @@ def test_check_refuses_invalid_options(words, options):
 def test_command_words_hold_the_given_options():
     config = CompareConfig(cfg=["a b.yaml", "c"], epochs=3, seeds=[0, 1], fresh=True, max_latency_ms=40.0, cache="ram")
     words = "python compare.py --cfg|a b.yaml|c --epochs|3 --seeds|0|1 --max-latency-ms|40 --cache|ram --fresh"
-    assert config.command_words() == words.replace(" --", "|--").replace(
+    assert config.command_words("compare.py") == words.replace(" --", "|--").replace(
         "python compare.py", "python|compare.py"
     ).split("|")
 

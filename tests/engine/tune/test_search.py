@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import itertools
 import math
 import re
 import shutil
@@ -26,7 +27,8 @@ from engine.tune import search as evolve_module
 from engine.tune import study as studies
 from engine.tune.outputs import TrialRow, best_of
 from engine.tune.search import MOST_FAILED, evolve
-from engine.tune.space import SPACE, inside, point_of, population, space_for, widened
+from engine.tune.space import inside, point_of, population, space_for, widened
+from models.build.spec import HEADS
 from tests.helpers.training import TINY
 from utils.errors import ConfigError, DataError, TrainingError
 from utils.yaml_lines import load_yaml
@@ -34,6 +36,7 @@ from utils.yaml_lines import load_yaml
 pytest.importorskip("optuna", reason="optuna is not installed")
 HYPS = Path(__file__).resolve().parents[3] / "data/hyps"
 START = HYPS / "hyp.scratch-low.yaml"
+SPACE = space_for("SGD", "Detect")
 
 
 class Trainings:
@@ -72,7 +75,7 @@ class Trainings:
         return TrainResult(folder, None, folder / "weights/last.pt", None, epoch + 1, reached)
 
     def points(self) -> list[tuple[float, ...]]:
-        return [tuple(point_of(h, "").values()) for _, h in sorted(self.hyps.items())]
+        return [tuple(point_of(h, SPACE, "").values()) for _, h in sorted(self.hyps.items())]
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def test_values_stay_within_bounds_and_the_rest_as_given(tmp_path, trainings):
     rows = {row.key: row for row in SPACE}
     for number, hyp in trainings.hyps.items():
         assert (hyp.clip_norm, hyp.anchors, hyp.iou_t) == (3.0, 4, 0.2)
-        for key, value in point_of(hyp, "").items():
+        for key, value in point_of(hyp, SPACE, "").items():
             high = 170.0 if key == "degrees" else rows[key].high
             assert rows[key].low <= value <= high, (number, key, value)
     assert trainings.hyps[0].degrees == 170.0, "bounds hold the starting values"
@@ -184,7 +187,7 @@ def test_killed_trial_is_found_by_its_missing_heartbeat(tmp_path, trainings, mon
     result = evolve(TrainConfig.from_keywords(resume_evolve=tmp_path / "runs/exp", noplots=True))
     assert time.time() - begin > 1, "a trial in work counts: its process may still be alive"
     assert [r["state"] for r in table(result.folder)] == ["complete", "interrupted", "complete"]
-    assert list(point_of(trainings.hyps[2], "").values()) == killed
+    assert list(point_of(trainings.hyps[2], SPACE, "").values()) == killed
     assert not (tmp_path / "runs/exp/trial1/weights").exists()
 
 
@@ -212,6 +215,36 @@ def test_trials_behind_the_median_are_pruned(tmp_path, trainings, monkeypatch):
     assert (result.trials, result.best_trial) == (5, 3)
 
 
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    """A dataset YAML: 8 training images, 3 classes."""
+    (tmp_path / "data.yaml").write_text(
+        "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"
+        "generate: {kind: shapes, train: 8, val: 4, test: 1, imgsz: 64, seed: 3}\n"
+    )
+    return tmp_path / "data.yaml"
+
+
+@pytest.mark.parametrize("options", [{"head": "free"}, {"optimizer": "auto"}])
+def test_auto_recipe_is_resolved_once_and_its_values_are_varied(tmp_path, shapes, trainings, options):
+    result = evolve(config(tmp_path, data=str(shapes), **options))
+    first, second = trainings.hyps[0], trainings.hyps[1]
+    assert (first.optimizer, first.lr0, first.momentum) == ("AdamW", pytest.approx(0.002 * 5 / 7, abs=1e-6), 0.9)
+    assert second.lr0 != first.lr0 and second.momentum != first.momentum
+    assert {made.optimizer for made in trainings.configs.values()} == {"AdamW"}
+    assert Hyperparameters.from_yaml(result.hyp).optimizer == "AdamW"
+    has_free_head = "head" in options
+    assert (second.free_box != first.free_box) == has_free_head and (second.obj != first.obj) != has_free_head
+    again = evolve(config(tmp_path, data=str(shapes), evolve=4, resume_evolve=tmp_path / "runs/exp", **options))
+    assert again.trials == 4 and trainings.configs[3].optimizer == "AdamW"
+
+
+def test_auto_recipe_needs_a_batch_size(tmp_path, trainings):
+    with pytest.raises(ConfigError, match="--optimizer auto depends on the number of iterations: give --batch-size"):
+        evolve(config(tmp_path, optimizer="auto", batch_size=-1))
+    assert not list(tmp_path.rglob("exp"))
+
+
 def test_best_of_returns_the_first_of_equals():
     rows = [
         TrialRow(0, "pruned", 9.0, (), 1, {}),
@@ -230,12 +263,12 @@ def test_population_is_tried_first(tmp_path, trainings, caplog):
     evolve(config(tmp_path, evolve_population=people))
     assert trainings.hyps[0] == Hyperparameters.from_yaml(START)
     high = Hyperparameters.from_yaml(people / "hyp.scratch-high.yaml")
-    assert point_of(trainings.hyps[1], "") == point_of(high, "")
+    assert point_of(trainings.hyps[1], SPACE, "") == point_of(high, SPACE, "")
     assert "made for AdamW, not SGD" in caplog.text
     assert trainings.hyps[2].optimizer is None and len(set(trainings.points())) == 3, "none is tried twice"
     (people / "hyp.bad.yaml").write_text("lr0: 1\n")
     with pytest.raises(ConfigError, match=r"hyp.bad.yaml: missing"):
-        population(people, "SGD")
+        population(people, "SGD", SPACE)
 
 
 def test_options_at_their_default_values_are_given(tmp_path, trainings, monkeypatch):
@@ -245,7 +278,7 @@ def test_options_at_their_default_values_are_given(tmp_path, trainings, monkeypa
     evolve(config(tmp_path, evolve=2, evolve_population="data/hyps", project="runs/train"))
     assert (tmp_path / "runs/train/exp/study.db").is_file()
     first = min(path for path in HYPS.glob("*.yaml") if path != START)
-    assert point_of(trainings.hyps[1], "") == point_of(Hyperparameters.from_yaml(first), "")
+    assert point_of(trainings.hyps[1], SPACE, "") == point_of(Hyperparameters.from_yaml(first), SPACE, "")
     trainings.hyps.clear()
     evolve(TrainConfig.from_keywords(cfg="yolov5n.yaml", evolve=1, epochs=1, noplots=True))
     assert (tmp_path / "runs/evolve/exp/study.db").is_file()
@@ -269,24 +302,26 @@ def test_search_below_the_floor_names_no_best(tmp_path, trainings, caplog, value
 
 def test_bounds_include_the_recipes():
     names = {f.name for f in fields(Hyperparameters)}
-    for optimizer in ("SGD", "AdamW"):
-        for row in space_for(optimizer):
+    for optimizer, form in itertools.product(("SGD", "AdamW"), HEADS.values()):
+        for row in space_for(optimizer, form.module):
             assert row.key in names and row.low < row.high and (row.low > 0 or not row.log), row
     for path in HYPS.glob("*.yaml"):
         hyp = Hyperparameters.from_yaml(path)
-        space = space_for(hyp.optimizer or "SGD")
-        assert widened([point_of(hyp, "")], space) == space, path.name
+        for form in HEADS.values():
+            space = space_for(hyp.optimizer or "SGD", form.module)
+            assert widened([point_of(hyp, space, "")], space) == space, path.name
     wide = widened([{row.key: row.high * 2 for row in SPACE}], SPACE)
     assert [row.high for row in wide] == [row.high * 2 for row in SPACE]
     assert inside({row.key: 1e9 for row in SPACE}, SPACE) == {row.key: row.high for row in SPACE}
     with pytest.raises(ConfigError, match=r"lr0: a finite number"):
-        point_of(replace(Hyperparameters.from_yaml(START), lr0=float("inf")), "x")
+        point_of(replace(Hyperparameters.from_yaml(START), lr0=float("inf")), SPACE, "x")
 
 
 def test_documented_bounds_are_those_in_use():
     text = (HYPS.parents[1] / "docs/tuning.md").read_text()
     found = re.findall(r"^\| `(\w+)` \| ([\d.]+) \| ([\d.]+) \| (by ratio)?", text, re.MULTILINE)
-    assert [(k, float(a), float(b), bool(r)) for k, a, b, r in found] == [(r.key, r.low, r.high, r.log) for r in SPACE]
+    rows = dict.fromkeys(row for form in HEADS.values() for row in space_for("SGD", form.module))
+    assert [(k, float(a), float(b), bool(r)) for k, a, b, r in found] == [(r.key, r.low, r.high, r.log) for r in rows]
 
 
 def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
@@ -340,7 +375,7 @@ def finished(tmp_path_factory) -> Path:
         # given at its default value is given
         ({"resume_evolve": "runs/exp", "epochs": 100}, ["--epochs is 100, the study was started with 3"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
-        ({"evolve_population": "runs"}, ["holds no *.yaml file"]),
+        ({"evolve_population": "runs"}, ["contains no *.yaml file"]),
         ({"hyp": "nowhere.yaml"}, ["nowhere.yaml: no such file"]),
         ({"exist_ok": True}, ["runs/exp holds a hyperparameter search", "--resume_evolve"]),
     ],
