@@ -84,6 +84,10 @@ class ExportConfig(Options):
     opset: int = option(17, "ONNX operator set", int, low=OPSETS[0], high=OPSETS[1])
     verbose: bool = flag("TensorRT log", missing=_NO_ENGINE)
     workspace: int = option(4, "TensorRT memory in GB", int, missing=_NO_ENGINE)
+    layout: str = option(
+        "v5", "output: v5 = (B, N, 5 + nc) with objectness; v8 = (B, 4 + nc, N), cxcywh and class confidences",
+        choices=("v5", "v8"),
+    )  # fmt: skip
     nms: bool = flag("embed NonMaxSuppression (onnx, openvino): output (B, --topk-all, 6)")
     agnostic_nms: bool = flag("with --nms: boxes of different classes suppress each other")
     topk_per_class: int = option(100, "with --nms: boxes kept per class and image", int, low=1)
@@ -102,6 +106,8 @@ class ExportConfig(Options):
             problems.append(f"--imgsz: {len(self.imgsz)} numbers; allowed are one (square) or two (height width)")
         if self.half and self.int8:
             problems.append("--half and --int8 exclude each other; leave one out")
+        if self.nms and self.layout != "v5":
+            problems.append(f"--layout {self.layout}: not with --nms, whose output is (B, --topk-all, 6) boxes")
         problems += [p for name in self.include if name in FORMATS for p in self._refusals(name)]
         if problems:
             raise ConfigError("; ".join(dict.fromkeys(problems)))

@@ -148,7 +148,8 @@ class Job:
             "%s: re-parameterized model verified equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
             weights, done.row_px, done.row_score, done.matched, done.reference,
         )  # fmt: skip
-        about = {"task": "detect", "precision": precision(config), **describe(model, weights)}
+        about = {"task": "detect", "precision": precision(config), "layout": config.layout}
+        about |= describe(model, weights)
         if config.nms:
             about["nms_options"] = _nms_options(config).describe()
         metadata = Metadata(
@@ -212,7 +213,7 @@ class Job:
 
     def _traceable(self, half: bool) -> ExportGraph:
         model = deepcopy(self.deployed).half() if half else self.deployed
-        return ExportGraph(model, torch.float16 if half else torch.float32).eval()
+        return ExportGraph(model, torch.float16 if half else torch.float32, self.config.layout).eval()
 
     def _onnx(self, half: bool) -> Any:
         """Return the ONNX graph for the options; float32 graphs are traced once."""

@@ -82,7 +82,7 @@ class Verification:
     ) -> None:
         self.inputs, self.origin, self.device = list(inputs), origin, device
         training = run(self._eager(model), self.inputs)
-        self.rows = run(self._eager(deployed), self.inputs)
+        self.rows = run(self._eager(deployed), self.inputs)  # what files are compared with
         self.conf = choose_conf(training)
         self.deployment = compare_rows("re-parameterized model", training, self.rows, TOLERANCES["float32"], self.conf)
         if self.deployment.problems:
@@ -107,7 +107,10 @@ class Verification:
             comparison = self._boxes(stage, runtime, config)
         else:
             found = run(lambda images: in_batches(runtime, runtime.fixed_batch, images), self.inputs)
-            comparison = compare_rows(stage, self.rows, found, tolerance, self.conf)
+            rows = self.rows
+            if config.layout == "v8":  # without objectness
+                rows = [torch.cat((r[..., :4], torch.ones_like(r[..., :1]), r[..., 4:5] * r[..., 5:]), 2) for r in rows]
+            comparison = compare_rows(stage, rows, found, tolerance, self.conf)
         if comparison.problems:
             raise ExportError(
                 f"{name}: verification failed at stage 2, re-parameterized model -> exported file: "

@@ -23,11 +23,12 @@ class ExportGraph(nn.Module):
     Args:
         model: in its re-parameterized model and in evaluation mode; shared, not copied.
         dtype: what the layers compute in.
+        layout: `v5` or `v8`, see `forward`.
     """
 
-    def __init__(self, model: DetectionModel, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, model: DetectionModel, dtype: torch.dtype = torch.float32, layout: str = "v5") -> None:
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.layout = model, dtype, layout
 
     def forward(self, images: Tensor) -> Tensor:
         """Detect.
@@ -36,11 +37,15 @@ class ExportGraph(nn.Module):
             images: (B, 3, H, W) float32 in [0, 1], RGB; H and W multiples of the grid.
 
         Returns:
-            (B, N, 5 + nc) float32: box center x, y, width, height in input pixels, objectness, class scores. float32
-            even where the layers are float16, which holds pixel positions above 1024 only to a whole pixel.
+            Layout v5: (B, N, 5 + nc) cxcywh in input pixels, objectness, class scores. Layout v8: (B, 4 + nc, N)
+            cxcywh, class confidences (objectness * class score). float32 even where the layers are float16, which holds
+            pixel positions above 1024 only to a whole pixel.
         """
         decoded, _ = self.model(images.to(self.dtype))
-        return decoded.float()
+        rows = decoded.float()
+        if self.layout == "v5":
+            return rows
+        return torch.cat((rows[..., :4], rows[..., 4:5] * rows[..., 5:]), 2).transpose(1, 2)
 
 
 class TupleGraph(nn.Module):

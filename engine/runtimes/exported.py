@@ -15,6 +15,7 @@ from utils.errors import CheckpointError, ConfigError
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
+Shape = tuple[int | None, ...]
 
 
 class ExportedRuntime(ABC):
@@ -27,14 +28,19 @@ class ExportedRuntime(ABC):
     imgsz: tuple[int, int] | None
 
     def _describe(
-        self, where: str, metadata: Metadata, device: torch.device, shape: tuple[int | None, ...], columns: int | None
+        self,
+        where: str,
+        metadata: Metadata,
+        device: torch.device,
+        shape: Shape,
+        output: Shape = (None, None, None),
     ) -> None:
         """Take over what the file says.
 
         Args:
             where: its name, for messages.
             shape: (B, 3, H, W) of its input; None where a dimension is free.
-            columns: length of an output row; None where it is free.
+            output: of its output, in the same way.
         """
         batch, _, height, width = shape
         self.where, self.metadata, self.device = where, metadata, device
@@ -42,8 +48,12 @@ class ExportedRuntime(ABC):
         self.fixed_batch = batch
         self.best_conf = _number(metadata.about.get("best_conf"))
         self.imgsz = None if height is None or width is None else (height, width)
-        count = len(metadata.names) or (columns or 6) - 5
-        self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range(count)}
+        classes = len(metadata.names)
+        self.transposed = metadata.about.get("layout") == "v8" or (  # files of other exporters do not name it
+            "layout" not in metadata.about and output[1] == 4 + classes and output[2] not in (5 + classes, None)
+        )
+        columns = (output[1] + 1 if output[1] else None) if self.transposed else output[2]
+        self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range((columns or 6) - 5)}
         if columns is not None:
             self._check_columns(columns)
         if metadata.nms:
@@ -70,6 +80,8 @@ class ExportedRuntime(ABC):
         if self.fixed_batch is not None and count < self.fixed_batch:
             pixels = torch.cat((pixels, pixels.new_zeros(self.fixed_batch - count, *pixels.shape[1:])))
         rows = self._infer(pixels.contiguous())[:count].to(self.device, torch.float32)
+        if self.transposed:
+            rows = rows_from_v8(rows)
         self._check_columns(rows.shape[-1])
         return rows
 
@@ -91,6 +103,12 @@ class ExportedRuntime(ABC):
         """See `Runtime`."""
         batch = shape[0] if self.fixed_batch is None else min(shape[0], self.fixed_batch)
         self(torch.zeros((batch, 3, *(self.imgsz or shape[2:])), dtype=torch.uint8))
+
+
+def rows_from_v8(output: torch.Tensor) -> torch.Tensor:
+    """Return the output (B, 4 + nc, N) of layout v8 as rows (B, N, 5 + nc) with an objectness of 1."""
+    rows = output.transpose(1, 2)
+    return torch.cat((rows[..., :4], torch.ones_like(rows[..., :1]), rows[..., 4:]), 2)
 
 
 def rows_from_boxes(boxes: torch.Tensor, num_classes: int) -> torch.Tensor:

@@ -52,8 +52,8 @@ class OnnxRuntime(ExportedRuntime):
         self.overrides: dict[str, NDArray[Any]] = {}
         metadata = Metadata.from_texts(self.session.get_modelmeta().custom_metadata_map, str(path))
         shape = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
-        columns = outputs[0].shape[2]
-        self._describe(str(path), metadata, device, shape, columns if isinstance(columns, int) else None)
+        output = tuple(d if isinstance(d, int) else None for d in outputs[0].shape)
+        self._describe(str(path), metadata, device, shape, output)
         used = self.session.get_providers()
         LOGGER.info("%s: ONNX Runtime %s, %s", path, ort.__version__, ", ".join(used))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from engine.runtimes.exported import ExportedRuntime
+from engine.runtimes.exported import ExportedRuntime, Shape
 from engine.runtimes.metadata import Metadata
 from engine.runtimes.onnxruntime import OnnxRuntime
 from utils.errors import CheckpointError, ConfigError
@@ -31,7 +31,7 @@ class OpenCvRuntime(ExportedRuntime):
     def __init__(self, path: str | Path, device: torch.device) -> None:
         if device.type != "cpu":
             raise ConfigError(f"--dnn: OpenCV runs on the CPU here, not on {device}; use --device cpu")
-        metadata, shape, columns = describe_onnx(Path(path))
+        metadata, shape, output = describe_onnx(Path(path))
         if metadata.nms:  # seen with 5.0: a division by zero that ends the process
             raise CheckpointError(
                 f"{path}: exported with --nms, on which OpenCV crashes; leave out --dnn, or --nms there"
@@ -40,7 +40,7 @@ class OpenCvRuntime(ExportedRuntime):
             self.net = cv2.dnn.readNetFromONNX(str(path))
         except cv2.error as error:
             raise CheckpointError(f"{path}: OpenCV {cv2.__version__} cannot read it: {_reason(error)}") from error
-        self._describe(str(path), metadata, device, shape, columns)
+        self._describe(str(path), metadata, device, shape, output)
         LOGGER.info("%s: OpenCV DNN %s, CPU", path, cv2.__version__)
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,16 +51,19 @@ class OpenCvRuntime(ExportedRuntime):
             raise CheckpointError(f"{self.where}: OpenCV {cv2.__version__} cannot run it: {_reason(error)}") from error
 
 
-def describe_onnx(path: Path) -> tuple[Metadata, tuple[int | None, ...], int | None]:
-    """Metadata, input shape and row length of an ONNX file; dimensions are None where they are free.
+def describe_onnx(path: Path) -> tuple[Metadata, Shape, Shape]:
+    """Return metadata, input and output shape of an ONNX file; dimensions are None where they are free.
 
     Raises:
         CheckpointError: a file that cannot be opened, or that is no detector.
     """
     opened = OnnxRuntime(path, torch.device("cpu"))
-    columns = opened.session.get_outputs()[0].shape[2]
-    shape = tuple(d if isinstance(d, int) else None for d in opened.session.get_inputs()[0].shape)
-    return opened.metadata, shape, columns if isinstance(columns, int) else None
+    session = opened.session
+    shape, output = (
+        tuple(d if isinstance(d, int) else None for d in given.shape)
+        for given in (session.get_inputs()[0], session.get_outputs()[0])
+    )
+    return opened.metadata, shape, output
 
 
 def _reason(error: cv2.error) -> str:

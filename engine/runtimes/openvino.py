@@ -43,9 +43,11 @@ class OpenVinoRuntime(ExportedRuntime):
         note = file.with_name(METADATA)
         texts = {key: str(value) for key, value in load_yaml(note, CheckpointError).items()} if note.is_file() else {}
         metadata = Metadata.from_texts(texts, str(note))
-        dimensions = tuple(d.get_length() if d.is_static else None for d in model.input(0).partial_shape)
-        columns = model.output(0).partial_shape[2]
-        self._describe(str(path), metadata, device, dimensions, columns.get_length() if columns.is_static else None)
+        shape, output = (
+            tuple(d.get_length() if d.is_static else None for d in port.partial_shape)
+            for port in (model.input(0), model.output(0))
+        )
+        self._describe(str(path), metadata, device, shape, output)
         LOGGER.info("%s: OpenVINO %s, CPU", path, openvino_version())
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:

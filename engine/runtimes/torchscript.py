@@ -47,7 +47,7 @@ class TorchScriptRuntime(ExportedRuntime):
         self.dtype = torch.float16 if foreign_half else torch.float32
         free = metadata.dynamic or metadata.imgsz is None
         shape = (None, 3, None, None) if free else (metadata.batch, 3, *(metadata.imgsz or ()))
-        self._describe(str(path), metadata, device, shape, None)
+        self._describe(str(path), metadata, device, shape)
         LOGGER.info("%s: TorchScript, PyTorch %s, %s", path, torch.__version__, device)
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:

@@ -155,6 +155,6 @@ def _name_dimensions(model: Any) -> None:
     for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
         sides[axis].dim_param = name
     rows = model.graph.output[0].type.tensor_type.shape.dim
-    for axis, name in {0: "batch", 1: "anchors"}.items():
+    for axis, name in {0: "batch", 1: "anchors", 2: "anchors"}.items():  # of 1 and 2 one is fixed
         if not rows[axis].dim_value:
             rows[axis].dim_param = name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import pickle
 import subprocess
@@ -403,6 +404,28 @@ def entries() -> dict[str, str]:
     calls = (n.value for n in ast.parse((ROOT / "hubconf.py").read_text()).body if isinstance(n, ast.Assign))
     texts = [[a.value for a in c.args] for c in calls if isinstance(c, ast.Call)]
     return dict(texts)
+
+
+def test_anchor_free_checkpoint(files, tmp_path):
+    """The hub model of the anchor-free head gives the detections of detect.py, by supervision too."""
+    network = DetectionModel(detectors.build("yolov5").yaml, head="free").eval()
+    for branch in network.head.cls:
+        branch[-1].weight.data.normal_(0, 0.5)
+        branch[-1].bias.data.fill_(-1)
+    weights = detectors.save(network, tmp_path / "free.pt")
+    model = open_model(str(weights))
+    model.conf, model.max_det = CONF, BEST
+    results = model(files[0], size=160)
+    options = {"save_json": True, "conf_thres": CONF, "max_det": BEST, "imgsz": [160], "project": str(tmp_path)}
+    report = detect_script.run(weights=[str(weights)], source=str(files[0]), device="cpu", **options)
+    (entry,) = json.loads((report.folder / "predictions.json").read_text())
+    expected = torch.tensor([[*d["box_xyxy"], d["score"], d["class"]] for d in entry["detections"]])
+    torch.testing.assert_close(results.pred[0], expected, rtol=0, atol=0.0051)
+    assert len(expected) == BEST
+    with contextlib.suppress(ImportError):
+        import supervision
+
+        assert len(supervision.Detections.from_yolov5(results)) == BEST
 
 
 def test_every_usual_yaml_has_its_function():

@@ -28,11 +28,10 @@ SIDE = 64
 ROWS = 3 * SIDE * SIDE // 6
 
 
-def onnx_file(path, batch=1, side=SIDE, kind=TensorProto.FLOAT, texts=None):
-    """A "detector" that gives its pixels, times 2, as rows of 6 numbers."""
-    shape = numpy_helper.from_array(np.array([0 if isinstance(batch, int) else -1, ROWS, 6], np.int64), "shape")
-    if isinstance(batch, int):
-        shape = numpy_helper.from_array(np.array([batch, ROWS, 6], np.int64), "shape")
+def onnx_file(path, batch=1, side=SIDE, kind=TensorProto.FLOAT, texts=None, rows=(ROWS, 6)):
+    """A "detector" that returns its pixels, times 2, as rows of 6 numbers."""
+    sizes = [batch if isinstance(batch, int) else -1, *rows]
+    shape = numpy_helper.from_array(np.array(sizes, np.int64), "shape")
     two = numpy_helper.from_array(np.array(2, helper.tensor_dtype_to_np_dtype(kind)), "two")
     nodes = [
         helper.make_node("Mul", ["images", "two"], ["twice"]),
@@ -42,7 +41,7 @@ def onnx_file(path, batch=1, side=SIDE, kind=TensorProto.FLOAT, texts=None):
         nodes,
         "g",
         [helper.make_tensor_value_info("images", kind, [batch, 3, side, side])],
-        [helper.make_tensor_value_info("output0", kind, [batch, ROWS, 6])],
+        [helper.make_tensor_value_info("output0", kind, [batch, *rows])],
         [shape, two],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -109,6 +108,17 @@ def test_a_smaller_batch_is_filled_up_and_other_sizes_are_refused(tmp_path, kind
         runtime(torch.rand(1, 3, SIDE, 96))
     with pytest.raises(ConfigError, match="takes batches of 2, not 3"):
         runtime(torch.rand(3, 3, SIDE, SIDE))
+
+
+@pytest.mark.parametrize(("names", "side"), [(1, 80), (2, 64)])  # sides whose pixels are a multiple of 4 + names
+def test_layout_v8_of_other_exporters_is_recognized_by_its_shape(tmp_path, names, side):
+    texts = {"stride": "32", "names": str(dict.fromkeys(range(names), "x"))}
+    rows = (4 + names, 3 * side * side // (4 + names))
+    images = torch.rand(1, 3, side, side)
+    found = open_runtime([onnx_file(tmp_path / "x.onnx", texts=texts, rows=rows, side=side)], CPU)(images)
+    columns = (images * 2).reshape(1, *rows).transpose(1, 2)
+    assert found.shape == (1, rows[1], 5 + names) and (found[..., 4] == 1).all()
+    torch.testing.assert_close(found[..., [0, 1, 2, 3, *range(5, 5 + names)]], columns, rtol=0, atol=1e-6)
 
 
 def test_float16_input_of_foreign_files(tmp_path):
