@@ -23,6 +23,8 @@ LabeledImage = NDArray[np.uint8]
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
 PADDING_GRAY = 114
+MIN_TILE = 320
+"""Longer side of an image in a grid, at least."""
 _GOLDEN_ANGLE = 0.6180339887
 _LONGEST_CAPTION = 60
 
@@ -58,15 +60,17 @@ def draw_boxes(
     classes: Sequence[int] | NDArray[np.integer],
     captions: Sequence[str] | None = None,
     line_thickness: int | None = None,
+    reserved: tuple[int, int, int, int] | None = None,
 ) -> LabeledImage:
-    """Draw boxes, then captions on all of them; the last one on top.
+    """Draw boxes, then captions that do not cover one another; the last ones get the best places.
 
     Args:
         image: (H, W, 3) uint8 BGR; not changed.
         boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the image are not seen.
         classes: n class numbers, for the colors.
-        captions: n texts; an empty one draws no plate. None = no texts at all.
+        captions: n texts; an empty one draws no plate, nor one that finds no free place. None = no texts at all.
         line_thickness: in pixels; None = by the size of the image.
+        reserved: xyxy in pixels that captions keep free.
 
     Returns:
         (H, W, 3) uint8 BGR, a new array.
@@ -75,28 +79,81 @@ def draw_boxes(
     width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
     limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
-    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int).tolist()
+    boxes = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int)
     colors = [class_color(index) for index in classes]
-    for (left, top, right, bottom), color in zip(corners, colors):
+    for (left, top, right, bottom), color in zip(boxes.tolist(), colors):
         cv2.rectangle(out, (left, top), (right, bottom), color, width)
-    for text, (left, top, _, _), color in zip(captions or (), corners, colors):
-        if text:
-            _draw_caption(out, text, (left, top), color, width)
+    if captions is None:
+        return out
+    texts = [drawable(text) for text in captions]
+    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
+    places = _caption_places(boxes, [_plate_size(text, scale) for text in texts], out.shape[:2], reserved)
+    for text, place, color in zip(texts, places, colors):
+        if place is not None:
+            _draw_text(out, text, place, scale, color, _readable_on(color))
     return out
 
 
-def _draw_caption(out: LabeledImage, text: str, place: tuple[int, int], color: Color, width: int) -> None:
-    """Draw a label above the box where there is room, else inside it, always within the image."""
-    left, top = place
-    text = drawable(text)
-    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
-    weight = max(round(2 * scale), 1)
-    (text_width, text_height), base = cv2.getTextSize(text, FONT, scale, weight)
-    plate_height = text_height + base + 2
-    x = max(0, min(left - width // 2, out.shape[1] - text_width - 3))
-    y = top - plate_height if top >= plate_height else max(0, min(top, out.shape[0] - plate_height))
-    cv2.rectangle(out, (x, y), (x + text_width + 3, y + plate_height), color, -1)
-    cv2.putText(out, text, (x + 2, y + text_height + 1), FONT, scale, _readable_on(color), weight, cv2.LINE_AA)
+def _plate_size(text: str, scale: float) -> tuple[int, int]:
+    """Return width and height of a text with its background; zero for no text."""
+    if not text:
+        return 0, 0
+    (width, height), base = cv2.getTextSize(text, FONT, scale, _weight(scale))
+    return width + 4, height + base + 3
+
+
+def _weight(scale: float) -> int:
+    return max(round(2 * scale), 1)
+
+
+def _draw_text(
+    out: LabeledImage, text: str, place: tuple[int, int], scale: float, background: Color, color: Color
+) -> None:
+    """Draw text on a filled rectangle whose upper left corner is `place`, in place.
+
+    There is no outline: OpenCV 5 spaces letters by their thickness, so the outline would show as a second text.
+    """
+    (x, y), (width, height) = place, _plate_size(text, scale)
+    (_, text_height), _ = cv2.getTextSize(text, FONT, scale, _weight(scale))
+    cv2.rectangle(out, (x, y), (x + width - 1, y + height - 1), background, -1)
+    cv2.putText(out, text, (x + 2, y + text_height + 1), FONT, scale, color, _weight(scale), cv2.LINE_AA)
+
+
+def _caption_places(
+    boxes: NDArray[np.integer],
+    sizes: Sequence[tuple[int, int]],
+    shape: tuple[int, int],
+    reserved: tuple[int, int, int, int] | None,
+) -> list[tuple[int, int] | None]:
+    """Choose places at which no caption covers another one; the last caption chooses first.
+
+    A caption goes above its box, else inside, beside the other corners, or a few lines away.
+
+    Args:
+        boxes: (n, 4) xyxy in pixels.
+        sizes: n widths and heights.
+        shape: (height, width) of the image, within which captions stay.
+        reserved: xyxy that captions keep free.
+
+    Returns:
+        Upper left corner of each caption; None without text, or where no place is free.
+    """
+    taken = np.array([reserved] if reserved else np.zeros((0, 4)), np.int64).reshape(-1, 4)
+    places: list[tuple[int, int] | None] = [None] * len(boxes)
+    for index in reversed(range(len(boxes))):
+        (left, top, right, bottom), (width, height) = boxes[index], sizes[index]
+        if not width:
+            continue
+        rows = [top - height, top, bottom, bottom - height, *(top + n * height for n in (1, -2, 2, -3, 3))]
+        corners = np.array([(x, y) for y in rows for x in (left, right - width, right, left - width)])
+        corners = np.clip(corners, 0, np.maximum((shape[1] - width, shape[0] - height), 0))
+        candidates = np.concatenate((corners, corners + np.array((width, height))), 1)[:, None]
+        meets = (candidates[..., :2] < taken[:, 2:]).all(2) & (taken[:, :2] < candidates[..., 2:]).all(2)
+        (free,) = np.nonzero(~np.any(meets, axis=1))
+        if len(free):
+            places[index] = (int(corners[free[0], 0]), int(corners[free[0], 1]))
+            taken = np.concatenate((taken, candidates[free[0]]))
+    return places
 
 
 def _readable_on(color: Color) -> Color:
@@ -114,7 +171,9 @@ def image_grid(
     max_images: int = 16,
     max_side: int = 1920,
 ) -> LabeledImage:
-    """Put the images of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
+    """Draw the images of a batch side by side with their boxes, as YOLOv5's `train_batch*.jpg` and `val_batch*.jpg`.
+
+    Small images are enlarged to a longer side of 320 pixels.
 
     Args:
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
@@ -139,28 +198,32 @@ def image_grid(
     columns = math.ceil(math.sqrt(max(count, 1)))
     lines = math.ceil(max(count, 1) / columns)
     height, width = pixels.shape[2:]
-    scale = min(1.0, max_side / max(lines * height, columns * width))
+    scale = min(max(MIN_TILE / max(height, width), 1.0), max_side / max(lines * height, columns * width))
     height, width = max(1, int(height * scale)), max(1, int(width * scale))
     grid = np.full((lines * height, columns * width, 3), 255, np.uint8)
     for number in range(count):
         cell = np.ascontiguousarray(pixels[number].transpose(1, 2, 0)[..., ::-1])
-        if scale < 1:
-            cell = cv2.resize(cell, (width, height), interpolation=cv2.INTER_AREA).astype(np.uint8)
-        cell = _labelled_cell(cell, rows[rows[:, 0] == number] if len(rows) else rows.reshape(0, 6), names, conf_thres)
-        if number < len(paths):
-            _write_corner(cell, PurePath(paths[number]).name)
+        if scale != 1:
+            smooth = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+            cell = cv2.resize(cell, (width, height), interpolation=smooth).astype(np.uint8)
+        title = drawable(PurePath(paths[number]).name) if number < len(paths) else ""
+        cell = _labeled_cell(
+            cell, rows[rows[:, 0] == number] if len(rows) else rows.reshape(0, 6), names, conf_thres, title
+        )
         cv2.rectangle(cell, (0, 0), (width - 1, height - 1), (255, 255, 255), 1)
         y, x = number // columns * height, number % columns * width
         grid[y : y + height, x : x + width] = cell
     return grid
 
 
-def _labelled_cell(
+def _labeled_cell(
     cell: LabeledImage,
     rows: NDArray[np.floating],
     names: Mapping[int, str] | Sequence[str] | None,
     conf_thres: float,
+    title: str,
 ) -> LabeledImage:
+    """Return the cell with its boxes, and the title on a dark plate in the upper left corner."""
     scored = rows.shape[1] == 7
     if scored:
         rows = rows[rows[:, 6] >= conf_thres]
@@ -170,7 +233,12 @@ def _labelled_cell(
     boxes = np.concatenate((center - half, center + half), axis=1) * (width, height, width, height)
     classes = rows[:, 1].astype(int)
     captions = [class_name(names, c) + (f" {row[6]:.1f}" if scored else "") for c, row in zip(classes, rows)]
-    return draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2)
+    scale = 0.4 if width < 400 else 0.5
+    reserved = (0, 0, *_plate_size(title, scale)) if title else None
+    out = draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2, reserved)
+    if title:
+        _draw_text(out, title, (0, 0), scale, (40, 40, 40), (255, 255, 255))
+    return out
 
 
 def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> str:
@@ -180,15 +248,6 @@ def class_name(names: Mapping[int, str] | Sequence[str] | None, index: int) -> s
     ):  # fmt: skip
         return str(index)
     return str(names[index])
-
-
-def _write_corner(cell: LabeledImage, text: str) -> None:
-    """Draw a file name with a dark outline into the upper left corner of `cell`, in place."""
-    text = drawable(text)
-    scale = min(max(cell.shape[1] / 900, 0.35), 0.7)
-    at = (5, round(28 * scale) + 2)
-    cv2.putText(cell, text, at, FONT, scale, (0, 0, 0), 3, cv2.LINE_AA)
-    cv2.putText(cell, text, at, FONT, scale, (235, 235, 235), 1, cv2.LINE_AA)
 
 
 def feature_map_image(

@@ -52,6 +52,33 @@ def test_an_empty_caption_draws_no_plate():
     assert np.array_equal(draw_boxes(_gray(), boxes, [0], [""], 2), draw_boxes(_gray(), boxes, [0], None, 2))
 
 
+@pytest.mark.parametrize("count", [2, 12, 60])
+def test_captions_do_not_cover_one_another(count):
+    rng = np.random.default_rng(0)
+    corners = rng.uniform(0, 60, (count, 2))
+    boxes = np.concatenate((corners, corners + 30), 1).round().astype(int)
+    sizes = [plots._plate_size("class 0.50", 0.5)] * count
+    places = plots._caption_places(boxes, sizes, (200, 300), (0, 0, 80, 12))
+    assert places[-1] is not None and sum(place is not None for place in places) >= min(count, 7)
+    covered = np.zeros((200, 300), int)
+    covered[:12, :80] = 1
+    for place, (width, height) in zip(places, sizes):
+        if place is not None:
+            assert place[0] + width <= 300 and place[1] + height <= 200
+            covered[place[1] : place[1] + height, place[0] : place[0] + width] += 1
+    assert covered.max() == 1
+
+
+def test_title_of_a_cell_is_drawn_once():
+    """A single pass of text on a plate: OpenCV 5 spaces an outline differently, which doubled every name."""
+    images = torch.full((1, 3, 320, 320), 128, dtype=torch.uint8)
+    title = image_grid(images, torch.zeros(0, 6), ["a/IMG_2470.jpg"])[1:19, 1:100]
+    (width, height), _ = cv2.getTextSize("IMG_2470.jpg", plots.FONT, 0.4, 1)
+    alone = np.full((40, 200, 3), 40, np.uint8)
+    cv2.putText(alone, "IMG_2470.jpg", (2, height + 1), plots.FONT, 0.4, (255, 255, 255), 1, cv2.LINE_AA)
+    assert np.array_equal(title[: height + 1, :width], alone[1 : height + 2, 1 : width + 1])
+
+
 def test_captions_lie_above_all_boxes():
     """A box drawn later must not strike through the text of an earlier one."""
     boxes = np.array([[10, 60, 150, 110.0], [12, 50, 140, 100.0]])
@@ -118,9 +145,9 @@ def test_class_name(names, index, expected):
     assert class_name(names, index) == expected
 
 
-@pytest.mark.parametrize(("count", "shape"), [(1, (64, 96)), (2, (64, 192)), (5, (128, 288)), (30, (256, 384))])
+@pytest.mark.parametrize(("count", "shape"), [(1, (240, 330)), (2, (240, 660)), (5, (480, 990)), (16, (960, 1320))])
 def test_grid_has_a_place_for_each_image(count, shape):
-    images = torch.zeros(count, 3, 64, 96, dtype=torch.uint8)
+    images = torch.zeros(count, 3, 240, 330, dtype=torch.uint8)
     grid = image_grid(images, torch.zeros(0, 6))
     assert grid.shape == (*shape, 3) and grid.dtype == np.uint8
 
@@ -130,9 +157,9 @@ def test_grid_puts_boxes_on_their_images_in_rgb_order():
     images[2, 0] = 200  # the third image is red
     targets = torch.tensor([[3, 1, 0.5, 0.5, 0.4, 0.2]])
     grid = image_grid(images, targets, names={1: "x"})
-    assert tuple(grid[150, 50]) == (0, 0, 200)  # BGR; lower left place
-    assert tuple(grid[160, 150]) == class_color(1)  # lower edge of the box in the lower right place
-    assert not grid[5:95, 105:195].any()  # nothing on the second image
+    assert tuple(grid[480, 160]) == (0, 0, 200)  # BGR; lower left place, enlarged from 100 to 320 pixels
+    assert tuple(grid[512, 480]) == class_color(1)  # lower edge of the box in the lower right place
+    assert not grid[5:315, 325:635].any()  # nothing on the second image
 
 
 def test_grid_takes_floats_and_leaves_out_doubtful_detections():
@@ -140,7 +167,7 @@ def test_grid_takes_floats_and_leaves_out_doubtful_detections():
     images[0, 1] = 1.0
     row = [0, 0, 0.5, 0.5, 0.4, 0.4]
     shown, hidden = (image_grid(images, np.array([[*row, score]])) for score in (0.9, 0.1))
-    assert tuple(hidden[50, 50]) == (0, 255, 0)
+    assert tuple(hidden[160, 160]) == (0, 255, 0)
     assert np.array_equal(hidden, image_grid(images, np.zeros((0, 7))))
     assert not np.array_equal(shown, hidden)
 
