@@ -4,11 +4,13 @@ Sources: TOOD (https://arxiv.org/abs/2108.07755) for assignment and soft targets
 for the distribution focal loss, CIoU (https://arxiv.org/abs/1911.08287).
 
 Letters in comments: B images, N points of all levels, R bins per distance, C classes, M targets, P candidates (pairs of
-a target and a point inside it), K candidates of the highest rank.
+a target and a point inside it). Everything that depends on the candidates alone is computed on the CPU, so that a GPU
+is never waited for, and there the rest in one pass over the P candidates, of which most get the weight 0.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -18,13 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.losses.base import LossModule, LossOutput
-from models.points import boxes_around, distances
-from utils.boxes import bbox_iou, xywh2xyxy
+from models.points import distances
+from utils.boxes import xywh2xyxy
 
 TOP_K = 10  # points per target
 ALPHA, BETA = 0.5, 6.0  # exponents of class confidence and IoU in the alignment metric
 MIN_SIDE = 8.0  # pixels: smaller targets are widened to it when their candidates are collected
 MIN_IOU = 1e-9
+EPS = 1e-7  # added to denominators of the CIoU, as in `utils.boxes`
+METRIC_RANGE = 2048  # more than the span of the logarithm of the metric
 
 
 @dataclass(frozen=True)
@@ -66,20 +70,6 @@ class Candidates(NamedTuple):
     center: Tensor
     stride: Tensor
 
-    def take(self, rows: Tensor) -> Candidates:
-        """Return the candidates of the given rows (k,)."""
-        return Candidates(*(column[rows] for column in self))
-
-    def to(self, device: torch.device) -> Candidates:
-        """Copy to a device; to a GPU from page-locked memory, without waiting for its queue."""
-        if self.target.device == device:
-            return self
-        integers, floats = torch.stack(self[:4]), torch.cat(self[4:], 1)  # (4, P), (P, 7)
-        if device.type == "cuda":
-            integers, floats = integers.pin_memory(), floats.pin_memory()
-        integers, floats = (values.to(device, non_blocking=True) for values in (integers, floats))
-        return Candidates(*integers, *floats.split((4, 2, 1), dim=1))
-
 
 def find_candidates(
     targets: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[int], min_side: float = MIN_SIDE
@@ -119,65 +109,139 @@ def find_candidates(
     return Candidates(target, image, point[order], label, boxes[target], xy[order].float(), stride_column[order])
 
 
-class Assignment(NamedTuple):
-    """Positives with their soft targets.
+class Pairs(NamedTuple):
+    """Candidates prepared for the loss: all that does not depend on the network.
+
+    A box is given by its signed corners (-x1, -y1, x2, y2): the sum of opposite ones is a side.
 
     Attributes:
-        rows: K candidates, at most `TOP_K` per target.
-        weight: (K,) float32 soft target of the class in [0, 1]; 0 for a point that was given to another target.
+        place, cls, target: (P,) int64 row among the B * N predictions, class, target.
+        sort_key: (P,) int64 target times `METRIC_RANGE`.
+        is_best: (P,) int64 1 where the rank within the target, after sorting, is below `TOP_K`, else 0.
+        reverse_row: (P,) int64 2^31 - 1 - row.
+        bins: (P, 4, 2) int64 the two bins around each distance.
+        corners: (P, 4) float32 target in pixels.
+        sides: (P, 2) float32 its width and height.
+        area: (P,) float32 its area, plus `EPS`.
+        angle: (P,) float32 2 / pi times the arc tangent of width / height.
+        center: (P, 4) float32 the point, as a box without area.
+        stride: (P, 1) float32 pixels per cell.
+        bin_weight: (P, 4, 2) float32 weight of the two bins in the mean over four distances, negative.
     """
 
-    rows: Candidates
-    weight: Tensor
+    place: Tensor
+    cls: Tensor
+    target: Tensor
+    sort_key: Tensor
+    is_best: Tensor
+    reverse_row: Tensor
+    bins: Tensor
+    corners: Tensor
+    sides: Tensor
+    area: Tensor
+    angle: Tensor
+    center: Tensor
+    stride: Tensor
+    bin_weight: Tensor
+
+
+def prepare(candidates: Candidates, num_points: int, reg_max: int, device: torch.device) -> Pairs:
+    """Compute what the loss needs of candidates, on the CPU, and copy it in two tensors without waiting.
+
+    Args:
+        candidates: P of them.
+        num_points: N.
+        reg_max: R.
+        device: of the predictions.
+    """
+    target, image, point, cls, box, center, stride = candidates
+    row = torch.arange(len(target))
+    count = torch.bincount(target)
+    rank = row - (count.cumsum(0) - count)[target]
+    place, sort_key = image * num_points + point, target * METRIC_RANGE
+    integers = torch.stack((place, cls, target, sort_key, rank < TOP_K, 2**31 - 1 - row), 1)
+
+    corners, centers = torch.cat((-box[:, :2], box[:, 2:]), 1), torch.cat((-center, center), 1)
+    sides = box[:, 2:] - box[:, :2]
+    angle = torch.atan2(*sides.split(1, dim=1)) * (2 / math.pi)
+    ltrb = ((corners - centers) / stride).clamp(0, max(reg_max - 1.01, 0))
+    low = ltrb.floor()
+    upper = ltrb - low  # weight of bin low + 1 (GFL, equation 6)
+    bins, bin_weight = (torch.stack(columns, 2).flatten(1) for columns in ((low, low + 1), (upper - 1, -upper)))
+
+    integers = torch.cat((integers, bins.long()), 1)
+    floats = torch.cat((corners, sides, sides.prod(1, keepdim=True) + EPS, angle, centers, stride, bin_weight / 4), 1)
+    if device.type == "cuda":
+        integers, floats = integers.pin_memory(), floats.pin_memory()
+    integers, floats = (values.to(device, non_blocking=True) for values in (integers, floats))
+    corners, sides, area, angle, centers, stride, bin_weight = floats.split((4, 2, 1, 1, 4, 1, 8), dim=1)
+    columns = [*integers[:, :6].unbind(1), integers[:, 6:].unflatten(1, (4, 2))]
+    columns += [corners, sides, area[:, 0], angle[:, 0], centers, stride, bin_weight.unflatten(1, (4, 2))]
+    return Pairs(*columns)
+
+
+def _opposite_sums(corners: Tensor) -> Tensor:
+    """Return the sums of opposite signed corners (P, 4): width and height (P, 2)."""
+    low, high = corners.split(2, dim=1)
+    return low + high
+
+
+def paired_ciou(corners: Tensor, pairs: Pairs) -> Tensor:
+    """Compute the CIoU (P,) of predicted boxes, as signed corners (P, 4), and their targets; float32.
+
+    The same as `utils.boxes.bbox_iou` in half the operations (each is a kernel launch), since the targets are prepared
+    and with r = max(g - p, 0) the corners of the intersection are g - r, those of the hull p + r.
+    """
+    gap = pairs.corners - corners
+    beyond = _opposite_sums(gap.relu())
+    sides = _opposite_sums(corners)
+    width, height = sides.unbind(1)
+    inter_w, inter_h = (pairs.sides - beyond).relu().unbind(1)
+    intersection = inter_w * inter_h
+    iou = intersection / (torch.addcmul(pairs.area, width, height) - intersection)
+    low, high = gap.split(2, dim=1)
+    squares = torch.stack((high - low, sides + beyond), 1).square().sum(2)
+    center_distance2, diagonal2 = squares.unbind(1)  # the first one times 4
+    v = torch.sub(pairs.angle, torch.atan2(width, height + EPS), alpha=2 / math.pi).square()
+    with torch.no_grad():
+        alpha = v / (v - iou + (1 + EPS))
+    return torch.addcdiv(torch.addcmul(iou, alpha, v, value=-1), center_distance2, diagonal2 + EPS, value=-0.25)
 
 
 @torch.no_grad()
-def assign(raw: Tensor, candidates: Candidates, num_targets: int, bins: Tensor) -> Assignment:
+def assign(iou: Tensor, logit: Tensor, pairs: Pairs, num_targets: int, num_places: int) -> Tensor:
     """Choose the points of each target by alignment of class and box (TOOD, equations 1 and 2).
 
     With u = max(CIoU, 0) the metric is t = s^0.5 * u^6, computed as a logarithm, since it would underflow. The ten
     candidates of the highest rank are chosen, without a threshold; a point chosen by several targets goes to the one
-    of the larger u. The soft target is t / max t * max u over the points of the target.
+    of the larger u, the first of equal ones.
 
     Args:
-        raw: (B, N, 4R + C) distance and class logits.
-        candidates: grouped by target, on the CPU. Counts are taken from them: a GPU is not waited for.
+        iou: (P,) float32 CIoU of the predicted box and the target.
+        logit: (P,) float32 class logit of the point for the class of the target.
+        pairs: the candidates.
         num_targets: M.
-        bins: (R,) 0, 1, ..., R - 1.
+        num_places: B * N.
+
+    Returns:
+        (P,) float32 soft targets: t / max t * max u over the points of the target; 0 for candidates not chosen.
     """
-    count = torch.bincount(candidates.target, minlength=num_targets)
-    rank = torch.arange(len(candidates.target)) - (count.cumsum(0) - count)[candidates.target]
-    among_best = (rank < TOP_K).nonzero()[:, 0].to(raw.device, non_blocking=True)
-    rows = candidates.to(raw.device)
-    boxes = _boxes(raw[rows.image, rows.point, : 4 * len(bins)], rows, bins)
-    iou = bbox_iou(boxes, rows.box, xywh=False, CIoU=True).clamp(min=0)
-    logit = raw[rows.image, rows.point, 4 * len(bins) + rows.cls].float()
-    metric = ALPHA * F.logsigmoid(logit) + BETA * iou.clamp(min=MIN_IOU).log()
-    chosen = _sorted(rows.target, metric)[among_best]
-    rows, iou, metric = rows.take(chosen), iou[chosen], metric[chosen]
+    u = iou.clamp(min=MIN_IOU)
+    metric = torch.add(ALPHA * F.logsigmoid(logit), u.log(), alpha=BETA)
+    # Sorted by target, then by falling metric: in float64 both fit into one key.
+    order = (pairs.sort_key - metric.clamp(min=-METRIC_RANGE / 2).double()).argsort(stable=True)
+    chosen = torch.empty_like(order).scatter_(0, order, pairs.is_best)
 
-    point = rows.image * raw.shape[1] + rows.point
-    order = _sorted(point, iou)
-    first = torch.ones_like(order, dtype=torch.bool)
-    first[1:] = point[order][1:] != point[order][:-1]
-    won = torch.zeros_like(first).index_put_((order,), first)
-    best_metric = metric.new_full((num_targets,), -torch.inf).scatter_reduce(
-        0, rows.target, torch.where(won, metric, -torch.inf), "amax"
-    )
-    best_iou = iou.new_zeros(num_targets).scatter_reduce(0, rows.target, torch.where(won, iou, 0.0), "amax")
-    weight = (metric - best_metric[rows.target]).exp() * best_iou[rows.target]
-    return Assignment(rows, torch.where(won, weight, 0.0))
+    # The bits of a positive float32 are ordered as the number: u and the row fit into one int64.
+    claim = torch.add(pairs.reverse_row, u.view(torch.int32), alpha=2**31) * chosen
+    largest = claim.new_ones(num_places).scatter_reduce_(0, pairs.place, claim, "amax")
+    lost = claim != largest[pairs.place]
 
-
-def _sorted(group: Tensor, value: Tensor) -> Tensor:
-    """Return the order by group, and by falling value within each; equal values keep their order."""
-    order = value.argsort(descending=True, stable=True)
-    return order[group[order].argsort(stable=True)]
-
-
-def _boxes(logits: Tensor, rows: Candidates, bins: Tensor) -> Tensor:
-    """Decode distance logits (K, 4R) at the points of candidates to xyxy in pixels, float32."""
-    return boxes_around(rows.center, distances(logits.float(), bins) * rows.stride)
+    values = torch.stack((metric, u), 1).masked_fill_(lost[:, None], -METRIC_RANGE)
+    target = pairs.target[:, None].expand(-1, 2)
+    best = values.new_full((num_targets, 2), -METRIC_RANGE).scatter_reduce_(0, target, values, "amax")
+    best_metric, best_u = best[pairs.target].unbind(1)
+    return ((metric - best_metric).exp() * best_u).masked_fill_(lost, 0)
 
 
 class AnchorFreeLoss(LossModule):
@@ -228,37 +292,44 @@ class AnchorFreeLoss(LossModule):
         targets = targets.detach().cpu().float().unique(dim=0)
         boxes = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
         targets = torch.cat((targets[:, :2], boxes), 1)
+        pairs = prepare(
+            find_candidates(targets, sizes, self.strides), sum(h * w for h, w in sizes), self.reg_max, device
+        )
         with torch.autocast(device.type, enabled=False):
-            flat = torch.cat([level.flatten(1, 3) for level in raw], 1)  # (B, N, 4R + C)
-            candidates = find_candidates(targets, sizes, self.strides)
-            rows, weight = assign(flat.detach(), candidates, len(targets), self.bins)
-            parts = self._parts(flat, rows, weight) * self.gains
-            return LossOutput(parts.sum() * len(flat), parts.detach())
+            flat = torch.cat([level.flatten(1, 3) for level in raw], 1).flatten(0, 1)  # (B * N, 4R + C)
+            parts = self._parts(flat, pairs, len(targets)) * self.gains
+            return LossOutput(parts.sum() * len(raw[0]), parts.detach())
 
-    def _parts(self, flat: Tensor, rows: Candidates, weight: Tensor) -> Tensor:
+    def _parts(self, flat: Tensor, pairs: Pairs, num_targets: int) -> Tensor:
         """Return box, class and distribution focal loss (3,), without gains."""
+        box_logits, cls_logits = flat.split((4 * self.reg_max, self.num_classes), dim=1)
+        cls_logits = cls_logits.float()
+        on_cpu = flat.device.type == "cpu"
+        with torch.set_grad_enabled(not on_cpu and torch.is_grad_enabled()):
+            picked, logit, iou = self._predictions(box_logits, cls_logits, pairs)
+        weight = assign(iou, logit, pairs, num_targets, len(flat))
+        if on_cpu:  # nothing to wait for: a second pass over the positives alone costs less than gradients of all pairs
+            positive = weight.nonzero()[:, 0]
+            pairs, weight = Pairs(*(column[positive] for column in pairs)), weight[positive]
+            picked, logit, iou = self._predictions(box_logits, cls_logits, pairs)
         total = weight.sum()
-        if self.mean is not None and self.training:
-            total = self.mean(total)
-        picked = flat[rows.image, rows.point].float()  # (K, 4R + C)
-        logits, classes = picked.split((4 * self.reg_max, self.num_classes), dim=1)
-        iou = bbox_iou(_boxes(logits, rows, self.bins), rows.box, xywh=False, CIoU=True)
-        box = ((1 - iou) * weight).sum()
+        box = total - weight.dot(iou)
         # Binary cross-entropy of logit z and soft target y: softplus(z) - y z; only positives have y > 0.
-        logit = classes.gather(1, rows.cls[:, None])[:, 0]
-        cls = F.softplus(flat[..., 4 * self.reg_max :].float()).sum() - (weight * logit).sum()
+        cls = F.softplus(cls_logits).sum() - weight.dot(logit)
         if self.class_weights is not None:
-            extra = (self.class_weights[rows.cls] - 1) * (weight > 0)
-            cls = cls + (extra * (F.softplus(logit) - weight * logit)).sum()
-        dfl = (self._focal(logits, rows) * weight).sum() if self.reg_max > 1 else torch.zeros_like(box)
-        return torch.stack((box, cls, dfl)) / total.clamp(min=1)
+            extra = (self.class_weights[pairs.cls] - 1) * (weight > 0)
+            cls = cls + extra.dot(F.softplus(logit) - weight * logit)
+        dfl = weight.dot(self._focal(picked, pairs)) if self.reg_max > 1 else torch.zeros_like(box)
+        z = total if self.mean is None or not self.training else self.mean(total)
+        return torch.stack((box, cls, dfl)) / z.clamp(min=1)
 
-    def _focal(self, logits: Tensor, rows: Candidates) -> Tensor:
-        """Return the distribution focal loss (K,), mean over the four distances (GFL, equation 6)."""
-        ltrb = torch.cat((rows.center - rows.box[:, :2], rows.box[:, 2:] - rows.center), 1) / rows.stride
-        ltrb = ltrb.clamp(0, self.reg_max - 1.01)
-        low = ltrb.long()
-        upper = ltrb - low  # weight of bin low + 1
+    def _predictions(self, box_logits: Tensor, cls_logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the distance logits (P, 4R), the logit of the target's class (P,) and the CIoU (P,) of the pairs."""
+        picked = box_logits[pairs.place].float()
+        corners = torch.addcmul(pairs.center, distances(picked, self.bins), pairs.stride)
+        return picked, cls_logits[pairs.place, pairs.cls], paired_ciou(corners, pairs)
+
+    def _focal(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Return the distribution focal loss (P,), mean over the four distances (GFL, equation 6)."""
         log_p = logits.unflatten(1, (4, self.reg_max)).log_softmax(-1)
-        at_low, at_high = (log_p.gather(-1, bins[..., None])[..., 0] for bins in (low, low + 1))
-        return -((1 - upper) * at_low + upper * at_high).mean(1)
+        return (log_p.gather(-1, pairs.bins) * pairs.bin_weight).sum((1, 2))

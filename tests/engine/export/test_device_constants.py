@@ -23,6 +23,11 @@ def trace(model: DetectionModel, device: torch.device) -> Any:
     return torch.jit.trace(graph, torch.rand(2, 3, 96, 160).to(device), strict=False, check_trace=False)
 
 
+def with_head(model: DetectionModel, head: str) -> DetectionModel:
+    """Return the same backbone and neck with new weights and the other head, or the model itself."""
+    return model if head == "anchor" else DetectionModel(model.yaml, head=head).eval()
+
+
 def nodes(block: Any) -> Iterator[Any]:
     """All nodes of a graph, those of nested blocks too."""
     for node in block.nodes():
@@ -43,9 +48,10 @@ def device_constants(traced: Any) -> list[str]:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("form", ["training form", "deploy mode"])
+@pytest.mark.parametrize("head", ["anchor", "free"])
 @pytest.mark.parametrize("family", ["yolov5", *BACKBONES])
-def test_graph_contains_no_device(family, form) -> None:
-    model = build(family)
+def test_graph_contains_no_device(family, head, form) -> None:
+    model = with_head(build(family), head)
     model = reparameterized_copy(model) if form == "deploy mode" else model
     assert device_constants(trace(model, torch.device("cpu"))) == []
 
@@ -64,10 +70,12 @@ def test_device_constants_are_found() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("family", ["yolov5", *BACKBONES])
-def test_trace_of_another_device_runs(family, gpu_block) -> None:
+@pytest.mark.parametrize(
+    ("family", "head"), [(family, "anchor") for family in ("yolov5", *BACKBONES)] + [("yolov5", "free")]
+)
+def test_trace_of_another_device_runs(family, head, gpu_block) -> None:
     """The graph of a CPU trace runs on a GPU; a GPU trace has no device in its graph either."""
-    model = reparameterized_copy(build(family))
+    model = reparameterized_copy(with_head(build(family), head))
     images = torch.rand(2, 3, 64, 96)
     expected = model(images)[0]
     traced = trace(model, torch.device("cpu"))

@@ -31,6 +31,8 @@ pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 BUDGETS = {
     "yolov5n": 950,
     "yolov5s": 950,
+    "yolov5n:free": 1010,  # 1.1 times the 919 of the anchor head; 189 of the launches are the head's own layers
+    "yolov5s:free": 1010,
     "yolov5-riformer-s": 1320,
     "yolov5-repmlp-s": 1717,
     "yolov5-revvit-s": 1932,
@@ -38,10 +40,7 @@ BUDGETS = {
 }
 
 
-SLOW = [name for name in BUDGETS if "-" in name]
-
-
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in BUDGETS])
+@pytest.mark.parametrize("name", BUDGETS)
 def test_launches_and_waits_of_a_training_step(name) -> None:
     with pretend_cuda() as record:
         phases = count_training(name, record)

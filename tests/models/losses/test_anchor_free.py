@@ -9,7 +9,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.losses.anchor_free import AnchorFreeLoss, AnchorFreeLossConfig, assign, find_candidates
+from models.losses.anchor_free import (
+    AnchorFreeLoss,
+    AnchorFreeLossConfig,
+    assign,
+    find_candidates,
+    paired_ciou,
+    prepare,
+)
+from models.points import distances
+from utils.boxes import bbox_iou
 
 STRIDES = (8, 16, 32)
 CLASSES = 3
@@ -175,17 +184,26 @@ def test_order_and_repetition_of_targets_have_no_effect():
         torch.testing.assert_close(loss(raw_levels(16), targets[order]).parts, first, rtol=0, atol=0)
 
 
+def soft_targets(raw, rows):
+    """Assign targets (M, 6) in pixels: {(image, point): (target, soft target)}."""
+    candidates = find_candidates(rows, [(128 // s, 128 // s) for s in STRIDES], STRIDES)
+    pairs = prepare(candidates, raw.shape[1], 16, raw.device)
+    flat = raw.flatten(0, 1)
+    ltrb = distances(flat[pairs.place, :64], torch.arange(16.0))
+    iou = paired_ciou(torch.addcmul(pairs.center, ltrb, pairs.stride), pairs)
+    weight = assign(iou, flat[pairs.place, 64 + pairs.cls], pairs, len(rows), len(flat))
+    columns = zip(candidates.image, candidates.point, candidates.target, weight, strict=True)
+    return {(int(i), int(n)): (int(m), float(w)) for i, n, m, w in columns if w > 0}
+
+
 def test_assignment_of_an_image_does_not_depend_on_the_batch():
     targets = random_targets(24, 2)
     raw = torch.cat([level.detach().flatten(1, 3) for level in raw_levels(16)], 1)
-    sizes = [(128 // s, 128 // s) for s in STRIDES]
-    bins = torch.arange(16.0)
 
     def soft(images, rows):
         boxes = torch.cat((rows[:, 2:4] - rows[:, 4:] / 2, rows[:, 2:4] + rows[:, 4:] / 2), 1) * 128
-        rows = torch.cat((rows[:, :2], boxes), 1)
-        found, weight = assign(images, find_candidates(rows, sizes, STRIDES), len(rows), bins)
-        return {(int(i), int(n)): float(w) for i, n, w in zip(found.image, found.point, weight) if w > 0}
+        found = soft_targets(images, torch.cat((rows[:, :2], boxes), 1))
+        return {place: weight for place, (_, weight) in found.items()}
 
     together = soft(raw, targets)
     own = targets[targets[:, 0] == 1] * torch.tensor([0, 1, 1, 1, 1, 1])
@@ -200,8 +218,7 @@ def test_small_targets_get_positives_at_the_first_step():
     sizes = [(128 // s, 128 // s) for s in STRIDES]
     level = torch.cat(((-0.5 * torch.arange(16)).repeat(4), torch.full((CLASSES,), -7.0)))
     raw = level.expand(1, sum(h * w for h, w in sizes), -1)
-    found, weight = assign(raw, find_candidates(pixels, sizes, STRIDES), len(rows), torch.arange(16.0))
-    assert set(found.target[weight > 0].tolist()) == set(range(10))
+    assert {target for target, _ in soft_targets(raw, pixels).values()} == set(range(10))
 
 
 def test_bfloat16_outputs_are_computed_in_float32():
@@ -258,8 +275,28 @@ def test_mean_over_processes_replaces_the_local_sum_in_training_mode_only():
 
 
 @pytest.mark.gpu
-def test_gpu_equals_cpu_with_targets_on_the_cpu():
+@pytest.mark.parametrize("weights", [None, (3.0, 1.0, 2.0)])
+def test_gpu_equals_cpu_with_targets_on_the_cpu(weights):
+    """On a GPU the gradient is that of one pass over all pairs, on a CPU that of the positives alone."""
     targets = random_targets(30, 6)
-    expected = criterion(16)(raw_levels(16), targets).parts
-    result = criterion(16)([level.detach().cuda() for level in raw_levels(16)], targets).parts
-    torch.testing.assert_close(result.cpu(), expected, rtol=1e-4, atol=1e-5)
+    cpu, gpu = raw_levels(16), [level.detach().cuda().requires_grad_() for level in raw_levels(16)]
+    expected, result = (criterion(16, class_weights=weights)(raw, targets) for raw in (cpu, gpu))
+    torch.testing.assert_close(result.parts.cpu(), expected.parts, rtol=1e-4, atol=1e-5)
+    expected.total.backward()
+    result.total.backward()
+    for mine, other in zip(gpu, cpu, strict=True):
+        torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-4, atol=2e-5)
+
+
+def test_paired_ciou_and_its_gradient_equal_bbox_iou():
+    rows = random_targets(40, 7)
+    boxes = torch.cat((rows[:, 2:4] - rows[:, 4:] / 2, rows[:, 2:4] + rows[:, 4:] / 2), 1) * 128
+    pairs = prepare(find_candidates(torch.cat((rows[:, :2], boxes), 1), [(16, 16)], [8]), 256, 16, torch.device("cpu"))
+    side = torch.rand(len(pairs.target), 4, generator=torch.Generator().manual_seed(0)) * 60
+    corners, same = ((pairs.center + side).requires_grad_() for _ in range(2))
+    sign = torch.tensor([-1, -1, 1, 1])
+    iou, expected = paired_ciou(corners, pairs), bbox_iou(same * sign, pairs.corners * sign, xywh=False, CIoU=True)
+    torch.testing.assert_close(iou, expected, rtol=1e-5, atol=1e-5)
+    iou.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(corners.grad, same.grad, rtol=1e-4, atol=1e-5)
