@@ -36,6 +36,8 @@ class Candidate:
         cfg: model YAML; None with `weights`.
         weights: trained checkpoint; None with `cfg`.
         key: hash of everything that the file defines.
+        backbone: the label without the head.
+        head: the head of `--head` that replaces the one of the YAML; None = its own.
     """
 
     label: str
@@ -43,6 +45,8 @@ class Candidate:
     cfg: Path | None
     weights: Path | None
     key: str
+    backbone: str = ""
+    head: str | None = None
 
     @property
     def file(self) -> Path:
@@ -53,7 +57,7 @@ class Candidate:
 
 
 def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candidate]:
-    """Return the candidates that the options name, in order.
+    """Return the candidates that the options name, in order: each `--cfg` with each `--head`, then the checkpoints.
 
     YAMLs are located but not read: an invalid one becomes a failed row.
 
@@ -67,23 +71,28 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
     """
     found: list[tuple[str, Path, bool]] = []
     problems: list[str] = []
-    for given in dict.fromkeys(config.cfg):
+    given_names = [(given, False) for given in dict.fromkeys(config.cfg)]
+    for given, is_trained in [*given_names, *((given, True) for given in dict.fromkeys(config.weights))]:
         try:
-            found.append((given, _yaml_of(given, config.pretrained, specs), False))
-        except UserError as error:
-            problems.append(str(error))
-    for given in dict.fromkeys(config.weights):
-        try:
-            found.append((given, _checkpoint(given, data), True))
+            path = _checkpoint(given, data) if is_trained else _yaml_of(given, config.pretrained, specs)
+            found.append((given, path, is_trained))
         except UserError as error:
             problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
-    labels = unique_labels([_names_of(given, path, trained) for given, path, trained in found])
-    return [
-        Candidate(label, given, None if trained else path, path if trained else None, _key(path, trained, config))
-        for label, (given, path, trained) in zip(labels, found)
-    ]
+    labels = unique_labels([_names_of(*names) for names in found])
+    candidates = []
+    for label, (given, path, is_trained) in zip(labels, found):
+        key = _key(path, is_trained, config)
+        if is_trained:
+            candidates.append(Candidate(label, given, None, path, key, label))
+            continue
+        if not config.head:
+            candidates.append(Candidate(label, given, path, None, key, label))
+        candidates += [
+            Candidate(f"{label} ({head})", given, path, None, digest([key, head]), label, head) for head in config.head
+        ]
+    return candidates
 
 
 def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
@@ -92,14 +101,13 @@ def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
     Args:
         names: per candidate, from short to long.
     """
-    longest = max(map(len, names), default=0)
     depth = [0] * len(names)
-    for _ in range(longest):
+    while True:
         labels = [options[min(d, len(options) - 1)] for options, d in zip(names, depth)]
-        clashing = [k for k, label in enumerate(labels) if labels.count(label) > 1]
-        for k in clashing:
-            depth[k] += 1
-    labels = [options[min(d, len(options) - 1)] for options, d in zip(names, depth)]
+        longer = [labels.count(label) > 1 and d < len(options) - 1 for label, options, d in zip(labels, names, depth)]
+        if not any(longer):
+            break
+        depth = [d + more for d, more in zip(depth, longer)]
     return [
         f"{label} ({labels[:k].count(label) + 1})" if label in labels[:k] else label for k, label in enumerate(labels)
     ]

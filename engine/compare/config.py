@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.cli.config import IMGSZ_NAMES, MANY, OPTIONAL, Options, flag, option
+from engine.cli.config import IMGSZ_NAMES, MANY, OPTIMIZERS, OPTIONAL, Options, flag, option
 from engine.export.config import FORMATS, require_packages
 from utils.errors import ConfigError, did_you_mean
 
 PYTORCH = "pytorch"
 RUNTIMES = (PYTORCH, *FORMATS)
+HEAD_KINDS = ("anchor", "free")
 # Options of the training recipe; part of the key of a stored training.
 RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "amp", "cache")
 
@@ -25,6 +26,10 @@ class CompareConfig(Options):
         str,
         form=MANY,
     )
+    head: list[str] = option(
+        [], f"replace the head of every --cfg by each of: {', '.join(HEAD_KINDS)}; not given = its own head",
+        str, form=MANY,
+    )  # fmt: skip
     weights: list[str] = option([], "further candidates: trained checkpoints; they are not trained", str, form=MANY)
     data: str = option("data/shapes.yaml", "dataset YAML: images, classes, training and validation")
     imgsz: int = option(640, "square side in pixels, for training and measurements", int, aliases=IMGSZ_NAMES, low=32)
@@ -45,7 +50,10 @@ class CompareConfig(Options):
     max_memory_mb: float | None = option(None, "limit: peak memory of inference in MB", float, low=0.0)
     batch_size: int = option(16, "training: images per step", int, low=1)
     hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyperparameter YAML")
-    optimizer: str = option("SGD", "training: optimizer", choices=("SGD", "Adam", "AdamW"))
+    optimizer: str | None = option(
+        None, "training: optimizer; as in train.py, not given = auto if --hyp says so, else SGD",
+        choices=(None, *OPTIMIZERS),
+    )  # fmt: skip
     cos_lr: bool = flag("training: cosine instead of linear decay of the learning rate")
     amp: str = option(
         "auto", "training: mixed precision; auto = fp16 on CUDA, else off", choices=("auto", "fp16", "bf16", "off")
@@ -80,11 +88,13 @@ class CompareConfig(Options):
         problems = []
         if not self.cfg and not self.weights:
             problems.append("--cfg and --weights are empty; name at least one candidate, such as --cfg yolov5n.yaml")
-        for name in self.runtimes:
-            if name not in RUNTIMES:
-                allowed = f"allowed: {', '.join(RUNTIMES)}{did_you_mean(name, RUNTIMES)}"
-                problems.append(f"--runtimes {name}: unknown runtime; {allowed}")
-        for name in ("seeds", "runtimes", "batch"):
+        for option_name, what, allowed in (("runtimes", "runtime", RUNTIMES), ("head", "head", HEAD_KINDS)):
+            problems += [
+                f"--{option_name} {name}: unknown {what}; allowed: {', '.join(allowed)}{did_you_mean(name, allowed)}"
+                for name in getattr(self, option_name)
+                if name not in allowed
+            ]
+        for name in ("head", "seeds", "runtimes", "batch"):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 problems.append(f"--{name}: {' '.join(map(str, values))} is repeated")

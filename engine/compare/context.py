@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from data.config import DataConfig
 from data.images import read
 from data.labels.labels import Annotations, load_annotations
-from engine.cli.config import Hyperparameters
+from engine.cli.config import Hyperparameters, TrainConfig
 from engine.compare.config import RECIPE, CompareConfig
 from engine.compare.measure.detector import SampleFiles
 from engine.compare.measure.machine import describe_machine
@@ -24,9 +24,10 @@ from engine.compare.results import CandidateResult
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
 from engine.compare.worker.process import Worker
 from engine.compare.worker.setting import Setting
+from engine.train.setup import choose_hyperparameters, resolve_auto, with_recipe
 from utils.device import amp_dtype, select_device
 from utils.errors import DataError
-from utils.files import find_file, make_folder
+from utils.files import make_folder
 
 LOGGER = logging.getLogger(__name__)
 SAMPLE_IMAGES = 8
@@ -43,9 +44,11 @@ class Context:
         device: of all measurements.
         cache: folder of stored results.
         store: finished results.
-        sample: images that are timed.
+        sample: images that are timed, and whose detections the report shows.
         machine: description.
         memory: bytes that a candidate may allocate on a CPU.
+        optimizer: of all trainings; `--optimizer auto` resolved.
+        recipe_text: description of the recipe of all trainings.
         measuring_key: hash of everything that measurements depend on besides the candidate.
         training_key: the same for trainings.
         validation_key: the same for validations.
@@ -59,6 +62,8 @@ class Context:
     sample: SampleFiles
     machine: dict[str, Any]
     memory: float
+    optimizer: str
+    recipe_text: str
     measuring_key: str
     training_key: str
     validation_key: str
@@ -72,10 +77,10 @@ class Context:
         """
         device = select_device(config.device)
         amp_dtype(config.amp, device)
-        hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
         splits = [config.task, *(["train", "val"] if config.epochs else [])]
         for name in splits:
             data.split(name)
+        optimizer, hyp = resolve_recipe(config, data)
         cache = make_folder(cache_folder(config))
         annotations = load_annotations(data.split(config.task), len(data.names))
         LOGGER.info("%s", annotations.report.summary())
@@ -83,16 +88,16 @@ class Context:
         machine = describe_machine(device, config.threads)
         versions = {"torch": machine["torch"], "device": device.type}
         recipe = {name: getattr(config, name) for name in RECIPE} | {"hyp": hyp.to_dict(), "cache": None}
-        training = (
-            [recipe, data_key(data, dict.fromkeys(splits)), code_key(TRAINING_CODE), versions] if config.epochs else []
-        )
+        training = [recipe, optimizer, code_key(TRAINING_CODE), versions]
         return cls(
             config=config, data=data, device=device, cache=cache, store=Store(cache / "results", config.fresh),
             sample=choose_sample(annotations), machine=machine,
-            memory=config.memory_gb * 1e9 or float(psutil.virtual_memory().available),
-            measuring_key=digest([machine, config.imgsz, recipe["hyp"], config.optimizer, config.amp, config.batch_size,
+            memory=config.memory_gb * 1e9 or float(psutil.virtual_memory().available), optimizer=optimizer,
+            recipe_text=f"{Path(config.hyp).name}, {optimizer}{' (auto)' if hyp.optimizer == 'auto' else ''}, "
+            f"lr0 {hyp.lr0:g}, {config.epochs} epochs at {config.imgsz} pixels, batch {config.batch_size}",
+            measuring_key=digest([machine, config.imgsz, recipe["hyp"], optimizer, config.amp, config.batch_size,
                                   seen, code_key(MEASURING_CODE, REPORTING)]),
-            training_key=digest(training),
+            training_key=digest([*training, data_key(data, dict.fromkeys(splits))] if config.epochs else []),
             validation_key=digest([config.imgsz, config.task, seen, code_key(TRAINING_CODE), versions]),
         )  # fmt: skip
 
@@ -114,26 +119,50 @@ class Context:
         return self.cache / "initial"
 
     def recipe(self, row: CandidateResult, seed: int = 0) -> dict[str, Any]:
-        """Return the options of train.py for a candidate, which differ in `cfg` and `seed` only."""
+        """Return the options of train.py for a candidate, which differ in `cfg`, `head` and `seed` only."""
         config = self.config
         device = "cpu" if self.device.type == "cpu" else str(self.device.index or 0)
         chosen = {name: getattr(config, name) for name in RECIPE} | {"epochs": max(config.epochs, 1)}
         return {
-            **chosen, "cfg": str(row.candidate.cfg or ""), "data": config.data, "seed": seed, "device": device,
-            "workers": config.workers, "patience": 0, "noplots": True, "plugin": list(config.plugin),
+            **chosen, "cfg": str(row.candidate.cfg or ""), "head": row.candidate.head, "data": config.data,
+            "seed": seed, "device": device, "workers": config.workers, "patience": 0, "noplots": True,
+            "plugin": list(config.plugin),
         }  # fmt: skip
+
+    def step_recipe(self, row: CandidateResult) -> dict[str, Any]:
+        """Return the options of the training step that is measured."""
+        return {**self.recipe(row), "optimizer": self.optimizer}
 
     def worker(self, row: CandidateResult) -> Worker:
         """Start a new process for a candidate."""
+        config, candidate = self.config, row.candidate
+        names, device = dict(self.data.names), str(self.device)
         setting = Setting(
-            row.candidate.file.resolve(), dict(self.data.names), str(self.device), self.config.threads, self.memory,
-            tuple(self.config.plugin),
-        )  # fmt: skip
+            candidate.file.resolve(), names, device, config.threads, self.memory, tuple(config.plugin), candidate.head
+        )
         return Worker(setting, self.log(row))
 
     def log(self, row: CandidateResult) -> Path:
         """Return the file that the output of a candidate's processes goes to."""
         return self.cache / "logs" / f"{safe(row.label)}.log"
+
+
+def resolve_recipe(config: CompareConfig, data: DataConfig) -> tuple[str, Hyperparameters]:
+    """Return optimizer and hyperparameters of all trainings, chosen as train.py does.
+
+    The optimizer of the hyperparameters is `auto` where it was chosen by `--optimizer auto`.
+
+    Raises:
+        UserError: a file that cannot be used, or is made for another optimizer.
+    """
+    options = {name: getattr(config, name) for name in ("hyp", "optimizer", "batch_size")}
+    training = with_recipe(TrainConfig(**options, epochs=max(config.epochs, 1)))
+    hyp = choose_hyperparameters(training, None)
+    if training.optimizer == "auto":
+        images = len(load_annotations(data.split("train"), len(data.names)).records) if config.epochs else 1
+        resolved, settings = resolve_auto(training, hyp, len(data.names), images)
+        return str(resolved.optimizer), replace(settings, optimizer="auto")
+    return str(training.optimizer), replace(hyp, optimizer=training.optimizer)
 
 
 def cache_folder(config: CompareConfig) -> Path:

@@ -10,13 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.compare import plots
 from engine.compare.config import CompareConfig
+from engine.compare.context import Context
+from engine.compare.effects import effects_of
 from engine.compare.measure.detector import CONF, IOU
 from engine.compare.pareto import Limits, Pick, points_of
-from engine.compare.results import CandidateResult
-from engine.compare.table import NOTHING, Table, all_tables, as_csv
-from engine.report.html import image_files, render, write_text
+from engine.compare.results import CandidateResult, measured
+from engine.compare.table import NOTHING, Table, all_tables, as_csv, csv_lines, effect_lines
+from engine.evaluate.worst_images import USE_SCORE, ImageErrors
+from engine.report.html import ReportImage, image_files, render, worst_image, write_text
 from utils.metrics import RANKING_FLOOR
 
 IMAGES = {
@@ -24,6 +29,8 @@ IMAGES = {
     "latency.png": "Latency by stage",
     "memory.png": "Memory",
 }
+SHOWN_SAMPLES = slice(0, None, 2)  # of the sample images
+BOX_COLUMNS = {"right": 6, "wrong": 6, "missed": 5}
 
 
 @dataclass(frozen=True)
@@ -31,22 +38,21 @@ class Report:
     """Content of the report.
 
     Attributes:
-        config: options.
+        context: options, machine, dataset.
         rows: candidates.
         pick: recommendation.
-        machine: description.
         conditions: per phase: rounds, calls, clocks.
-        data: description of the dataset.
-        step_batch: images of the measured training step.
     """
 
-    config: CompareConfig
+    context: Context
     rows: Sequence[CandidateResult]
     pick: Pick
-    machine: Mapping[str, Any]
     conditions: Sequence[Mapping[str, Any]]
-    data: str
-    step_batch: int
+
+    @property
+    def config(self) -> CompareConfig:
+        """Options."""
+        return self.context.config
 
     @property
     def command(self) -> str:
@@ -58,9 +64,15 @@ class Report:
         """Runtime and batch size that count for plot, limits and pick."""
         return self.config.runtimes[0], self.config.batch[0]
 
+    @property
+    def data(self) -> str:
+        """Description of the dataset."""
+        data = self.context.data
+        return f"{data.file.name}, split '{self.config.task}', {len(data.names)} classes"
+
     def tables(self) -> list[Table]:
         """Return all tables."""
-        return all_tables(self.rows, self.pick, *self.reference)
+        return all_tables(self.rows, self.pick, *self.reference, self.context.recipe_text)
 
     def verdict(self) -> str:
         """Return the recommendation in one sentence."""
@@ -69,6 +81,16 @@ class Report:
             return f"No pick: {self.pick.reason}." + (f" Pareto front: {names}." if names else "")
         return f"Pick: {self.pick.label}: {self.pick.reason}."
 
+    def warnings(self) -> list[str]:
+        """Return what a reader of the accuracies has to know first."""
+        accuracies = [row.accuracy for row in measured(self.rows) if row.accuracy]
+        if len(self.config.seeds) > 1 or all(accuracy.seeds is None for accuracy in accuracies):
+            return []
+        return [
+            "One seed: another training of the same candidate may differ more than these candidates do. Ranges cover "
+            "the validation images only; train with --seeds 0 1 2 before you rely on a difference."
+        ]
+
 
 def how_measured(report: Report) -> list[str]:
     """Return sentences about the measurements."""
@@ -76,18 +98,32 @@ def how_measured(report: Report) -> list[str]:
     text = render(
         "how_measured.txt",
         config=report.config,
+        context=report.context,
         data=report.data,
         conf=CONF,
         iou=IOU,
-        step_batch=report.step_batch,
         floor=RANKING_FLOOR,
-        hyp=Path(report.config.hyp).name,
-        cuda=report.machine.get("device") == "cuda",
+        cuda=report.context.device.type == "cuda",
         trained=any(accuracy.seeds is not None for accuracy in accuracies),
         given=any(accuracy.seeds is None for accuracy in accuracies),
         untrained=any(row.failure is None and row.accuracy is None for row in report.rows),
     )
     return text.splitlines()
+
+
+def sample_detections(report: Report) -> list[list[tuple[str, ReportImage]]]:
+    """Return for a few validation images the label of every candidate with its detections."""
+    groups = []
+    for path, _ in report.context.sample[SHOWN_SAMPLES]:
+        group = []
+        for row in measured(report.rows):
+            found = row.accuracy.results[0]["samples"].get(str(path)) if row.accuracy else None
+            if found:
+                boxes = {name: torch.tensor(found[name]).reshape(-1, n) for name, n in BOX_COLUMNS.items()}
+                errors = ImageErrors(str(path), tuple(found["shape"]), **boxes)
+                group.append((row.label, worst_image(errors, report.context.data.names)))
+        groups += [group] if group else []
+    return groups
 
 
 def phases_table(report: Report) -> list[tuple[str, ...]]:
@@ -106,21 +142,27 @@ def phases_table(report: Report) -> list[tuple[str, ...]]:
 
 
 def write_all(report: Report, folder: Path) -> None:
-    """Write results.json, results.csv, results.md, the plots, and report.html."""
+    """Write results.json, results.csv, results.md, effects.csv, the plots, and report.html."""
     draw(report, folder)
     values = {
         "title": "Comparison of detectors",
         "verdict": report.verdict(),
+        "warnings": report.warnings(),
+        "samples": sample_detections(report),
+        "confidence": USE_SCORE,
         "tables": report.tables(),
         "images": image_files(folder, IMAGES),
         "how_measured": how_measured(report),
         "phases": phases_table(report),
-        "machine": {name.replace("_", " "): value for name, value in report.machine.items()},
+        "machine": {name.replace("_", " "): value for name, value in report.context.machine.items()},
         "command": report.command,
         "date": datetime.datetime.now().isoformat(sep=" ", timespec="minutes"),
     }
     write_text(folder / "results.json", as_json(report))
-    write_text(folder / "results.csv", as_csv(report.rows, report.pick))
+    write_text(folder / "results.csv", as_csv(csv_lines(report.rows, report.pick)))
+    effects = effects_of(report.rows, *report.reference)
+    if effects:
+        write_text(folder / "effects.csv", as_csv(effect_lines(effects)))
     write_text(folder / "results.md", render("comparison.md", **values))
     write_text(folder / "report.html", render("comparison.html", **values))
 
@@ -143,7 +185,7 @@ def as_json(report: Report) -> str:
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
         "options": report.config.to_dict(),
         "data": report.data,
-        "machine": dict(report.machine),
+        "machine": report.context.machine,
         "pick": asdict(report.pick),
         "limits": asdict(Limits.of(report.config)),
         "how_measured": how_measured(report),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from engine.compare.config import CompareConfig
 from engine.compare.measure.rounds import Spread
@@ -22,6 +22,7 @@ class Point:
         gflops: at `--imgsz`.
         memory_mb: peak memory of inference.
         has_interval: whether `accuracy` is a range, from several seeds or from the bootstrap.
+        head: that of `--head`, or None.
     """
 
     latency: Spread | None
@@ -30,6 +31,10 @@ class Point:
     gflops: float | None = None
     memory_mb: float | None = None
     has_interval: bool = True
+    head: str | None = None
+
+
+LIMITED = (("latency", "ms"), ("parameters", "M"), ("operations", "GFLOPs"), ("memory", "MB"))
 
 
 @dataclass(frozen=True)
@@ -46,10 +51,9 @@ class Limits:
         """Return the limits of the options."""
         return cls(config.max_latency_ms, config.max_params_m, config.max_gflops, config.max_memory_mb)
 
-    def texts(self) -> list[str]:
-        """Return a description of each limit."""
-        units = {"latency_ms": "ms", "parameters_m": "M parameters", "gflops": "GFLOPs", "memory_mb": "MB"}
-        return [f"at most {value:g} {units[name]}" for name, value in vars(self).items() if value is not None]
+    def __str__(self) -> str:
+        found = zip(LIMITED, astuple(self))
+        return ", ".join(f"{name} at most {limit:g} {unit}" for (name, unit), limit in found if limit is not None)
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ def points_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> dict
             row.structure["gflops"] if row.structure else None,
             latency.peak_mb if latency else None,
             row.accuracy is not None and row.accuracy.has_interval,
+            row.candidate.head,
         )
     return points
 
@@ -130,21 +135,11 @@ def front(points: Mapping[str, Point]) -> list[str]:
     return sorted(kept, key=lambda name: costs[name][0].middle)
 
 
-def misses(point: Point, limits: Limits) -> tuple[str, ...]:
-    """Return the limits that a candidate exceeds."""
-    return tuple(text for text, _ in _excesses(point, limits))
-
-
-def _excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
-    """Return (description, value divided by the limit) of each exceeded limit."""
-    checks = (
-        ("latency", point.latency.middle if point.latency else None, limits.latency_ms, "ms"),
-        ("parameters", point.parameters_m, limits.parameters_m, "M"),
-        ("operations", point.gflops, limits.gflops, "GFLOPs"),
-        ("memory", point.memory_mb, limits.memory_mb, "MB"),
-    )
+def excesses(point: Point, limits: Limits) -> list[tuple[str, float]]:
+    """Return (description, value divided by the limit) of each limit that a candidate exceeds."""
+    values = (point.latency.middle if point.latency else None, point.parameters_m, point.gflops, point.memory_mb)
     exceeded = []
-    for name, value, limit, unit in checks:
+    for (name, unit), value, limit in zip(LIMITED, values, astuple(limits)):
         if limit is None:
             continue
         if value is None:
@@ -164,20 +159,18 @@ def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
         points: by candidate.
         limits: to keep.
     """
-    missed = {name: misses(point, limits) for name, point in points.items()}
+    missed = {name: tuple(text for text, _ in excesses(point, limits)) for name, point in points.items()}
     qualified = {name: point for name, point in points.items() if not missed[name]}
     if not points:
         return Pick(None, "no candidate was measured", missed)
     if not qualified:
-        nearest = min(points, key=lambda name: max(factor for _, factor in _excesses(points[name], limits)))
+        nearest = min(points, key=lambda name: max(factor for _, factor in excesses(points[name], limits)))
         return Pick(None, f"no candidate keeps the limits; nearest is {nearest}: {', '.join(missed[nearest])}", missed)
     members = tuple(front(qualified))
     problem = unranked_reason(qualified)
     if problem:
         return Pick(None, problem, missed, members)
-    among = (
-        f"of the {len(qualified)} that keep the limits ({', '.join(limits.texts())})" if limits.texts() else "of all"
-    )
+    among = f"of the {len(qualified)} that keep the limits ({limits})" if str(limits) else "of all"
     label, reason = _most_accurate(qualified, among)
     return Pick(label, reason, missed, members)
 
@@ -186,8 +179,7 @@ def _most_accurate(points: Mapping[str, Point], among: str) -> tuple[str, str]:
     accuracy = {name: point.accuracy for name, point in points.items() if point.accuracy is not None}
     best = max(accuracy.values(), key=lambda spread: spread.middle)
     tied = {name: points[name] for name, spread in accuracy.items() if spread.overlaps(best)}
-    seeds = len(best.values)
-    doubt = "; one training each: the variation between seeds is not included" if seeds <= 1 else ""
+    doubt = "; one training each: the variation between seeds is not included" if len(best.values) <= 1 else ""
     if len(tied) == 1:
         (label,) = tied
         return label, f"best mAP50-95 ({best.middle:.3f} [{best.low:.3f}, {best.high:.3f}]) {among}{doubt}"

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
@@ -19,9 +20,10 @@ from engine.compare.table import significant
 from utils.plots import new_figure, save_figure
 
 DPI = 130
-MIN_AREA, MAX_AREA = 60.0, 1400.0  # of discs, in square points
+MIN_AREA, MAX_AREA = 60.0, 1400.0  # of markers, in square points
 STAGE_COLORS = {"preprocess": "#8da0cb", "forward": "#4878a8", "nms": "#e0a058"}
 BLUE, LIGHT, GRAY, FRONT, PICKED = "#4878a8", "0.8", "0.55", "#c0392b", "#2e8b57"
+MARKERS = {None: "o", "anchor": "o", "free": "s"}
 GAP = 4.0  # pixels between a label and what it must not touch
 RINGS = 24  # distances at which a label is tried
 DIRECTIONS = ((1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
@@ -32,34 +34,33 @@ LOG_RATIO = 12  # a logarithmic axis above this ratio of the largest to the smal
 # ---- labels that do not overlap -------------------------------------------------------------------------------------
 
 
-def place_labels(
-    anchors: Sequence[Bbox], sizes: Sequence[tuple[float, float]], frame: Bbox, obstacles: Sequence[Bbox] = ()
-) -> list[Bbox]:
+def place_labels(anchors: Sequence[Bbox], sizes: Sequence[tuple[float, float]], frame: Bbox) -> list[Bbox]:
     """Return a box for each label, near its anchor: the first free one, or the one with the least overlap.
 
     Args:
         anchors: boxes of what is labeled, in pixels.
         sizes: (width, height) of the labels.
         frame: where labels may be.
-        obstacles: lines and legends, with half the weight of other labels.
     """
     placed: list[Bbox] = []
     for anchor, (width, height) in zip(anchors, sizes):
-        best, least = anchor, float("inf")
-        for reach in GAP + np.arange(RINGS) * 0.6 * height:
-            for dx, dy in DIRECTIONS:
-                x = (anchor.x0 - reach - width, (anchor.x0 + anchor.x1 - width) / 2, anchor.x1 + reach)[dx + 1]
-                y = (anchor.y0 - reach - height, (anchor.y0 + anchor.y1 - height) / 2, anchor.y1 + reach)[dy + 1]
-                box = Bbox.from_bounds(x, y, width, height)
-                hidden = width * height - shared_area(box, frame)
-                cost = 10 * hidden if hidden > 1e-6 else 0.0
-                cost += sum(shared_area(box.padded(GAP / 2), other) for other in (*anchors, *placed))
-                cost += sum(shared_area(box.padded(GAP / 2), other) for other in obstacles) / 2
-                if cost < least:
-                    best, least = box, cost
-            if least == 0:
-                break
-        placed.append(best)
+
+        def cost(box: Bbox) -> float:
+            hidden = box.width * box.height - shared_area(box, frame)
+            others = (shared_area(box.padded(GAP / 2), other) for other in (*anchors, *placed))
+            return (10 * hidden if hidden > 1e-6 else 0.0) + sum(others)
+
+        boxes = [
+            Bbox.from_bounds(
+                (anchor.x0 - reach - width, (anchor.x0 + anchor.x1 - width) / 2, anchor.x1 + reach)[dx + 1],
+                (anchor.y0 - reach - height, (anchor.y0 + anchor.y1 - height) / 2, anchor.y1 + reach)[dy + 1],
+                width,
+                height,
+            )
+            for reach in GAP + np.arange(RINGS) * 0.6 * height
+            for dx, dy in DIRECTIONS
+        ]
+        placed.append(next((box for box in boxes if cost(box) == 0), None) or min(boxes, key=cost))
     return placed
 
 
@@ -73,7 +74,7 @@ def shared_area(a: Bbox, b: Bbox) -> float:
 
 
 def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Limits, what: str) -> None:
-    """Plot mAP50-95, or parameters without accuracies, against latency; the disc area is the number of parameters.
+    """Plot mAP50-95, or parameters without accuracies, against latency; the marker area is the number of parameters.
 
     Args:
         path: PNG to write.
@@ -86,59 +87,55 @@ def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Lim
     figure.set_dpi(DPI)  # labels are placed in pixels
     axes = figure.add_subplot()
     has_accuracy = any(point.accuracy for point in points.values())
-    ranges: dict[str, Bbox] = {}  # latency and accuracy of each candidate, low to high
-    centers: dict[str, tuple[float, float]] = {}
-    for label, point in points.items():
-        y = point.accuracy if has_accuracy else None
-        value = y.middle if y else None if has_accuracy else point.parameters_m
-        if point.latency is not None and value is not None:
-            centers[label] = point.latency.middle, value
-            low, high = (y.low, y.high) if y else (value, value)
-            ranges[label] = Bbox.from_extents(point.latency.low, low, point.latency.high, high)
-    largest = max((points[label].parameters_m or 0.0 for label in centers), default=1.0) or 1.0
-    areas = {label: disc_area(points[label].parameters_m or 0.0, largest) for label in centers}
+    ranges = {label: box for label, point in points.items() if (box := _ranges(point, has_accuracy))}
+    largest = max((points[label].parameters_m or 0.0 for label in ranges), default=1.0) or 1.0
+    areas = {label: marker_area(points[label].parameters_m or 0.0, largest) for label in ranges}
+    centers = {label: _center(points[label], has_accuracy) for label in ranges}
     reason = unranked_reason(points)
     members = () if has_accuracy and reason else pick.front  # that front is one of latency and parameters
-    lines = _draw_front(axes, [centers[label] for label in members if label in centers])
-    for label, (x, y_middle) in sorted(centers.items(), key=lambda item: -areas[item[0]]):  # small discs on top
+    front = [centers[label] for label in members if label in centers]
+    if len(front) > 1:
+        axes.step(*zip(*front), where="post", color=FRONT, lw=1.2, zorder=1, label="Pareto front")
+    for label in sorted(ranges, key=lambda label: -areas[label]):  # small markers on top
         color = PICKED if label == pick.label else FRONT if label in members else GRAY
-        alpha = 0.35 if pick.misses.get(label) else 0.8
-        axes.scatter([x], [y_middle], s=areas[label], color=color, linewidths=0, zorder=2, alpha=alpha)
-        box = ranges[label]
-        for ends in ([box.x0, y_middle, box.x1, y_middle], [x, box.y0, x, box.y1]):
-            axes.plot(ends[::2], ends[1::2], color="0.2", lw=0.8, zorder=3)
-            lines.append(Bbox.from_extents(*ends))
+        (x, y), box = centers[label], ranges[label]
+        marker, alpha = MARKERS[points[label].head], 0.35 if pick.misses.get(label) else 0.8
+        axes.scatter([x], [y], s=areas[label], color=color, marker=marker, linewidths=0, zorder=2, alpha=alpha)
+        axes.plot([box.x0, box.x1], [y, y], [x, x], [box.y0, box.y1], color="0.2", lw=0.8, zorder=3)
     _set_limits(axes, list(ranges.values()), has_accuracy)
     if limits.latency_ms is not None:
         axes.axvline(limits.latency_ms, color="0.3", lw=0.9, ls="--", label=f"limit {limits.latency_ms:g} ms")
-        lines.append(Bbox.from_extents(limits.latency_ms, axes.get_ylim()[0], limits.latency_ms, axes.get_ylim()[1]))
     title = "Accuracy against latency" if has_accuracy else "Parameters against latency"
     axes.set_title(title + (f" ({reason.partition(':')[0]})" if has_accuracy and reason else ""), fontsize=12)
     axes.set_xlabel(f"milliseconds per image ({what})")
     axes.set_ylabel("mAP50-95" if has_accuracy else "parameters, M (no accuracy was measured)")
     axes.grid(color="0.93")
     axes.set_axisbelow(True)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="lower right", fontsize=9)
-    note = f"disc area: parameters (largest {largest:.3g} M); lines: quartiles of the latency"
-    note += ", range of mAP50-95" if has_accuracy else ""
-    axes.text(0.01, 0.985, note, transform=axes.transAxes, fontsize=8, color="0.35", va="top")
-    _write_labels(figure, axes, centers, areas, lines, pick.label)
+    note = f"marker area: parameters (largest {largest:.3g} M); lines: quartiles of the latency"
+    axes.text(0.01, 0.985, note + (", range of mAP50-95" if has_accuracy else ""), transform=axes.transAxes,
+              fontsize=8, color="0.35", va="top")  # fmt: skip
+    _write_legend(figure, axes, [points[label].head for label in ranges])
+    _write_labels(figure, axes, centers, areas, pick.label)
     save_figure(figure, path, DPI)
 
 
-def _draw_front(axes: Axes, members: Sequence[tuple[float, float]]) -> list[Bbox]:
-    """Draw steps through the members of the front and return their segments."""
-    if len(members) < 2:
-        return []
-    xs, ys = zip(*members)
-    axes.step(xs, ys, where="post", color=FRONT, lw=1.2, zorder=1, label="Pareto front")
-    flat = [Bbox.from_extents(x, y, next_x, y) for x, y, next_x in zip(xs, ys, xs[1:])]
-    return flat + [Bbox.from_extents(x, y, x, next_y) for x, y, next_y in zip(xs[1:], ys, ys[1:])]
+def _center(point: Point, has_accuracy: bool) -> tuple[float, float]:
+    assert point.latency is not None
+    y = point.accuracy.middle if has_accuracy and point.accuracy else point.parameters_m
+    return point.latency.middle, y or 0.0
 
 
-def disc_area(parameters_m: float, largest_m: float) -> float:
-    """Return the disc area in square points: proportional to the parameters, but large enough to be seen."""
+def _ranges(point: Point, has_accuracy: bool) -> Bbox | None:
+    """Return latency and accuracy (or parameters) of a point, low to high; None where one is missing."""
+    if point.latency is None or (point.accuracy if has_accuracy else point.parameters_m) is None:
+        return None
+    y = _center(point, has_accuracy)[1]
+    low, high = (point.accuracy.low, point.accuracy.high) if has_accuracy and point.accuracy else (y, y)
+    return Bbox.from_extents(point.latency.low, low, point.latency.high, high)
+
+
+def marker_area(parameters_m: float, largest_m: float) -> float:
+    """Return the marker area in square points: proportional to the parameters, but large enough to be seen."""
     return max(MAX_AREA * parameters_m / largest_m, MIN_AREA)
 
 
@@ -155,19 +152,29 @@ def _set_limits(axes: Axes, boxes: Sequence[Bbox], has_accuracy: bool) -> None:
     if not boxes:
         return
     extents = np.array([box.extents for box in boxes])
-    for axis, low, high in zip((axes.xaxis, axes.yaxis), extents[:, :2].min(0), extents[:, 2:].max(0)):
-        horizontal = axis is axes.xaxis
-        set_limits = axes.set_xlim if horizontal else axes.set_ylim
-        if not horizontal and has_accuracy:
-            set_limits(*accuracy_limits(boxes))
+    for name, low, high in zip("xy", extents[:, :2].min(0), extents[:, 2:].max(0)):
+        if name == "y" and has_accuracy:
+            axes.set_ylim(*accuracy_limits(boxes))
         elif high > LOG_RATIO * low > 0:
-            (axes.set_xscale if horizontal else axes.set_yscale)("log")
-            set_limits(low / 1.6, high * 1.9)
+            axes.set(**{f"{name}scale": "log", f"{name}lim": (low / 1.6, high * 1.9)})
+            axis = axes.xaxis if name == "x" else axes.yaxis
             axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axis.set_minor_formatter(NullFormatter())
         else:
-            set_limits(0, 1.35 * high or 1)
+            axes.set(**{f"{name}lim": (0, 1.35 * high or 1)})
+
+
+def _write_legend(figure: Figure, axes: Axes, heads: Sequence[str | None]) -> None:
+    """Write the legend below the axes: front, limit, and the markers of the heads."""
+    handles = list(axes.get_legend_handles_labels()[0])
+    handles += [
+        Line2D([], [], color=GRAY, ls="", marker=MARKERS[head], ms=9, label=f"{head} head")
+        for head in dict.fromkeys(heads)
+        if head
+    ]
+    if handles:
+        figure.legend(handles=handles, loc="outside lower right", ncols=len(handles), frameon=False, fontsize=9)
 
 
 def _write_labels(
@@ -175,10 +182,9 @@ def _write_labels(
     axes: Axes,
     centers: Mapping[str, tuple[float, float]],
     areas: Mapping[str, float],
-    lines: Sequence[Bbox],
     picked: str | None,
 ) -> None:
-    """Write the names beside the discs, with a thin line to those that are not next to theirs."""
+    """Write the names beside the markers, with a thin line to those that are not next to theirs."""
     figure.canvas.draw()
     figure.set_layout_engine("none")  # positions are in pixels from here on
     scale = figure.dpi / 72
@@ -188,14 +194,13 @@ def _write_labels(
         radius = (areas[label] / np.pi) ** 0.5 * scale
         anchors.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
         weight = "bold" if label == picked else "normal"
-        texts.append(axes.text(0, 0, _literal(label), fontsize=9, weight=weight, transform=None, zorder=4))
+        white = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5}  # lines stay behind the name
+        text = axes.text(0, 0, _literal(label), fontsize=9, weight=weight, transform=None, zorder=4, bbox=white)
+        texts.append(text)
     sizes = [(box.width, box.height) for box in (text.get_window_extent() for text in texts)]
     window = axes.get_window_extent()
     frame = Bbox.from_extents(window.x0, window.y0, window.x1, window.y1 - 16 * scale)  # without the note on top
-    obstacles = [line.transformed(axes.transData).padded(1) for line in lines]
-    legend = axes.get_legend()
-    obstacles += [legend.get_window_extent()] if legend is not None else []
-    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, frame, obstacles)):
+    for text, anchor, box in zip(texts, anchors, place_labels(anchors, sizes, frame)):
         text.set_position((box.x0, box.y0 + 0.22 * box.height))
         x, y = (anchor.x0 + anchor.x1) / 2, (anchor.y0 + anchor.y1) / 2
         near = min(max(x, box.x0), box.x1), min(max(y, box.y0), box.y1)
@@ -214,44 +219,34 @@ class Bar:
     Attributes:
         parts: (length, color) from left to right.
         text: written behind it.
-        low: start of a thin line that shows the range; None = no line.
-        high: end of that line.
+        span: ends of a thin line that shows the range.
     """
 
     parts: tuple[tuple[float, str], ...]
     text: str
-    low: float | None = None
-    high: float = 0.0
+    span: tuple[float, float] = (0.0, 0.0)
 
 
-@dataclass(frozen=True)
-class Panel:
-    """Bars of all candidates; None for one that failed."""
-
-    title: str
-    unit: str
-    bars: tuple[Bar | None, ...]
+Panel = tuple[str, str, list[Bar | None]]
+"""Title, unit, and a bar per candidate; None for one that failed."""
 
 
 def plot_latency(path: Path, rows: Sequence[CandidateResult]) -> None:
     """Plot latency by stage: a panel per runtime, form and batch size, a bar per candidate."""
-    keys = dict.fromkeys((x.form, x.runtime, x.batch) for row in measured(rows) for x in row.latencies)
-    panels = [
-        Panel(
-            f"{runtime}, {form} form, batch {batch}",
-            "milliseconds per image",
-            tuple(_latency_bar(row.latency(runtime, batch, form)) for row in measured(rows)),
-        )
-        for form, runtime, batch in keys
-    ]
-    _plot_bars(path, [row.label for row in measured(rows)], panels, STAGE_COLORS)
+    shown = measured(rows)
+    keys = dict.fromkeys((x.form, x.runtime, x.batch) for row in shown for x in row.latencies)
+    panels: list[Panel] = []
+    for form, runtime, batch in keys:
+        bars = [_latency_bar(row.latency(runtime, batch, form)) for row in shown]
+        panels.append((f"{runtime}, {form} form, batch {batch}", "milliseconds per image", bars))
+    _plot_bars(path, [row.label for row in shown], panels, STAGE_COLORS)
 
 
 def _latency_bar(latency: Latency | None) -> Bar | None:
     if latency is None:
         return None
     parts = tuple((latency.times[stage].middle, STAGE_COLORS[stage]) for stage in STAGES)
-    return Bar(parts, significant(latency.total.middle), latency.total.low, latency.total.high)
+    return Bar(parts, significant(latency.total.middle), (latency.total.low, latency.total.high))
 
 
 def plot_memory(path: Path, rows: Sequence[CandidateResult], runtime: str, batch: int) -> None:
@@ -261,19 +256,16 @@ def plot_memory(path: Path, rows: Sequence[CandidateResult], runtime: str, batch
     training = [row.training_memory or {} for row in shown]
     step = f"training step, batch {next((m['batch'] for m in training if m), '?')}"
     unit = "MB (gray: Python and libraries)"
-    panels = [
-        Panel(
-            f"inference, {runtime}, batch {batch}: peak",
-            unit,
-            tuple(_memory_bar(x.peak_mb, x.baseline_mb) if x else None for x in inference),
-        ),
-        Panel(f"{step}: peak", unit, tuple(_memory_bar(m.get("peak_mb"), m.get("baseline_mb")) for m in training)),
-        Panel(f"{step}: kept for backward", "MB", tuple(_memory_bar(m.get("kept_mb"), None) for m in training)),
-    ]
+    panels: list[Panel] = [
+        (f"inference, {runtime}, batch {batch}: peak", unit,
+         [_memory_bar(x.peak_mb, x.baseline_mb) if x else None for x in inference]),
+        (f"{step}: peak", unit, [_memory_bar(m.get("peak_mb"), m.get("baseline_mb")) for m in training]),
+        (f"{step}: kept for backward", "MB", [_memory_bar(m.get("kept_mb")) for m in training]),
+    ]  # fmt: skip
     _plot_bars(path, [row.label for row in shown], panels if shown else [])
 
 
-def _memory_bar(peak: float | None, baseline: float | None) -> Bar | None:
+def _memory_bar(peak: float | None, baseline: float | None = None) -> Bar | None:
     if peak is None:
         return None
     base = min(baseline or 0.0, peak)
@@ -293,8 +285,8 @@ def _plot_bars(
     grid = figure.subplots(lines, columns, squeeze=False).flat
     for axes in grid[len(panels) :]:
         axes.axis("off")
-    for number, (axes, panel) in enumerate(zip(grid, panels)):
-        for y, bar in enumerate(panel.bars):
+    for number, (axes, (title, unit, bars)) in enumerate(zip(grid, panels)):
+        for y, bar in enumerate(bars):
             if bar is None:
                 axes.text(0, y, " failed", va="center", fontsize=8, color="0.4")
                 continue
@@ -302,15 +294,14 @@ def _plot_bars(
             for length, color in bar.parts:
                 axes.barh(y, length, left=end, color=color, height=0.66)
                 end += length
-            if bar.low is not None:
-                axes.plot([bar.low, bar.high], [y, y], color="0.15", lw=1)
-            axes.text(max(end, bar.high), y, f"  {bar.text}", va="center", fontsize=8)
+            axes.plot(bar.span, [y, y], color="0.15", lw=1 if any(bar.span) else 0)
+            axes.text(max(end, bar.span[1]), y, f"  {bar.text}", va="center", fontsize=8)
         names = [_literal(label) for label in labels] if number % columns == 0 else [""] * len(labels)
         axes.set_yticks(range(len(labels)), names, fontsize=9)
         axes.set(ylim=(len(labels) - 0.5, -0.5), xlim=(0, axes.get_xlim()[1] * 1.3))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.set_title(panel.title, fontsize=10)
-        axes.set_xlabel(panel.unit, fontsize=9)
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel(unit, fontsize=9)
     if legend:
         patches = [Patch(color=color, label=name) for name, color in legend.items()]
         figure.legend(handles=patches, loc="outside upper center", ncols=len(legend), frameon=False, fontsize=9)

@@ -28,8 +28,8 @@ class Latency:
         batch: images per call.
         side: of the input in pixels.
         times: milliseconds per image by stage, and `total`.
-        peak_mb: see `engine.compare.worker.jobs.memory_of`.
-        baseline_mb: held before the model was built (CPU).
+        peak_mb: PyTorch's allocator on CUDA, the peak of a fresh process on a CPU.
+        baseline_mb: resident memory before the model was built (CPU).
         disk_mb: size of the file that was run.
         verification: largest differences of the exported file from the model (pixels, confidence).
     """
@@ -56,7 +56,7 @@ class Accuracy:
 
     Attributes:
         seeds: of the trainings; None for a checkpoint that was given.
-        results: one per training, see `engine.compare.worker.jobs.run_validation`.
+        results: one per training, see `engine.compare.worker.jobs.CandidateJobs.validate`.
     """
 
     seeds: tuple[int, ...] | None
@@ -72,7 +72,7 @@ class Accuracy:
         return len(self.results) > 1 or all(result["bootstrap"] for result in self.results)
 
     def map_range(self) -> Spread:
-        """Return mAP50-95 with a range that holds all seeds and the 95 % bootstrap interval of their mean."""
+        """Return mAP50-95 with a range that includes all seeds and the 95 % bootstrap interval of their mean."""
         seeds = self.metric("map")
         bootstrap = [result["bootstrap"] for result in self.results]
         if not all(bootstrap):
@@ -94,7 +94,8 @@ class Accuracy:
         """Return plain values for JSON, with means and deviations."""
         found = {name: self.metric(name) for name in METRICS}
         summary = {name: {"mean": x.middle, "deviation": deviation(x.values)} for name, x in found.items()}
-        return {**asdict(self), **summary}
+        results = [{name: value for name, value in result.items() if name != "samples"} for result in self.results]
+        return {"seeds": self.seeds, "results": results, **summary}
 
 
 @dataclass
@@ -105,8 +106,8 @@ class CandidateResult:
         candidate: what is measured.
         weights: checkpoint whose speed is measured: trained, given, or with random weights.
         weights_key: identifies it in keys of stored results.
-        structure: see `engine.compare.worker.jobs.structure`.
-        training_memory: see `engine.compare.worker.jobs.training_memory`.
+        structure: see `engine.compare.worker.jobs.CandidateJobs.structure`.
+        training_memory: see `open_training` of `engine.compare.worker.jobs.CandidateJobs`.
         training_fits: False when a training step ran out of memory.
         latencies: by runtime, form and batch.
         step: milliseconds per image of a training step.
@@ -134,8 +135,8 @@ class CandidateResult:
 
     def latency(self, runtime: str, batch: int, form: str = DEPLOYED) -> Latency | None:
         """Return the measurement, or None."""
-        wanted = (runtime, batch, form)
-        return next((x for x in self.latencies if (x.runtime, x.batch, x.form) == wanted), None)
+        key = (runtime, batch, form)
+        return next((x for x in self.latencies if (x.runtime, x.batch, x.form) == key), None)
 
     @property
     def parameters_m(self) -> float | None:
@@ -147,15 +148,15 @@ class CandidateResult:
         """Images per second of training (without the loader)."""
         if self.step is None:
             return None
-        s = self.step
-        return Spread(1000 / s.middle, 1000 / s.high, 1000 / s.low, tuple(1000 / v for v in s.values))
+        low, high, values = 1000 / self.step.high, 1000 / self.step.low, self.step.values
+        return Spread(1000 / self.step.middle, low, high, tuple(1000 / value for value in values))
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain values for JSON."""
         names = ("label", "failure", "notes", "structure", "training_memory")
         return {
             **{name: getattr(self, name) for name in names},
-            "given": self.candidate.given,
+            **{name: getattr(self.candidate, name) for name in ("given", "backbone", "head")},
             "latencies": [asdict(latency) for latency in self.latencies],
             "training_step_ms": asdict(self.step) if self.step else None,
             "accuracy": self.accuracy.to_plain() if self.accuracy else None,

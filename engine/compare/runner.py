@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from engine.cli.plugins import load_plugins
 from engine.compare.candidates import resolve
 from engine.compare.config import CompareConfig
 from engine.compare.context import Context, cache_folder
-from engine.compare.measure.speed import Speed
+from engine.compare.measure.speed import measure_speed
 from engine.compare.outputs import Report, write_all
 from engine.compare.pareto import Limits, Pick, pick, points_of
 from engine.compare.results import CandidateResult, measured
@@ -27,7 +28,12 @@ from utils.errors import ConfigError
 from utils.files import make_folder
 
 LOGGER = logging.getLogger(__name__)
-SHOWN = ("Summary", "Latency", "What failed")  # on the terminal; the rest is in the files
+SHOWN = (
+    "Summary",
+    "Effects of head and backbone",
+    "Latency",
+    "What failed",
+)  # on the terminal; the rest is in the files
 
 
 @dataclass(frozen=True)
@@ -81,18 +87,20 @@ def _compare(context: Context, rows: list[CandidateResult]) -> Comparison:
         measure_structures(context, rows)
         require_candidates(rows)
         train_all(context, rows)
-        conditions = Speed(context, rows).run()
+        conditions = measure_speed(context, rows)
     except KeyboardInterrupt:
         LOGGER.warning("interrupted; finished results are kept, the same command continues from here")
         raise
     runtime, batch = config.runtimes[0], config.batch[0]
     recommended = pick(points_of(rows, runtime, batch), Limits.of(config))
-    report = Report(config, rows, recommended, context.machine, conditions, _about(context), context.step_batch)
+    report = Report(context, rows, recommended, conditions)
     with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
         write_all(report, run.folder)
     for table in report.tables():
         if table.title in SHOWN:
-            LOGGER.info("\n%s", as_text(table))
+            LOGGER.info("\n%s", as_text(table, shutil.get_terminal_size((200, 24)).columns))
+    for line in report.warnings():
+        LOGGER.warning("%s", line)
     LOGGER.info("\n%s\nResults saved to %s (open report.html)", report.verdict(), run.final)
     return Comparison(run.final, tuple(rows), recommended)
 
@@ -102,8 +110,3 @@ def require_candidates(rows: Sequence[CandidateResult]) -> None:
     if not measured(rows):
         reasons = "; ".join(f"{row.label}: {row.failure}" for row in rows)
         raise ConfigError(f"none of the {len(rows)} candidate(s) can be measured: {reasons}")
-
-
-def _about(context: Context) -> str:
-    data = context.data
-    return f"{data.file.name}, split '{context.config.task}', {len(data.names)} classes"

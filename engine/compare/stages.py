@@ -25,24 +25,14 @@ BAR = "{l_bar}{bar:20}{r_bar}"
 def measure_structures(context: Context, rows: Sequence[CandidateResult]) -> None:
     """Measure structure and training memory of every candidate; one that fails is out of the comparison."""
     pending = [row for row in rows if not _take_stored_structure(context, row)]
-    workers: dict[str, Worker] = {}
-    bar = tqdm(pending, desc="structure and memory", bar_format=BAR, disable=not pending)
-    try:
-        with logging_redirect_tqdm():
-            for number, row in enumerate(bar):
-                bar.set_postfix_str(row.label)
-                for near in pending[number : number + 2]:  # the next process starts while this one works
-                    if near.label not in workers:
-                        workers[near.label] = context.worker(near)
+    with logging_redirect_tqdm():
+        for row in tqdm(pending, desc="structure and memory", bar_format=BAR, disable=not pending):
+            with context.worker(row) as worker:
                 try:
-                    _measure_structure(context, row, workers)
+                    _measure_structure(context, row, worker)
                 except JobFailedError as error:
                     row.failure, row.notes = error.reason, []
                     LOGGER.warning("%s: %s", row.label, error.reason)
-                workers[row.label].close()
-    finally:
-        for worker in workers.values():
-            worker.close()
 
 
 def _take_stored_structure(context: Context, row: CandidateResult) -> bool:
@@ -55,23 +45,20 @@ def _take_stored_structure(context: Context, row: CandidateResult) -> bool:
     return stored is not None
 
 
-def _measure_structure(context: Context, row: CandidateResult, workers: dict[str, Worker]) -> None:
-    is_final, label = True, row.label
+def _measure_structure(context: Context, row: CandidateResult, worker: Worker) -> None:
+    is_final = True
     try:  # first: the peak of memory is that of the whole process
-        row.training_memory = workers[label].run(
-            "training_memory", sample=context.sample, recipe=context.recipe(row), batch=context.step_batch
+        row.training_memory = worker.run(
+            "open_training", sample=context.sample, recipe=context.step_recipe(row), batch=context.step_batch
         )
     except JobFailedError as error:
         row.notes.append(f"training step of {context.step_batch}: {error.reason}")
         row.training_fits = error.kind != MEMORY
         is_final = error.kind not in TRANSIENT
-        if not workers[label].is_alive:
-            workers[label].close()
-            workers[label] = context.worker(row)
-    row.structure = workers[label].run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
+    row.structure = worker.run("structure", imgsz=context.config.imgsz, checkpoint=str(row.weights))
     if is_final:
         found = {"structure": row.structure, "training_memory": row.training_memory, "notes": row.notes}
-        context.store.save("structure", row.weights_key, found, label)
+        context.store.save("structure", row.weights_key, found, row.label)
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
@@ -83,16 +70,14 @@ def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
     All candidates are trained with the first seed before any is with the second.
     """
     found: dict[str, list[dict[str, Any]]] = {row.label: [] for row in rows}
-    given = [row for row in measured(rows) if row.candidate.weights]
-    trained = [row for row in measured(rows) if row.candidate.cfg] if context.config.epochs else []
-    jobs: list[tuple[CandidateResult, int | None]] = [(row, None) for row in given]
-    jobs += [(row, seed) for seed in context.config.seeds for row in trained]
+    jobs: list[tuple[CandidateResult, int | None]] = [(row, None) for row in measured(rows) if row.candidate.weights]
+    if context.config.epochs:
+        jobs += [(row, seed) for seed in context.config.seeds for row in measured(rows) if row.candidate.cfg]
     for number, (row, seed) in enumerate(jobs, 1):
         what = "validation" if seed is None else f"training, seed {seed}"
+        title = f"{number}/{len(jobs)} {row.label}, {what}"
         try:
-            found[row.label].append(
-                _train_and_validate(context, row, seed, f"{number}/{len(jobs)} {row.label}, {what}")
-            )
+            found[row.label].append(_train_and_validate(context, row, seed, title))
         except JobFailedError as error:
             row.notes.append(f"{what}: {error.reason}")
             LOGGER.warning("%s: %s: %s", row.label, what, error.reason)
@@ -106,6 +91,7 @@ def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
 
 def _train_and_validate(context: Context, row: CandidateResult, seed: int | None, title: str) -> dict[str, Any]:
     """Return the stored or new validation of one training, or of a given checkpoint."""
+    config = context.config
     training = digest([row.candidate.key, context.training_key if seed is not None else None, seed])
     key = digest([training, context.validation_key])
     known = context.store.find("accuracy", key)
@@ -114,19 +100,16 @@ def _train_and_validate(context: Context, row: CandidateResult, seed: int | None
         return known
     if seed is not None and not row.training_fits:
         raise JobFailedError(MEMORY, "skipped: a single step needs more memory than available")
-    folder = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
+    weights, scratch = str(row.candidate.weights), context.initial
     with context.worker(row) as worker:
-        weights = str(row.candidate.weights)
         if seed is not None:
-            if context.config.fresh and folder.exists():
-                shutil.rmtree(folder)
-            weights = _train(context, row, seed, folder, worker, title)
-        config = context.config
-        scratch = folder if seed is not None else context.initial
-        metrics = worker.run(
-            "validate", weights=weights, data=config.data, imgsz=config.imgsz, task=config.task,
-            batch=config.batch_size, workers=config.workers, scratch=str(scratch),
-        )  # fmt: skip
+            scratch = context.cache / "trainings" / f"{safe(row.label)}-seed{seed}-{training}"
+            weights = _train(context, row, seed, scratch, worker, title)
+        options = {
+            "weights": [weights], "data": config.data, "imgsz": config.imgsz, "task": config.task,
+            "batch_size": config.batch_size, "workers": config.workers,
+        }  # fmt: skip
+        metrics = worker.run("validate", options=options, sample=context.sample, scratch=str(scratch))
     result = {**metrics, "seed": seed, "weights": weights, "key": key}
     context.store.save("accuracy", key, result, title)
     return result
@@ -134,29 +117,30 @@ def _train_and_validate(context: Context, row: CandidateResult, seed: int | None
 
 def _train(context: Context, row: CandidateResult, seed: int, folder: Path, worker: Worker, title: str) -> str:
     """Train in a process, with a progress bar over the epochs. Returns the best weights."""
-    log = folder / "results.csv"
-    epochs = context.config.epochs
-    done = min(_epochs_in(log), epochs)
+    if context.config.fresh and folder.exists():
+        shutil.rmtree(folder)
+    log, epochs = folder / "results.csv", context.config.epochs
+    done = _epochs_in(log, epochs)
     if done:
         LOGGER.info("%s: continues after %d of %d epochs", title, done, epochs)
     with tqdm(initial=done, total=epochs, desc=title, unit="epoch", bar_format=BAR) as bar:
 
         def tick() -> None:
-            bar.update(max(min(_epochs_in(log), epochs) - bar.n, 0))
+            bar.update(max(_epochs_in(log, epochs) - bar.n, 0))
 
         try:
-            found = worker.run("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
+            best = worker.run("train", tick=tick, recipe=context.recipe(row, seed), folder=str(folder))
         except KeyboardInterrupt:
             worker.stop(SAVING_S)
             raise
         tick()
-    return found["best"]
+    return str(best)
 
 
-def _epochs_in(path: Path) -> int:
-    """Return the number of epochs in a results.csv."""
+def _epochs_in(path: Path, limit: int) -> int:
+    """Return the number of epochs in a results.csv, at most `limit`."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError:
         return 0
-    return max(len(lines) - 1, 0)
+    return min(max(len(lines) - 1, 0), limit)

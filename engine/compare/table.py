@@ -7,8 +7,10 @@ import io
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, TypeVar
 
+from engine.compare.effects import Effect, Effects, effects_of
 from engine.compare.measure.rounds import Spread, deviation, ranks
 from engine.compare.pareto import Pick, points_of, unranked_reason
 from engine.compare.results import AREAS, METRICS, STAGES, TRAINING, Accuracy, CandidateResult, Latency, measured
@@ -17,6 +19,7 @@ from utils.metrics import RANKING_FLOOR
 
 R = TypeVar("R")
 NOTHING = "–"
+MIN_COLUMNS = 4
 RANGE_NOTE = (
     "Range: all seeds, and the 95 % bootstrap interval over the validation images. No rank below mAP50-95 "
     f"{RANKING_FLOOR:g}."
@@ -43,7 +46,7 @@ class Table:
     note: str = ""
 
 
-Columns = Sequence[tuple[str, Callable[[R], Cell]]]
+Columns = list[tuple[str, Callable[[R], Cell]]]
 
 
 def build_table(title: str, rows: Iterable[R], columns: Columns[R], note: str = "") -> Table:
@@ -92,63 +95,56 @@ def text(value: object) -> Cell:
     return Cell(NOTHING) if value is None else Cell(str(value), str(value).lower())
 
 
-def metric(name: str) -> Callable[[CandidateResult], Cell]:
-    """Return the column of an accuracy metric: mean and standard deviation over the seeds."""
-    return lambda row: mean(row.accuracy.metric(name) if row.accuracy else None)
-
-
-def interval(row: CandidateResult) -> Cell:
-    """Format the range of mAP50-95: `[0.480, 0.541]`."""
-    if row.accuracy is None or not row.accuracy.has_interval:
+def signed(found: Spread | None) -> Cell:
+    """Format a difference with its range: `+0.012 [+0.008, +0.017]`; of one seed `+0.012`."""
+    if found is None:
         return Cell(NOTHING)
-    found = row.accuracy.map_range()
-    return Cell(f"[{found.low:.3f}, {found.high:.3f}]", found.low)
+    limits = f" [{found.low:+.3f}, {found.high:+.3f}]" if len(found.values) > 1 else ""
+    return Cell(f"{found.middle:+.3f}{limits}", found.middle)
 
 
-def rank(found: Mapping[str, str]) -> Callable[[CandidateResult], Cell]:
-    """Return the column of ranks such as `2=`."""
-
-    def cell(row: CandidateResult) -> Cell:
-        place = found.get(row.label)
-        return Cell(NOTHING) if place is None else Cell(place, float(place.rstrip("=")))
-
-    return cell
+def limits_of(found: Spread | None) -> Cell:
+    """Format a range: `[0.480, 0.541]`."""
+    return Cell(NOTHING) if found is None else Cell(f"[{found.low:.3f}, {found.high:.3f}]", found.low)
 
 
-def accuracy_ranks(rows: Sequence[CandidateResult]) -> dict[str, str]:
-    """Return ranks by mAP50-95; none where the accuracies cannot be ranked, or for candidates below the floor."""
-    points = points_of(rows, "", 0)
-    if unranked_reason(points):
-        return {}
-    maps = {name: p.accuracy for name, p in points.items() if p.accuracy and p.accuracy.middle >= RANKING_FLOOR}
-    return ranks(maps, smaller_is_better=False)
+def rank(found: Mapping[str, str], label: str) -> Cell:
+    """Format a rank such as `2=`."""
+    place = found.get(label)
+    return Cell(NOTHING) if place is None else Cell(place, float(place.rstrip("=")))
 
 
-def peak(memory: Mapping[str, Any] | None) -> Cell:
-    """Format the peak memory."""
-    return number((memory or {}).get("peak_mb"))
+def memory_columns(prefix: str, memory: Callable[[R], Mapping[str, Any]]) -> Columns[R]:
+    """Return the columns of a peak of memory and of its part without the baseline."""
+
+    def of_model(row: R) -> Cell:
+        top, base = (memory(row).get(name) for name in ("peak_mb", "baseline_mb"))
+        return number(None if top is None or base is None else max(top - base, 0.0))
+
+    return [(f"{prefix}peak, MB", lambda row: number(memory(row).get("peak_mb"))), ("of it model", of_model)]
 
 
-def peak_of_model(memory: Mapping[str, Any] | None) -> Cell:
-    """Format the peak memory without the baseline."""
-    top, base = ((memory or {}).get(name) for name in ("peak_mb", "baseline_mb"))
-    return number(None if top is None or base is None else max(top - base, 0.0))
+def training_memory(row: CandidateResult) -> Mapping[str, Any]:
+    """Return the measured memory of a training step, or nothing."""
+    return row.training_memory or {}
 
 
 # ---- tables ---------------------------------------------------------------------------------------------------------
 
 
-def all_tables(rows: Sequence[CandidateResult], pick: Pick, runtime: str, batch: int) -> list[Table]:
+def all_tables(rows: Sequence[CandidateResult], pick: Pick, runtime: str, batch: int, recipe: str) -> list[Table]:
     """Return every table that has rows; the summary first.
 
     Args:
         rows: of the comparison.
         pick: recommendation.
-        runtime: whose latency counts in the summary.
-        batch: whose latency counts in the summary.
+        runtime, batch: whose latency counts in the summary.
+        recipe: description of the recipe of all trainings.
     """
-    tables = [summary(rows, pick, runtime, batch), failures(rows), structure(rows), latency(rows), training(rows)]
-    tables += [accuracy(rows), classes(rows)]
+    effects = effects_of(rows, runtime, batch)
+    tables = [summary(rows, pick, runtime, batch)]
+    tables += [effects_table(effects, recipe)] if effects and not unranked_reason(points_of(rows, "", 0)) else []
+    tables += [failures(rows), structure(rows), latency(rows), training(rows), accuracy(rows, recipe), classes(rows)]
     return [table for table in tables if table.rows]
 
 
@@ -156,31 +152,27 @@ def summary(rows: Sequence[CandidateResult], pick: Pick, runtime: str, batch: in
     """Return a row per candidate: by descending accuracy, else by ascending latency; failed ones last."""
     found = {row.label: row.latency(runtime, batch) for row in rows}
     times = {r.label: x.total for r in measured(rows) if (x := found[r.label])}
+    time_ranks, accuracy_columns = ranks(times), _accuracy_columns(rows)
 
     def sort_key(row: CandidateResult) -> tuple[bool, float, float]:
         time, inf = times.get(row.label), float("inf")
         by_map = -row.accuracy.metric("map").middle if row.accuracy else inf
         return row.failure is not None, by_map, time.middle if time else inf
 
-    def memory(row: CandidateResult) -> Mapping[str, Any]:
+    def inference_memory(row: CandidateResult) -> Mapping[str, Any]:
         return vars(x) if (x := found[row.label]) else {}
 
     columns: Columns[CandidateResult] = [
         ("candidate", lambda r: text(r.label)),
         ("", lambda r: text(_verdict(r, pick))),
-        ("mAP50-95", metric("map")),
-        ("range", interval),
-        ("rank", rank(accuracy_ranks(rows))),
-        ("mAP50", metric("map50")),
+        *accuracy_columns[:4],
         ("ms per image", lambda r: spread(times.get(r.label))),
-        ("rank", rank(ranks(times))),
+        ("rank", lambda r: rank(time_ranks, r.label)),
         ("M parameters", lambda r: number(r.parameters_m)),
         ("GFLOPs", lambda r: number((r.structure or {}).get("gflops"))),
         ("training images/s", lambda r: number(r.images_per_s.middle if r.images_per_s else None)),
-        ("inference peak, MB", lambda r: peak(memory(r))),
-        ("of it model", lambda r: peak_of_model(memory(r))),
-        ("training peak, MB", lambda r: peak(r.training_memory)),
-        ("of it model", lambda r: peak_of_model(r.training_memory)),
+        *memory_columns("inference ", inference_memory),
+        *memory_columns("training ", training_memory),
     ]
     note = (
         f"Latency: {runtime}, re-parameterized, batch {batch}, preprocessing, inference and NMS, median and quartiles "
@@ -197,6 +189,27 @@ def _verdict(row: CandidateResult, pick: Pick) -> str:
     return "; ".join(pick.misses.get(row.label, ())) or ("front" if row.label in pick.front else "")
 
 
+def effects_table(effects: Effects, recipe: str) -> Table:
+    """Return the marginal means of heads and backbones."""
+    heads = effects.heads
+    columns: Columns[Effect] = [
+        ("factor", lambda x: text(x.factor)),
+        ("level", lambda x: text(x.level)),
+        ("mAP50-95", lambda x: mean(x.accuracy)),
+        ("range over seeds", lambda x: limits_of(x.accuracy if len(x.accuracy.values) > 1 else None)),
+        ("difference from the first", lambda x: signed(x.difference)),
+        (f"{heads[-1]} minus {heads[0]}", lambda x: signed(x.gain)),
+        ("ms per image", lambda x: number(x.latency_ms)),
+    ]
+    note = (
+        "Head: mean over the backbones; backbone: mean over the heads. Brackets: smallest and largest value over the "
+        f"seeds ({', '.join(map(str, effects.seeds))}), differences paired by seed. Recipe of all: {recipe}."
+    )
+    if effects.left_out:
+        note += f" Left out, since not trained with every head: {', '.join(effects.left_out)}."
+    return build_table("Effects of head and backbone", effects.rows, columns, note)
+
+
 def structure(rows: Sequence[CandidateResult]) -> Table:
     """Return parameters and operations by part, levels, strides, size on disk."""
     columns: Columns[tuple[str, dict[str, Any]]] = [
@@ -207,7 +220,7 @@ def structure(rows: Sequence[CandidateResult]) -> Table:
         *((f"{p}, GFLOPs", lambda x, p=p: number(x[1]["parts"][p]["gflops"])) for p in PARTS),
         ("all, GFLOPs", lambda x: number(x[1]["gflops"])),
         ("deployed, GFLOPs", lambda x: number(x[1]["deployed_gflops"])),
-        ("levels read (channels@stride)", lambda x: text(", ".join(f"{c}@{s}" for s, c in x[1]["levels"]))),
+        ("levels read (channels@stride)", lambda x: text(_levels(x[1], ", "))),
         ("strides of the head", lambda x: Cell(", ".join(map(str, x[1]["strides"])))),
         ("side", lambda x: number(x[1]["side"])),
         ("MB on disk", lambda x: number(x[1]["disk_mb"])),
@@ -219,28 +232,35 @@ def structure(rows: Sequence[CandidateResult]) -> Table:
     return build_table("Structure", [(r.label, r.structure) for r in measured(rows) if r.structure], columns, note)
 
 
+def _levels(found: Mapping[str, Any], separator: str) -> str:
+    return separator.join(f"{channels}@{stride}" for stride, channels in found["levels"])
+
+
 def latency(rows: Sequence[CandidateResult]) -> Table:
     """Return a row per candidate, runtime, form and batch size; ranks are within each of the latter three."""
-    groups: dict[tuple[bool, str, int], dict[str, tuple[CandidateResult, Latency]]] = {}
+    groups: dict[tuple[bool, str, int], dict[str, Latency]] = {}
     for row in measured(rows):
         for x in row.latencies:
-            groups.setdefault((x.form == TRAINING, x.runtime, x.batch), {})[row.label] = row, x
+            groups.setdefault((x.form == TRAINING, x.runtime, x.batch), {})[row.label] = x
     lines = []
     for key in sorted(groups):
-        in_group = ranks({label: x.total for label, (_, x) in groups[key].items()})
-        lines += [(row, x, rank(in_group)(row)) for row, x in groups[key].values()]
-    columns: Columns[tuple[CandidateResult, Latency, Cell]] = [
+        in_group = ranks({label: x.total for label, x in groups[key].items()})
+        lines += [(label, x, rank(in_group, label)) for label, x in groups[key].items()]
+
+    def memory(line: tuple[str, Latency, Cell]) -> Mapping[str, Any]:
+        return vars(line[1])
+
+    columns: Columns[tuple[str, Latency, Cell]] = [
         ("runtime", lambda x: text(x[1].runtime)),
         ("form", lambda x: text(x[1].form)),
         ("batch", lambda x: number(x[1].batch)),
-        ("candidate", lambda x: text(x[0].label)),
+        ("candidate", lambda x: text(x[0])),
         *((f"{stage}, ms", lambda x, stage=stage: number(x[1].times[stage].middle)) for stage in STAGES),
         ("all, ms", lambda x: spread(x[1].total)),
         ("rank", lambda x: x[2]),
         ("images/s", lambda x: number(1000 / x[1].total.middle)),
         ("file, MB", lambda x: number(x[1].disk_mb)),
-        ("peak, MB", lambda x: peak(vars(x[1]))),
-        ("of it model", lambda x: peak_of_model(vars(x[1]))),
+        *memory_columns("", memory),
         ("file differs by, px", lambda x: number((x[1].verification or {}).get("px"), 2)),
     ]
     note = (
@@ -253,21 +273,18 @@ def latency(rows: Sequence[CandidateResult]) -> Table:
 def training(rows: Sequence[CandidateResult]) -> Table:
     """Return speed and memory of a training step."""
     speeds = {r.label: s for r in measured(rows) if (s := r.images_per_s)}
-
-    def memory(name: str) -> Callable[[CandidateResult], Cell]:
-        return lambda row: number((row.training_memory or {}).get(name))
+    speed_ranks = ranks(speeds, smaller_is_better=False)
 
     columns: Columns[CandidateResult] = [
         ("candidate", lambda r: text(r.label)),
         ("images/s", lambda r: spread(speeds.get(r.label))),
-        ("rank", rank(ranks(speeds, smaller_is_better=False))),
+        ("rank", lambda r: rank(speed_ranks, r.label)),
         ("ms per image", lambda r: number(r.step.middle if r.step else None)),
-        ("peak, MB", memory("peak_mb")),
-        ("of it model", lambda r: peak_of_model(r.training_memory)),
-        ("reserved, MB", memory("reserved_mb")),
-        ("kept for backward, MB", memory("kept_mb")),
-        ("batch", memory("batch")),
-        ("precision", lambda r: text((r.training_memory or {}).get("amp"))),
+        *memory_columns("", training_memory),
+        ("reserved, MB", lambda r: number(training_memory(r).get("reserved_mb"))),
+        ("kept for backward, MB", lambda r: number(training_memory(r).get("kept_mb"))),
+        ("batch", lambda r: number(training_memory(r).get("batch"))),
+        ("precision", lambda r: text(training_memory(r).get("amp"))),
     ]
     note = (
         "A training step: forward, loss, backward, optimizer; without the loader. On a CPU the peak is the resident "
@@ -277,30 +294,49 @@ def training(rows: Sequence[CandidateResult]) -> Table:
     return build_table("Training step", shown, columns, note)
 
 
-def _seeds(row: CandidateResult) -> Cell:
-    seeds = row.accuracy.seeds if row.accuracy else None
-    return text("as given" if seeds is None else ", ".join(map(str, seeds)))
+def _accuracy_columns(rows: Sequence[CandidateResult]) -> Columns[CandidateResult]:
+    """Return mAP50-95, its range and rank, then the other metrics, as mean and standard deviation over the seeds.
+
+    There are no ranks where the accuracies cannot be ranked, nor for candidates below the floor.
+    """
+    maps = {row.label: row.accuracy.map_range() for row in measured(rows) if row.accuracy}
+    ranked = {} if unranked_reason(points_of(rows, "", 0)) else maps
+    places = ranks({k: x for k, x in ranked.items() if x.middle >= RANKING_FLOOR}, smaller_is_better=False)
+
+    def metric(name: str) -> Callable[[CandidateResult], Cell]:
+        return lambda row: mean(row.accuracy.metric(name) if row.accuracy else None)
+
+    return [
+        ("mAP50-95", metric("map")),
+        ("range", lambda r: limits_of(maps[r.label] if r.accuracy and r.accuracy.has_interval else None)),
+        ("rank", lambda r: rank(places, r.label)),
+        ("mAP50", metric("map50")),
+        ("precision", metric("precision")),
+        ("recall", metric("recall")),
+    ]
 
 
-def accuracy(rows: Sequence[CandidateResult]) -> Table:
+def accuracy(rows: Sequence[CandidateResult], recipe: str) -> Table:
     """Return mean and standard deviation of the metrics over the seeds."""
+
+    def seeds(row: CandidateResult) -> Cell:
+        found = row.accuracy.seeds if row.accuracy else None
+        return text("as given" if found is None else ", ".join(map(str, found)))
+
     columns: Columns[CandidateResult] = [
         ("candidate", lambda r: text(r.label)),
-        ("seeds", _seeds),
-        ("mAP50-95", metric("map")),
-        ("range", interval),
-        ("rank", rank(accuracy_ranks(rows))),
-        *((name, metric(key)) for name, key in (("mAP50", "map50"), ("precision", "precision"), ("recall", "recall"))),
-        *(
-            (f"{area} objects", lambda r, area=area: mean(r.accuracy.area(area) if r.accuracy else None))
-            for area in AREAS
-        ),
+        ("seeds", seeds),
+        *_accuracy_columns(rows),
+        *((f"{a} objects", lambda r, a=a: mean(r.accuracy.area(a) if r.accuracy else None)) for a in AREAS),
     ]
     note = (
         f"Mean ± standard deviation over the seeds. {RANGE_NOTE} {TIES_NOTE} Small, medium, large: COCO mAP50-95 of "
         "objects of up to 32² px, up to 96² px, and above, in the original images."
     )
-    return build_table("Accuracy", [row for row in measured(rows) if row.accuracy], columns, note)
+    shown = [row for row in measured(rows) if row.accuracy]
+    if any(row.accuracy and row.accuracy.seeds is not None for row in shown):
+        note += f" Recipe of all trainings: {recipe}."
+    return build_table("Accuracy", shown, columns, note)
 
 
 def classes(rows: Sequence[CandidateResult]) -> Table:
@@ -322,17 +358,27 @@ def failures(rows: Sequence[CandidateResult]) -> Table:
 # ---- text and CSV ---------------------------------------------------------------------------------------------------
 
 
-def as_text(table: Table) -> str:
-    """Return a table for a terminal: texts aligned to the left, numbers to the right."""
+def as_text(table: Table, columns: int) -> str:
+    """Return a table for a terminal: texts aligned to the left, numbers to the right.
+
+    Args:
+        table: to format.
+        columns: of the terminal; what does not fit beside the first `MIN_COLUMNS` is left out.
+    """
     lines = [table.header, *(tuple(cell.text for cell in row) for row in table.rows)]
-    widths = [max(_width(line[i]) for line in lines) for i in range(len(table.header))]
-    left = [any(not isinstance(row[i].value, float) and row[i].text != NOTHING for row in table.rows)
-            for i in range(len(widths))]  # fmt: skip
+    widths = [max(map(_width, column)) for column in zip(*lines)]
+    shown = max(sum(end <= columns for end in accumulate(width + 2 for width in widths)), MIN_COLUMNS)
+    is_text = [
+        any(not isinstance(cell.value, float) and cell.text != NOTHING for cell in column)
+        for column in zip(*table.rows)
+    ]
     out = [table.title]
     for line in lines:
         pads = (" " * (width - _width(cell)) for cell, width in zip(line, widths))
-        cells = (cell + pad if is_left else pad + cell for cell, pad, is_left in zip(line, pads, left))
-        out.append("  ".join(cells).rstrip())
+        cells = [cell + pad if left else pad + cell for cell, pad, left in zip(line, pads, is_text)]
+        out.append("  ".join(cells[:shown]).rstrip())
+    if len(widths) > shown:
+        out.append(f"(also in the report: {', '.join(table.header[shown:])})")
     return "\n".join(out)
 
 
@@ -342,19 +388,35 @@ def _width(cell: str) -> int:
     return len(cell) + wide - sum(bool(unicodedata.combining(c)) for c in cell)
 
 
-def as_csv(rows: Sequence[CandidateResult], pick: Pick) -> str:
-    """Return a line per candidate with all values in full."""
-    flat = [dict(_flat(row, pick)) for row in rows]
-    names = list(dict.fromkeys(name for line in flat for name in line))
+def as_csv(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return CSV with a column for every key, in the order of their first use."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, names, lineterminator="\n", restval="")
+    names = dict.fromkeys(name for line in lines for name in line)
+    writer = csv.DictWriter(out, list(names), lineterminator="\n", restval="")
     writer.writeheader()
-    writer.writerows(flat)
+    writer.writerows(lines)
     return out.getvalue()
+
+
+def csv_lines(rows: Sequence[CandidateResult], pick: Pick) -> list[dict[str, Any]]:
+    """Return a line per candidate with all values in full."""
+    return [dict(_flat(row, pick)) for row in rows]
+
+
+def effect_lines(effects: Effects) -> list[dict[str, Any]]:
+    """Return a line per head and backbone with all values in full."""
+    lines = []
+    for x in effects.rows:
+        line: dict[str, Any] = {"factor": x.factor, "level": x.level, "seeds": " ".join(map(str, effects.seeds))}
+        for name, found in (("map", x.accuracy), ("difference", x.difference), ("gain", x.gain)):
+            line |= dict(_spread_columns(name, found)) if found else {}
+        lines.append({**line, "latency_ms": x.latency_ms})
+    return lines
 
 
 def _flat(row: CandidateResult, pick: Pick) -> Iterable[tuple[str, Any]]:
     yield from (("candidate", row.label), ("given", row.candidate.given))
+    yield from (("backbone", row.candidate.backbone), ("head", row.candidate.head))
     yield "status", "failed" if row.failure is not None else "measured"
     yield "reason", row.failure or "; ".join(row.notes)
     yield "pick", int(row.label == pick.label)
@@ -365,7 +427,7 @@ def _flat(row: CandidateResult, pick: Pick) -> Iterable[tuple[str, Any]]:
         for name in ("parameters", "deployed_parameters", "gflops", "deployed_gflops", "side", "disk_mb"):
             yield name, row.structure[name]
         yield "strides", " ".join(map(str, row.structure["strides"]))
-        yield "levels", " ".join(f"{channels}@{stride}" for stride, channels in row.structure["levels"])
+        yield "levels", _levels(row.structure, " ")
     for found in row.latencies:
         head = f"{found.runtime}_{found.form}_b{found.batch}"
         yield from _spread_columns(f"{head}_ms", found.total)

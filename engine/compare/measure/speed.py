@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from tqdm import tqdm
@@ -58,175 +57,163 @@ def groups_of_phases(config: CompareConfig, step_batch: int) -> list[list[Phase]
     return groups
 
 
-@dataclass
-class PhaseEntry:
-    """A candidate in a phase.
+class PhaseRun:
+    """One phase: open and warm up all candidates, and measure them in rounds.
+
+    Args:
+        context: of the comparison.
+        phase: what is measured.
+        workers: processes by label; those that are missing are started.
 
     Attributes:
-        row: the candidate.
-        file: checkpoint or exported file that is run.
-        export: size and verification of the file.
-        opened: what opening returned: `took`, `peak_mb`, ...; None before.
-        failure: why it was not measured.
+        results: plain values by label, which are stored.
+        is_final: False after a failure that may not occur again.
     """
 
-    row: CandidateResult
-    file: str = ""
-    export: Mapping[str, Any] = field(default_factory=dict)
-    opened: dict[str, Any] | None = None
-    failure: JobFailedError | None = None
+    def __init__(self, context: Context, phase: Phase, workers: dict[str, Worker]) -> None:
+        self.context, self.phase, self.workers = context, phase, workers
+        self.results: dict[str, dict[str, Any]] = {}
+        self.is_final = True
 
-    def result(self, spreads: Mapping[str, Spread] | None) -> dict[str, Any]:
-        """Return the plain values to store."""
-        if spreads is None or self.opened is None:
-            return {"failure": str(self.failure)}
-        memory = {k: v for k, v in self.opened.items() if k in ("side", "peak_mb", "baseline_mb")}
-        return {**self.export, **memory, "times": {name: asdict(spread) for name, spread in spreads.items()}}
+    def measure(self, rows: Sequence[CandidateResult]) -> dict[str, Any]:
+        """Fill the results. Returns the conditions: rounds, calls per turn, clocks before and after."""
+        files = {row.label: self._file(row) for row in rows}
+        before, config = clocks(self.context.device), self.context.config
+        pending = [row for row in rows if row.label not in self.results]
+        for row in pending:  # all processes start before the first one is waited for
+            if row.label not in self.workers:
+                self.workers[row.label] = self.context.worker(row)
+        opened = {
+            row.label: found
+            for row in tqdm(pending, desc=f"warm-up: {self.phase}", bar_format=BAR, leave=False)
+            if (found := self._open(row, files[row.label].pop("path", "")))
+        }
+        took = {label: float(found["took"]) for label, found in opened.items()}
+        rounds = rounds_that_fit(took, config.seconds, config.rounds)
+        calls = {label: calls_per_visit(seconds) for label, seconds in took.items()}
+        with tqdm(total=rounds * len(took), desc=str(self.phase), unit="turn", bar_format=BAR) as bar:
+            spreads = run_rounds(
+                list(took), rounds, lambda label: self._run(label, "visit", calls=calls[label]), bar.update
+            )
+        for label, times in spreads.items():
+            self._run(label, "close")
+            memory = {k: v for k, v in opened[label].items() if k in ("side", "peak_mb", "baseline_mb")}
+            self.results[label] = {**files[label], **memory, "times": {k: asdict(x) for k, x in times.items()}}
+        after = clocks(self.context.device)
+        return {"phase": str(self.phase), "rounds": rounds, "calls": calls, "before": before, "after": after}
+
+    def _file(self, row: CandidateResult) -> dict[str, Any]:
+        """Return path, size and verification of the file that is run, which is exported where the runtime needs it."""
+        if self.phase.runtime == PYTORCH:
+            path = row.weights
+            return {"path": str(path), "disk_mb": path.stat().st_size / MB if path and path.is_file() else None}
+        config, name = self.context.config, f"{safe(row.label)}-{row.weights_key}"
+        folder = self.context.exports / name / f"{self.phase.runtime}-{self.phase.batch}"
+        with self.context.worker(row) as worker:  # of its own: an export would count as memory of the inference
+            try:
+                return worker.run(
+                    "export", weights=str(row.weights), folder=folder, format=self.phase.runtime,
+                    batch=self.phase.batch, imgsz=config.imgsz, data=config.data,
+                )  # fmt: skip
+            except JobFailedError as error:
+                self._fail(row.label, error)
+                return {}
+
+    def _open(self, row: CandidateResult, path: str) -> dict[str, Any] | None:
+        sample, batch = self.context.sample, self.phase.batch
+        if self.phase.form == STEP:
+            recipe = self.context.step_recipe(row)
+            return self._run(row.label, "open_training", sample=sample, recipe=recipe, batch=batch)
+        return self._run(
+            row.label, "open_inference", weights=path, sample=sample, batch=batch, imgsz=self.context.config.imgsz,
+            training_form=self.phase.form == TRAINING,
+        )  # fmt: skip
+
+    def _run(self, label: str, job: str, **arguments: Any) -> Any:  # noqa: ANN401
+        """Run a job of a candidate; None when it fails, which is then its result."""
+        try:
+            return self.workers[label].run(job, **arguments)
+        except JobFailedError as error:
+            self._fail(label, error)
+            return None
+
+    def _fail(self, label: str, error: JobFailedError) -> None:
+        self.results[label] = {"failure": error.reason}
+        self.is_final = self.is_final and error.kind not in TRANSIENT
+        LOGGER.warning("%s: %s: %s", label, self.phase, error.reason)
 
 
-class Speed:
+def measure_speed(context: Context, rows: Sequence[CandidateResult]) -> list[dict[str, Any]]:
     """Measure phase by phase; stored phases are not measured again.
 
     Args:
         context: of the comparison.
         rows: the candidates; latencies and training speed are added to them.
+
+    Returns:
+        Conditions of each phase.
     """
+    conditions: list[dict[str, Any]] = []
+    try:
+        for group in groups_of_phases(context.config, context.step_batch):
+            missing = [phase for phase in group if not _take_stored(context, phase, rows, conditions)]
+            if missing:
+                _write_initial(context, rows)
+                _measure_group(context, missing, measured(rows), conditions)
+    finally:
+        for folder in (context.exports, context.initial):
+            shutil.rmtree(folder, ignore_errors=True)
+    return conditions
 
-    def __init__(self, context: Context, rows: Sequence[CandidateResult]) -> None:
-        self.context, self.rows = context, measured(rows)
-        self.conditions: list[dict[str, Any]] = []
-        self.workers: dict[str, Worker] = {}
 
-    def run(self) -> list[dict[str, Any]]:
-        """Measure everything. Returns the conditions of each phase: rounds, calls per turn, clocks before and after."""
-        try:
-            for group in groups_of_phases(self.context.config, self.context.step_batch):
-                missing = [phase for phase in group if not self._take_stored(phase)]
-                if missing and self.rows:
-                    self._measure_group(missing)
-        finally:
-            for folder in (self.context.exports, self.context.initial):
-                shutil.rmtree(folder, ignore_errors=True)
-        return self.conditions
+def _key(context: Context, phase: Phase, rows: Sequence[CandidateResult]) -> str:
+    """Return the key of a phase: its results belong to the candidates that were measured in the same rounds."""
+    weights = [[row.candidate.key, row.weights_key] for row in measured(rows)]
+    return digest([vars(phase), weights, context.measuring_key, context.config.rounds, context.config.seconds])
 
-    def _key(self, phase: Phase) -> str:
-        config = self.context.config
-        weights = [[row.candidate.key, row.weights_key] for row in self.rows]
-        return digest([vars(phase), weights, self.context.measuring_key, config.rounds, config.seconds])
 
-    def _take_stored(self, phase: Phase) -> bool:
-        """Use stored results, which were measured in the same rounds for the same candidates."""
-        stored = self.context.store.find("speed", self._key(phase))
-        if stored is None:
-            return False
-        for row, result in zip(self.rows, stored["results"], strict=True):
-            _add(row, phase, result)
-        self.conditions.append({**stored["conditions"], "stored": True})
-        return True
+def _take_stored(
+    context: Context, phase: Phase, rows: Sequence[CandidateResult], conditions: list[dict[str, Any]]
+) -> bool:
+    stored = context.store.find("speed", _key(context, phase, rows))
+    if stored is None:
+        return False
+    for row, result in zip(measured(rows), stored["results"], strict=True):
+        _add(row, phase, result)
+    conditions.append({**stored["conditions"], "stored": True})
+    return True
 
-    def _measure_group(self, phases: Sequence[Phase]) -> None:
-        for row in self.rows:
-            if row.weights is not None and not row.weights.is_file():  # structure is stored, its checkpoint is not
-                try:
-                    with self.context.worker(row) as worker:
-                        worker.run("initial", checkpoint=str(row.weights))
-                except JobFailedError as error:
-                    row.failure = error.reason
-        self.rows = measured(self.rows)
-        entries = {phase: self._entries(phase) for phase in phases}
-        try:
-            with logging_redirect_tqdm():
-                for phase in phases:
-                    self._measure(phase, entries[phase])
-        finally:
-            for worker in self.workers.values():
-                worker.close()
-            self.workers.clear()
 
-    def _entries(self, phase: Phase) -> list[PhaseEntry]:
-        """Return the candidates with their files, exported where the runtime needs it."""
-        if phase.runtime == PYTORCH:
-            return [PhaseEntry(row, str(row.weights), {"disk_mb": _size_mb(row.weights)}) for row in self.rows]
-        entries = [PhaseEntry(row) for row in self.rows]
-        for entry in tqdm(entries, desc=f"export: {phase.runtime}, batch {phase.batch}", bar_format=BAR):
-            row, config = entry.row, self.context.config
-            folder = self.context.exports / f"{safe(row.label)}-{row.weights_key}" / f"{phase.runtime}-{phase.batch}"
-            with self.context.worker(row) as worker:
-                try:
-                    made = worker.run(
-                        "export", weights=str(row.weights), folder=folder, format=phase.runtime, batch=phase.batch,
-                        imgsz=config.imgsz, data=config.data,
-                    )  # fmt: skip
-                    entry.file, entry.export = made.pop("path"), made
-                except JobFailedError as error:
-                    entry.failure = error
-        return entries
-
-    def _measure(self, phase: Phase, entries: Sequence[PhaseEntry]) -> None:
-        """Open, warm up, measure in rounds, close, and store the results."""
-        before, config = clocks(self.context.device), self.context.config
-        pending = [entry for entry in entries if entry.failure is None]
-        for entry in pending:  # all processes start before the first one is waited for
-            label = entry.row.label
-            if label not in self.workers or not self.workers[label].is_alive:
-                if label in self.workers:
-                    self.workers[label].close()
-                self.workers[label] = self.context.worker(entry.row)
-        for entry in tqdm(pending, desc=f"warm-up: {phase}", bar_format=BAR, leave=False):
-            self._open(phase, entry)
-        ready = {entry.row.label: entry for entry in pending if entry.opened}
-        took = {label: float(entry.opened["took"]) for label, entry in ready.items() if entry.opened}
-        rounds = rounds_that_fit(took, config.seconds, config.rounds)
-        calls = {label: calls_per_visit(seconds) for label, seconds in took.items()}
-
-        def time_calls(label: str) -> Mapping[str, float] | None:
+def _write_initial(context: Context, rows: Sequence[CandidateResult]) -> None:
+    """Write the checkpoints of candidates whose structure is stored, but whose random weights are not."""
+    for row in measured(rows):
+        if row.weights is not None and not row.weights.is_file():
             try:
-                return self.workers[label].run("visit", calls=calls[label])
+                with context.worker(row) as worker:
+                    worker.run("write_initial", checkpoint=str(row.weights))
             except JobFailedError as error:
-                ready[label].failure = error
-                return None
+                row.failure = error.reason
 
-        with tqdm(total=rounds * len(ready), desc=str(phase), unit="turn", bar_format=BAR) as bar:
-            spreads = run_rounds(list(ready), rounds, time_calls, bar.update)
-        for label in spreads:
-            try:
-                self.workers[label].run("close")
-            except JobFailedError:
-                continue
-        after = clocks(self.context.device)
-        conditions = {"phase": str(phase), "rounds": rounds, "calls": calls, "before": before, "after": after}
-        self._store(phase, entries, spreads, conditions)
 
-    def _open(self, phase: Phase, entry: PhaseEntry) -> None:
-        worker, sample = self.workers[entry.row.label], self.context.sample
-        try:
-            if phase.form == STEP:
-                recipe = self.context.recipe(entry.row)
-                entry.opened = worker.run("open_training", sample=sample, recipe=recipe, batch=phase.batch)
-            else:
-                entry.opened = worker.run(
-                    "open_inference", weights=entry.file, sample=sample, batch=phase.batch,
-                    imgsz=self.context.config.imgsz, training_form=phase.form == TRAINING,
-                )  # fmt: skip
-        except JobFailedError as error:
-            entry.failure = error
-
-    def _store(
-        self,
-        phase: Phase,
-        entries: Sequence[PhaseEntry],
-        spreads: Mapping[str, Mapping[str, Spread]],
-        conditions: dict[str, Any],
-    ) -> None:
-        results = [entry.result(spreads.get(entry.row.label)) for entry in entries]
-        for entry, result in zip(entries, results):
-            _add(entry.row, phase, result)
-            if entry.failure:
-                LOGGER.warning("%s: %s: %s", entry.row.label, phase, entry.failure)
-        self.conditions.append(conditions)
-        if not any(entry.failure and entry.failure.kind in TRANSIENT for entry in entries):
-            content = {"results": results, "conditions": conditions}
-            self.context.store.save("speed", self._key(phase), content, [str(phase), [e.row.label for e in entries]])
+def _measure_group(
+    context: Context, phases: Sequence[Phase], rows: Sequence[CandidateResult], conditions: list[dict[str, Any]]
+) -> None:
+    workers: dict[str, Worker] = {}
+    try:
+        with logging_redirect_tqdm():
+            for phase in phases if rows else ():
+                run = PhaseRun(context, phase, workers)
+                conditions.append(run.measure(rows))
+                results = [run.results[row.label] for row in rows]
+                for row, result in zip(rows, results):
+                    _add(row, phase, result)
+                if run.is_final:
+                    content = {"results": results, "conditions": conditions[-1]}
+                    about = [str(phase), [row.label for row in rows]]
+                    context.store.save("speed", _key(context, phase, rows), content, about)
+    finally:
+        for worker in workers.values():
+            worker.close()
 
 
 def _add(row: CandidateResult, phase: Phase, result: Mapping[str, Any]) -> None:
@@ -239,7 +226,3 @@ def _add(row: CandidateResult, phase: Phase, result: Mapping[str, Any]) -> None:
         row.step = times[STEP]
     else:
         row.latencies.append(Latency(**vars(phase), **{**result, "times": times}))
-
-
-def _size_mb(path: Path | None) -> float | None:
-    return path.stat().st_size / MB if path is not None and path.is_file() else None

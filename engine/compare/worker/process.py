@@ -27,7 +27,8 @@ MEMORY_WORDS = ("not enough memory", "can't allocate memory", "out of memory", "
 MAX_REASON = 300
 OOM_SCORE = "500"  # the kernel ends these processes before any other of the user's
 TICK_S = 0.5
-EXIT_WAIT_S = 5.0
+EXIT_WAIT_S = 5.0  # for the exit status of a process that has closed its connection
+CLOSE_WAIT_S = 2.0  # for a process to end by itself
 
 
 class JobFailedError(Exception):
@@ -52,11 +53,15 @@ class Worker:
     """
 
     def __init__(self, setting: Setting, log: Path) -> None:
-        self.log = log
+        self.setting, self.log = setting, log
         make_folder(log.parent)
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, setting, log), daemon=False)  # it has loaders
+        arguments = theirs, self.setting, self.log
+        self._process = context.Process(target=serve, args=arguments, daemon=False)  # it has loaders
         self._process.start()
         theirs.close()
 
@@ -71,16 +76,18 @@ class Worker:
         return self._process.is_alive()
 
     def run(self, job: str, tick: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
-        """Run a job in the process and return its result.
+        """Run a job in the process and return its result. After a crash a new process is started.
 
         Args:
-            job: key of `engine.compare.worker.jobs.JOBS`.
+            job: method of `engine.compare.worker.jobs.CandidateJobs`.
             tick: called twice a second while waiting.
             arguments: of the job.
 
         Raises:
             JobFailedError: the job failed, or the process ended.
         """
+        if self._connection.closed:
+            self._start()
         try:
             self._connection.send((job, arguments))
             while not self._connection.poll(TICK_S):
@@ -89,7 +96,9 @@ class Worker:
                     raise EOFError
             kind, result = self._connection.recv()
         except (EOFError, OSError):
-            raise JobFailedError(*self._exit_reason()) from None
+            reason = self._exit_reason()
+            self.close()
+            raise JobFailedError(*reason) from None
         if kind:
             raise JobFailedError(kind, result)
         return result
@@ -109,14 +118,15 @@ class Worker:
             LOGGER.warning("a process did not end within %g s; its work since the last epoch is lost", patience)
 
     def close(self) -> None:
-        """Kill the process group: the process and its loaders."""
+        """End the process; one that does not end by itself is killed with its process group, its loaders included."""
+        self._connection.close()
+        self._process.join(CLOSE_WAIT_S)
         if self.is_alive:
             try:
                 os.killpg(self.pid, signal.SIGKILL)
             except (AttributeError, ProcessLookupError, PermissionError):  # no groups on Windows; none yet
                 self._process.kill()
             self._process.join()
-        self._connection.close()
 
     def __enter__(self) -> Worker:
         return self
@@ -136,16 +146,16 @@ def serve(connection: Connection, setting: Setting, log: Path) -> None:
         os.dup2(stream.fileno(), 2)
     _raise_oom_score()
     configure_logging()
-    from engine.compare.worker.jobs import JOBS, State
+    from engine.compare.worker.jobs import CandidateJobs
 
-    state = State(setting)
-    failure = answer(JOBS["setup"], state, {})
+    jobs = CandidateJobs(setting)
+    failure = answer(jobs.setup, {})
     while True:
         try:
             job, arguments = connection.recv()
         except EOFError:
             return
-        connection.send(failure if failure[0] else answer(JOBS[job], state, arguments))
+        connection.send(failure if failure[0] else answer(getattr(jobs, job), arguments))
 
 
 def _exit_with_parent() -> None:
@@ -162,10 +172,10 @@ def _raise_oom_score() -> None:
         return
 
 
-def answer(work: Callable[..., Any], state: Any, arguments: dict[str, Any]) -> tuple[str, Any]:
+def answer(work: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, Any]:
     """Run a job; return ("", result), or (kind, reason in one line) when it failed."""
     try:
-        return "", work(state, **arguments)
+        return "", work(**arguments)
     except Exception as error:  # noqa: BLE001 -- whatever a candidate raises is reported in its row
         if not isinstance(error, UserError):
             sys.excepthook(*sys.exc_info())  # into the log of the process

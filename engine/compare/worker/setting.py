@@ -17,11 +17,13 @@ class Setting:
         threads: of PyTorch; 0 = its own choice.
         memory: bytes that may be allocated on a CPU; infinity = no limit.
         plugin: files that register backbones.
+        head: as `--head` of train.py; None = the head of the file.
     """
 
     file: Path
     names: dict[int, str]
-    device: str
-    threads: int
-    memory: float
-    plugin: tuple[str, ...]
+    device: str = "cpu"
+    threads: int = 0
+    memory: float = float("inf")
+    plugin: tuple[str, ...] = ()
+    head: str | None = None

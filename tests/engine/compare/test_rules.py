@@ -15,14 +15,15 @@ import torch
 
 from data.config import load_data_config
 from engine.compare import store
-from engine.compare.candidates import unique_labels, write_spec
+from engine.compare.candidates import resolve, unique_labels, write_spec
 from engine.compare.config import CompareConfig
+from engine.compare.context import resolve_recipe
 from engine.compare.measure import rounds
 from engine.compare.measure.bootstrap import ImageBootstrap
-from engine.compare.measure.detector import SampleImages, kept_for_backward, training_batch
+from engine.compare.measure.detector import kept_for_backward, training_batch
 from engine.compare.measure.rounds import Spread
 from engine.compare.measure.speed import groups_of_phases
-from engine.compare.pareto import Limits, Point, front, misses, pick
+from engine.compare.pareto import Limits, Point, excesses, front, pick
 from engine.compare.results import Accuracy
 from engine.compare.store import Store
 from engine.compare.worker.jobs import levels_read, objects_by_area
@@ -261,9 +262,11 @@ def test_map_range_holds_seeds_and_bootstrap():
 
 def test_every_limit_counts():
     tight = Limits(latency_ms=1, parameters_m=1, gflops=1, memory_mb=1)
-    broken = misses(point(2, 0.5, 3.0, gflops=4.0, memory_mb=5.0), tight)
-    assert broken == ("latency 2 ms > 1", "parameters 3 M > 1", "operations 4 GFLOPs > 1", "memory 5 MB > 1")
-    assert misses(point(1, 0.5, 1.0, gflops=1.0, memory_mb=1.0), tight) == ()
+    found = excesses(point(2, 0.5, 3.0, gflops=4.0, memory_mb=5.0), tight)
+    assert found == [
+        ("latency 2 ms > 1", 2), ("parameters 3 M > 1", 3), ("operations 4 GFLOPs > 1", 4), ("memory 5 MB > 1", 5),
+    ]  # fmt: skip
+    assert excesses(point(1, 0.5, 1.0, gflops=1.0, memory_mb=1.0), tight) == []
 
 
 # ---- keys and stored results ----------------------------------------------------------------------------------------
@@ -386,6 +389,8 @@ def test_levels_that_the_neck_reads(cfg, expected):
         ("did you mean 'onnx'", {"cfg": ["a"], "runtimes": ["onxx"]}),
         ("is repeated", {"cfg": ["a"], "seeds": [1, 1]}),
         ("--epochs: -1 is out of range", {"cfg": ["a"], "epochs": -1}),
+        ("--head fre: unknown head; allowed: anchor, free; did you mean 'free'", {"cfg": ["a"], "head": ["fre"]}),
+        ("--head: free free is repeated", {"cfg": ["a"], "head": ["free", "free"]}),
     ],
 )
 def test_check_refuses_invalid_options(words, options):
@@ -399,6 +404,31 @@ def test_command_words_hold_the_given_options():
     assert config.command_words("compare.py") == words.replace(" --", "|--").replace(
         "python compare.py", "python|compare.py"
     ).split("|")
+
+
+def test_resolve_combines_every_cfg_with_every_head(dataset, tmp_path):
+    data = load_data_config(dataset)
+    options = {"cfg": ["yolov5n.yaml", "yolov5s.yaml"], "data": str(dataset)}
+    found = resolve(CompareConfig(**options, head=["anchor", "free"]), data, tmp_path)
+    assert [c.label for c in found] == ["yolov5n (anchor)", "yolov5n (free)", "yolov5s (anchor)", "yolov5s (free)"]
+    assert [(c.backbone, c.head) for c in found[1:3]] == [("yolov5n", "free"), ("yolov5s", "anchor")]
+    assert len({c.key for c in found}) == 4
+    (plain,) = resolve(CompareConfig(cfg=["yolov5n.yaml"], data=str(dataset)), data, tmp_path)
+    assert (plain.label, plain.backbone, plain.head) == ("yolov5n", "yolov5n", None)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, ("SGD", 0.01, "SGD")),
+        ({"optimizer": "AdamW"}, ("AdamW", 0.01, "AdamW")),
+        ({"hyp": "hyp.auto.yaml", "epochs": 3}, ("AdamW", 0.002 * 5 / 6, "auto")),  # 2 classes
+        ({"hyp": "hyp.auto.yaml", "optimizer": "SGD"}, ("SGD", 0.01, "SGD")),
+    ],
+)
+def test_recipe_is_chosen_as_in_training(dataset, options, expected):
+    optimizer, hyp = resolve_recipe(CompareConfig(cfg=["a"], **options), load_data_config(dataset))
+    assert (optimizer, hyp.lr0, hyp.optimizer) == (expected[0], pytest.approx(expected[1], abs=1e-6), expected[2])
 
 
 # ---- failures --------------------------------------------------------------------------------------------
@@ -438,15 +468,14 @@ def test_exit_reason(status, kind, words):
 def test_bytes_kept_for_backward():
     linear = torch.nn.Linear(10, 20, bias=False)
     x = torch.rand(5, 10)
-    skipped = {linear.weight.untyped_storage().data_ptr(): "weight"}
-    assert kept_for_backward(lambda: linear(x).sum(), skipped) == 5 * 10 * 4  # the input, for the weight's gradient
+    assert kept_for_backward(lambda: linear(x).sum(), linear) == 5 * 10 * 4  # the input, for the weight's gradient
     # relu keeps its output, of 5 x 20; once, although two operations use it
-    assert kept_for_backward(lambda: linear(x).relu().square().sum(), skipped) == 5 * 10 * 4 + 5 * 20 * 4
+    assert kept_for_backward(lambda: linear(x).relu().square().sum(), linear) == 5 * 10 * 4 + 5 * 20 * 4
 
 
 def test_labels_follow_the_images_into_the_square():
     wide = np.zeros((50, 100, 3), np.uint8)
-    sample = SampleImages((wide,), (np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32),))
+    sample = [(wide, np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32))]
     images, targets = training_batch(sample, 2, 64)
     assert images.shape == (2, 3, 64, 64)
     expected = [[0, 1, 0.5, 0.5, 0.2, 0.5], [1, 1, 0.5, 0.5, 0.2, 0.5]]  # half as high as the square, in its middle

@@ -120,6 +120,22 @@ def test_compare_two_models_and_an_invalid_one(place, monkeypatch):
     assert not (place / "runs/cache/initial").exists() and not (place / "runs/cache/exports").exists()
 
 
+@pytest.mark.slow
+def test_compare_trains_every_model_with_every_head(place, tmp_path):
+    more = {"head": ["anchor", "free"], "epochs": 2, "seeds": [0, 1], "batch_size": 4, "project": str(tmp_path)}
+    found = compare_script.run(**options(place, "tiny", "small", **more))
+    labels = ["tiny (anchor)", "tiny (free)", "small (anchor)", "small (free)"]
+    assert [(row.label, row.failure, row.notes) for row in found.rows] == [(label, None, []) for label in labels]
+    heads = [read_checkpoint(row.weights).spec["head"][-1][2] for row in found.rows]
+    assert heads == ["Detect", "AnchorFreeDetect"] * 2
+    assert {p.name for p in found.folder.iterdir()} == FILES | {"effects.csv"}
+    with open(found.folder / "effects.csv") as stream:
+        assert [line["level"] for line in csv.DictReader(stream)] == ["anchor", "free", "tiny", "small"]
+    page = (found.folder / "report.html").read_text()
+    assert "hyp.scratch-low.yaml, SGD, lr0 0.01, 2 epochs at 64 pixels, batch 4" in page
+    assert page.count('<use href="#sample0"/>') == 4  # every candidate's detections on the same image
+
+
 def test_require_candidates_gives_all_reasons():
     rows = [CandidateResult(Candidate(n, n, Path(n), None, n), failure=f"{n}.yaml:3: no") for n in ("a", "b")]
     with pytest.raises(
@@ -182,7 +198,7 @@ def test_exclusive_refuses_a_second_comparison(tmp_path):
 
 
 def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
-    return Worker(Setting(path, {0: "a"}, "cpu", 1, memory, ()), folder / "log.txt")
+    return Worker(Setting(path, {0: "a"}, "cpu", 1, memory), folder / "log.txt")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
@@ -191,7 +207,7 @@ def test_worker_survives_out_of_memory_and_ends_with_its_connection(place, tmp_p
     with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
         for _ in range(2):
             with pytest.raises(JobFailedError, match="^out of memory .*MB more") as error:
-                process.run("initial", checkpoint=str(tmp_path / "a.pt"))
+                process.run("write_initial", checkpoint=str(tmp_path / "a.pt"))
             assert error.value.kind == MEMORY
         assert process.is_alive
         process._connection.close()

@@ -14,9 +14,10 @@ from matplotlib.transforms import Bbox
 
 from engine.compare import plots, table
 from engine.compare.candidates import Candidate
+from engine.compare.effects import effects_of
 from engine.compare.measure.rounds import Spread
 from engine.compare.pareto import Limits, Pick, points_of
-from engine.compare.results import DEPLOYED, Accuracy, CandidateResult, Latency
+from engine.compare.results import DEPLOYED, STAGES, Accuracy, CandidateResult, Latency
 from engine.report.html import render
 
 
@@ -55,7 +56,7 @@ def result(value: float) -> dict:
 @pytest.fixture
 def rows() -> list[CandidateResult]:
     def row(name: str, ms: float, value: float) -> CandidateResult:
-        found = CandidateResult(Candidate(name, f"{name}.yaml", Path(f"{name}.yaml"), None, name))
+        found = CandidateResult(Candidate(name, f"{name}.yaml", Path(f"{name}.yaml"), None, name, name))
         parts = {part: {"parameters": 500_000, "gflops": 0.5} for part in ("backbone", "neck", "head")}
         found.structure = {
             "parts": parts, "parameters": 1_500_000, "gflops": 1.5, "deployed_parameters": 1_400_000,
@@ -109,7 +110,7 @@ def test_latency_is_ranked_within_runtime_form_and_batch(rows):
 
 
 def test_accuracy_table(rows):
-    found = table.accuracy(rows)
+    found = table.accuracy(rows, "recipe")
     assert found.header[-3:] == ("recall", "small objects", "large objects")  # nothing medium in the dataset
     assert cells(found)[0] == [
         "fast", "0, 1", "0.225 ± 0.035", "[0.200, 0.250]", "2", "0.450 ± 0.071", "0.500 ± 0.000", "0.500 ± 0.000",
@@ -124,8 +125,15 @@ def test_failures_have_their_reasons(rows):
 
 
 def values(rows, **changes) -> dict:
-    tables = table.all_tables(rows, chosen(rows), "pytorch", 1)
-    lists = {"tables": tables, "images": [], "how_measured": ["a", "b"], "phases": [("x",)]}
+    tables = table.all_tables(rows, chosen(rows), "pytorch", 1, "recipe")
+    lists = {
+        "tables": tables,
+        "images": [],
+        "how_measured": ["a", "b"],
+        "phases": [("x",)],
+        "warnings": [],
+        "samples": [],
+    }
     texts = {"title": "T", "verdict": "v", "command": "python compare.py", "date": "now"}
     return {**lists, **texts, "machine": {"cores": 2, "torch": "2"}, **changes}
 
@@ -150,18 +158,95 @@ def test_html_escapes_text_and_marks_the_pick(rows):
 
 
 def test_text_is_aligned(rows):
-    lines = table.as_text(table.training(rows)).splitlines()
+    lines = table.as_text(table.training(rows), 200).splitlines()
     assert lines[0] == "Training step"
     assert lines[2].startswith("fast       250 [200, 500]    1=")
-    assert len(lines[2]) == len(lines[3])
+    assert len(lines[2]) == len(lines[3]) and len(lines) == 4
+
+
+def test_text_leaves_out_columns_beyond_the_terminal(rows):
+    lines = table.as_text(table.training(rows), 60).splitlines()
+    assert max(map(len, lines[:4])) <= 60 and lines[1].endswith("peak, MB")
+    assert lines[4] == "(also in the report: of it model, kept for backward, MB, batch, precision)"
+    narrow = table.as_text(table.failures(rows), 10).splitlines()
+    assert narrow[2].endswith("a|b.yaml:3: no")
 
 
 def test_csv_has_one_line_per_candidate_with_full_numbers(rows):
-    found = list(csv.DictReader(io.StringIO(table.as_csv(rows, chosen(rows)))))
+    found = list(csv.DictReader(io.StringIO(table.as_csv(table.csv_lines(rows, chosen(rows))))))
     assert [line["status"] for line in found] == ["measured", "failed", "measured"]
     assert found[0]["pytorch_deployed_b1_ms_high"] == "3.0"
     assert found[1]["reason"] == "a|b.yaml:3: no" and found[1]["map"] == ""
     assert (found[2]["pick"], found[0]["qualifies"], found[2]["map_class_one"][:5]) == ("1", "0", "0.425")
+
+
+# ---- effects of head and backbone -----------------------------------------------------------------------------------
+
+
+def grid_row(backbone: str, head: str, maps: dict[int, float], ms: float = 2.0) -> CandidateResult:
+    cfg = Path(f"{backbone}.yaml")
+    row = CandidateResult(Candidate(f"{backbone} ({head})", str(cfg), cfg, None, "", backbone, head))
+    row.latencies = [Latency("pytorch", DEPLOYED, 1, 64, dict.fromkeys((*STAGES, "total"), spread(ms)), 800.0)]
+    row.accuracy = Accuracy(tuple(maps), tuple(result(2 * value) for value in maps.values())) if maps else None
+    return row
+
+
+@pytest.fixture
+def grid() -> list[CandidateResult]:
+    return [
+        grid_row("a", "anchor", {0: 0.50, 1: 0.52}, ms=2), grid_row("a", "free", {0: 0.56, 1: 0.54}, ms=3),
+        grid_row("b", "anchor", {0: 0.40, 1: 0.40}, ms=4), grid_row("b", "free", {0: 0.42, 1: 0.46}, ms=5),
+        grid_row("c", "anchor", {0: 0.90, 1: 0.90}), grid_row("c", "free", {}),
+    ]  # fmt: skip
+
+
+def test_effects_are_marginal_means_of_the_full_grid(grid):
+    found = effects_of(grid, "pytorch", 1)
+    assert (found.heads, found.seeds, found.left_out) == (("anchor", "free"), (0, 1), ("c",))
+    by_level = {effect.level: effect for effect in found.rows}
+    anchor, free, a, b = (by_level[name] for name in ("anchor", "free", "a", "b"))
+    assert (anchor.factor, a.factor, anchor.difference, anchor.gain, a.difference) == ("head", "backbone", *[None] * 3)
+    assert free.accuracy.values == pytest.approx((0.49, 0.50)) and free.accuracy.middle == pytest.approx(0.495)
+    assert free.difference.values == pytest.approx((0.04, 0.04))  # 0.49 - 0.45, 0.50 - 0.46: paired by seed
+    assert b.difference.values == pytest.approx((-0.12, -0.10))
+    assert a.gain.values == pytest.approx((0.06, 0.02)) and b.gain.values == pytest.approx((0.02, 0.06))
+    assert (free.latency_ms, b.latency_ms) == (4, 4.5)
+
+
+def test_effects_need_a_full_grid(grid):
+    assert effects_of([row for row in grid if row.candidate.head == "free"], "pytorch", 1) is None
+    assert effects_of(grid[4:], "pytorch", 1) is None
+    other_seeds = [grid_row("a", "anchor", {0: 0.5}), grid_row("a", "free", {1: 0.5})]
+    assert effects_of(other_seeds, "pytorch", 1) is None
+
+
+def test_effects_table_names_recipe_and_seeds(grid):
+    found = table.effects_table(effects_of(grid, "pytorch", 1), "hyp.auto.yaml, AdamW")
+    assert found.header[-2:] == ("free minus anchor", "ms per image")
+    assert cells(found)[1] == [
+        "head", "free", "0.495 ± 0.007", "[0.490, 0.500]", "+0.040 [+0.040, +0.040]", "–", "4.00",
+    ]  # fmt: skip
+    assert cells(found)[3][5] == "+0.040 [+0.020, +0.060]"
+    assert "seeds (0, 1)" in found.note and "Recipe of all: hyp.auto.yaml, AdamW." in found.note
+    assert "not trained with every head: c" in found.note
+
+
+def test_effects_are_left_out_below_the_floor(grid):
+    titles = [found.title for found in table.all_tables(grid, Pick(None, "", {}), "pytorch", 1, "")]
+    assert titles[1] == "Effects of head and backbone"
+    for row in grid:
+        row.accuracy = Accuracy((0, 1), (result(0.02), result(0.03))) if row.accuracy else None
+    titles = [found.title for found in table.all_tables(grid, Pick(None, "", {}), "pytorch", 1, "")]
+    assert "Effects of head and backbone" not in titles
+
+
+def test_csv_of_effects_has_full_numbers(grid):
+    lines = list(csv.DictReader(io.StringIO(table.as_csv(table.effect_lines(effects_of(grid, "pytorch", 1))))))
+    assert [(line["factor"], line["level"]) for line in lines] == [
+        ("head", "anchor"), ("head", "free"), ("backbone", "a"), ("backbone", "b"),
+    ]  # fmt: skip
+    assert float(lines[1]["difference_low"]) == pytest.approx(0.04) and lines[0]["difference"] == ""
+    assert lines[2]["seeds"] == "0 1" and float(lines[3]["gain_high"]) == pytest.approx(0.06)
 
 
 # ---- plots ----------------------------------------------------------------------------------------------------------
@@ -180,19 +265,9 @@ def test_place_labels_without_overlap():
         assert all(plots.shared_area(box, other) == 0 for other in [*found[:k], *found[k + 1 :], *anchors])
 
 
-def test_place_labels_avoids_lines():
-    anchor = Bbox.from_bounds(100, 100, 10, 10)
-    line = Bbox.from_extents(110, 105, 300, 105).padded(1)
-    frame = Bbox.from_bounds(0, 0, 400, 400)
-    (free,) = plots.place_labels([anchor], [(50.0, 12.0)], frame)
-    (beside,) = plots.place_labels([anchor], [(50.0, 12.0)], frame, [line])
-    assert plots.shared_area(free, line) > 0
-    assert plots.shared_area(beside, line) == 0
-
-
-def test_disc_areas_are_proportional_to_parameters():
-    assert plots.disc_area(5, 10) == pytest.approx(plots.MAX_AREA / 2)
-    assert plots.disc_area(0.001, 10) == plots.MIN_AREA
+def test_marker_areas_are_proportional_to_parameters():
+    assert plots.marker_area(5, 10) == pytest.approx(plots.MAX_AREA / 2)
+    assert plots.marker_area(0.001, 10) == plots.MIN_AREA
 
 
 @pytest.mark.parametrize(
@@ -214,7 +289,7 @@ def test_accuracy_limits_do_not_magnify_noise(ranges, expected):
 def test_summary_ranks_only_above_the_floor(rows, value):
     for row in (rows[0], rows[2]):
         row.accuracy = Accuracy((0,), (result(value + 0.001 * len(row.label)),))
-    assert bool(table.accuracy_ranks(rows)) == (value > 0)
+    assert ("rank" in table.accuracy(rows, "").header) == (value > 0)
 
 
 def test_plots_are_written(rows, tmp_path):
