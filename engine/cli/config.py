@@ -267,6 +267,9 @@ class ValConfig(Options):
         choices=PRECISIONS,
     )
     dnn: bool = flag("run ONNX through OpenCV DNN")
+    tile: int | None = option(None, "detect on overlapping tiles of this side in pixels (small objects)", int, **SIDE)
+    overlap: float = option(0.2, "with --tile: overlap of tiles as a fraction of the side", float, low=0.0, high=0.9)
+    full_image: bool = flag("with --tile: detect on the whole image, too")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
 
 
@@ -288,7 +291,7 @@ class DetectConfig(Options):
     view_img: bool = flag("show windows")
     save_txt: bool = flag("write label files")
     save_format: int = option(0, "label files hold 0: center x, y, w, h; 1: corners (normalized)", int, choices=(0, 1))
-    save_csv: bool = flag("one CSV with image, class, score")
+    save_csv: bool = flag("one CSV with image, class, confidence and box of every detection")
     save_json: bool = flag("one JSON with the boxes of every image")
     save_conf: bool = flag("scores in the label files")
     save_crop: bool = flag("cut-outs per class")
@@ -312,6 +315,9 @@ class DetectConfig(Options):
     )
     dnn: bool = flag("run ONNX through OpenCV DNN")
     vid_stride: int = option(1, "use every n-th frame", int, low=1)
+    tile: int | None = option(None, "detect on overlapping tiles of this side in pixels (small objects)", int, **SIDE)
+    overlap: float = option(0.2, "with --tile: overlap of tiles as a fraction of the side", float, low=0.0, high=0.9)
+    full_image: bool = flag("with --tile: detect on the whole image, too")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
 
 

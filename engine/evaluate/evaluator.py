@@ -21,6 +21,9 @@ from engine.devices.distributed import World
 from engine.evaluate import plots as eval_images
 from engine.evaluate.accumulator import EvalResult, ImageOutcome, Tally, log_table, merge, summarize, table_head
 from engine.evaluate.outputs import CocoSink, TextSink, run_folder
+from engine.evaluate.whole_images import WholeImages
+from engine.predict.inference import NmsSettings
+from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.runtimes.base import RawRuntime, Runtime
 from engine.runtimes.registry import choose_weights, open_runtime, split_device
 from models.losses.base import LossModule
@@ -72,7 +75,10 @@ class EvalOptions:
 
 
 def evaluate(
-    runtime: Runtime, loader: DetectionLoader, options: EvalOptions, criterion: LossModule | None = None
+    runtime: Runtime,
+    loader: DetectionLoader | WholeImages,
+    options: EvalOptions,
+    criterion: LossModule | None = None,
 ) -> EvalResult:
     """Evaluate a detector, and log the table of figures.
 
@@ -89,7 +95,7 @@ def evaluate(
 @torch.no_grad()
 def measure(
     runtime: Runtime,
-    loader: DetectionLoader,
+    loader: DetectionLoader | WholeImages,
     options: EvalOptions,
     criterion: LossModule | None = None,
     world: World = SINGLE,
@@ -214,7 +220,13 @@ def validate(config: ValConfig) -> EvalResult:
     config, data, runtime = prepare(config)
     speed = config.task == "speed"
     annotations = split_annotations(config, data)
-    loader = build_loader(config, annotations, runtime, rect=not speed)
+    loader: DetectionLoader | WholeImages
+    if tiles := tile_settings(config):
+        nms = NmsSettings(config.conf_thres, config.iou_thres, None, config.single_cls, True, config.max_det)
+        runtime = TiledRuntime(runtime, tiles, (config.imgsz, config.imgsz), nms)
+        loader = WholeImages(annotations.records)
+    else:
+        loader = build_loader(config, annotations, runtime, rect=not speed)
     names = {0: "item"} if config.single_cls else data.names
     text = TextSink(config.save_conf) if config.save_txt or config.save_hybrid else None
     coco = CocoSink.for_data(data, annotations, names) if config.save_json else None
@@ -254,6 +266,8 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
         config = replace(config, conf_thres=SPEED_CONF, iou_thres=SPEED_IOU, save_json=False)
     elif data.file.name == "coco.yaml":
         config = replace(config, save_json=True)
+    if config.tile is not None and config.task in ("speed", "study"):
+        raise ConfigError(f"--tile: not with --task {config.task}; leave one of them out")
     if config.save_json:
         CocoSink.check()
     if config.conf_thres > USUAL_CONF and config.task != "speed":

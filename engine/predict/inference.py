@@ -62,7 +62,12 @@ def preprocess(
     """
     auto = auto and len({image.shape for image in images}) == 1
     fitted = [letterbox(image, size, auto=auto, stride=stride)[0] for image in images]
-    pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in fitted]))
+    return as_tensor(*fitted)
+
+
+def as_tensor(*images: NDArray[np.uint8]) -> torch.Tensor:
+    """Stack images (H, W, 3) uint8 BGR of one shape as (B, 3, H, W) uint8 RGB in channels_last memory layout."""
+    pixels = torch.from_numpy(np.stack([cv2.cvtColor(image, cv2.COLOR_BGR2RGB) for image in images]))
     return pixels.permute(0, 3, 1, 2)  # BHWC -> BCHW
 
 

@@ -25,9 +25,10 @@ from data.sources.frames import Frame, Source
 from engine.cli.config import DetectConfig
 from engine.cli.plugins import load_plugins
 from engine.predict.detections import Detections, DrawStyle, annotated
-from engine.predict.inference import NmsSettings, Prepared, infer, prepare
+from engine.predict.inference import NmsSettings, Prepared, as_tensor, infer, prepare
 from engine.predict.pipeline import Drain, Feed
 from engine.predict.progress import Progress
+from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.predict.writers import FileNames, Outputs, open_outputs, write_image
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -88,6 +89,8 @@ def detect(config: DetectConfig) -> DetectReport:
     check_classes(config.classes, names)
     if config.visualize and not isinstance(runtime, PyTorchRuntime):
         raise ConfigError("--visualize: shows layers of a PyTorch model; give a .pt file as --weights")
+    if config.visualize and config.tile is not None:
+        raise ConfigError("--visualize: shows whole images; leave --tile out")
     with open_source(resolve_source(config.source), config.vid_stride) as source:
         predictor = Predictor(runtime, config, names, input_size(config.imgsz, runtime))
         report = predictor.run(source)
@@ -194,6 +197,8 @@ class Predictor:
         c = config
         conf_thres = confidence_threshold(c, runtime)
         self.nms = NmsSettings(conf_thres, c.iou_thres, c.classes, c.agnostic_nms, max_det=c.max_det)
+        tiles = tile_settings(c)
+        self._tiled = TiledRuntime(runtime, tiles, size, self.nms) if tiles else None
         self.preprocess_time, self.inference_time = Profile(), Profile(runtime.device)
         self.nms_time = Profile(runtime.device)
         self.folder: Path | None = None
@@ -241,13 +246,16 @@ class Predictor:
     def _prepared(self, source: Source) -> Generator[Prepared, None, None]:
         auto = self.runtime.imgsz is None
         for frames in source:
+            if self._tiled is not None:
+                yield from (Prepared((frame,), as_tensor(frame.image), letterboxed=False) for frame in frames)
+                continue
             with self.preprocess_time:
                 prepared = prepare(frames, self.size, self.runtime.stride, auto)
             yield prepared
 
     def predict(self, prepared: Prepared) -> list[Detections]:
         """Run one batch and count it; see `infer`."""
-        out = infer(self.runtime, prepared, self.nms, self.inference_time, self.nms_time)
+        out = infer(self._tiled or self.runtime, prepared, self.nms, self.inference_time, self.nms_time)
         self._frames += len(prepared.frames)
         self._detections += sum(len(d.boxes) for d in out)
         return out

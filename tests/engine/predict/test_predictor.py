@@ -18,56 +18,12 @@ from engine.predict.inference import prepare
 from engine.predict.predictor import Predictor, detect, input_size
 from engine.runtimes.pytorch import PyTorchRuntime
 from models.yolo import DetectionModel
+from tests.helpers.color_runtime import COLORS, ColorRuntime, rectangles
 from tests.helpers.videos import write_video
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.files import ROOT
 
-NAMES = {0: "red", 1: "green/../x", 2: "größe"}
-SCORES = (0.9, 0.6, 0.3)
-COLORS = ((0, 0, 255), (0, 255, 0), (255, 0, 0))  # BGR, by class
 CHECKPOINT = ROOT / "tests/parity/data/official_checkpoint/yolov5n_bccd.pt"
-
-
-class ColorRuntime:
-    """Finds the bounding box of the red, green and blue pixels, with fixed scores."""
-
-    names = NAMES
-    stride = 32
-    imgsz = None
-    fixed_batch = None
-    device = torch.device("cpu")
-
-    def __init__(self):
-        self.shapes = []
-        self.error_at = None
-
-    def warmup(self, shape):
-        pass
-
-    def __call__(self, images):
-        assert images.dtype == torch.uint8
-        self.shapes.append(tuple(images.shape))
-        if self.error_at == len(self.shapes):
-            raise KeyboardInterrupt
-        out = torch.zeros(len(images), 3, 8)
-        for i, image in enumerate(images.int()):
-            for c in range(3):
-                others = [k for k in range(3) if k != c]
-                ys, xs = torch.nonzero((image[c] > 150) & (image[others].amax(0) < 60), as_tuple=True)
-                if len(xs):
-                    box = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
-                    left, top, right, bottom = (float(v) for v in box)
-                    out[i, c, :4] = torch.tensor([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
-                    out[i, c, 4], out[i, c, 5 + c] = SCORES[c], 1.0
-        return out
-
-
-def rectangles(size, *boxes):
-    """A gray BGR image of (height, width) with (class, left, top, right, bottom) rectangles."""
-    image = np.full((*size, 3), 90, np.uint8)
-    for c, left, top, right, bottom in boxes:
-        image[top:bottom, left:right] = COLORS[c]
-    return image
 
 
 def save(path, image):
