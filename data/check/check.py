@@ -27,7 +27,7 @@ from data.check.statistics import SplitStatistics, below, doubled, gather, level
 from data.config import DataConfig, load_data_config
 from data.images import decoding_problem
 from data.labels.labels import load_annotations
-from utils.errors import ConfigError, DataError, shown
+from utils.errors import ConfigError, DataError, printable, shown
 from utils.files import atomic_path, find_file, increment_path, make_folder
 from utils.yaml_lines import load_yaml
 
@@ -54,7 +54,7 @@ class Section:
         shown = self.findings if most is None else self.findings[:most]
         rest = len(self.findings) - len(shown)
         more = [f"  ... and {rest} more"] if rest else []
-        return "\n".join([self.title, *self.lines, *(f"  - {finding}" for finding in shown), *more])
+        return printable("\n".join([self.title, *self.lines, *(f"  - {finding}" for finding in shown), *more]))
 
 
 def inspect(config: DataConfig, imgsz: int, *, progress: bool = True) -> list[SplitStatistics]:

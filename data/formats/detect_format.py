@@ -108,7 +108,7 @@ def recognise(
 def plain(path: Path) -> Listed:
     """Return an image with its YOLO label file."""
     label = label_path(path)
-    return Listed("", label, lambda _: read_labels(label))
+    return Listed("", label, partial(read_labels, label))
 
 
 def images(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
@@ -133,7 +133,7 @@ def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
     if first is not None:
         names = tuple(coco.read_coco(first.path).categories.values())
     else:
-        names = voc.class_names(path for source in sources for path in _xml_files(source) if os.path.isfile(path))
+        names = voc.class_names(path for source in sources for path in _xml_files(source) if os.path.lexists(path))
     if not names:
         raise DataError(f"{first or sources[0]}: names no class")
     return names

@@ -23,7 +23,7 @@ from utils.files import read_text
 MAX_CLASS = 2**24  # class numbers are exact in float32 up to here
 
 ROUNDING = 1.0
-"""Pixels by which a box in pixels may reach over the border before it counts as a mistake; it is then clipped."""
+"""Pixels by which a box may reach over the border, or be larger than the image, and is clipped; more is a mistake."""
 
 TOLERANCE = 1e-5
 """By how much a normalized value may lie outside of 0..1 (rounding of six decimals); it is then clipped."""
@@ -70,11 +70,15 @@ def number(text: str) -> float:
 _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 
 
-def read_labels(path: str | Path) -> LabelFile:
+def read_labels(path: str | Path, size: tuple[int, int] | None = None) -> LabelFile:
     """Read and check one label file.
 
     Rows with more than six numbers are polygons and become boxes. Where one row is a polygon, every box of the file
     gets its corners as one. Rows of a box and its key points (pose labels) are recognized, and keep the box.
+
+    Args:
+        path: the label file.
+        size: (height, width) of the image in pixels; a box may be larger by `ROUNDING`. None: by `TOLERANCE` only.
 
     Raises:
         DataError: the first wrong row, by file and line.
@@ -106,7 +110,7 @@ def read_labels(path: str | Path) -> LabelFile:
             polygons.append(None)
         else:
             raise DataError(f"{places[i]}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
-    return checked(labels, polygons, places, notes=notes)
+    return checked(labels, polygons, places, size=size, notes=notes)
 
 
 def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
@@ -165,6 +169,7 @@ def checked(
     polygons: Sequence[NDArray[np.floating] | None],
     places: Sequence[str],
     *,
+    size: tuple[int, int] | None = None,
     notes: Sequence[str] = (),
     crowd: int = 0,
     difficult: int = 0,
@@ -175,13 +180,14 @@ def checked(
         labels: (n, 5) class, center x, center y, width, height, normalized; checked before they become float32.
         polygons: polygon of each row, (k, 2) normalized; None where there is none.
         places: file and place of each row, for messages.
+        size: (height, width) of the image in pixels, where a box may be larger than it by `ROUNDING`.
         notes: what is odd about the file already.
         crowd, difficult: objects left out.
 
     Raises:
         DataError: the first row with a value that is not allowed.
     """
-    _check_values(labels, places)
+    _check_values(labels, places, size)
     notes = list(notes)
     over = np.flatnonzero(((labels[:, 1:] < 0) | (labels[:, 1:] > 1)).any(1))
     if len(over):
@@ -284,9 +290,12 @@ def _centered(xyxy: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.concatenate(((xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]), 1)
 
 
-def _check_values(labels: NDArray[np.floating], places: Sequence[str]) -> None:
+def _check_values(labels: NDArray[np.floating], places: Sequence[str], size: tuple[int, int] | None) -> None:
     """Raise for the first row with a value that is not allowed."""
     classes, boxes = labels[:, 0], labels[:, 1:]
+    largest = 1 + np.full(4, TOLERANCE)
+    if size is not None:
+        largest[2:] += ROUNDING / size[1], ROUNDING / size[0]
     with np.errstate(invalid="ignore"):
         checks = (
             (~np.isfinite(labels).all(1), "is not finite"),
@@ -294,7 +303,7 @@ def _check_values(labels: NDArray[np.floating], places: Sequence[str]) -> None:
             (classes > MAX_CLASS, f"has a class above {MAX_CLASS}"),
             ((boxes < -TOLERANCE).any(1), "has a negative value"),
             (
-                (boxes > 1 + TOLERANCE).any(1),
+                (boxes > largest).any(1),
                 "has a value above 1; center and size are normalized by the image's sides",
             ),
         )

@@ -140,7 +140,10 @@ class ImageStore:
         """Return the cached image; None where there is none, it is damaged, or its source has changed."""
         shape = (*self._size(index), 3)
         try:
-            data = np.fromfile(self.file_of(index), np.uint8)
+            file = self.file_of(index)
+            if not file.is_file():
+                return None
+            data = np.fromfile(file, np.uint8)
             pixels = data[-math.prod(shape) :]
             head = self._header(index, zlib.crc32(pixels.data))
         except OSError:
@@ -172,8 +175,7 @@ def user_cache_folder() -> Path:
 
 def _is_cache_file(path: Path) -> bool:
     try:
-        with open(path, "rb") as stream:
-            return path.is_file() and stream.read(len(_MAGIC)) == _MAGIC
+        return path.is_file() and np.fromfile(path, np.uint8, len(_MAGIC)).tobytes() == _MAGIC
     except OSError:
         return False
 

@@ -100,8 +100,9 @@ def find_files(path: Path) -> FoundFiles:
         return FoundFiles([path])
     if glob.has_magic(str(path)):
         return FoundFiles(_of_glob(str(path)))
-    names = os.listdir(path.parent) if os.access(path.parent, os.R_OK | os.X_OK) and path.parent.is_dir() else []
-    raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, names)}")
+    readable = path.parent.is_dir() and os.access(path.parent, os.R_OK | os.X_OK)
+    near = [p.name for p in path.parent.iterdir() if p.is_dir() or _usable(p)] if readable else []
+    raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, near)}")
 
 
 def _usable(path: Path) -> bool:
@@ -127,7 +128,7 @@ def _of_folder(folder: Path) -> list[Path]:
         entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
     except OSError as error:
         raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
-    good = _sift([p for p in entries if p.is_file()], str(folder))
+    good = _sift([p for p in entries if not p.is_dir()], str(folder))
     if not good:
         deeper = any(p.is_dir() for p in entries)
         hint = f"; for its subfolders give '{folder}/**/*.jpg' in quotes" if deeper else f"; {_allowed()}"
@@ -137,7 +138,7 @@ def _of_folder(folder: Path) -> list[Path]:
 
 def _of_glob(pattern: str) -> list[Path]:
     matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    good = _sift([p for p in matches if p.is_file()], pattern)
+    good = _sift([p for p in matches if not p.is_dir()], pattern)
     if not good:
         raise DataError(f"{pattern}: no image or video matches this pattern" + (f"; {_allowed()}" if matches else ""))
     return good
@@ -198,20 +199,19 @@ class FileSource(Source):
 
     def __iter__(self) -> Iterator[tuple[Frame, ...]]:
         for number, path in enumerate(self.files, 1):
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                yield from self._video(path, number)
-                continue
             try:
-                image = read(path)
+                if path.suffix.lower() in VIDEO_SUFFIXES:
+                    yield from self._video(path, number)
+                else:
+                    yield (Frame(read(path), path, str(path), "image", number, len(self.files)),)
             except DataError as error:
                 self.reject(str(error))
-                continue
-            yield (Frame(image, path, str(path), "image", number, len(self.files)),)
 
     def _video(self, path: Path, number: int) -> Iterator[tuple[Frame, ...]]:
         if any("\ud800" <= c <= "\udfff" for c in str(path)):  # OpenCV crashes on these
             self.reject(f"{path!r}: the name is not UTF-8, so OpenCV cannot open this video; rename it")
             return
+        check_regular(path)
         capture = cv2.VideoCapture(str(path))
         try:
             promised = max(0, int(capture.get(cv2.CAP_PROP_FRAME_COUNT)))

@@ -169,6 +169,14 @@ def test_command_says_what_is_there_and_what_is_wrong(dataset: Path, capsys: pyt
     assert image is not None and image.shape[1] > 1000 and image.std() > 10
 
 
+def test_control_characters_of_names_are_escaped(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, suffix in (("images", "png"), ("labels", "txt")):
+        (dataset.parent / f"{folder}/train/a.{suffix}").rename(dataset.parent / f"{folder}/train/a\x1b[2J.{suffix}")
+    assert main([str(dataset), "--out", str(dataset.parent / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "\x1b" not in text and "a\\x1b[2J.png (train): 'fish' is" in text
+
+
 def test_long_lists_are_cut_on_the_terminal_only(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (dataset.parent / "labels/train/a.txt").write_text("".join(f"0 0.5 0.{i} 0.01 0.01\n" for i in range(100, 125)))
     out = dataset.parent / "out"

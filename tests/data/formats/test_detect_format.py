@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -459,6 +460,13 @@ def test_image_that_the_xml_names_wins_over_a_mask_of_its_stem(tmp_path: Path, l
     voc_file(xmls / "x.xml", voc_object("ant", 1, 1, 9, 9))  # names x.jpg
     found = load(recognise(tmp_path, ["ant"]))
     assert [(record.path.name, len(record.labels)) for record in found.records] == [("x.jpg", 1)]
+
+
+def test_special_file_among_annotations_is_named(tmp_path: Path) -> None:
+    root = voc_set(tmp_path, a=[voc_object("ant", 1, 1, 9, 9)])
+    os.mkfifo(root / "Annotations" / "b.xml")
+    with pytest.raises(DataError, match=r"b\.xml: cannot be read: is a FIFO"):
+        load(root)
 
 
 @pytest.mark.parametrize("value", ["1_0", "９", "1,5", "nan", "1e400", "x"])

@@ -398,7 +398,8 @@ def test_sets_that_share_their_first_folder_have_their_own_cache(tmp_path: Path,
         ("0 0.5 1e400 0.2 0.2", "not finite"),
         ("0 0.1 0.1 0.5 0.1 0.5 1.2", "polygon point 0.5 1.2 is not between 0 and 1"),
         ("0 0.1 0.1 0.5 -0.1 0.5 0.2", "polygon point"),
-        ("0 0.5 0.5 0.2 1.0001", "above 1"),
+        ("0 0.5 0.5 0.2 1.0251", "above 1"),  # more than one of 40 pixels
+        ("0 1.0001 0.5 0.2 0.2", "above 1"),
         ("0 0.5 0.5 0.2 " + "3" * 5000, "not finite|above 1"),
     ],
 )
@@ -412,6 +413,8 @@ def test_values_are_checked_as_written(tmp_path: Path, row: str, problem: str) -
     ("row", "expected"),
     [
         ("0 0.5 0.5 1.000001 0.3", (0, 0.5, 0.5, 1, 0.3)),
+        ("0 0.5 0.498748 0.4 1.002503", (0, 0.5, 0.498748, 0.4, 1)),  # 0.1 of 40 pixels
+        ("0 0.5 0.5 1.0166 0.4", (0, 0.5, 0.5, 1, 0.4)),  # just below one of 60 pixels
         ("0 -0.000001 0.5 0.1 0.1", (0, 0, 0.5, 0.1, 0.1)),
         ("0 0 0 1.000001 0 0.5 0.5", (0, 0.5, 0.25, 1, 0.5)),
     ],

@@ -252,6 +252,13 @@ def test_disk_cache_never_overwrites_a_file_of_the_user(tmp_path):
     assert store.file_of(0).read_bytes() == b"notes of mine"
 
 
+def test_special_file_under_the_name_of_a_disk_cache_is_refused(tmp_path):
+    (record,) = write_set(tmp_path, 1)
+    os.mkfifo(f"{record.path}.image-cache")
+    with pytest.raises(DataError, match="is not a cache file of ours"):
+        ImageStore([record], 64, smooth=False, mode="disk")
+
+
 def test_disk_cache_of_a_read_only_dataset_is_in_the_cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "set").mkdir()

@@ -393,3 +393,14 @@ def test_stream_names_have_no_password():
         stream_name(a) for a in ("rtsp://u:p/ss@h/1", "http://h/v?password=p/ss&x=1", "rtsp://h/user=u&password=p/ss")
     ]
     assert names == ["h_1", "h_v_password_x_1", "h_user_password"]
+
+
+def test_special_files_of_a_folder_are_reported(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.jpg"), np.zeros((20, 20, 3), np.uint8))
+    for name in ("b.jpg", "c.mp4"):
+        os.mkfifo(tmp_path / name)
+    with open_source(str(tmp_path)) as source:
+        assert [frame.path.name for (frame,) in source] == ["a.jpg"]
+    assert len(source.failures) == 2
+    for name, text in zip(("b.jpg", "c.mp4"), source.failures):
+        assert f"{name}: cannot be read: is a FIFO" in text
