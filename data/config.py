@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
 from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
@@ -130,8 +130,13 @@ def load_data_config(path: str | Path) -> DataConfig:
     entries = {name: found for name, found in entries.items() if found}
     if not entries and "names" in data:
         problems.append(f"{file}: names no split; 'train:' and 'val:' with folders of images are needed")
-    script, recipe = _download(data, names, file, problems)
-    shapes = _generate(data, names, file, problems)
+    script = data.get("download") if isinstance(data.get("download"), str) else None
+    recipe = recipe_from_url(script) if script else None
+    if script is None and data.get("download"):
+        recipe = parse_recipe(data["download"], names, f"{file}:{data.lines['download']}", problems)
+    shapes = None
+    if data.get("generate") is not None:
+        shapes = parse_shapes(data["generate"], names, f"{file}:{data.lines['generate']}", problems)
     roots = _roots(data, file, problems)
     root = _choose_root(roots, entries)
     splits = {name: tuple(_locate(root, entry) for entry in found) for name, found in entries.items()}
@@ -143,7 +148,12 @@ def load_data_config(path: str | Path) -> DataConfig:
         more = [f"and {len(problems) - 10} more"] if len(problems) > 10 else []
         raise DataError("; ".join([*problems[:10], *more]))
     if annotated:
-        names = _found_names(data, annotated, names, file)
+        count, names = len(names), dict(enumerate(class_names(annotated)))
+        if "nc" in data and count != len(names):
+            raise DataError(
+                f"{file}:{data.lines['nc']}: nc is {count}, but {annotated[0]} has {len(names)} classes:"
+                f" {', '.join(names.values())}; leave out nc"
+            )
     return DataConfig(
         file, root, names, splits, script, recipe, shapes, roots, dict(data.lines), tuple(names.values()), images
     )
@@ -189,39 +199,19 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     elif len(names) > MAX_CLASSES:
         problems.append(f"{where}: {len(names)} names; at most {MAX_CLASSES} are allowed")
     elif len(set(names.values())) < len(names):
-        _warn_of_duplicates(names, where)
+        repeated = [name for name, count in Counter(names.values()).items() if count > 1][:5]
+        numbers = {name: [str(key) for key in sorted(names) if names[key] == name][:5] for name in repeated}
+        texts = [f"{shown(name)} (classes {', '.join(found)})" for name, found in numbers.items()]
+        LOGGER.warning("%s: the same name for different classes: %s", where, "; ".join(texts))
     if count is not None and count != len(names):
         problems.append(f"{file}:{data.lines['nc']}: nc is {count}, but there are {len(names)} names; leave out nc")
     return {key: str(names[key]) for key in (keys if wrong else sorted(keys))}
 
 
-def _warn_of_duplicates(names: Mapping[int, str], where: str) -> None:
-    numbers: dict[str, list[int]] = {}
-    for number in sorted(names):
-        numbers.setdefault(names[number], []).append(number)
-    repeated = [f"{shown(name)} (classes {', '.join(map(str, n[:5]))})" for name, n in numbers.items() if len(n) > 1]
-    LOGGER.warning("%s: the same name for different classes: %s", where, "; ".join(repeated[:5]))
-
-
 def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path]) -> list[AnnotatedSource]:
     """Return the sources whose annotations name their classes."""
-    found = [
-        recognise(path, None, [images[name]] if name in images else ()) for name in splits for path in splits[name]
-    ]
+    found = [recognise(p, None, [images[name]] if name in images else ()) for name in splits for p in splits[name]]
     return [source for source in found if isinstance(source, AnnotatedSource)]
-
-
-def _found_names(
-    data: LineDict, annotated: list[AnnotatedSource], placeholders: dict[int, str], file: Path
-) -> dict[int, str]:
-    """Class names as the annotations have them."""
-    names = class_names(annotated)
-    if "nc" in data and len(placeholders) != len(names):
-        raise DataError(
-            f"{file}:{data.lines['nc']}: nc is {len(placeholders)}, but {annotated[0]} has {len(names)} classes:"
-            f" {', '.join(names)}; leave out nc"
-        )
-    return dict(enumerate(names))
 
 
 def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict[str, Path]:
@@ -263,24 +253,6 @@ def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tup
         )
         return ()
     return tuple(str(expand_user(entry.strip(), DataError)) for entry in entries)
-
-
-def _download(
-    data: LineDict, names: dict[int, str], file: Path, problems: list[str]
-) -> tuple[str | None, DownloadRecipe | None]:
-    value = data.get("download")
-    if value in (None, "", False):
-        return None, None
-    if isinstance(value, str):
-        return value, recipe_from_url(value)
-    return None, parse_recipe(value, names, f"{file}:{data.lines['download']}", problems)
-
-
-def _generate(data: LineDict, names: dict[int, str], file: Path, problems: list[str]) -> ShapesRecipe | None:
-    value: Any = data.get("generate")
-    if value is None:
-        return None
-    return parse_shapes(value, names, f"{file}:{data.lines['generate']}", problems)
 
 
 def _roots(data: LineDict, file: Path, problems: list[str]) -> tuple[Path, ...]:

@@ -27,10 +27,11 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 from urllib.parse import urlparse
 
 from tqdm import tqdm
@@ -148,11 +149,7 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
     Raises:
         DataError: the folder is not empty, no network, a wrong digest, an archive that cannot be unpacked.
     """
-    if (
-        not root.name
-        or (os.path.exists(root) and not os.path.isdir(root))
-        or (os.path.isdir(root) and any(root.iterdir()))
-    ):
+    if not root.name or (os.path.exists(root) and not (os.path.isdir(root) and not any(root.iterdir()))):
         raise DataError(
             f"{root}: is not empty, but does not hold all that the YAML names; complete it, or move it away to"
             " download it again"
@@ -226,21 +223,21 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
         DataError: damaged archive, or an unsafe name in it.
     """
     try:
-        with _ArchiveMembers(archive) as members:
-            names = [name for name, _ in members.entries]
+        with _opened(archive) as members:
+            names = [member.name for member in members]
             if strip < 0:
                 tops = {PurePosixPath(name).parts[0] for name in names}
                 strip = 1 if len(tops) == 1 and all("/" in name for name in names) else 0
-            _check_sizes(archive, members.total)
-            for name, key in tqdm(members.entries, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
-                if _leads_out(name):  # `folder` is new and links are not unpacked: nothing to follow
-                    raise DataError(f"{archive}: holds the name {shown(name)}, which leads out of the folder")
-                parts = PurePosixPath(name).parts
-                if len(parts) <= strip:
+            _check_sizes(archive, sum(member.size for member in members))
+            for member in tqdm(members, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
+                if _leads_out(member.name):  # `folder` is new and links are not unpacked: nothing to follow
+                    raise DataError(f"{archive}: holds the name {shown(member.name)}, which leads out of the folder")
+                parts = PurePosixPath(member.name).parts[strip:]
+                if not parts:
                     continue
-                target = folder.joinpath(*parts[strip:])
+                target = folder.joinpath(*parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with members.open(key) as source, open(target, "wb") as out:
+                with member.open() as source, open(target, "wb") as out:
                     shutil.copyfileobj(source, out, 1 << 20)
     except UserError:
         raise
@@ -266,33 +263,29 @@ def _check_sizes(archive: Path, total: int) -> None:
         )
 
 
-class _ArchiveMembers:
-    """The regular files of an archive, as (name, key) pairs; opens them by key."""
+class _Member(NamedTuple):
+    name: str
+    size: int
+    open: Callable[[], IO[bytes]]
 
-    def __init__(self, path: Path) -> None:
-        self._archive: zipfile.ZipFile | tarfile.TarFile
-        self.entries: list[tuple[str, Any]]
-        if _kind(path.name) == "zip":
-            self._archive = zipfile.ZipFile(path)
-            self.total = sum(info.file_size for info in self._archive.infolist())
-            self.entries = [(info.filename, info) for info in self._archive.infolist() if not info.is_dir()]
-        else:
-            self._archive = tarfile.open(path)  # noqa: SIM115 (open until `close`)
-            self.entries = [(member.name, member) for member in self._archive if member.isfile()]
-            self.total = sum(member.size for _, member in self.entries)
 
-    def open(self, key: Any) -> IO[bytes]:
-        if isinstance(self._archive, zipfile.ZipFile):
-            return self._archive.open(key)
-        stream = self._archive.extractfile(key)
-        assert stream is not None, "only regular files are listed"
-        return stream
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[list[_Member]]:
+    """Give the regular files of an archive."""
+    if _kind(path.name) == "zip":
+        with zipfile.ZipFile(path) as packed:
+            yield [
+                _Member(i.filename, i.file_size, partial(packed.open, i)) for i in packed.infolist() if not i.is_dir()
+            ]
+    else:
+        with tarfile.open(path) as tar:
+            yield [_Member(i.name, i.size, partial(_extracted, tar, i)) for i in tar if i.isfile()]
 
-    def __enter__(self) -> _ArchiveMembers:
-        return self
 
-    def __exit__(self, *exc: object) -> None:
-        self._archive.close()
+def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
+    stream = tar.extractfile(info)
+    assert stream is not None, "only regular files are listed"
+    return stream
 
 
 def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> None:

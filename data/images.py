@@ -30,29 +30,9 @@ from utils.errors import DataError
 from utils.files import check_regular
 
 IMAGE_SUFFIXES = frozenset(
-    [
-        ".avif",
-        ".bmp",
-        ".dng",
-        ".gif",
-        ".j2k",
-        ".jfif",
-        ".jp2",
-        ".jpe",
-        ".jpeg",
-        ".jpg",
-        ".mpo",
-        ".pbm",
-        ".pfm",
-        ".pgm",
-        ".png",
-        ".pnm",
-        ".ppm",
-        ".tif",
-        ".tiff",
-        ".webp",
-    ]
-)
+    (".avif", ".bmp", ".dng", ".gif", ".j2k", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg", ".mpo", ".pbm", ".pfm", ".pgm",
+     ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
+)  # fmt: skip
 """Lower-case endings of the files that a dataset folder is searched for."""
 
 VIDEO_SUFFIXES = frozenset(
@@ -87,12 +67,7 @@ def read(path: str | Path) -> NDArray[np.uint8]:
         DataError: no such file, not a file, not readable, empty, not an image, too large, truncated, or with
             floating-point pixels.
     """
-    check_regular(path)
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
-    return decode(data, str(path))
+    return decode(_bytes(path), str(path))
 
 
 def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
@@ -135,13 +110,17 @@ def probe(path: str | Path) -> tuple[int, int]:
     Raises:
         DataError: see `read`.
     """
-    check_regular(path)
-    try:
-        data = np.fromfile(path, np.uint8)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
+    data = _bytes(path)
     size = _jpeg_size(data, str(path)) if data[:2].tobytes() == _JPEG_START else None
     return size or decode(data, str(path)).shape[:2]
+
+
+def _bytes(path: str | Path) -> NDArray[np.uint8]:
+    check_regular(path)
+    try:
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
 
 def decoding_problem(path: Path) -> str:

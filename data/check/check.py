@@ -138,19 +138,8 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _counts(splits: Sequence[SplitStatistics]) -> Section:
-    head = [
-        "split",
-        "images",
-        "labelled",
-        "background",
-        "left out",
-        "boxes",
-        "per image",
-        "repeated",
-        "crowd",
-        "difficult",
-    ]
-    rows: list[Sequence[object]] = [head]
+    head = ["split", "images", "labelled", "background", "left out", "boxes", "per image"]
+    rows: list[Sequence[object]] = [[*head, "repeated", "crowd", "difficult"]]
     for split in splits:
         r = split.annotations.report
         counts = (r.images, r.labelled, r.missing + r.empty, r.corrupt, r.boxes)
@@ -222,14 +211,11 @@ def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sect
         repeated = split.annotations.report.duplicate_images
         if repeated:
             findings.append(f"{split.name}: {repeated} images are listed more than once")
-        for i, row, over in outside(split.records):
+        found = [(i, row, f"reaches {over:.0f} pixels over the border") for i, row, over in outside(split.records)]
+        found += [(i, row, f"has another on one place (IoU {iou:.2f})") for i, row, _, iou in doubled(split.records)]
+        for i, row, problem in found:
             record = split.records[i]
-            name = names[int(record.labels[row, 0])]
-            findings.append(f"{record.path} ({split.name}): box of '{name}' reaches {over:.0f} pixels over the border")
-        for i, row, _, iou in doubled(split.records):
-            record = split.records[i]
-            name = names[int(record.labels[row, 0])]
-            findings.append(f"{record.path} ({split.name}): two boxes of '{name}' on one place (IoU {iou:.2f})")
+            findings.append(f"{record.path} ({split.name}): box of '{names[int(record.labels[row, 0])]}' {problem}")
     return Section(f"Label errors and doubtful boxes: {len(findings) or 'none'}", (), tuple(findings), strict=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.yolo import ImageWithLabels, LabelFile, checked, from_pixels, to_pixels
+from data.formats.yolo import ImageRecord, LabelFile, checked, from_pixels, to_pixels
 from utils.errors import DataError, did_you_mean, shown
 from utils.files import read_text
 
@@ -99,7 +99,7 @@ def read_coco(path: Path) -> CocoFile:
 
 
 def annotation_file(
-    images: Iterable[tuple[Any, str, ImageWithLabels]],
+    images: Iterable[tuple[Any, str, ImageRecord]],
     category_ids: Sequence[Any],
     names: Mapping[int, str],
     *,
@@ -139,11 +139,6 @@ def _polygon_area(polygon: NDArray[np.float64]) -> float:
     """Area inside a polygon, by the shoelace formula."""
     x, y = polygon.T
     return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
-
-
-def is_coco(path: Path) -> bool:
-    """Whether a file name is that of a COCO annotation file."""
-    return path.suffix.lower() == ".json"
 
 
 def class_numbers(coco: CocoFile, classes: Sequence[str] | None) -> dict[Any, int]:
@@ -209,9 +204,7 @@ def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """
     joined = parts[0]
     for part in parts[1:]:
-        step = (
-            max(1, math.isqrt(len(joined) * len(part) // MAX_PAIRS) + 1) if len(joined) * len(part) > MAX_PAIRS else 1
-        )
+        step = math.isqrt(len(joined) * len(part) // MAX_PAIRS) + 1
         distance = ((joined[::step, None] - part[None, ::step]) ** 2).sum(2)
         here, there = (int(k) * step for k in np.unravel_index(int(distance.argmin()), distance.shape))
         round_trip = np.concatenate((part[there:], part[: there + 1]), 0)
@@ -255,11 +248,10 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[Any, str],
                 f"{path}: categories[{i}] is {shown(item)}; a mapping with a number 'id' and a 'name' is needed"
             )
         entries.append((item["id"], str(item["name"]).strip(), str(item.get("supercategory") or "none").strip()))
-    groups = [(number, name) for number, name, above in entries if above == "none"
-              and any(name == other for key, _, other in entries if key != number)]  # fmt: skip
     used = {item.get("category_id") for item in content["annotations"] if isinstance(item, dict)
             and _is_id(item.get("category_id"))}  # fmt: skip
-    dropped = {number: name for number, name in groups if number not in used}
+    dropped = {number: name for number, name, above in entries if above == "none" and number not in used
+               and any(name == other for key, _, other in entries if key != number)}  # fmt: skip
     notes = [
         f"{path}: category {shown(name)} (id {number}) groups the others and has no objects; it is no class"
         for number, name in dropped.items()

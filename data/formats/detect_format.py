@@ -92,7 +92,7 @@ def recognise(
         The path itself when its labels are YOLO text (or none).
     """
     names = None if classes is None else tuple(classes)
-    if coco.is_coco(path) and os.path.isfile(path):
+    if path.suffix.lower() == ".json" and os.path.isfile(path):
         word = path.stem.rpartition("_")[2]
         return AnnotatedSource(path, "coco", names, tuple(folders) or _coco_folders(path.parent, root, (split, word)))
     base = _voc_base(path)

@@ -12,7 +12,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -222,25 +221,28 @@ def corners(xywh: NDArray[np.float32]) -> NDArray[np.float32]:
     return xywh[:2] + xywh[2:] * np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]], np.float32)
 
 
-class ImageWithLabels(Protocol):
-    """An image with its objects, as the writers of all formats take it."""
+@dataclass(frozen=True, eq=False)
+class ImageRecord:
+    """One usable image and its objects.
 
-    @property
-    def path(self) -> Path: ...
-    @property
-    def height(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def labels(self) -> NDArray[np.float32]: ...
-    @property
-    def segments(self) -> Sequence[NDArray[np.float32]]: ...
+    Attributes:
+        path: the image.
+        height, width: its size in pixels, upright.
+        labels: (n, 5) float32: class, center x, center y, width, height, normalized.
+        segments: n polygons, (k, 2) float32 x, y, normalized; empty if the label file has boxes only.
+    """
+
+    path: Path
+    height: int
+    width: int
+    labels: NDArray[np.float32]
+    segments: tuple[NDArray[np.float32], ...] = ()
 
 
 PixelObject = tuple[int, list[float], "NDArray[np.float64] | None"]
 
 
-def to_pixels(image: ImageWithLabels) -> list[PixelObject]:
+def to_pixels(image: ImageRecord) -> list[PixelObject]:
     """Return class, (left, top, right, bottom) and polygon (k, 2) or None of every object, in pixels."""
     sides = np.array((image.width, image.height), np.float64)
     objects: list[PixelObject] = []

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from data.formats.yolo import LabelFile
 from utils.errors import UserError
 from utils.files import atomic_path, is_writable
 
@@ -39,24 +40,15 @@ class Entry:
         stamp: size and modification time (ns) of the image, then of its label file; -1 = missing, -2 =
             cannot be read.
         height, width: pixels, upright; 0 if unknown.
-        labels: (n, 5) float32.
-        segments: n polygons (k, 2) float32, or none.
         status: one of STATUSES.
-        duplicates: label rows removed.
-        messages: problems, one line each.
-        crowd, difficult: objects left out.
+        found: the labels, and what is odd about them.
     """
 
     stamp: tuple[int, int, int, int]
     height: int
     width: int
-    labels: NDArray[np.float32]
-    segments: tuple[NDArray[np.float32], ...]
     status: str
-    duplicates: int
-    messages: tuple[str, ...]
-    crowd: int = 0
-    difficult: int = 0
+    found: LabelFile
 
     @property
     def usable(self) -> bool:
@@ -79,14 +71,14 @@ def write(path: Path, images: Sequence[str], entries: Sequence[Entry]) -> None:
     header = {
         "version": VERSION,
         "images": list(images),
-        "messages": {i: entry.messages for i, entry in enumerate(entries) if entry.messages},
+        "messages": {i: entry.found.notes for i, entry in enumerate(entries) if entry.found.notes},
     }
-    segments = [segment for entry in entries for segment in entry.segments]
+    segments = [segment for entry in entries for segment in entry.found.segments]
     arrays = {
         "header": np.frombuffer(json.dumps(header).encode("ascii"), np.uint8),
         "stamps": np.array([entry.stamp for entry in entries], np.int64).reshape(-1, 4),
         "numbers": np.array([_numbers(entry) for entry in entries], np.int64).reshape(-1, 8),
-        "labels": np.concatenate([np.zeros((0, 5), np.float32), *(entry.labels for entry in entries)]),
+        "labels": np.concatenate([np.zeros((0, 5), np.float32), *(entry.found.labels for entry in entries)]),
         "segment_lengths": np.array([len(segment) for segment in segments], np.int64),
         "segment_points": np.concatenate([np.zeros((0, 2), np.float32), *segments]),
     }
@@ -122,7 +114,8 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 def _numbers(entry: Entry) -> tuple[int, ...]:
-    counts = (len(entry.labels), len(entry.segments), entry.duplicates, entry.crowd, entry.difficult)
+    found = entry.found
+    counts = (len(found.labels), len(found.segments), found.duplicates, found.crowd, found.difficult)
     return (entry.height, entry.width, STATUSES.index(entry.status), *counts)
 
 
@@ -137,18 +130,10 @@ def _entries(arrays: dict[str, NDArray[Any]]) -> dict[str, Entry]:
     messages = header["messages"]
     for i, (image, stamps, row) in enumerate(zip(images, arrays["stamps"].tolist(), numbers.tolist())):
         height, width, status, count, polygons, duplicates, crowd, difficult = row
-        found[image] = Entry(
-            stamp=tuple(stamps),
-            height=height,
-            width=width,
-            labels=labels[label_at : label_at + count],
-            segments=tuple(points[segment_at : segment_at + polygons]),
-            status=STATUSES[status],
-            duplicates=duplicates,
-            messages=tuple(messages.get(str(i), ())),
-            crowd=crowd,
-            difficult=difficult,
-        )
+        rows, parts = labels[label_at : label_at + count], points[segment_at : segment_at + polygons]
+        notes = tuple(messages.get(str(i), ()))
+        file = LabelFile(rows, tuple(parts), duplicates, notes, crowd, difficult)
+        found[image] = Entry(tuple(stamps), height, width, STATUSES[status], file)
         label_at += count
         segment_at += polygons
     return found

@@ -20,12 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.formats.detect_format import AnnotatedSource, Listed, Source, images, plain, recognise
 from data.formats.voc import UnknownClassError
-from data.formats.yolo import LabelFile, label_path, read_labels
+from data.formats.yolo import ImageRecord, LabelFile, label_path, read_labels
 from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
 from data.labels import cache as label_cache
 from data.lists import read_list
@@ -51,24 +50,6 @@ MIN_SIDE = 10
 
 _CHUNK = 512  # images whose size and time one thread looks up at a time
 _SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
-
-
-@dataclass(frozen=True, eq=False)
-class ImageRecord:
-    """One usable image and its objects.
-
-    Attributes:
-        path: the image.
-        height, width: its size in pixels, upright.
-        labels: (n, 5) float32: class, center x, center y, width, height, normalized.
-        segments: n polygons, (k, 2) float32 x, y, normalized; empty if the label file has boxes only.
-    """
-
-    path: Path
-    height: int
-    width: int
-    labels: NDArray[np.float32]
-    segments: tuple[NDArray[np.float32], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -203,7 +184,7 @@ def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str
             new, more = images(source)
             notes += more
         else:
-            new = _plain_images(source, notes)
+            new = _plain_images(source, notes)  # adds to `notes` once it is read
         for path, listed in new:
             repeated += path in found
             found.setdefault(path, listed)
@@ -221,87 +202,53 @@ def _shared_labels(found: Mapping[Path, Listed]) -> Iterator[str]:
             yield f"{label}: its labels are used for {len(paths)} images: {', '.join(map(str, sorted(paths)))}"
 
 
-def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed]]:
-    """Images whose labels are YOLO text; what is left out is added to `notes` once they are all read."""
-    suffix = source.suffix.lower()
-    if os.path.isdir(source):
-        return ((path, plain(path)) for path in _walk(source, notes))
-    if os.path.exists(source):
-        check_regular(source)
-    if os.path.isfile(source) and suffix in IMAGE_SUFFIXES:
-        return iter([(source, plain(source))])
-    if os.path.isfile(source) and suffix == ".txt":
-        return ((path, replace(plain(path), origin=origin)) for path, origin in _read_list(source, notes))
-    if os.path.exists(source):
-        raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor an image")
-    raise DataError(f"{source}: no such folder, list of images or annotation file")
-
-
 _SIDECARS = frozenset(
-    [
-        "",
-        ".txt",
-        ".xml",
-        ".json",
-        ".csv",
-        ".yaml",
-        ".yml",
-        ".md",
-        ".html",
-        ".names",
-        ".data",
-        ".cache",
-        ".npz",
-        ".npy",
-        ".db",
-        ".ini",
-        ".py",
-        ".sh",
-        ".pkl",
-        ".mat",
-    ]
-) | {CACHE_SUFFIX}
+    ("", ".txt", ".xml", ".json", ".csv", ".yaml", ".yml", ".md", ".html", ".names", ".data", ".cache", ".npz", ".npy",
+     ".db", ".ini", ".py", ".sh", ".pkl", ".mat", CACHE_SUFFIX)
+)  # fmt: skip
 """Endings of files beside images that are no images."""
 
 
-def _walk(folder: Path, notes: list[str]) -> Iterator[Path]:
-    others: list[str] = []
-    for base, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
+def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed]]:
+    """Yield the images of a folder or list, or the image itself; a message about other files is added to `notes`."""
+    files: Iterable[tuple[Path, str]]
+    if os.path.isdir(source):
+        files = ((path, "") for path in _walk(source) if path.suffix.lower() not in _SIDECARS)
+    elif not os.path.exists(source):
+        raise DataError(f"{source}: no such folder, list of images or annotation file")
+    elif check_regular(source) and source.suffix.lower() in IMAGE_SUFFIXES:
+        files = [(source, "")]
+    elif source.suffix.lower() == ".txt":
+        files = ((Path(os.path.abspath(path)), f"{source}:{number}") for number, path in read_list(source))
+    else:
+        raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor an image")
+    others = []
+    for path, origin in files:
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            yield path, replace(plain(path), origin=origin)
+        else:
+            others.append(path)
+    if others:
+        counts = Counter(path.suffix.lower() for path in others)
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
+        notes.append(f"{source}: {len(others)} files left out whose format is not read ({kinds}), first {others[0]}")
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files of a folder and of all below it, hidden ones left out; links are followed, except in a circle."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+
+    for base, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(os.path.join(base, name))]
-        for name in files:
-            suffix = os.path.splitext(name)[1].lower()
-            if not name.startswith(".") and suffix in IMAGE_SUFFIXES:
-                yield Path(base, name)
-            elif not name.startswith(".") and suffix not in _SIDECARS:
-                others.append(os.path.join(base, name))
-    _note_others(str(folder), others, notes)
+        yield from (Path(base, name) for name in files if not name.startswith("."))
 
 
 def _is_loop(folder: str) -> bool:
     """Whether a folder is a link to one that contains it."""
     above = os.path.realpath(os.path.dirname(folder))
     return os.path.islink(folder) and Path(above).is_relative_to(os.path.realpath(folder))
-
-
-def _unreadable(error: OSError) -> None:
-    raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
-
-
-def _note_others(where: str, others: Sequence[str], notes: list[str]) -> None:
-    if others:
-        counts = Counter(os.path.splitext(name)[1].lower() for name in others)
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in counts.most_common(5))
-        notes.append(f"{where}: {len(others)} files left out whose format is not read ({kinds}), first {others[0]}")
-
-
-def _read_list(source: Path, notes: list[str]) -> Iterator[tuple[Path, str]]:
-    others: list[str] = []
-    for number, path in read_list(source):
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield Path(os.path.abspath(path)), f"{source}:{number}"
-        else:
-            others.append(str(path))
-    _note_others(str(source), others, notes)
 
 
 def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path | None) -> Path:
@@ -377,33 +324,29 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> lab
     except DataError as error:
         status = "corrupt"
         found = LabelFile(found.labels, notes=(f"{error} (left out)",))
-    return label_cache.Entry(
-        stamp, height, width, found.labels, found.segments, status, found.duplicates, found.notes, found.crowd,
-        found.difficult,
-    )  # fmt: skip
+    return label_cache.Entry(stamp, height, width, status, found)
 
 
 def _report(entries: Sequence[label_cache.Entry], repeated: int, notes: tuple[str, ...]) -> LabelReport:
     counts = {name: sum(entry.status == name for entry in entries) for name in label_cache.STATUSES}
-    usable = [entry for entry in entries if entry.usable]
+    usable = [entry.found for entry in entries if entry.usable]
     return LabelReport(
         images=len(entries),
         duplicate_images=repeated,
-        duplicate_rows=sum(entry.duplicates for entry in usable),
-        boxes=sum(len(entry.labels) for entry in usable),
-        messages=(*notes, *(message for entry in entries for message in entry.messages)),
-        crowd=sum(entry.crowd for entry in usable),
-        difficult=sum(entry.difficult for entry in usable),
+        duplicate_rows=sum(found.duplicates for found in usable),
+        boxes=sum(len(found.labels) for found in usable),
+        messages=(*notes, *(message for entry in entries for message in entry.found.notes)),
+        crowd=sum(found.crowd for found in usable),
+        difficult=sum(found.difficult for found in usable),
         **counts,
     )
 
 
 def _record(path: Path, entry: label_cache.Entry, single_cls: bool) -> ImageRecord:
-    labels = entry.labels
+    labels = entry.found.labels
     if single_cls:
-        labels = labels.copy()
-        labels[:, 0] = 0
-    return ImageRecord(path, entry.height, entry.width, labels, entry.segments)
+        labels = np.concatenate((np.zeros_like(labels[:, :1]), labels[:, 1:]), 1)
+    return ImageRecord(path, entry.height, entry.width, labels, entry.found.segments)
 
 
 def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Mapping[Path, Listed]) -> None:

@@ -148,7 +148,7 @@ def _of_list(path: Path) -> FoundFiles:
     """Return the files of a list (see `read_list`); each entry may be a file, a folder or a glob."""
     found = FoundFiles()
     seen: set[Path] = set()
-    for _, entry in _entries(path):
+    for _, entry in read_list(path):
         try:
             there = find_files(entry)
         except DataError as error:
@@ -157,22 +157,16 @@ def _of_list(path: Path) -> FoundFiles:
         found.files += [f for f in there.files if f not in seen]
         seen.update(there.files)
     if not found.files:
-        raise DataError(f"{path}: no usable file in this list; first problem: {found.problems[0]}")
+        first = f"no usable file in this list; first problem: {found.problems[0]}" if found.problems else ""
+        raise DataError(f"{path}: {first or 'empty list; one file per line is needed'}")
     return found
-
-
-def _entries(path: Path) -> list[tuple[int, Path]]:
-    entries = read_list(path)
-    if not entries:
-        raise DataError(f"{path}: empty list; one file or address per line is needed")
-    return entries
 
 
 def _addresses(path: Path) -> list[str]:
     """Return the lines of a list of streams without empty lines and comments."""
     lines = [line.strip() for line in read_text(path).splitlines()]
     if not (addresses := [line for line in lines if line and not line.startswith("#")]):
-        raise DataError(f"{path}: empty list; one file or address per line is needed")
+        raise DataError(f"{path}: empty list; one address per line is needed")
     return addresses
 
 
@@ -233,23 +227,18 @@ class FileSource(Source):
             capture.release()
 
 
-class DownloadedSource(Source):
+class DownloadedSource(FileSource):
     """An image or video behind an http address, downloaded into a temporary folder that is removed with the source."""
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
-        super().__init__()
         self._folder = tempfile.TemporaryDirectory(prefix="detect-")
-        name = urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name)
+        name = Path(urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name)).name
         try:
-            file = download(url, Path(self._folder.name) / Path(name).name)
+            file = download(url, Path(self._folder.name) / name)
         except DataError:
             self._folder.cleanup()
             raise
-        self._files = FileSource(FoundFiles([file]), vid_stride)
-        self.failures = self._files.failures
-
-    def __iter__(self) -> Iterator[tuple[Frame, ...]]:
-        return iter(self._files)
+        super().__init__(FoundFiles([file]), vid_stride)
 
     def close(self) -> None:
         self._folder.cleanup()

@@ -6,23 +6,11 @@ import cv2
 import numpy as np
 import pytest
 
-from data.augment import (
-    AugmentConfig,
-    Canvas,
-    LabeledImage,
-    Tile,
-    Warp,
-    box_candidates,
-    draw_warp,
-    hsv_gains,
-    letterbox,
-    mixup,
-    mosaic4,
-    mosaic9,
-    render,
-    transform_labels,
-)
-from data.augment.mosaic import choose_pastes, mirror, paste_mirrored
+from data.augment.color import hsv_gains, mixup
+from data.augment.config import AugmentConfig
+from data.augment.mosaic import LabeledImage, choose_pastes, mirror, mosaic4, mosaic9, paste_mirrored
+from data.augment.warp import Canvas, Tile, Warp, box_candidates, draw_warp, render, transform_labels
+from data.letterbox import letterbox
 
 RNG_SEEDS = range(4)
 
