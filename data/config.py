@@ -230,7 +230,7 @@ def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict
             )
     if problems:
         return {}
-    found = {key: _locate(root, folder.strip()) for key, folder in table.items()}
+    found = {key: _locate(root, str(folder).strip()) for key, folder in table.items()}
     missing = [str(path) for path in dict.fromkeys(found.values()) if not os.path.isdir(path)]
     if missing and "download" not in data:
         problems.append(f"{file}:{line}: images: no such folder: {', '.join(missing)}")

@@ -7,8 +7,9 @@ Plain scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#1
 from __future__ import annotations
 
 import re
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
@@ -20,6 +21,9 @@ MAX_NODES = 200_000
 
 MAX_DEPTH = 50
 """Nesting of mappings and lists."""
+
+YamlValue: TypeAlias = Any
+"""A value of a YAML file: None, bool, int, float, str, LineList or LineDict; its users check the type."""
 
 _TAG = "tag:yaml.org,2002:"
 _ConstructorError = yaml.constructor.ConstructorError
@@ -53,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         self._nodes = self._depth = 0
         self._sizes: dict[int, int] = {}
 
-    def compose_node(self, parent: Any, index: Any) -> Any:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """Compose a node; refuse files with too many values or levels, and aliases inside what they refer to."""
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
@@ -72,7 +76,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes[id(node)] = self._nodes - before
         return node
 
-    def _count(self, nodes: int, mark: Any) -> None:
+    def _count(self, nodes: int, mark: yaml.Mark) -> None:
         self._nodes += nodes
         if self._nodes > MAX_NODES:
             raise yaml.composer.ComposerError(None, None, f"more than {MAX_NODES} values (aliases count)", mark)
@@ -109,7 +113,7 @@ def _sequence(loader: _Loader, node: yaml.SequenceNode) -> LineList:
     return out
 
 
-def _keep_text(texts: dict[Any, str], key: Any, node: yaml.Node) -> None:
+def _keep_text(texts: dict[Any, str], key: object, node: yaml.Node) -> None:
     if node.tag in (f"{_TAG}int", f"{_TAG}float", f"{_TAG}bool"):
         texts[key] = node.value
 
@@ -118,7 +122,7 @@ _WORDS = {"true": True, "false": False}
 _FLOATS = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 
-def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
+def _scalar(loader: _Loader, node: yaml.ScalarNode) -> object:
     text = loader.construct_scalar(node)
     kind = node.tag.removeprefix(_TAG)
     try:
@@ -135,7 +139,7 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> Any:
     return text
 
 
-def _unknown(_: _Loader, node: yaml.Node) -> Any:
+def _unknown(_: _Loader, node: yaml.Node) -> NoReturn:
     raise _ConstructorError(None, None, f"tag {shown(node.tag)} is not allowed", node.start_mark)
 
 
@@ -179,17 +183,17 @@ def load_yaml(path: str | Path, error: type[UserError] = ConfigError) -> LineDic
     return data
 
 
-def text_of(container: LineDict | LineList, key: Any) -> Any:
+def text_of(container: LineDict | LineList, key: YamlValue) -> YamlValue:
     """Return a value that names something: numbers and booleans as they were written (`02146`, `2.10`, `true`)."""
     return container.texts.get(key, container[key])
 
 
-def key_text(container: LineDict, key: Any) -> str:
+def key_text(container: LineDict, key: Hashable) -> str:
     """Return a key of a mapping as it was written."""
     return container.key_texts.get(key, str(key))
 
 
-def plain(value: Any) -> Any:
+def plain(value: YamlValue) -> YamlValue:
     """Return the data as plain dicts and lists without line numbers."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
@@ -201,7 +205,7 @@ def plain(value: Any) -> Any:
 class _Dumper(yaml.SafeDumper):
     """Dumper whose strings read back as strings under both versions of YAML."""
 
-    def ignore_aliases(self, _: Any) -> bool:
+    def ignore_aliases(self, _: object) -> bool:
         """Write repeated values in full."""
         return True
 
@@ -218,7 +222,7 @@ def _string(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
 _Dumper.add_representer(str, _string)
 
 
-def dump_yaml(path: str | Path, data: Any) -> None:
+def dump_yaml(path: str | Path, data: object) -> None:
     """Write plain data as YAML, keys in their order, atomically."""
     with atomic_path(path) as part:
         text = yaml.dump(plain(data), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
