@@ -1,0 +1,157 @@
+"""Accuracy of heads, recipes and backbones on real datasets: trainings one after another, resumed after a stop.
+
+    python -m benchmarks.recipes --data bccd=path/to/bccd.yaml aquarium=path/to/aquarium.yaml [--only bccd-free]
+
+Each training of `PLAN` is validated on the test split with its best weights and appends a row to
+benchmarks/results/recipes.csv when it ends; those that have a row are not repeated. Afterwards the means and ranges
+over seeds are written to benchmarks/results/recipes.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import train
+import val
+from utils.files import ROOT
+from utils.plots import read_history
+
+RESULTS = ROOT / "benchmarks/results/recipes.csv"
+COLUMNS = ("run", "seed", "epoch", "val_map50", "val_map", "test_map50", "test_map")
+BEST = {"val_map50": "metrics/mAP_0.5", "val_map": "metrics/mAP_0.5:0.95"}
+
+
+class Run(NamedTuple):
+    """Trainings with equal options: the dataset, the options, the seeds."""
+
+    data: str
+    options: dict[str, object]
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+
+def factorial(epochs: int) -> dict[str, dict[str, object]]:
+    """Return the options of both heads with both recipes."""
+    hyps = {"low": "hyp.scratch-low.yaml", "auto": "hyp.auto.yaml"}
+    return {
+        f"{head}-{name}": {"cfg": "models/yolov5n.yaml", "head": head, "hyp": hyp, "epochs": epochs}
+        for head in ("anchor", "free")
+        for name, hyp in hyps.items()
+    }
+
+
+FAMILIES = {
+    "riformer": "RIFormer, {arch: {layers: [2, 2, 6, 2], embed_dims: [32, 64, 128, 256]}}",
+    "revvit": (
+        "RevViT, {arch: {embed_dims: 128, num_layers: 6, num_heads: 4, feedforward_channels: 512}, img_size: 320, "
+        "strides: [8, 16, 32], widths: [64, 128, 256]}"
+    ),
+    "repmlp": (
+        "RepMLPNet, {arch: {channels: [32, 64, 128, 256], depths: [2, 2, 4, 2], share_sets: [1, 4, 16, 64], "
+        "nominal: 64}, tile_order: spatial}"
+    ),
+    "nextvit": (
+        "NextViT, {arch: {depths: [1, 2, 3, 1], conv_channels: [32, 64, 96, 128], out_channels: [32, 64, 128, 192], "
+        "transformer_every: [0, 2, 3, 1], stem_channels: [24, 16, 24]}}"
+    ),
+    "convnext": "timm/convnext_atto, []",
+}
+"""Small backbones of 1.5 to 4.3 M parameters with the neck: the first row of `models/yolov5-timm.yaml`."""
+
+
+def family_yaml(name: str, folder: Path) -> Path:
+    """Write the model YAML of a family and return its path."""
+    text = (ROOT / "models/yolov5-timm.yaml").read_text(encoding="utf-8")
+    path = folder / f"{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text.replace(FAMILIES["convnext"], FAMILIES[name]), encoding="utf-8")
+    return path
+
+
+def family_runs() -> dict[str, Run]:
+    """Return the trainings of every family with both heads and the same recipe."""
+    options = {"hyp": "hyp.auto.yaml", "epochs": 20}
+    return {
+        f"bccd-{name}-{head}": Run("bccd", {**options, "cfg": name, "head": head}, (0, 1))
+        for name in FAMILIES
+        for head in ("anchor", "free")
+    }
+
+
+PLAN = {
+    **{f"bccd-{name}": Run("bccd", options) for name, options in factorial(60).items()},
+    **{f"aquarium-{name}": Run("aquarium", options) for name, options in factorial(40).items()},
+    **family_runs(),
+}
+COMMON: dict[str, object] = {
+    "imgsz": 320, "batch_size": 16, "workers": 0, "cache": "ram", "amp": "bf16", "noplots": True
+}  # fmt: skip
+
+
+def measure(name: str, run: Run, seed: int, data: Path, folder: Path) -> list[object]:
+    """Train, or continue a training that was stopped, and validate; return a row of `COLUMNS`."""
+    last = folder / f"{name}-s{seed}/weights/last.pt"
+    options = {**COMMON, **run.options, "data": data, "seed": seed, "project": folder, "name": f"{name}-s{seed}"}
+    if options["cfg"] in FAMILIES:
+        options["cfg"] = family_yaml(str(options["cfg"]), folder)
+    result = train.run(resume=last) if last.is_file() else train.run(**options, exist_ok=True)
+    history = read_history(result.folder / "results.csv")
+    best = int((0.1 * history[BEST["val_map50"]] + 0.9 * history[BEST["val_map"]]).argmax())
+    test = val.run(weights=result.best, data=data, imgsz=COMMON["imgsz"], task="test", project=folder, name="test")
+    values = [*(history[column][best] for column in BEST.values()), test.map50, test.map]
+    return [name, seed, int(history["epoch"][best]), *(round(float(value), 4) for value in values)]
+
+
+def read_rows() -> list[dict[str, str]]:
+    """Return the rows of the results file; none if there is no such file."""
+    if not RESULTS.is_file():
+        return []
+    with open(RESULTS, newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
+
+
+def summary(rows: Iterable[dict[str, str]]) -> str:
+    """Return a Markdown table with mean and range over the seeds of every run."""
+    groups: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[row["run"]].append(row)
+    lines = ["| run | seeds | val mAP50 | val mAP50-95 | test mAP50 | test mAP50-95 |", "|---|---|---|---|---|---|"]
+    for name, group in groups.items():
+        cells = []
+        for column in COLUMNS[3:]:
+            values = [float(row[column]) for row in group if row[column]]
+            spread = f" ({min(values):.3f} to {max(values):.3f})" if len(values) > 1 else ""
+            cells.append(f"{statistics.mean(values):.3f}{spread}" if values else "")
+        lines.append(f"| {name} | {', '.join(row['seed'] for row in group)} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what has no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=[], help="NAME=dataset.yaml")
+    parser.add_argument("--only", default="", help="runs whose name begins with this")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs/recipes", help="for the training runs")
+    arguments = parser.parse_args()
+    datasets = dict(pair.split("=", 1) for pair in arguments.data)
+    done = {(row["run"], int(row["seed"])) for row in read_rows()}
+    for name, run in PLAN.items():
+        for seed in run.seeds:
+            if name.startswith(arguments.only) and run.data in datasets and (name, seed) not in done:
+                row = measure(name, run, seed, Path(datasets[run.data]), arguments.folder)
+                with open(RESULTS, "a", newline="", encoding="utf-8") as stream:
+                    writer = csv.writer(stream)
+                    if not done:
+                        writer.writerow(COLUMNS)
+                    writer.writerow(row)
+                done.add((name, seed))
+    RESULTS.with_suffix(".md").write_text(summary(read_rows()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
