@@ -93,10 +93,14 @@ class DataConfig:
     def _missing(self, name: str, missing: list[Path]) -> str:
         where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
         text = f"{where}: split '{name}': no such folder, list or annotation file: {', '.join(map(str, missing))}"
-        parent = missing[0].parent
-        text += did_you_mean(missing[0].name, os.listdir(parent) if os.access(parent, os.R_OK | os.X_OK) else [])
+        text += _first_missing(missing[0])
+        beside = [folder for folder in (self.file.parent, *self.file.parents[1:2]) if folder != self.root]
+        entries = [os.path.relpath(path, self.root) for path in self.splits[name]]
+        near = next((folder for folder in beside if all(os.path.exists(folder / entry) for entry in entries)), None)
         others = [str(root) for root in self.roots if root != self.root]
-        if others:
+        if near is not None:
+            text += f"; it is in {near}: write 'path: {os.path.relpath(near, self.file.parent)}'"
+        elif others:
             text += f" (nothing below {', '.join(others)} either)"
         if self.download:
             line = (self.lines or {}).get("download", 1)
@@ -105,6 +109,20 @@ class DataConfig:
                 f" result at {self.root}"
             )
         return text
+
+
+def _first_missing(path: Path) -> str:
+    """Return the ending of a message: the first part of a path that is missing, and the nearest name there."""
+    above = next((folder for folder in path.parents if os.path.isdir(folder)), None)
+    if above is None:
+        return ""
+    part = path.relative_to(above).parts[0]
+    try:
+        entries = sorted(name for name in os.listdir(above) if not name.startswith("."))
+    except OSError as error:
+        return f"; {above}: cannot be read: {error.strerror or error}"
+    there = f"; there are {', '.join(map(shown, entries[:8]))}" if entries else "; it is empty"
+    return f"; {above} has no {shown(part)}{did_you_mean(part, entries) or there}"
 
 
 def load_data_config(path: str | Path) -> DataConfig:
@@ -121,6 +139,8 @@ def load_data_config(path: str | Path) -> DataConfig:
         DataError: all mistakes of the file at once, each with file:line; or annotations that should name the classes
             and cannot be read.
     """
+    if os.path.isdir(path) or Path(path).suffix.lower() == ".json":
+        raise DataError(f"{path}: a dataset YAML is needed; 'python -m data.check {path}' suggests one")
     file = find_file(path, "data", error=DataError)
     data = load_yaml(file, DataError)
     problems: list[str] = []
@@ -193,7 +213,11 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     if wrong:
         problems.append(f"{where}: names: {shown(wrong[0])} is not a class number; numbers 0, 1, 2, ... are needed")
     elif gaps:
-        problems.append(f"{where}: {len(names)} names, but number {gaps[0]} is missing; gaps are not allowed")
+        hint = "; do the labels count from 1 too? then name a class 0 that no object has: {0: unused, 1: ...}"
+        problems.append(
+            f"{where}: {len(names)} names, but number {gaps[0]} is missing; numbers 0, 1, 2, ... are needed"
+            f"{hint if gaps[0] == 0 else ''}"
+        )
     elif empty:
         problems.append(f"{where}: names: class {empty[0]} is {shown(names[empty[0]])}; a word is needed")
     elif len(names) > MAX_CLASSES:

@@ -1,10 +1,11 @@
-"""Datasets from one format into another: YOLO text, COCO JSON, Pascal VOC XML.
+"""Datasets from one format into another: YOLO text, COCO JSON, Pascal VOC XML; and into splits.
 
-    python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--link]
+    python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--split 0.8 0.1 0.1 [--seed 0]] [--link]
 
-SOURCE is a dataset YAML, a COCO .json file or a VOC folder; TARGET a new folder, which gets the images, the labels
-and a `data.yaml`; it is complete or absent. Images and objects that training leaves out (damaged images, repetitions,
-groups, difficult objects) are left out here too, and counted.
+SOURCE is a dataset YAML, a COCO .json file or a folder; TARGET a new folder, which gets the images, the labels and a
+`data.yaml`; it is complete or absent. Images and objects that training leaves out (damaged images, repetitions,
+groups, difficult objects) are left out here too, and counted. `--split` joins all splits of the source and shares the
+images out again.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import numpy as np
 from tqdm import tqdm
 
 from data import command
+from data.check.near_duplicates import group_near_duplicates, thumbnails
+from data.check.suggest import suggested_config
 from data.config import load_data_config
 from data.formats import coco, voc
-from data.formats.detect_format import AnnotatedSource, class_names, recognise
-from data.formats.yolo import to_pixels
-from data.labels.labels import Annotations, ImageRecord, load_annotations
+from data.formats.yolo import ImageRecord, to_pixels
+from data.labels.labels import load_annotations
+from data.split import check_fractions, split_records
 from utils.errors import DataError, shown
 from utils.files import make_folder
 from utils.yaml_lines import dump_yaml
@@ -38,59 +41,85 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoadedSet:
-    """A dataset in memory: class names by number, and annotations by split."""
+    """A dataset in memory: class names by number, and the usable images of each split."""
 
     names: tuple[str, ...]
-    splits: Mapping[str, Annotations]
+    splits: Mapping[str, Sequence[ImageRecord]]
 
 
-def load_set(source: str | Path, progress: bool = True) -> LoadedSet:
-    """Load all splits of a dataset YAML, or annotations as one split `train`.
+def load_set(source: str | Path) -> LoadedSet:
+    """Load all splits of a dataset YAML, or what `data.check.suggest` finds in a folder or annotation file.
 
     Raises:
-        DataError: neither of both, or a split cannot be used.
+        DataError: a split cannot be used.
     """
     path = Path(source)
-    found = recognise(path.absolute()) if os.path.exists(path) else path
-    if isinstance(found, AnnotatedSource):
-        names = class_names([found])
-        return LoadedSet(names, {"train": load_annotations([found], len(names), progress=progress)})
-    if os.path.isdir(path) or path.suffix.lower() in (".txt", ".json"):
-        raise DataError(
-            f"{path}: is neither a dataset YAML, a COCO .json nor a VOC folder; for YOLO text give the YAML"
-        )
-    config = load_data_config(path)
-    splits = {
-        name: load_annotations(config.split(name), config.num_classes, progress=progress, require_labels=False)
-        for name in config.splits
-    }
+    if os.path.isdir(path) or path.suffix.lower() == ".json":
+        with tempfile.TemporaryDirectory() as folder:
+            config = suggested_config(path, Path(folder) / "data.yaml")
+    else:
+        config = load_data_config(path)
+    splits = {}
+    for name in config.splits:
+        loaded = load_annotations(config.split(name), config.num_classes, require_labels=False)
+        LOGGER.info("%s: %s", name, loaded.report.summary())
+        splits[name] = loaded.records
     return LoadedSet(tuple(config.names.values()), splits)
 
 
-def convert(source: str | Path, target: str | Path, to: str, *, link: bool = False, progress: bool = True) -> LoadedSet:
+def resplit(loaded: LoadedSet, fractions: Sequence[float], seed: int, divide_duplicates: bool) -> LoadedSet:
+    """Join all splits and share the images out again, see `data.split`.
+
+    Raises:
+        DataError: a split would be empty.
+    """
+    records = list({record.path: record for part in loaded.splits.values() for record in part}.values())
+    groups = np.arange(len(records)) if divide_duplicates else group_near_duplicates(thumbnails(records))
+    if (count := len(records) - len(np.unique(groups))) > 0:
+        LOGGER.info("%d of %d images are near-duplicates of another one and stay with it", count, len(records))
+    return LoadedSet(loaded.names, split_records(records, fractions, groups, len(loaded.names), seed))
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    *,
+    link: bool = False,
+    split: Sequence[float] = (),
+    seed: int = 0,
+    divide_duplicates: bool = False,
+) -> LoadedSet:
     """Write a dataset in another format.
 
     Args:
-        source: dataset YAML, COCO .json or VOC folder.
+        source: dataset YAML, COCO .json or folder.
         target: new folder.
         to: "yolo", "coco" or "voc".
         link: make symbolic links to the images instead of copies.
-        progress: show bars on standard error.
+        split: fractions of train, val and, with three of them, test; empty keeps the splits of the source.
+        seed: of the new splits.
+        divide_duplicates: near-duplicates may go to different splits.
 
     Returns:
         What was written.
 
     Raises:
+        ConfigError: fractions that do not sum to 1.
         DataError: the target is there already, or the source cannot be used.
     """
+    if split:
+        check_fractions(split, seed)
     final = Path(target).absolute()
     if os.path.exists(final) and not (os.path.isdir(final) and not any(final.iterdir())):
         raise DataError(f"{target}: is there already; give a new folder")
-    loaded = load_set(source, progress)
+    loaded = load_set(source)
+    if split:
+        loaded = resplit(loaded, split, seed, divide_duplicates)
     make_folder(final.parent)
     build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        _WRITERS[to](loaded, _ImageWriter(build, link, progress))
+        _WRITERS[to](loaded, _ImageWriter(build, link))
         build.chmod(0o755)  # mkdtemp makes folders private
         if os.path.isdir(final):
             final.rmdir()
@@ -108,7 +137,6 @@ class _ImageWriter:
 
     root: Path
     link: bool
-    progress: bool
 
     def put(self, record: ImageRecord, place: str) -> None:
         """Copy (or link) an image to `place` below the root."""
@@ -127,7 +155,7 @@ class _ImageWriter:
 
     def bar(self, records: Sequence[ImageRecord], split: str) -> Iterable[ImageRecord]:
         """Iterate over the records with a progress bar."""
-        return tqdm(records, desc=f"converting {split}", unit="image", mininterval=0.5, disable=not self.progress)
+        return tqdm(records, desc=f"converting {split}", unit="image", mininterval=0.5, disable=None)
 
     def describe(self, names: Sequence[str], splits: Mapping[str, str]) -> None:
         """Write `data.yaml`."""
@@ -136,8 +164,8 @@ class _ImageWriter:
 
 def _write_yolo(loaded: LoadedSet, images: _ImageWriter) -> None:
     for split, part in loaded.splits.items():
-        names = file_names([record.path for record in part.records])
-        for record in images.bar(part.records, split):
+        names = file_names([record.path for record in part])
+        for record in images.bar(part, split):
             name = names[record.path]
             images.put(record, f"images/{split}/{name}")
             images.write(f"labels/{split}/{Path(name).with_suffix('.txt')}", label_rows(record))
@@ -147,10 +175,10 @@ def _write_yolo(loaded: LoadedSet, images: _ImageWriter) -> None:
 def _write_coco(loaded: LoadedSet, sources: _ImageWriter) -> None:
     _check_distinct(loaded.names, "coco")
     for split, part in loaded.splits.items():
-        names = file_names([record.path for record in part.records])
-        for record in sources.bar(part.records, split):
+        names = file_names([record.path for record in part])
+        for record in sources.bar(part, split):
             sources.put(record, f"images/{split}/{names[record.path]}")
-        images = [(number, names[record.path], record) for number, record in enumerate(part.records, 1)]
+        images = [(number, names[record.path], record) for number, record in enumerate(part, 1)]
         classes = dict(enumerate(loaded.names))
         content = coco.annotation_file(images, range(1, len(classes) + 1), classes, digits=4)
         sources.write(f"annotations/{split}.json", json.dumps(content))
@@ -168,10 +196,10 @@ def _check_distinct(names: Sequence[str], to: str) -> None:
 
 def _write_voc(loaded: LoadedSet, images: _ImageWriter) -> None:
     _check_distinct(loaded.names, "voc")
-    names = file_names([record.path for part in loaded.splits.values() for record in part.records], spaces=False)
+    names = file_names([record.path for part in loaded.splits.values() for record in part], spaces=False)
     written: set[Path] = set()
     for split, part in loaded.splits.items():
-        for record in images.bar(part.records, split):
+        for record in images.bar(part, split):
             if record.path in written:
                 continue
             written.add(record.path)
@@ -180,7 +208,7 @@ def _write_voc(loaded: LoadedSet, images: _ImageWriter) -> None:
             objects = [(loaded.names[int(c)], box, polygon) for c, box, polygon in to_pixels(record)]
             text = voc.annotation(name, (record.height, record.width), objects)
             images.write(f"Annotations/{Path(name).with_suffix('.xml')}", text)
-        stems = [Path(names[record.path]).stem for record in part.records]
+        stems = [Path(names[record.path]).stem for record in part]
         images.write(f"ImageSets/Main/{split}.txt", "".join(f"{stem}\n" for stem in stems))
     images.describe(loaded.names, {split: f"ImageSets/Main/{split}.txt" for split in loaded.splits})
 
@@ -229,18 +257,32 @@ def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = command.DataParser(prog="convert", description="convert a dataset between YOLO, COCO and Pascal VOC")
-    parser.add_argument("source", help="dataset YAML, COCO .json file or VOC folder")
+    parser.add_argument("source", help="dataset YAML, COCO .json file or folder")
     parser.add_argument("target", help="new folder")
     parser.add_argument("--to", required=True, choices=sorted(_WRITERS), help="format to write")
+    parser.add_argument(
+        "--split",
+        type=float,
+        nargs="+",
+        default=(),
+        metavar="F",
+        help="fractions of train, val (and test): 0.8 0.1 0.1",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of --split (0)")
+    parser.add_argument("--split-duplicates", action="store_true", help="--split may separate near-duplicates")
     parser.add_argument("--link", action="store_true", help="symbolic links to the images instead of copies")
     return command.run(parser, _convert, argv)
 
 
 def _convert(arguments: argparse.Namespace) -> None:
-    loaded = convert(arguments.source, arguments.target, arguments.to, link=arguments.link)
-    for split, part in loaded.splits.items():
-        LOGGER.info("%s: %s", split, part.report.summary())
-    LOGGER.info("written: %s", Path(arguments.target) / "data.yaml")
+    loaded = convert(
+        arguments.source, arguments.target, arguments.to, link=arguments.link, split=arguments.split,
+        seed=arguments.seed, divide_duplicates=arguments.split_duplicates,
+    )  # fmt: skip
+    counts = [f"{len(part)} images in {name}" for name, part in loaded.splits.items()]
+    LOGGER.info("written: %s: %s", Path(arguments.target) / "data.yaml", ", ".join(counts))
+    if "val" not in loaded.splits:
+        LOGGER.warning("there is no split 'val', which training needs; --split 0.8 0.2 makes one of the images")
 
 
 if __name__ == "__main__":

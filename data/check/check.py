@@ -3,14 +3,15 @@
     python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER] [--strict]
 
 Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and images
-that are nearly the same in different splits. Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and
-check.png. Exit status 0 whatever is found; 2 when the dataset cannot be used, or with --strict when labels or images
-are wrong.
+that are nearly the same in different splits. A folder or a COCO .json is accepted too: a YAML for it is suggested.
+Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and check.png. Exit status 0 whatever is found; 2
+when the dataset cannot be used, or with --strict when labels or images are wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from data.anchors import anchor_fit
 from data.check.near_duplicates import Pair, find_pairs, thumbnails
 from data.check.plots import draw
 from data.check.statistics import SplitStatistics, below, doubled, gather, level_shares, outside
+from data.check.suggest import suggested_config
 from data.config import DataConfig, load_data_config
 from data.images import decoding_problem
 from data.labels.labels import load_annotations
@@ -246,7 +248,7 @@ def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Sec
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     parser = command.DataParser(prog="check", description="statistics of a dataset, and what is wrong with it")
-    parser.add_argument("data", help="dataset YAML")
+    parser.add_argument("data", help="dataset YAML; or a folder or COCO .json, for which a YAML is suggested")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
     parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")
     parser.add_argument("--strict", action="store_true", help="decode every image; exit status 2 if anything is wrong")
@@ -258,15 +260,21 @@ def _check(arguments: argparse.Namespace) -> None:
     imgsz = arguments.imgsz
     if not 32 <= imgsz <= MAX_IMGSZ:
         raise ConfigError(f"--imgsz: {imgsz} is out of range; allowed: 32 to {MAX_IMGSZ}")
-    config = load_data_config(arguments.data)
     anchors = read_anchors(arguments.cfg)
+    folder = Path(arguments.out or increment_path("runs/check/exp"))
+    path = Path(arguments.data)
+    if os.path.isdir(path) or path.suffix.lower() == ".json":
+        config = suggested_config(path, folder / "data.yaml")
+        print(f"Suggested dataset YAML ({config.file}):\n\n{printable(config.file.read_text('utf-8'))}")
+    else:
+        config = load_data_config(path)
     splits = inspect(config, imgsz)
     records = {split.name: split.records for split in splits}
     pairs = find_pairs(records, {name: thumbnails(part, name=name) for name, part in records.items()})
     sections = report(splits, config.names, pairs, anchors, imgsz)
     if arguments.strict:
         sections.append(_damaged(splits))
-    folder = make_folder(arguments.out or increment_path("runs/check/exp"))
+    make_folder(folder)
     with atomic_path(folder / "check.txt") as part:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)

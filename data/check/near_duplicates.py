@@ -8,7 +8,7 @@ are and mirrored left-right, since exported sets often hold augmented copies.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
@@ -91,21 +91,46 @@ def find_pairs(splits: Mapping[str, Sequence[ImageRecord]], thumbs: Mapping[str,
         splits: images by split.
         thumbs: their thumbnails.
     """
-    hashes = {name: hash_bits(t) for name, t in thumbs.items()}
-    mirrored = {name: hash_bits(t[:, :, ::-1]) for name, t in thumbs.items()}
     found: dict[tuple[str, str, int], Pair] = {}
     for one, two in combinations(splits, 2):
-        for turned, bits in ((False, hashes[two]), (True, mirrored[two])):
-            others = thumbs[two][:, :, ::-1] if turned else thumbs[two]
-            for i, j, distance in _near(hashes[one], bits):
-                first, second = splits[one][i].path, splits[two][j].path
-                correlation = _correlation(thumbs[one][i], others[j])
-                known = found.get((one, two, j))
-                better = known is None or correlation > known.correlation
-                if first != second and correlation >= LEAST_CORRELATION and better:
-                    pair = Pair((one, two), first, second, distance, correlation, turned)
-                    found[one, two, j] = pair
+        for i, j, distance, correlation, mirrored in _similar(thumbs[one], thumbs[two]):
+            first, second = splits[one][i].path, splits[two][j].path
+            known = found.get((one, two, j))
+            if first != second and (known is None or correlation > known.correlation):
+                found[one, two, j] = Pair((one, two), first, second, distance, correlation, mirrored)
     return sorted(found.values(), key=lambda pair: (-pair.correlation, str(pair.first), str(pair.second)))
+
+
+def group_near_duplicates(thumbs: Thumbnails) -> NDArray[np.int64]:
+    """Return group numbers: near-duplicates, directly or through others, are one group.
+
+    Args:
+        thumbs: (n, 32, 32) of all images.
+
+    Returns:
+        (n,) group numbers from 0.
+    """
+    parent = list(range(len(thumbs)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    for i, j, *_ in _similar(thumbs, thumbs):
+        parent[root(i)] = root(j)
+    return np.unique([root(i) for i in range(len(thumbs))], return_inverse=True)[1]
+
+
+def _similar(first: Thumbnails, second: Thumbnails) -> Iterator[tuple[int, int, int, float, bool]]:
+    """Yield near duplicates as (i, j, bits that differ, correlation, whether the second one is mirrored)."""
+    hashes = hash_bits(first)
+    for mirrored in (False, True):
+        others = second[:, :, ::-1] if mirrored else second
+        for i, j, distance in _near(hashes, hash_bits(others)):
+            correlation = _correlation(first[i], others[j])
+            if correlation >= LEAST_CORRELATION:
+                yield i, j, distance, correlation, mirrored
 
 
 def _near(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> list[tuple[int, int, int]]:

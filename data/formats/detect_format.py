@@ -5,23 +5,29 @@ A source is a folder of images, a .txt list of images or an image (YOLO text bes
 - COCO: a .json file. `file_name` is looked for in the file's folder (and in the one above, where it is called
   `annotations`), in the dataset's `path`, in `images` of these, and in folders below that are called as the split or
   as the end of the file's name (`instances_val2017.json`: `val2017`); or only where the YAML's `images:` says.
-- VOC: a folder with `Annotations` and `JPEGImages` (or `images`), a list in `ImageSets/Main` of such a folder, or a
-  folder with XML files whose images have the same name, beside them, in `../JPEGImages` or in `../images`.
+- VOC: a folder with `Annotations`, a list below `ImageSets` beside it, or a folder whose XML files have the names of
+  images: beside them, in `JPEGImages` or `images`, or where YOLO labels would be.
+
+Where no image is in these folders, the first one's name is searched for in all folders of the dataset. VOC's folder
+names may be in lower case.
 """
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from data.formats import coco, voc
 from data.formats.yolo import LabelFile, label_path, read_labels
 from data.images import IMAGE_SUFFIXES
 from utils.errors import DataError
+
+LOGGER = logging.getLogger(__name__)
 
 Reader = Callable[[tuple[int, int]], LabelFile]
 
@@ -35,12 +41,14 @@ class AnnotatedSource:
         kind: which of both.
         classes: names by class number; None = as the annotations have them.
         folders: where images are looked for, in this order.
+        search: folder below which they are looked for where none of these has the first one; None: nowhere.
     """
 
     path: Path
     kind: Literal["coco", "voc"]
     classes: tuple[str, ...] | None = None
     folders: tuple[Path, ...] = ()
+    search: Path | None = None
 
     def __str__(self) -> str:
         return str(self.path)
@@ -94,15 +102,14 @@ def recognise(
     names = None if classes is None else tuple(classes)
     if path.suffix.lower() == ".json" and os.path.isfile(path):
         word = path.stem.rpartition("_")[2]
-        return AnnotatedSource(path, "coco", names, tuple(folders) or _coco_folders(path.parent, root, (split, word)))
-    base = _voc_base(path)
-    if base is None:
+        above = path.parent.parent if path.parent.name.lower() == "annotations" else path.parent
+        places = tuple(folders) or _coco_folders(path.parent, above, root or above, (split, word))
+        search = min(above, root or above, key=lambda folder: len(folder.parts))
+        return AnnotatedSource(path, "coco", names, places, None if folders else search)
+    found = _voc_folders(path)
+    if found is None:
         return path
-    if not folders:
-        below = (base / "JPEGImages", base / "images") if base != path or os.path.isdir(base / "Annotations") else ()
-        beside = (path, path.parent / "JPEGImages", path.parent / "images")
-        folders = below or beside
-    return AnnotatedSource(path, "voc", names, tuple(folders))
+    return AnnotatedSource(path, "voc", names, tuple(folders) or found.images, None if folders else found.base)
 
 
 def plain(path: Path) -> Listed:
@@ -142,9 +149,8 @@ def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
 # ---- COCO
 
 
-def _coco_folders(folder: Path, root: Path | None, words: Sequence[str]) -> tuple[Path, ...]:
-    above = folder.parent if folder.name.lower() == "annotations" else folder
-    bases = [base for start in (folder, root or above, above) for base in (start, start / "images")]
+def _coco_folders(folder: Path, above: Path, root: Path, words: Sequence[str]) -> tuple[Path, ...]:
+    bases = [base for start in (folder, root, above) for base in (start, start / "images")]
     inner = [base / word for base in bases for word in words if word]
     return tuple(dict.fromkeys([*bases, *inner]))
 
@@ -169,75 +175,138 @@ def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tu
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
     """Return the path of each image; a missing one gets the first path that was tried."""
     folders = [folder for folder in source.folders if os.path.isdir(folder)] or list(source.folders[:1])
-    for image in images:
-        name = image.file_name.replace("\\", "/")
+    names = [image.file_name.replace("\\", "/") for image in images]
+    if not any(os.path.isfile(folder / name) for name in names[:20] for folder in folders):
+        folders = _searched(source, names[:1]) or folders
+    for image, name in zip(images, names):
         found = next((i for i, folder in enumerate(folders) if os.path.isfile(folder / name)), 0)
         if found:
             folders.insert(0, folders.pop(found))  # most likely the next one is there too
         yield Path(os.path.abspath(folders[0] / name)), image
 
 
+def _searched(source: AnnotatedSource, names: Sequence[str]) -> list[Path]:
+    """Return the folder that holds the first of the file names, searched for in all folders of the dataset."""
+    found = find_folder(source.search, names[0]) if source.search is not None and names else None
+    if found is None:
+        return []
+    LOGGER.info("%s: its images are in %s", source, found)
+    return [found]
+
+
+def find_folder(base: Path, name: str, most: int = 20_000) -> Path | None:
+    """Return the folder, `base` or below it, in which there is a file `name` ('a.jpg', 'b/a.jpg').
+
+    Hidden folders are left out, and those after the first `most` folders.
+    """
+    for count, (folder, folders, _) in enumerate(os.walk(base)):
+        folders[:] = sorted(inner for inner in folders if not inner.startswith("."))
+        if os.path.isfile(os.path.join(folder, name)):
+            return Path(folder)
+        if count >= most:
+            break
+    return None
+
+
 # ---- VOC
 
 
-def _voc_base(path: Path) -> Path | None:
-    """Return the folder that holds VOC's subfolders, or None if the path is not VOC."""
+class _VocFolders(NamedTuple):
+    """Folder of the dataset, of its XML files, and of its images."""
+
+    base: Path
+    xml: Path
+    images: tuple[Path, ...]
+
+
+def _voc_folders(path: Path) -> _VocFolders | None:
+    """Return the folders of a VOC folder or list, or None if the path is not VOC."""
     if path.suffix.lower() == ".txt":
-        parents = path.parents
-        inside = len(parents) > 2 and parents[1].name == "ImageSets" and os.path.isdir(parents[2] / "Annotations")
-        return parents[2] if inside and os.path.isfile(path) else None
+        lists = next((folder for folder in path.parents if folder.name.lower() == "imagesets"), None)
+        base = lists.parent if lists is not None and os.path.isfile(path) else None
+    else:
+        base = path
+    xml = _subfolder(base, "annotations") if base is not None else None
+    text = base == path and xml is not None and xml.name != "Annotations" and _subfolder(path, "labels")
+    if base is not None and xml is not None and not text and _in_folder(xml, {".xml"}):
+        return _VocFolders(base, xml, _image_subfolders(base) or (base / "JPEGImages",))
     if not os.path.isdir(path):
         return None
-    if os.path.isdir(path / "Annotations") and any(os.path.isdir(path / name) for name in ("JPEGImages", "images")):
-        return path
-    files = _in_folder(path, {".xml"})
     labels = label_path(path / "x").parent
-    if not files or any(os.path.isfile(labels / f"{file.stem}.txt") for file in files):
+    files = _in_folder(path, {".xml"})
+    if files and not any(os.path.isfile(labels / f"{file.stem}.txt") for file in files):
+        return _VocFolders(path.parent, path, (path, *_image_subfolders(path.parent)))
+    texts = [file for file in _in_folder(labels, {".txt"}) if file.name != "classes.txt"]
+    if labels != path and not texts and _in_folder(labels, {".xml"}):
+        return _VocFolders(path, labels, (path,))
+    return None
+
+
+def _subfolder(folder: Path, name: str) -> Path | None:
+    """Return the subfolder called `name` in any case."""
+    try:
+        entries = sorted(os.listdir(folder))
+    except OSError:
         return None
-    return path
+    return next((folder / entry for entry in entries if entry.lower() == name and os.path.isdir(folder / entry)), None)
+
+
+def _image_subfolders(folder: Path) -> tuple[Path, ...]:
+    found = (_subfolder(folder, name) for name in ("jpegimages", "images"))
+    return tuple(path for path in found if path is not None)
 
 
 def _voc_images(source: AnnotatedSource) -> Iterator[tuple[Path, Listed]]:
+    names = source.classes or class_names([source])
+    listed = _xml_files(source)
+    folders = list(source.folders)
+    if not any(_in_folder(folder, IMAGE_SUFFIXES) for folder in folders):
+        folders = _searched(source, [_image_name(xml) for xml in [*listed][:1]]) or folders
     candidates: dict[str, list[Path]] = {}
-    for folder in source.folders:
+    for folder in folders:
         for path in _in_folder(folder, IMAGE_SUFFIXES):
             candidates.setdefault(path.stem, []).append(path)
-    names = source.classes or class_names([source])
-    listed: Mapping[Path, str]
-    if os.path.isfile(source.path):
-        base = _voc_base(source.path) or source.path.parent
-        lines = voc.identifiers(source.path)
-        listed = {base / "Annotations" / f"{name}.xml": f"{source.path}:{line}" for name, line in lines.items()}
-    else:
-        listed = {path: str(path) for path in _xml_files(source)}
-    folder = source.path / "Annotations" if os.path.isdir(source.path / "Annotations") else source.path
     seen: set[Path] = set()
     for xml, origin in listed.items():
-        image = _image_of(xml, candidates.get(xml.stem, ()), source.folders)
+        image = _image_of(xml, candidates.get(xml.stem, ()), folders)
         seen.update((image, *candidates.pop(xml.stem, ())))
         yield image, Listed(origin, xml, partial(voc.read_voc, xml, names))
-    for image in sorted({paths[0] for paths in candidates.values()} - seen):  # backgrounds; a list has none
+    if os.path.isfile(source.path):
+        return  # a list names all of its images
+    folder = _xml_folder(source)
+    for image in sorted({paths[0] for paths in candidates.values()} - seen):  # backgrounds
         if folder != source.path or image.parent == source.path:
             xml = folder / f"{image.stem}.xml"
             yield image, Listed("", xml, partial(voc.read_voc, xml, names))
+
+
+def _image_name(xml: Path) -> str:
+    """Return the file name of the image that an annotation names."""
+    return (voc.parse_voc(xml).file_name if os.path.exists(xml) else "") or f"{xml.stem}.jpg"
 
 
 def _image_of(xml: Path, candidates: Sequence[Path], folders: Sequence[Path]) -> Path:
     """Return the image of an annotation: of several with its stem, or of none, the one that the XML names."""
     if len(candidates) == 1:
         return candidates[0]
-    named = (voc.parse_voc(xml).file_name if os.path.exists(xml) else "") or f"{xml.stem}.jpg"
+    named = _image_name(xml)
     if candidates:
         return next((path for path in candidates if path.name == named), candidates[0])
     return next((folder / named for folder in folders if os.path.isfile(folder / named)), folders[0] / named)
 
 
-def _xml_files(source: AnnotatedSource) -> list[Path]:
+def _xml_folder(source: AnnotatedSource) -> Path:
+    found = _voc_folders(source.path)
+    return found.xml if found is not None else source.path
+
+
+def _xml_files(source: AnnotatedSource) -> dict[Path, str]:
+    """XML files of a source, each with the place that names it."""
+    folder = _xml_folder(source)
     if os.path.isfile(source.path):
-        base = _voc_base(source.path) or source.path.parent
-        return [base / "Annotations" / f"{name}.xml" for name in voc.identifiers(source.path)]
-    inner = source.path / "Annotations"
-    return _in_folder(inner if os.path.isdir(inner) else source.path, {".xml"})
+        lines = voc.identifiers(source.path)
+        return {folder / f"{name}.xml": f"{source.path}:{line}" for name, line in lines.items()}
+    return {path: str(path) for path in _in_folder(folder, {".xml"})}
 
 
 def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> list[Path]:

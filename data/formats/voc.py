@@ -10,12 +10,13 @@ from __future__ import annotations
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.formats.yolo import LabelFile, checked, from_pixels, number
+from data.images import IMAGE_SUFFIXES
 from utils.errors import DataError, did_you_mean, shown
 from utils.files import check_regular, read_text
 
@@ -156,7 +157,7 @@ def class_names(files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def identifiers(listing: Path) -> dict[str, int]:
-    """Images of an `ImageSets/Main` list, without suffix, each with its line.
+    """Images of an `ImageSets` list, without folder and suffix, each with its line.
 
     Raises:
         DataError: not readable.
@@ -164,7 +165,8 @@ def identifiers(listing: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for i, line in enumerate(read_text(listing).splitlines(), 1):
         if line.strip():
-            found.setdefault(line.split()[0], i)
+            name = PurePosixPath(line.split()[0].replace("\\", "/")).name
+            found.setdefault(Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name, i)
     return found
 
 

@@ -108,7 +108,8 @@ def read_labels(path: str | Path, size: tuple[int, int] | None = None) -> LabelF
             labels[i] = row
             polygons.append(None)
         else:
-            raise DataError(f"{places[i]}: {len(row)} columns; 5 (class x y w h) or a polygon are needed")
+            hint = "; a confidence at the end (--save-conf) is not part of a label" if len(row) == 6 else ""
+            raise DataError(f"{places[i]}: {len(row)} columns; 5 (class x y w h) or a polygon are needed{hint}")
     return checked(labels, polygons, places, size=size, notes=notes)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.formats.detect_format import AnnotatedSource, Listed, Source, images, plain, recognise
+from data.formats.detect_format import AnnotatedSource, Listed, Source, find_folder, images, plain, recognise
 from data.formats.voc import UnknownClassError
 from data.formats.yolo import ImageRecord, LabelFile, label_path, read_labels
 from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
@@ -136,7 +136,9 @@ def load_annotations(
     listed, repeated, notes = _list(known)
     if not listed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
-        raise DataError(f"{', '.join(map(str, sources))}: no images found; allowed are files that end in {kinds}")
+        lists = any("imagesets" in str(source).lower() for source in known)
+        hint = "; a VOC list needs a folder 'Annotations' with XML files beside 'ImageSets'" if lists else ""
+        raise DataError(f"{', '.join(map(str, sources))}: no images found; allowed are files that end in {kinds}{hint}")
     paths = sorted(listed, key=str)  # the order of the strings, as in YOLOv5
     cache = _cache_path(known, paths[0], cache_folder)
     entries = _verified(paths, listed, cache, progress)
@@ -152,10 +154,26 @@ def load_annotations(
         more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
         raise DataError(
             f"{where}: no labels in {report.images} images; looked for .txt files in {', '.join(looked[:3])}{more}"
+            f"{_other_labels(paths[0])}"
         )
     records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
     _check_classes(records, num_classes, listed)
     return Annotations(records, report)
+
+
+def _other_labels(image: Path) -> str:
+    """Return the ending of a message that names labels of an image found elsewhere, and the line to write."""
+    expected = label_path(image)
+    base = Path(os.path.commonpath([image.parent, expected.parent]))
+    base = base.parent if base == image.parent else base
+    found = find_folder(base, expected.name, most=2000)
+    if found == image.parent:
+        return f"; they are beside the images: move them there, or rename the folder 'images' of {image.parent}"
+    if found is not None:
+        return f"; {found / expected.name} is there: rename {found} to {expected.parent}, or move its files there"
+    files = (file for folder in (image.parent, base, base / "annotations") for file in sorted(folder.glob("*.json")))
+    coco = next((file for file in files if '"annotations"' in read_text(file, limit=2**33)), None)
+    return f"; a COCO file is there: write 'train: {coco}' in the dataset YAML" if coco is not None else ""
 
 
 def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
@@ -356,8 +374,12 @@ def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Map
     number = int(record.labels[record.labels[:, 0] >= num_classes][0, 0])
     file = listed[record.path].label
     line = f":{_line_of_class(file, number)}" if file.suffix == ".txt" else ""
+    used = np.unique(np.concatenate([record.labels[:, 0] for record in records])).astype(int)
+    from_one = used[0] > 0 and used[-1] == num_classes
+    hint = "; no label has class 0: if they count from 1, begin the list with a name that no object has: [unused, ...]"
     raise DataError(
         f"{file}{line}: class {number}, but the dataset has {num_classes} classes; allowed are 0-{num_classes - 1}"
+        f"{hint if from_one else ''}"
     )
 
 

@@ -41,7 +41,7 @@ def source(tmp_path: Path) -> Path:
 def records(yaml: Path, split: str) -> tuple[ImageRecord, ...]:
     config = load_data_config(yaml)
     assert list(config.names.values()) == ["zebra", "ant", "my dog"]
-    return load_annotations(config.split(split), 3, progress=False).records
+    return load_annotations(config.split(split), 3).records
 
 
 def assert_same(first: tuple[ImageRecord, ...], second: tuple[ImageRecord, ...], atol: float) -> None:
@@ -58,10 +58,10 @@ def assert_same(first: tuple[ImageRecord, ...], second: tuple[ImageRecord, ...],
 @pytest.mark.parametrize("first", ["yolo", "coco", "voc"])
 @pytest.mark.parametrize("second", ["", "yolo", "coco", "voc"])
 def test_records_stay_within_rounding(tmp_path: Path, source: Path, first: str, second: str) -> None:
-    convert(source, tmp_path / "one", first, progress=False)
+    convert(source, tmp_path / "one", first)
     yaml = tmp_path / "one" / "data.yaml"
     if second:
-        convert(yaml, tmp_path / "two", second, progress=False)
+        convert(yaml, tmp_path / "two", second)
         yaml = tmp_path / "two" / "data.yaml"
     tolerance = 1e-7 if {first, second} <= {"yolo", ""} else 1e-4  # 0.001 pixels of 41 are 2e-5
     for split in FILES:
@@ -69,11 +69,13 @@ def test_records_stay_within_rounding(tmp_path: Path, source: Path, first: str, 
 
 
 def test_single_annotation_file_is_a_source(tmp_path: Path, source: Path) -> None:
-    convert(source, tmp_path / "coco", "coco", progress=False)
-    loaded = convert(tmp_path / "coco/annotations/train.json", tmp_path / "voc", "voc", progress=False)
+    convert(source, tmp_path / "coco", "coco")
+    loaded = convert(tmp_path / "coco/annotations/train.json", tmp_path / "voc", "voc")
     assert list(loaded.splits) == ["train"] and loaded.names == ("zebra", "ant", "my dog")
     assert (tmp_path / "voc/JPEGImages/d_e.png").is_file()  # VOC's lists cannot hold a space
-    loaded = convert(tmp_path / "voc", tmp_path / "yolo", "yolo", link=True, progress=False)
+    assert convert(tmp_path / "voc", tmp_path / "own", "yolo").names == loaded.names  # by the data.yaml in the folder
+    (tmp_path / "voc/data.yaml").unlink()
+    loaded = convert(tmp_path / "voc", tmp_path / "yolo", "yolo", link=True)
     assert loaded.names == ("ant", "my dog", "zebra") and (tmp_path / "yolo/images/train/a.png").is_symlink()
 
 
@@ -81,7 +83,7 @@ def test_coco_output_is_what_pycocotools_reads(tmp_path: Path, source: Path) -> 
     pytest.importorskip("pycocotools")
     from pycocotools.coco import COCO
 
-    convert(source, tmp_path / "out", "coco", progress=False)
+    convert(source, tmp_path / "out", "coco")
     known = COCO(str(tmp_path / "out/annotations/train.json"))
     assert len(known.getImgIds()) == 4 and len(known.getAnnIds()) == 5
     outlined = next(a for a in known.dataset["annotations"] if a["segmentation"] and a["category_id"] == 3)
@@ -90,10 +92,10 @@ def test_coco_output_is_what_pycocotools_reads(tmp_path: Path, source: Path) -> 
 
 def test_target_is_never_overwritten(tmp_path: Path, source: Path) -> None:
     (tmp_path / "there").mkdir()
-    convert(source, tmp_path / "there", "yolo", progress=False)  # empty: nothing to lose
+    convert(source, tmp_path / "there", "yolo")  # empty: nothing to lose
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
     with pytest.raises(DataError, match="there: is there already; give a new folder"):
-        convert(source, tmp_path / "there", "coco", progress=False)
+        convert(source, tmp_path / "there", "coco")
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
 
 
@@ -104,7 +106,7 @@ def test_a_break_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: pytes
     monkeypatch.setattr(module.shutil, "copy2", full)
     (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match="No space left"):
-        convert(source, tmp_path / "out" / "new", "coco", progress=False)
+        convert(source, tmp_path / "out" / "new", "coco")
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -133,7 +135,9 @@ def test_file_names_differ(paths: list[str], names: list[str]) -> None:
     ("arguments", "problem"),
     [
         (["gone.yaml", "t", "--to", "yolo"], "gone.yaml: no such file"),
-        (["{}", "t", "--to", "yolo"], "for YOLO text give the YAML"),
+        (["{}", "t", "--to", "yolo", "--split", "0.8", "0.3"], "of sum 1 are needed"),
+        (["{}", "t", "--to", "yolo", "--split", "1"], "--split 1: two or three numbers"),
+        (["{}", "t", "--to", "yolo", "--split", "0.5", "0.5", "--seed", "-1"], "--seed -1: an integer from 0"),
         (["x", "t", "--to", "yaml"], "invalid choice"),
         (["x", "t", "--to", "yolo", "--lnik"], "did you mean '--link'"),
     ],
@@ -164,8 +168,38 @@ def test_duplicate_names_are_refused_where_names_tell_classes_apart(
     names = load_data_config(source).names
     source.write_text(text.replace(text[text.index("names:") :].splitlines()[0], f"names: {['cat'] * len(names)}"))
     if not refused:
-        convert(source, tmp_path / "new", to, progress=False)
+        convert(source, tmp_path / "new", to)
         return
     with pytest.raises(DataError, match="names are given twice, such as 'cat'"):
-        convert(source, tmp_path / "new", to, progress=False)
+        convert(source, tmp_path / "new", to)
     assert not (tmp_path / "new").exists()
+
+
+def test_split_keeps_near_duplicates_together_and_is_seeded(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True)
+    for i in range(30):
+        coarse = np.random.default_rng(i // 2).integers(0, 256, (6, 8, 3), dtype=np.uint8)  # pairs of one scene
+        cv2.imwrite(str(root / f"images/{i}.png"), cv2.resize(coarse, (80 + i % 2, 60), interpolation=cv2.INTER_CUBIC))
+        (root / f"labels/{i}.txt").write_text(f"{i % 4 // 2} 0.5 0.5 0.2 0.2\n")
+    options = ("--split", "0.6", "0.2", "0.2")
+    for name, seed in (("one", 0), ("again", 0), ("other", 1)):
+        arguments = [str(root), str(tmp_path / name), "--to", "yolo", *options, f"--seed={seed}"]
+        assert main(arguments) == 0
+    found = {
+        name: {s: {int(p.stem) for p in (tmp_path / name / "images" / s).iterdir()} for s in ("train", "val", "test")}
+        for name in ("one", "again", "other")
+    }
+    assert found["one"] == found["again"] != found["other"]
+    assert [len(part) for part in found["one"].values()] == pytest.approx([18, 6, 6], abs=2)
+    assert all(number ^ 1 in part for part in found["one"].values() for number in part)
+
+
+def test_converted_set_without_val_says_so(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source.write_text(source.read_text().replace("val: images/val\n", ""))
+    assert main([str(source), str(tmp_path / "one"), "--to", "voc"]) == 0
+    text = capsys.readouterr().err
+    assert "there is no split 'val'" in text and "--split 0.8 0.2" in text
+    assert main([str(source), str(tmp_path / "two"), "--to", "voc", "--split", "0.5", "0.5"]) == 0
+    assert "no split 'val'" not in capsys.readouterr().err

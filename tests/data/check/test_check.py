@@ -117,6 +117,15 @@ def test_each_image_is_named_once_with_its_nearest(tmp_path: Path) -> None:
     assert (pair.first.stem, pair.second.stem) == ("0", "8") and pair.correlation == pytest.approx(1)
 
 
+def test_groups_of_near_duplicates_hold_mirrored_copies(tmp_path: Path) -> None:
+    images = [scene(0), scene(1), changed(scene(0), "mirrored"), scene(2), changed(scene(1), "jpeg"), scene(3)]
+    for i, image in enumerate(images):
+        cv2.imwrite(str(tmp_path / f"{i}.png"), image)
+    thumbs = thumbnails([record(str(tmp_path / f"{i}.png"), [], (120, 160)) for i in range(6)], False)
+    groups = near_duplicates.group_near_duplicates(thumbs).tolist()
+    assert groups[0] == groups[2] and groups[1] == groups[4] and len(set(groups)) == 4
+
+
 def test_images_without_pattern_are_compared_by_brightness(tmp_path: Path) -> None:
     part = {}
     for name, gray in (("train", 50), ("val", 51), ("test", 90)):
