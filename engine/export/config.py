@@ -55,6 +55,9 @@ REFUSED_FORMATS: dict[str, str] = {
     "edgetpu": _TENSORFLOW,
     "tfjs": _TENSORFLOW,
     "paddle": "Paddle is not written; export onnx, which X2Paddle reads",
+    "ncnn": "ncnn is not written; export torchscript, which pnnx reads",
+    "mnn": "MNN is not written; export onnx, which MNNConvert reads",
+    "rknn": "RKNN is not written; export onnx, which rknn-toolkit2 reads",
 }
 _NO_TENSORFLOW = "belongs to TensorFlow formats, which are not written"
 _NO_ENGINE = "belongs to TensorRT engine files, which are not written; onnx runs with --device tensorrt"

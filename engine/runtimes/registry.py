@@ -21,6 +21,7 @@ from utils.files import newest_weights
 LOGGER = logging.getLogger(__name__)
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
 DNN = "dnn"
+EXPORT_HINT = "other formats: export the .pt file again with export.py --include onnx"
 
 Opener = Callable[[Path, torch.device, str], Runtime]
 # Another runtime is one file beside this one, and one row here: suffix -> (path, device, provider) -> runtime.
@@ -33,18 +34,27 @@ OPENERS: Mapping[str, Opener] = {
 
 
 def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
-    """Return the given weights, or those of the newest trained run, which are logged.
+    """Return the given weights (of a run folder its best.pt), or those of the newest trained run; log what was chosen.
 
     Raises:
         CheckpointError: none given, and nothing was trained here.
     """
     if weights:
-        return list(weights)
+        return [_of_run_folder(name) for name in weights]
     found = newest_weights(runs)
     if found is None:
         raise CheckpointError(f"--weights: none given, and there is no {runs}/*/weights/best.pt; train, or name a file")
     LOGGER.info("--weights not given: the newest trained run is used, %s", found)
     return [str(found)]
+
+
+def _of_run_folder(name: str) -> str:
+    """Return `weights/best.pt` of a training run's folder, any other name as it is."""
+    best = next((path for path in (Path(name, "weights/best.pt"), Path(name, "best.pt")) if path.is_file()), None)
+    if best is None:
+        return name
+    LOGGER.info("%s: using %s", name, best)
+    return str(best)
 
 
 def split_device(text: str) -> tuple[str, str]:
@@ -128,7 +138,9 @@ def _kind(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not any(path.glob("*.xml")):
-            raise CheckpointError(f"{name}: a folder without an .xml file; of folders, OpenVINO's can be run")
+            raise CheckpointError(
+                f"{name}: a folder without weights/best.pt (a training run) or an .xml file (OpenVINO); {EXPORT_HINT}"
+            )
         return ".xml"
     suffix = path.suffix.lower()
     if suffix in OPENERS:
@@ -138,5 +150,5 @@ def _kind(name: str) -> str:
         return suffix
     if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:
         allowed = ", ".join((*CHECKPOINT_SUFFIXES, *(key for key in OPENERS if key != DNN), "an OpenVINO folder"))
-        raise CheckpointError(f"{name}: files of this kind cannot be run; allowed: {allowed}")
+        raise CheckpointError(f"{name}: files of this kind cannot be run; allowed: {allowed}; {EXPORT_HINT}")
     return ""

@@ -80,6 +80,10 @@ class _Slot:
     known: bool = True
 
 
+OTHER_HEADS = {
+    "Segment": "; segmentation is not supported: use Detect with [nc, anchors], which gives boxes",
+    "Classify": "; classification is not supported: end the YAML with a neck and Detect",
+}
 _UNKNOWN = _Slot(known=False)
 
 
@@ -113,7 +117,8 @@ class _Builder:
         is_plain = layer.module in LAYERS
         if not layer.repeats or not (is_plain or is_backbone_name(layer.module)):
             if layer.repeats:
-                near = did_you_mean(layer.module, (*LAYERS.names(), *row_names(layer.module)))
+                names = (*LAYERS.names(), *row_names(layer.module))
+                near = OTHER_HEADS.get(layer.module) or did_you_mean(layer.module, names)
                 self.problems.append(f"{where}: unknown module '{layer.module}'{near}")
             self.numbers_known = False
             self.slots.append(_UNKNOWN)

@@ -10,6 +10,13 @@ from models.checkpoint.inert import Inert, LoadedFile, contents
 from utils.errors import CheckpointError
 
 DETECTION_CLASSES = ("models.yolo.DetectionModel", "models.yolo.Model")
+ONLY_DETECTORS = f"only {' and '.join(DETECTION_CLASSES)} are detectors"
+OTHER_TASKS = {
+    "models.yolo.SegmentationModel": "segmentation is not supported; give the detector of that size (yolov5s.pt for "
+    "yolov5s-seg.pt), which detects the same classes",
+    "models.yolo.ClassificationModel": "classification is not supported; give a detector (yolov5s.pt for "
+    "yolov5s-cls.pt), or train one with boxes",
+}
 
 
 def official_content(file: LoadedFile) -> dict[str, Any]:
@@ -59,8 +66,7 @@ def _detection_module(file: LoadedFile, found: object) -> Inert:
             f"{file.path}: no pickled model in it under 'ema' or 'model' (found: {contents(file.value)})"
         )
     if found.name not in DETECTION_CLASSES:
-        classes = " and ".join(DETECTION_CLASSES)
-        raise CheckpointError(f"{file.path}: holds a {found.name}; only {classes} are detectors")
+        raise CheckpointError(f"{file.path}: holds a {found.name}; {OTHER_TASKS.get(found.name, ONLY_DETECTORS)}")
     if not isinstance(found.get("yaml"), dict):
         raise CheckpointError(f"{file.path}: the pickled model has no 'yaml', so it cannot be rebuilt")
     return found

@@ -362,6 +362,9 @@ def test_the_newest_run_is_taken(tmp_path, caplog):
     assert choose_weights([], tmp_path) == [str(tmp_path / "exp2/weights/best.pt")]
     assert "exp2/weights/best.pt" in caplog.text
     assert choose_weights(["a.pt"], tmp_path) == ["a.pt"]
+    assert choose_weights([str(tmp_path / "exp2"), str(tmp_path / "exp2/weights"), "b"], tmp_path) == [
+        str(tmp_path / "exp2/weights/best.pt"), str(tmp_path / "exp2/weights/best.pt"), "b",
+    ]  # fmt: skip
 
 
 MISTAKES = [

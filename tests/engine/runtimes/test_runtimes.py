@@ -245,7 +245,7 @@ def refused(tmp_path, case):
         "corrupt torchscript": (lambda: open_runtime([path["bad.torchscript"]], CPU), "opened as TorchScript"),
         "no config": (lambda: open_runtime([script], CPU), "has no config.txt"),
         "no detector": (lambda: open_runtime([str(tmp_path / "flat.onnx")], CPU), "not a detector"),
-        "empty folder": (lambda: open_runtime([path["empty"]], CPU), "a folder without an .xml file"),
+        "empty folder": (lambda: open_runtime([path["empty"]], CPU), r"a folder without weights/best\.pt"),
         "unknown kind": (lambda: open_runtime([path["bad.xyz"]], CPU), "cannot be run; allowed: .pt, .pth, .onnx"),
         "missing": (lambda: open_runtime([path["goood.onnx"]], CPU), "no such file; did you mean 'good.onnx'"),
         "ensemble": (lambda: open_runtime([good, good], CPU), "stands alone"),

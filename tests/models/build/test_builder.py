@@ -237,6 +237,8 @@ def test_the_file_without_a_mistake_builds(tmp_path: Path) -> None:
 CONV_FORM = "it takes [c2, k=1, s=1, p=None, g=1, d=1, act=True]"
 CASES = [
     # (what is replaced, by what, what is logged)
+    (C3, "[-1, 1, Segment, [nc, anchors, 32, 256]]", "my.yaml:6: row 2 (Segment): unknown module 'Segment'; "
+     "segmentation is not supported: use Detect"),
     (C3, "[-1, 3, C33, [16]]", "my.yaml:6: row 2 (C33): unknown module 'C33'; did you mean 'C3'?"),
     (CONV0, "[-1, 1, riformer_s13, []]", "my.yaml:4: row 0 (riformer_s13): unknown module 'riformer_s13'; "
      "did you mean 'riformer_s"),

@@ -411,7 +411,11 @@ def test_read_checkpoint_skips_pixel_anchors_of_old_heads(tmp_path):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        ({"model": stand_in("models.yolo.SegmentationModel", yaml=SPEC)}, "holds a models.yolo.SegmentationModel"),
+        (
+            {"model": stand_in("models.yolo.SegmentationModel", yaml=SPEC)},
+            "SegmentationModel; segmentation is not supported; give the detector",
+        ),
+        ({"model": stand_in("models.yolo.ClassificationModel", yaml=SPEC)}, "classification is not supported"),
         ({"model": stand_in("models.yolo.Model")}, "no 'yaml'"),
         ({"model": stand_in("models.yolo.Model", yaml=SPEC)}, "has no weights"),
         (
