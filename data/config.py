@@ -18,7 +18,7 @@ from pathlib import Path
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
 from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
 from data.shapes import ShapesRecipe, ensure, parse_shapes
-from utils.errors import DataError, did_you_mean, shown
+from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import ROOT, expand_user, find_file
 from utils.yaml_lines import LineDict, LineList, load_yaml, text_of
 
@@ -121,7 +121,7 @@ def _first_missing(path: Path) -> str:
         entries = sorted(name for name in os.listdir(above) if not name.startswith("."))
     except OSError as error:
         return f"; {above}: cannot be read: {error.strerror or error}"
-    there = f"; there are {', '.join(map(shown, entries[:8]))}" if entries else "; it is empty"
+    there = f"; there are {listed(entries)}" if entries else "; it is empty"
     return f"; {above} has no {shown(part)}{did_you_mean(part, entries) or there}"
 
 
@@ -172,7 +172,7 @@ def load_data_config(path: str | Path) -> DataConfig:
         if "nc" in data and count != len(names):
             raise DataError(
                 f"{file}:{data.lines['nc']}: nc is {count}, but {annotated[0]} has {len(names)} classes:"
-                f" {', '.join(names.values())}; leave out nc"
+                f" {listed([*names.values()])}; leave out nc"
             )
     return DataConfig(
         file, root, names, splits, script, recipe, shapes, roots, dict(data.lines), tuple(names.values()), images

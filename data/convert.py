@@ -33,7 +33,7 @@ from data.formats.yolo import ImageRecord, to_pixels
 from data.labels.labels import load_annotations
 from data.split import check_fractions, split_records
 from utils.errors import DataError, shown
-from utils.files import make_folder
+from utils.files import new_folder
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
@@ -116,18 +116,11 @@ def convert(
     loaded = load_set(source)
     if split:
         loaded = resplit(loaded, split, seed, divide_duplicates)
-    make_folder(final.parent)
-    build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     try:
-        _WRITERS[to](loaded, _ImageWriter(build, link))
-        build.chmod(0o755)  # mkdtemp makes folders private
-        if os.path.isdir(final):
-            final.rmdir()
-        os.rename(build, final)
+        with new_folder(final) as build:
+            _WRITERS[to](loaded, _ImageWriter(build, link))
     except OSError as error:
         raise DataError(f"{target}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
     return loaded
 
 

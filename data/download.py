@@ -10,7 +10,7 @@ The table under `download:` is data, not a program:
         keep_difficult: false
         sets: [{folder: VOCdevkit/VOC2007, list: train, split: train2007}]
 
-A download script in a YAML is never run. Everything is built in `<root>.download` and renamed at the end: a dataset is
+A download script in a YAML is never run. Everything is built beside the folder and renamed at the end: a dataset is
 complete or absent, and the next try reuses what was downloaded before. Every path of the table is relative and stays
 inside the dataset's folder; only folders that this run created are removed.
 """
@@ -24,7 +24,6 @@ import lzma
 import os
 import shutil
 import tarfile
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from tqdm import tqdm
 
 from data.formats.voc import identifiers, parse_voc
 from utils.errors import DataError, UserError, did_you_mean, shown
-from utils.files import download, file_digest, make_folder
+from utils.files import download, file_digest, make_folder, new_folder
 from utils.yaml_lines import LineDict, text_of
 
 LOGGER = logging.getLogger(__name__)
@@ -140,7 +139,7 @@ def parse_recipe(value: Any, names: Mapping[int, str], where: str, problems: lis
 
 
 def fetch(recipe: DownloadRecipe, root: Path) -> None:
-    """Make the folder `root` from the recipe's archives; nothing outside of it and `<root>.download` is touched.
+    """Make the folder `root` from the recipe's archives; nothing else is touched but `<root>.download`.
 
     Args:
         recipe: archives and conversion.
@@ -157,16 +156,15 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
     work = make_folder(root.with_name(root.name + ".download"))
     LOGGER.info("downloading %s to %s", ", ".join(f.name for f in recipe.files), root)
     archives = [_archive(remote, work) for remote in recipe.files]
-    build = Path(tempfile.mkdtemp(prefix="build.", dir=work))
     try:
-        for remote, archive in zip(recipe.files, archives):
-            unpack(archive, contained(build, remote.unpack), remote.strip)
-        if recipe.voc is not None:
-            convert_voc(build, recipe.voc, recipe.names)
-        build.chmod(0o755)  # mkdtemp makes folders private
-        _move_into_place(build, root)
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
+        with new_folder(root) as build:
+            for remote, archive in zip(recipe.files, archives):
+                unpack(archive, contained(build, remote.unpack), remote.strip)
+            if recipe.voc is not None:
+                convert_voc(build, recipe.voc, recipe.names)
+    except OSError as error:
+        if not (os.path.isdir(root) and any(root.iterdir())):  # else another process was faster
+            raise DataError(f"{root}: cannot be created: {error.strerror or error}") from error
     for archive in archives:
         archive.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # holds something else, which is not ours
@@ -198,17 +196,6 @@ def _archive(remote: RemoteFile, folder: Path) -> Path:
             path.unlink()
             raise DataError(f"{remote.url}: {kind} is {digest}, expected {wanted}; the file was not kept")
     return path
-
-
-def _move_into_place(build: Path, root: Path) -> None:
-    try:
-        if os.path.isdir(root):
-            root.rmdir()  # an empty folder is no obstacle
-        os.rename(build, root)
-    except OSError as error:
-        if os.path.isdir(root) and any(root.iterdir()):
-            return  # another process was faster: its dataset is as good as ours
-        raise DataError(f"{root}: cannot be created: {error.strerror or error}") from error
 
 
 def unpack(archive: Path, folder: Path, strip: int = 0) -> None:

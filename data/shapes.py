@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -29,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from utils.errors import DataError, did_you_mean, shown
-from utils.files import increment_path, make_folder
+from utils.files import increment_path, new_folder
 
 LOGGER = logging.getLogger(__name__)
 
@@ -100,28 +98,20 @@ def ensure(root: Path, recipe: ShapesRecipe) -> None:
     """
     if _holds(root, recipe):
         return
-    if (
-        os.path.exists(root)
-        and not os.path.isfile(root / MANIFEST)
-        and (not os.path.isdir(root) or any(root.iterdir()))
-    ):
+    foreign = os.path.exists(root) and not os.path.isfile(root / MANIFEST)
+    if foreign and (not os.path.isdir(root) or any(root.iterdir())):
         raise DataError(f"{root}: is not empty and not a drawn dataset; move it away, or choose another 'path:'")
-    parent = make_folder(root.parent)
-    build = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=parent))
     try:
         LOGGER.info("drawing the shapes dataset into %s (once)", root)
-        generate(build / "new", recipe)
-        if not _holds(root, recipe):
-            if os.path.exists(root):
+        with new_folder(root) as build:
+            generate(build, recipe)
+            if os.path.exists(root) and not _holds(root, recipe):
                 old = increment_path(root.with_name(f"{root.name}.old"))
                 os.rename(root, old)
                 LOGGER.warning("%s: drawn by another version or with other numbers; kept as %s", root, old)
-            os.rename(build / "new", root)
     except OSError as error:
         if not _holds(root, recipe):  # else another process was faster
             raise DataError(f"{root}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(build, ignore_errors=True)
 
 
 def generate(folder: Path, recipe: ShapesRecipe) -> None:

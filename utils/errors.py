@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 MAX_MESSAGE = 4000
 """Characters of an error message; the rest is cut."""
@@ -48,6 +48,12 @@ def shown(value: object, limit: int = 80) -> str:
     except ValueError:  # an integer of thousands of digits
         text = f"an integer of {value.bit_length() if isinstance(value, int) else '?'} bits"
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def listed(names: Sequence[object], most: int = 12) -> str:
+    """Return names for a message: the first ones, each cut at 80 characters, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(shown(name) for name in names[:most]) + more
 
 
 class UserError(ValueError):

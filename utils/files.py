@@ -81,6 +81,24 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """Give a temporary folder; rename it to `final` when the block ends well, remove it when it does not.
+
+    Raises:
+        OSError: `final` exists and is not an empty folder.
+    """
+    build = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=make_folder(final.parent)))
+    try:
+        yield build
+        build.chmod(0o755)  # mkdtemp makes folders private
+        if os.path.isdir(final):
+            final.rmdir()
+        os.rename(build, final)
+    finally:
+        shutil.rmtree(build, ignore_errors=True)
+
+
 def expand_user(path: str | Path, error: type[UserError] = ConfigError) -> Path:
     """Return the path with a leading `~` replaced by the home folder; `error` for an unknown user."""
     try:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.formats.yolo import ImageRecord, LabelFile, checked, from_pixels, to_pixels
-from utils.errors import DataError, did_you_mean, shown
+from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import read_text
 
 Segment = NDArray[np.float32]
@@ -83,7 +83,7 @@ def read_coco(path: Path) -> CocoFile:
         if not isinstance(item, dict) or not all(_is_id(item.get(key)) for key in ("image_id", "category_id")):
             raise DataError(f"{path}: annotations[{i}]: a mapping with image_id, category_id and bbox is needed")
         if item["category_id"] not in categories:
-            known = ", ".join(f"{number} ({name})" for number, name in list(categories.items())[:10])
+            known = ", ".join(f"{number} ({shown(name)})" for number, name in list(categories.items())[:10])
             raise DataError(
                 f"{path}: annotation {shown(item.get('id', i))}: no category has id {shown(item['category_id'])};"
                 f" there are {known}"
@@ -156,7 +156,7 @@ def class_numbers(coco: CocoFile, classes: Sequence[str] | None) -> dict[Any, in
     unknown = [name for number, name in coco.categories.items() if name not in numbers and number in coco.used]
     if unknown:
         hint = did_you_mean(unknown[0], [name for name in classes if name not in coco.categories.values()])
-        raise DataError(f"{coco.path}: has objects of {_listed(unknown)}, but the classes are {_listed(classes)}{hint}")
+        raise DataError(f"{coco.path}: has objects of {listed(unknown)}, but the classes are {listed(classes)}{hint}")
     return {number: numbers[name] for number, name in coco.categories.items() if name in numbers}
 
 
@@ -304,8 +304,3 @@ def _box(
         raise DataError(f"{place}: bbox {shown(value)} is not finite")
     x, y, width, height = map(float, value)
     return x, y, x + width, y + height
-
-
-def _listed(names: Sequence[str], most: int = 12) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown(name) for name in names[:most]) + more

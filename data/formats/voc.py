@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data.formats.yolo import LabelFile, checked, from_pixels, number
 from data.images import IMAGE_SUFFIXES
-from utils.errors import DataError, did_you_mean, shown
+from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import check_regular, read_text
 
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -133,7 +133,7 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
     for item in annotation.objects:
         if item.name not in numbers:
             raise UnknownClassError(
-                f"{item.place}: the classes are {', '.join(classes)}{did_you_mean(item.name, classes)}"
+                f"{item.place}: the classes are {listed(classes)}{did_you_mean(item.name, classes)}"
             )
         if not item.difficult:
             used.append(item)

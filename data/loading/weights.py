@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from utils.errors import ConfigError, did_you_mean
+from utils.errors import ConfigError, did_you_mean, listed, shown
 
 
 def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
@@ -69,7 +69,7 @@ def class_loss_weights(
         return tuple(float(w) for w in balanced_class_weights(labels, len(names)))
     if not isinstance(wanted, Mapping):
         if len(wanted) != len(names):
-            have = f"the dataset has {len(names)} classes ({', '.join(names.values())})"
+            have = f"the dataset has {len(names)} classes ({listed([*names.values()])})"
             raise ConfigError(f"{where}: class_weights: {len(wanted)} numbers; {have}")
         return tuple(float(w) for w in wanted)
     weights = [1.0] * len(names)
@@ -78,8 +78,8 @@ def class_loss_weights(
         text = str(key)
         number = numbers.get(text, int(text) if text.isascii() and text.isdigit() and int(text) in names else None)
         if number is None:
-            near = did_you_mean(str(key), numbers)
-            raise ConfigError(f"{where}: class_weights: no class '{key}'; there are {', '.join(numbers)}{near}")
+            near = did_you_mean(text, numbers)
+            raise ConfigError(f"{where}: class_weights: no class {shown(text)}; there are {listed([*numbers])}{near}")
         weights[int(number)] = float(weight)
     return tuple(weights)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.errors import DataError, UserError, hide_passwords, printable, shown
+from utils.errors import DataError, UserError, hide_passwords, listed, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,8 @@ def test_shown_of_short_values_is_repr() -> None:
 def test_user_errors_are_printable_and_bounded() -> None:
     assert str(DataError("rtsp://u:p@h\x1b")) == "rtsp://***@h\\x1b"
     assert len(str(UserError("x" * 10**6))) < 5000
+
+
+def test_listed_is_bounded() -> None:
+    assert listed(["a", "b"]) == "'a', 'b'"
+    assert listed(["x" * 1000] * 1000).endswith("and 988 more") and len(listed(["x" * 1000] * 1000)) < 1100

@@ -12,7 +12,16 @@ from pathlib import Path
 import pytest
 
 from utils.errors import ConfigError, DataError, did_you_mean
-from utils.files import atomic_path, download, find_file, increment_path, make_folder, newest_weights, read_text
+from utils.files import (
+    atomic_path,
+    download,
+    find_file,
+    increment_path,
+    make_folder,
+    new_folder,
+    newest_weights,
+    read_text,
+)
 
 
 def test_increment_path(tmp_path):
@@ -175,3 +184,17 @@ def test_download_of_an_odd_address_is_one_line(tmp_path, url):
     with pytest.raises(DataError) as caught:
         download(url, tmp_path / "x")
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_new_folder_appears_when_it_is_complete(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty"):
+        with new_folder(tmp_path / name) as build:
+            (build / "a").touch()
+            assert not (tmp_path / name / "a").exists()
+        assert (tmp_path / name / "a").exists()
+    with pytest.raises(OSError, match="not empty"), new_folder(tmp_path / "new"):
+        pass
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "other"):
+        raise RuntimeError
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]

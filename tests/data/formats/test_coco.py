@@ -46,7 +46,7 @@ def test_names_that_do_not_fit_are_told_apart(tmp_path: Path) -> None:
         load(*config.split("train"))
     unused = load_data_config(yaml(tmp_path, "train: train.json\nnames: [cat, dog]\n"))  # no object is an ant
     assert load(*unused.split("train"), num_classes=2).report.boxes == 2
-    with pytest.raises(DataError, match=r"d\.yaml:2: nc is 2, but .*train\.json has 3 classes: ant, cat, dog"):
+    with pytest.raises(DataError, match=r"d\.yaml:2: nc is 2, but .*train\.json has 3 classes: 'ant', 'cat', 'dog'"):
         load_data_config(yaml(tmp_path, "train: train.json\nnc: 2\n"))
     assert load_data_config(yaml(tmp_path, "train: train.json\nnc: 3\n")).names[2] == "dog"
 
@@ -126,7 +126,7 @@ def test_box_that_reaches_over_the_border_by_rounding_is_cut(tmp_path: Path) -> 
         ({"annotations": None}, r"lists annotations are missing"),
         ({"images": {}}, r"is no COCO detection file: lists images are missing"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories: id 1 .* given twice"),
-        ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \(a\)"),
+        ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \('a'\)"),
         ({"images": [image(1, "a.jpg"), image(1, "b.jpg")]}, r"images: id 1 is given twice"),
         ({"images": [{"id": 1}]}, r"images\[0\] is \{'id': 1\}; a mapping with 'id' and 'file_name'"),
         ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, r"annotations\[0\]: a mapping with image_id"),

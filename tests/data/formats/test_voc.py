@@ -47,7 +47,7 @@ def test_unknown_voc_class_is_an_error_for_the_set(tmp_path: Path) -> None:
     good = voc_object("dog", 6, 4, 18, 12)
     voc_set(tmp_path, a=[good, voc_object("Dgo", 6, 4, 18, 12)], b=[good])
     config = load_data_config(yaml(tmp_path, "train: .\nnames: [cat, dog]\n"))
-    with pytest.raises(DataError, match=r"a\.xml: object 2 \(Dgo\): the classes are cat, dog; did you mean 'dog'"):
+    with pytest.raises(DataError, match=r"a\.xml: object 2 \(Dgo\): the classes are 'cat', 'dog'; did you mean 'dog'"):
         load(*config.split("train"))
 
 

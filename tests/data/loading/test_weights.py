@@ -49,14 +49,15 @@ def test_forms(wanted, weights) -> None:
     [
         (
             [1, 2],
-            "hyp.yaml: class_weights: 2 numbers; the dataset has 4 classes (red, white, platelet, none of these)",
+            "hyp.yaml: class_weights: 2 numbers; the dataset has 4 classes ('red', 'white', 'platelet', "
+            "'none of these')",
         ),
         (
             {"platelets": 2},
-            "hyp.yaml: class_weights: no class 'platelets'; there are red, white, platelet, none of these; did you "
-            "mean 'platelet'?",
+            "hyp.yaml: class_weights: no class 'platelets'; there are 'red', 'white', 'platelet', 'none of these'; "
+            "did you mean 'platelet'?",
         ),
-        ({"4": 2}, "hyp.yaml: class_weights: no class '4'; there are red, white, platelet, none of these"),
+        ({"4": 2}, "hyp.yaml: class_weights: no class '4'; there are 'red', 'white', 'platelet', 'none of these'"),
     ],
 )
 def test_mistakes(wanted, sentence) -> None:
