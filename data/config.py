@@ -203,7 +203,9 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
         return {i: f"class{i}" for i in range(count or 0)}
     where = f"{file}:{data.lines['names']}"
     if not isinstance(given, (LineDict, LineList)) or not given:
-        problems.append(f"{where}: names is {shown(given)}; a list or a mapping 'number: name' is needed")
+        file_name = isinstance(given, str) and given.endswith((".txt", ".names"))
+        hint = "; 'python -m data.check FOLDER' makes one of that file" if file_name else ""
+        problems.append(f"{where}: names is {shown(given)}; a list or a mapping 'number: name' is needed{hint}")
         return {}
     keys = list(given) if isinstance(given, LineDict) else list(range(len(given)))
     names = {key: text_of(given, key) for key in keys}

@@ -12,7 +12,7 @@ from typing import Any
 from data.config import MAX_CLASSES, DataConfig, load_data_config
 from data.formats.detect_format import AnnotatedSource, recognise
 from data.images import IMAGE_SUFFIXES
-from data.labels.labels import load_annotations
+from data.labels.labels import load_annotations, refuse_unreadable
 from utils.errors import DataError
 from utils.files import read_text
 from utils.yaml_lines import dump_yaml
@@ -69,7 +69,7 @@ def suggest(path: Path) -> dict[str, Any]:
 
 def _entries(root: Path) -> Iterator[str]:
     """Yield folders (with a slash at the end), .json and .txt files up to four levels below, relative to the root."""
-    for base, folders, files in os.walk(root):
+    for base, folders, files in os.walk(root, onerror=refuse_unreadable):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = os.path.relpath(base, root).replace(os.sep, "/")
         head = "" if relative == "." else f"{relative}/"
@@ -84,12 +84,15 @@ def _usable(path: Path) -> bool:
     """Whether a path holds images, is a COCO file or a list of images."""
     if os.path.isdir(path):
         return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for *_, files in os.walk(path) for name in files)
-    if path.suffix.lower() == ".json":
-        text = read_text(path, limit=2**33)
-        return '"images"' in text and '"categories"' in text
-    if isinstance(recognise(path), AnnotatedSource):
+    if isinstance(recognise(path), AnnotatedSource) and path.suffix.lower() != ".json":
         return True
-    return any(Path(line).suffix.lower() in IMAGE_SUFFIXES for line in read_text(path).splitlines()[:10])
+    try:
+        text = read_text(path, limit=2**33)
+    except DataError:  # no text: a file of something else
+        return False
+    if path.suffix.lower() == ".json":
+        return '"images"' in text and '"categories"' in text
+    return any(Path(line.strip()).suffix.lower() in IMAGE_SUFFIXES for line in text.splitlines()[:10])
 
 
 def _names(root: Path, source: Path) -> list[str]:

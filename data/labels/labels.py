@@ -171,6 +171,9 @@ def _other_labels(image: Path) -> str:
         return f"; they are beside the images: move them there, or rename the folder 'images' of {image.parent}"
     if found is not None:
         return f"; {found / expected.name} is there: rename {found} to {expected.parent}, or move its files there"
+    xml = find_folder(base, f"{image.stem}.xml", most=2000)
+    if xml is not None:
+        return f"; {xml / image.stem}.xml is there: write 'train: {xml}' in the dataset YAML"
     files = (file for folder in (image.parent, base, base / "annotations") for file in sorted(folder.glob("*.json")))
     coco = next((file for file in files if '"annotations"' in read_text(file, limit=2**33)), None)
     return f"; a COCO file is there: write 'train: {coco}' in the dataset YAML" if coco is not None else ""
@@ -254,13 +257,14 @@ def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed
 
 def _walk(folder: Path) -> Iterator[Path]:
     """Yield the files of a folder and of all below it, hidden ones left out; links are followed, except in a circle."""
-
-    def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
-
-    for base, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+    for base, folders, files in os.walk(folder, followlinks=True, onerror=refuse_unreadable):
         folders[:] = [name for name in folders if not name.startswith(".") and not _is_loop(os.path.join(base, name))]
         yield from (Path(base, name) for name in files if not name.startswith("."))
+
+
+def refuse_unreadable(error: OSError) -> None:
+    """Raise DataError for a folder that `os.walk` cannot read; it is not an empty one."""
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
 
 
 def _is_loop(folder: str) -> bool:

@@ -85,6 +85,7 @@ def test_names(tmp_path: Path, text: str, names: dict[int, str]) -> None:
         ("train: t\nnames: {1: a, 2: b}\n", 2, "number 0 is missing"),
         ("train: t\nnames: {a: 0, b: 1}\n", 2, "'a' is not a class number"),
         ("train: t\nnames: cat\n", 2, "a list or a mapping"),
+        ("train: t\nnames: obj.names\n", 2, "'python -m data.check FOLDER' makes one of that file"),
         ("train: t\nnames: []\n", 2, "a list or a mapping"),
         ("train: t\nnames: [a, ]\nnc: 2\n", 3, "nc is 2, but there are 1 names"),
         ("train: t\nnames: [a, null]\n", 2, "class 1 is None"),

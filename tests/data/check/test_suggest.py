@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def test_suggested_config_is_the_yaml_of_the_folder_where_there_is_one(tmp_path:
     (tmp_path / "my.yaml").write_text("train: images\nnames: [cat, dog]\n")
     config = suggested_config(tmp_path, tmp_path / "new.yaml")
     assert config.file == tmp_path / "my.yaml" and not (tmp_path / "new.yaml").exists()
+
+
+def test_suggest_leaves_out_what_is_no_list_or_annotation(tmp_path: Path) -> None:
+    write(tmp_path, "images/1.jpg", "labels/1.txt")
+    for name in ("train.txt", "train.json"):
+        (tmp_path / name).write_bytes(b"\xff\xfe\x00")
+    os.mkfifo(tmp_path / "instances_train.json")
+    assert suggest(tmp_path)["train"] == "."
 
 
 def test_suggest_without_images_is_an_error(tmp_path: Path) -> None:

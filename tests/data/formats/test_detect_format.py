@@ -158,15 +158,16 @@ def test_special_file_among_annotations_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "xmls", "source"),
+    ("images", "xmls", "source", "boxes"),
     [
-        ("images", "annotations", "."),  # lower case
-        ("jpegimages", "annotations", "."),
-        ("photos/all", "Annotations", "."),  # found by the name of the first image
-        ("images/train", "labels/train", "images/train"),  # XML where YOLO labels are expected
+        ("images", "annotations", ".", [1, 0]),  # lower case
+        ("jpegimages", "annotations", ".", [1, 0]),
+        ("photos/all", "Annotations", ".", [1, 0]),  # found by the name of the first image
+        ("photos", "xmls", "xmls", [1]),  # the images of a folder of XML files are those that it names
+        ("images/train", "labels/train", "images/train", [1, 0]),  # XML where YOLO labels are expected
     ],
 )
-def test_layouts_of_voc(tmp_path: Path, images: str, xmls: str, source: str) -> None:
+def test_layouts_of_voc(tmp_path: Path, images: str, xmls: str, source: str, boxes: list[int]) -> None:
     for name in ("a", "b"):
         image_file(tmp_path / images / f"{name}.jpg")
     voc_file(tmp_path / xmls / "a.xml", voc_object("dog", 6, 4, 18, 12)).write_text(
@@ -174,7 +175,7 @@ def test_layouts_of_voc(tmp_path: Path, images: str, xmls: str, source: str) -> 
     )
     config = load_data_config(yaml(tmp_path, f"path: .\ntrain: {source}\n"))
     result = load(*config.split("train"))
-    assert config.names == {0: "dog"} and [len(record.labels) for record in result.records] == [1, 0]
+    assert config.names == {0: "dog"} and [len(record.labels) for record in result.records] == boxes
 
 
 @pytest.mark.parametrize("listing", ["ImageSets/Main/train.txt", "ImageSets/train.txt", "imagesets/main/train.txt"])

@@ -204,6 +204,7 @@ def test_classes_counted_from_one_are_explained(tmp_path: Path) -> None:
     [
         ("annots/a.txt", r"annots/a\.txt is there: rename .*annots to .*labels/train"),
         ("images/train/a.txt", "they are beside the images: move them there, or rename the folder 'images'"),
+        ("xmls/a.xml", r"xmls/a\.xml is there: write 'train: .*/xmls'"),
         ("annotations/x.json", r"a COCO file is there: write 'train: .*annotations/x\.json'"),
     ],
 )
