@@ -13,11 +13,17 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from utils.errors import SpecError, did_you_mean
+from utils.errors import SpecError, did_you_mean, shown
 
 Arguments = dict[str, Any]
+LARGEST = 16_384
+"""Bound on numbers in rows, and on the channels that they give."""
+
+LARGEST_KERNEL = 127
+MAX_PARAMETERS = 10**9  # of one module
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     kind.__name__: kind
     for kind in (
@@ -110,14 +116,18 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
     if isinstance(value, str) and nn.Module in _choices(hint):
         return activation_from_text(value)
     check_type(value, hint, what)
+    numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
+    limit = LARGEST_KERNEL if what.endswith(("(k)", "(kernel_size)", "(s)", "(stride)", "(scale_factor)")) else LARGEST
+    if any(not abs(number) <= limit for number in numbers):  # not a number (nan) neither
+        raise SpecError(f"{what} is {shown(value)}; allowed: numbers up to {limit}")
     return value
 
 
 def check_type(value: Any, hint: Any, what: str) -> None:
     """Raise SpecError, naming `what`, unless `value` has the annotated type `hint`."""
     if not _fits(value, hint):
-        shown = list(value) if isinstance(value, tuple) else value
-        raise SpecError(f"{what} is {shown!r}; allowed: {' or '.join(dict.fromkeys(map(_type_name, _choices(hint))))}")
+        found = shown(list(value) if isinstance(value, tuple) else value)
+        raise SpecError(f"{what} is {found}; allowed: {' or '.join(dict.fromkeys(map(_type_name, _choices(hint))))}")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -177,7 +187,13 @@ def construct(layer: type[nn.Module], bound: Arguments) -> nn.Module:
     # Copy modules (activations), so that repeats do not share them.
     values = {k: copy.deepcopy(v) if isinstance(v, nn.Module) else v for k, v in bound.items()}
     try:
+        with torch.device("meta"):  # no memory is used
+            size = sum(p.numel() for p in layer(**values).parameters())
+        if size > MAX_PARAMETERS:
+            raise SpecError(f"has {size / 1e9:.1f} billion parameters; allowed: {MAX_PARAMETERS / 1e9:g} billion")
         return layer(**values)
+    except SpecError:
+        raise
     except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         reason = str(error).splitlines()[0]
         raise SpecError(f"cannot be built with {_plain(tuple(values.values()))}: {reason}") from error

@@ -46,6 +46,14 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     return model.float().eval().to(device)
 
 
+def require_rgb(model: DetectionModel) -> None:
+    """Raise SpecError for a model of images with another number of channels than 3, which files are not read with."""
+    channels = model.spec.channels or 3
+    if channels != 3:
+        where = model.spec.key_where("ch")
+        raise SpecError(f"{where}: ch is {channels}; images are read with 3 channels (RGB), so leave out ch or write 3")
+
+
 def _build(checkpoint: Checkpoint) -> DetectionModel:
     try:
         return DetectionModel(spec_without_weights(checkpoint.spec))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.build.builder import build_layers, with_backbone_weights
+from models.build.dry_run import dry_run
 from models.build.rows import Rows
 from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
@@ -73,6 +74,8 @@ class DetectionModel(nn.Module):
         spec = spec.replaced(ch, nc, anchors)
         self.spec = spec if backbone_weights is None else with_backbone_weights(spec, str(backbone_weights))
         self.model, self.save = build_layers(self.spec, problems)
+        if not isinstance(cfg, Mapping):  # those of checkpoints have run before
+            dry_run(self.model, self.spec)
         self.yaml = self.spec.to_dict()
         self.nc = self.spec.num_classes
         self.names = {i: str(i) for i in range(self.nc)}

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from models.fuse import reparameterize
-from models.loading import load_detector
+from models.loading import load_detector, require_rgb
 from models.yolo import DetectionModel
 from utils.device import out_of_memory, to_device
 from utils.errors import CheckpointError
@@ -98,6 +98,8 @@ class PyTorchRuntime:
         augment: bool,
     ) -> None:
         self.models = list(models)
+        for model in self.models:
+            require_rgb(model)
         self.device, self.dtype = device, dtype
         self.autocast, self.augment = autocast, augment
         self.names: Mapping[int, str] = dict(models[0].names)

@@ -39,7 +39,7 @@ from engine.train.schedule import Schedule
 from engine.train.state import rounded_size
 from models.build.spec import HEADS, HeadForm, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
-from models.loading import spec_without_weights, transfer_weights
+from models.loading import require_rgb, spec_without_weights, transfer_weights
 from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
 from utils.device import amp_dtype
@@ -226,6 +226,7 @@ def build_model(
         model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=weights, head=head)
     else:
         raise ConfigError(NO_MODEL)
+    require_rgb(model)
     model.names = dict(data.names)
     LOGGER.info("%s", model.layer_table())
     LOGGER.info("%s", model.info())

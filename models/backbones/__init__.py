@@ -153,6 +153,11 @@ def row_names(like: str = "") -> list[str]:
     return names
 
 
+def is_plugin_name(name: str) -> bool:
+    """Return whether a class, function or registered backbone of a plug-in file has this name."""
+    return name in _PLUGINS or name in _PLAIN
+
+
 def is_backbone_name(name: str) -> bool:
     """Return whether a model row of this name is a backbone.
 

@@ -7,6 +7,7 @@ slot has known channels and stride, so the strides of the head are known without
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,15 +16,17 @@ from typing import Any
 from torch import nn
 
 from models.arguments import activation_from_text
-from models.backbones import backbone_from_row, is_backbone_name, row_names
+from models.backbones import backbone_from_row, is_backbone_name, is_plugin_name, row_names
 from models.backbones.base import FeatureLevel
 from models.build.layer_rules import LAYERS, Built, Row, Rule
 from models.build.rows import IMAGE, Route, Rows
 from models.build.spec import HEADS, LayerSpec, ModelSpec
 from models.common import Conv
-from utils.errors import SpecError, UserError, did_you_mean
+from utils.errors import SpecError, UserError, did_you_mean, shown
 from utils.yaml_lines import plain
 
+LOGGER = logging.getLogger(__name__)
+MAX_PARAMETERS = 2_000_000_000
 LEVEL_STRIDES = {"P1": 2, "P2": 4, "P3": 8, "P4": 16, "P5": 32}
 
 
@@ -99,6 +102,8 @@ class _Builder:
         self.routes: list[Route] = []
         self.save: set[int] = set()
         self.backbone: tuple[str, int] | None = None  # name and first slot of the last backbone row
+        self.parameters = 0
+        self.warned: set[str] = set()
         self.numbers_known = True  # False after an invalid row, which may own one slot or five
         self.activation = self._activation()
 
@@ -115,11 +120,17 @@ class _Builder:
         """Add a row; on an error record it and mark the slots of the row as unknown."""
         where = f"{self.spec.where(layer.line)}: row {layer.row} ({layer.module})"
         is_plain = layer.module in LAYERS
+        if is_plain and is_plugin_name(layer.module) and layer.module not in self.warned:
+            self.warned.add(layer.module)
+            LOGGER.warning(
+                "%s: is the built-in layer; the plug-in's class of that name is not used in rows unless renamed", where
+            )
         if not layer.repeats or not (is_plain or is_backbone_name(layer.module)):
             if layer.repeats:
                 names = (*LAYERS.names(), *row_names(layer.module))
                 near = OTHER_HEADS.get(layer.module) or did_you_mean(layer.module, names)
-                self.problems.append(f"{where}: unknown module '{layer.module}'{near}")
+                own = "" if near else "; a class of your own needs --plugin FILE.py"
+                self.problems.append(f"{where}: unknown module {shown(layer.module)}{near}{own}")
             self.numbers_known = False
             self.slots.append(_UNKNOWN)
             return
@@ -130,6 +141,8 @@ class _Builder:
                 self._add_backbone(layer)
         except UserError as error:
             self.problems.append(f"{where}: {error}")
+            if not is_plain:  # rows that name its levels are not wrong
+                self.backbone = layer.module, len(self.slots)
             self.slots += [_UNKNOWN] * (1 if is_plain else len(LEVEL_STRIDES))
 
     def finish(self) -> tuple[Rows, list[int]]:
@@ -189,9 +202,18 @@ class _Builder:
                     module.use_default_activation(self.activation)
         slot = len(self.slots)
         levels = () if built.level is None else (built.level,)
-        self.modules.append(built.module)
+        self._count(built.module)
         self.routes.append(Route(layer, repeats, built.arguments, slot, sources, takes_list, False, (slot,), levels))
         self.slots.append(_Slot(built.level))
+
+    def _count(self, module: nn.Module) -> None:
+        """Add a module; refuse models that do not fit into any memory before they fill it."""
+        self.parameters += sum(p.numel() for p in module.parameters())
+        if self.parameters > MAX_PARAMETERS:
+            raise SpecError(
+                f"{self.parameters / 1e9:.1f} billion parameters so far; allowed: {MAX_PARAMETERS / 1e9:g} billion"
+            )
+        self.modules.append(module)
 
     def _add_backbone(self, layer: LayerSpec) -> None:
         if layer.repeats != 1:
@@ -217,7 +239,7 @@ class _Builder:
         number = {stride: first + i for i, stride in enumerate(LEVEL_STRIDES.values())}
         outputs = tuple(number.get(level.stride) for level in levels)
         given = layer.args if isinstance(layer.args, tuple) else (layer.args,)
-        self.modules.append(module)
+        self._count(module)
         self.routes.append(
             Route(
                 *(layer, 1, given, first, sources, False, True, outputs, levels),

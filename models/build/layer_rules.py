@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from models import common
-from models.arguments import Arguments, bind, construct, parameters
+from models.arguments import LARGEST, Arguments, bind, construct, parameters
 from models.backbones.base import FeatureLevel
 from models.build.spec import ModelSpec
 from models.heads import AnchorFreeDetect, Detect
@@ -138,7 +138,10 @@ def scaled_width(channels: int, spec: ModelSpec) -> int:
     """
     if channels == spec.anchors_per_level * (spec.num_classes + 5):
         return channels
-    return math.ceil(channels * spec.width_multiple / spec.channel_multiple) * spec.channel_multiple
+    width = math.ceil(channels * spec.width_multiple / spec.channel_multiple) * spec.channel_multiple
+    if width > LARGEST:
+        raise SpecError(f"{width} output channels; allowed: up to {LARGEST}")
+    return width
 
 
 def _only_input(inputs: Sequence[FeatureLevel]) -> FeatureLevel:

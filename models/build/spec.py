@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from utils.errors import SpecError, did_you_mean
+from utils.errors import SpecError, did_you_mean, shown
 from utils.files import find_file
 from utils.yaml_lines import load_yaml, plain
 
@@ -41,6 +41,11 @@ HEADS: Mapping[str, HeadForm] = {
     "anchor": HeadForm("Detect", ("nc", "anchors"), "hyp.scratch-low.yaml"),
     "free": HeadForm("AnchorFreeDetect", ("nc",), "hyp.auto.yaml"),
 }
+# Largest values. Official models have up to 365 classes, multiples of 1.33 and 1.25, 15 repeats and 1280 channels.
+LIMITS = {"nc": 10_000, "ch": 1024, "depth_multiple": 10, "width_multiple": 10, "channel_multiple": 1024}
+MAX_REPEATS = 100
+MAX_ANCHORS = 100  # per level
+MAX_SIDE = 100_000  # pixels
 FOLDERS = ("models", "models/hub")
 ROW_FORM = "a row is [from, number, module, arguments]"
 WORDS: dict[str, Any] = {"None": None, "True": True, "False": False}
@@ -124,8 +129,10 @@ class ModelSpec:
             SpecError: a value is out of range.
         """
         problems: Problems = []
-        if num_classes is not None and (not _is_int(num_classes) or num_classes < 1):
-            problems.append(f"{self.path}: nc is set to {num_classes!r}; an integer of at least 1 is needed")
+        if num_classes is not None and (not _is_int(num_classes) or not 1 <= num_classes <= LIMITS["nc"]):
+            problems.append(
+                f"{self.path}: nc is set to {shown(num_classes)}; allowed: integers from 1 to {LIMITS['nc']}"
+            )
         # Hyperparameter files may give the number of anchors as 3.0.
         anchors = round(anchors) if isinstance(anchors, float) else anchors
         new_anchors = self.anchors if anchors is None else _anchors(anchors, self.path, problems)
@@ -224,22 +231,24 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
     for key in data:
         if key not in KEYS:
             allowed = ", ".join(KEYS)
-            problems.append(f"{where(key)}: unknown key '{key}'; allowed: {allowed}{did_you_mean(key, KEYS)}")
+            problems.append(
+                f"{where(key)}: unknown key {shown(plain(key))}; allowed: {allowed}{did_you_mean(key, KEYS)}"
+            )
     for key in REQUIRED:
         if key not in data:
             problems.append(f"{path}: key '{key}' is missing")
 
     def number(key: str, default: Any, integer: bool) -> Any:
-        value = data.get(key, default)
-        if (_is_int(value) if integer else _is_number(value)) and value > 0:
+        value, limit = data.get(key, default), LIMITS[key]
+        if (_is_int(value) if integer else _is_number(value)) and 0 < value <= limit:
             return value
-        what = "an integer of at least 1" if integer else "a number above 0"
-        problems.append(f"{where(key)}: {key} is {value!r}; {what} is needed")
+        what = "integers from 1" if integer else "numbers above 0"
+        problems.append(f"{where(key)}: {key} is {shown(value)}; allowed: {what} to {limit}")
         return default
 
     activation = data.get("activation")
     if activation is not None and not isinstance(activation, str):
-        message = f"{where('activation')}: activation is {plain(activation)!r}"
+        message = f"{where('activation')}: activation is {shown(plain(activation))}"
         problems.append(f"{message}; a string such as nn.LeakyReLU(0.1) is needed")
         activation = None
     spec = ModelSpec(
@@ -259,16 +268,23 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
 
 def _anchors(value: Any, where: str, problems: Problems) -> Anchors:
     """Return the number of anchors per level or their sizes; 3 if they are not valid."""
-    if _is_int(value) and value > 0:
+    if _is_int(value) and 0 < value <= MAX_ANCHORS:
         return int(value)
     rows = value if isinstance(value, Sequence) and not isinstance(value, str) else None
-    form = "one list of width, height, width, height ... in pixels per level, or an integer of at least 1"
+    form = "one list of width, height, width, height ... in pixels per level, or an integer from 1 to " + str(
+        MAX_ANCHORS
+    )
     if not rows or not all(isinstance(row, Sequence) and not isinstance(row, str) and row for row in rows):
-        problems.append(f"{where}: anchors are {value!r}; allowed: {form}")
+        problems.append(f"{where}: anchors are {shown(plain(value))}; allowed: {form}")
         return 3
     flat = [_flat(row) for row in rows]
-    if any(not _is_number(side) or side < 0 for row in flat for side in row):
-        problems.append(f"{where}: anchors contain a value that is not a size in pixels; allowed: {form}")
+    if any(not _is_number(side) or not 0 <= side <= MAX_SIDE for row in flat for side in row):
+        problems.append(
+            f"{where}: anchors contain a value that is not a size in pixels (at most {MAX_SIDE}); allowed: {form}"
+        )
+        return 3
+    if len(flat[0]) > 2 * MAX_ANCHORS:
+        problems.append(f"{where}: {len(flat[0]) // 2} anchors per level; allowed: {MAX_ANCHORS}")
         return 3
     if len(flat[0]) % 2 or any(len(row) != len(flat[0]) for row in flat):
         counts = ", ".join(str(len(row)) for row in flat)
@@ -289,7 +305,9 @@ def _layers(
     for section in SECTIONS:
         rows = data.get(section, [])
         if not isinstance(rows, Sequence) or isinstance(rows, str) or (section in data and not rows):
-            problems.append(f"{where(section)}: {section} is {plain(rows)!r}; a list of rows is needed; {ROW_FORM}")
+            problems.append(
+                f"{where(section)}: {section} is {shown(plain(rows))}; a list of rows is needed; {ROW_FORM}"
+            )
             continue
         lines = getattr(rows, "lines", [0] * len(rows))
         for row, line in zip(rows, lines, strict=True):
@@ -301,27 +319,29 @@ def _layers(
 def _layer(row: Any, index: int, line: int, section: str, where_row: str, problems: Problems) -> LayerSpec:
     empty = LayerSpec(index, (-1,), 0, "", (), line, section)
     if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 4:
-        problems.append(f"{where_row}: row {index} is {plain(row)!r}; {ROW_FORM}")
+        problems.append(f"{where_row}: row {index} is {shown(plain(row))}; {ROW_FORM}")
         return empty
     sources, repeats, module, args = row
     name = f"row {index} ({module})"
     num_problems = len(problems)
     if not isinstance(module, str) or not module:
-        problems.append(f"{where_row}: row {index}: the module is {plain(module)!r}; a name is needed; {ROW_FORM}")
-    if not _is_int(repeats) or repeats < 1:
-        problems.append(f"{where_row}: {name}: number is {plain(repeats)!r}; an integer of at least 1 is needed")
+        problems.append(f"{where_row}: row {index}: the module is {shown(plain(module))}; a name is needed; {ROW_FORM}")
+    if not _is_int(repeats) or not 1 <= repeats <= MAX_REPEATS:
+        problems.append(
+            f"{where_row}: {name}: number is {shown(plain(repeats))}; allowed: integers from 1 to {MAX_REPEATS}"
+        )
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     if not listed or not all(_is_int(item) or isinstance(item, str) for item in listed):
-        message = f"{where_row}: {name}: from is {plain(sources)!r}"
+        message = f"{where_row}: {name}: from is {shown(plain(sources))}"
         problems.append(f"{message}; allowed: slot indices and level names such as P4")
     if isinstance(args, Mapping):
         if not all(isinstance(key, str) for key in args):
             problems.append(
-                f"{where_row}: {name}: arguments are {plain(args)!r}; the names of arguments must be strings"
+                f"{where_row}: {name}: arguments are {shown(plain(args))}; the names of arguments must be strings"
             )
     elif not isinstance(args, Sequence) or isinstance(args, str):
         problems.append(
-            f"{where_row}: {name}: arguments are {plain(args)!r}; a list is needed, such as [{plain(args)}]"
+            f"{where_row}: {name}: arguments are {shown(plain(args))}; a list is needed, such as [{shown(plain(args))}]"
         )
     if len(problems) > num_problems:
         return empty

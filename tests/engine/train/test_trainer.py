@@ -187,3 +187,10 @@ def test_multi_scale_draws_every_size_of_the_reference(imgsz):
     image = torch.zeros(1, 1, imgsz, 32)
     seen = {multi_scale(image, imgsz, case["stride"], np.random.default_rng(i)).shape[2] for i in range(400)}
     assert seen == set(case["sizes"])
+
+
+def test_model_of_gray_images_is_refused_before_training(project, capsys):
+    text = (project / "tiny.yaml").read_text()
+    (project / "gray.yaml").write_text(f"ch: 1\n{text}")
+    with pytest.raises(SpecError, match=r"gray.yaml:1: ch is 1; images are read with 3 channels"):
+        train(config(project, cfg=str(project / "gray.yaml"), epochs=1))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from models import backbones, common
-from models.backbones import Backbone, FeatureLevel, register_backbone
+from models.backbones import Backbone, FeatureLevel, register_backbone, register_plain
 from models.build.builder import build_layers
 from models.build.rows import IMAGE, PAD_VALUE, check_size, padded
 from models.build.spec import load_model_spec, read_model_spec
@@ -293,6 +294,13 @@ CASES = [
     ("[nc, anchors]", "[nc]", "my.yaml:10: row 5 (Detect): 1 arguments are given; it takes [nc, anchors]"),
     ("  - [[4, 2], 1, Detect, [nc, anchors]]\n", "",
      "my.yaml:9: row 4 (Concat): Detect or AnchorFreeDetect must be the last row and appear once"),
+    (CONV0, "[-1, 1, Conv, [8, 999, 2]]", "my.yaml:4: row 0 (Conv): argument 2 (k) is 999; allowed: numbers up to 127"),
+    (CONV0, "[-1, 1, Conv, [99999]]",
+     "my.yaml:4: row 0 (Conv): argument 1 (c2) is 99999; allowed: numbers up to 16384"),
+    (C3, "[-1, 3, C3, [16, True, 1, .nan]]",
+     "my.yaml:6: row 2 (C3): argument 4 (e) is nan; allowed: numbers up to 16384"),
+    (C3, "[-1, 1, Conv, [16384, 9]]\n  - [-1, 1, Conv, [16384, 3]]",
+     "my.yaml:7: row 3 (Conv): has 2.4 billion parameters; allowed: 1 billion"),
     # backbones
     (CONV0, "[-1, 2, TinyBackbone, []]", "my.yaml:4: row 0 (TinyBackbone): number is 2; a backbone row needs number 1"),
     (CONV0, "[-1, 1, TinyBackbone, {width: 3}]",
@@ -396,3 +404,21 @@ def test_forward_accepts_yolov5_arguments(tmp_path: Path, caplog: pytest.LogCapt
         "1_RIFormer_P4.png",
         "1_RIFormer_P5.png",
     ]
+
+
+def test_plug_in_class_named_like_a_layer_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("models.backbones._PLAIN", {})
+    plugin = ModuleType("plugin")
+    exec("from torch import nn\nclass Conv(nn.Module): ...", vars(plugin))  # noqa: S102
+    plugin.Conv.__module__ = "plugin"
+    register_plain(plugin)
+    (tmp_path / "my.yaml").write_text(FILE, encoding="utf-8")
+    build_layers(load_model_spec(tmp_path / "my.yaml"))
+    assert caplog.text.count("row 0 (Conv): is the built-in layer") == 1
+
+
+def test_unknown_module_names_the_plugin_option(tmp_path: Path) -> None:
+    (said, *_) = mistakes(tmp_path, FILE.replace(CONV0, "[-1, 1, Zyxwvut, []]"))
+    assert said.endswith("unknown module 'Zyxwvut'; a class of your own needs --plugin FILE.py")

@@ -1,0 +1,80 @@
+"""One pass of a built model over tensors without data: which row cannot run, and are declared levels the real ones?"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from models.build.rows import IMAGE, Route, Rows, padded
+from models.build.spec import ModelSpec
+from utils.errors import SpecError
+
+LOGGER = logging.getLogger(__name__)
+SIDE = 640  # pixels, rounded up to the model's multiple
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, ArithmeticError, KeyError)
+
+
+@torch.no_grad()
+def dry_run(rows: Rows, spec: ModelSpec) -> None:
+    """Run every row once on the meta device, where tensors have shapes only.
+
+    Parameters, BatchNorm statistics and random generators stay as they are. A backbone that cannot run there is skipped
+    with a debug message, and its declared levels are used.
+
+    Raises:
+        SpecError: file, line and row of a module that fails in `forward`, or of a backbone whose maps are not the
+            declared ones.
+    """
+    side = -(-SIDE // rows.size_multiple) * rows.size_multiple
+    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, side, side, device="meta")}
+    for module, route in zip(rows, rows.routes, strict=True):
+        maps = [slots[source] for source in route.sources]
+        where = f"{spec.where(route.layer.line)}: row {route.layer.row} ({route.layer.module})"
+        try:
+            found = _run(module, route, maps)
+        except FAILURES as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            if not route.gives_levels:
+                shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
+                raise SpecError(
+                    f"{where}: cannot run on a map of {shapes} (channels, height, width): {reason}"
+                ) from error
+            LOGGER.debug("%s: not run on the meta device: %s", where, reason)
+            found = [_empty(maps[0], route, i) for i in range(len(route.levels))]
+        if route.gives_levels:
+            _check_levels(found, maps[0], route, where)
+        slots |= {slot: x for slot, x in zip(route.outputs, found, strict=False) if slot is not None}
+
+
+def _run(module: nn.Module, route: Route, maps: list[Tensor]) -> Sequence[Tensor]:
+    state = {name: x.to("meta") for name, x in (*module.named_parameters(), *module.named_buffers())}
+    x = maps if route.takes_list else padded(maps[0], route.pad_to)
+    out = functional_call(module, state, (x,))
+    return list(out) if route.gives_levels else [out]
+
+
+def _shape(source: Tensor, route: Route, index: int) -> tuple[int, int, int, int]:
+    """Return the declared shape of a map of a backbone."""
+    level, (batch, _, height, width) = route.levels[index], source.shape
+    cells = [-(-side // route.pad_to) * route.pad_to * route.in_stride // level.stride for side in (height, width)]
+    return batch, level.channels, cells[0], cells[1]
+
+
+def _empty(source: Tensor, route: Route, index: int) -> Tensor:
+    return torch.empty(_shape(source, route, index), device="meta")
+
+
+def _check_levels(found: Sequence[Tensor], source: Tensor, route: Route, where: str) -> None:
+    """Raise SpecError unless a backbone returns the maps that it declares."""
+    shapes = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in found]
+    declared = [_shape(source, route, i) for i in range(len(route.levels))]
+    if shapes != declared:
+        listed = ", ".join(f"{level.channels}@{level.stride}" for level in route.levels)
+        raise SpecError(
+            f"{where}: declares the levels {listed} (channels@stride), so maps of {declared} for an image of "
+            f"{tuple(source.shape)}, but returns {shapes}"
+        )

@@ -1,0 +1,97 @@
+"""Tests of the pass over the meta device at construction."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from models.backbones import _PLUGINS as PLUGINS
+from models.backbones import Backbone, FeatureLevel, register_backbone
+from models.yolo import DetectionModel
+from utils.errors import SpecError
+
+HEAD = """
+head:
+  - [[-1], 1, AnchorFreeDetect, [nc]]
+"""
+
+
+def write(folder: Path, rows: str, keys: str = "nc: 2\n") -> Path:
+    path = folder / "m.yaml"
+    path.write_text(f"{keys}backbone:\n{rows}{HEAD}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("rows", "keys", "found"),
+    [
+        ("  - [-1, 1, Conv, [8, 3, 2]]\n", "nc: 2\nactivation: nn.GELU(2)\n", r"m.yaml:4: row 0 \(Conv\): cannot run"),
+        ("  - [-1, 1, Conv, [8, 3, 32]]\n  - [-1, 1, nn.MaxPool2d, [99, 1]]\n", "nc: 2\n", r"m.yaml:4: row 1 \(nn.Max"),
+    ],
+)
+def test_module_that_fails_in_forward_is_named(tmp_path, rows, keys, found):
+    with pytest.raises(SpecError, match=found) as error:
+        DetectionModel(write(tmp_path, rows, keys))
+    assert len(str(error.value).splitlines()) == 1
+
+
+class Scaled(Backbone):
+    """A backbone that returns maps of another stride than it declares, or fails on the meta device."""
+
+    fails = False
+
+    def __init__(self, channels: int = 8, stride: int = 8) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, 8, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.levels = (FeatureLevel(channels, stride),)
+
+    def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
+        if self.fails and image.is_meta:
+            raise NotImplementedError("no meta kernel")
+        return (self.norm(self.conv(image)),)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    monkeypatch.setattr("models.backbones._PLUGINS", dict(PLUGINS))
+    return register_backbone(Scaled)
+
+
+@pytest.mark.parametrize("arguments", ["{stride: 16}", "{channels: 9}"])
+def test_backbone_that_returns_other_maps_than_declared_is_refused(tmp_path, scaled, arguments):
+    with pytest.raises(SpecError, match=r"m.yaml:3: row 0 \(Scaled\): declares the levels .*@.* but returns"):
+        DetectionModel(write(tmp_path, f"  - [-1, 1, Scaled, {arguments}]\n"))
+
+
+def test_statistics_and_random_state_stay(tmp_path, scaled):
+    torch.manual_seed(3)
+    DetectionModel({"nc": 2, "backbone": [[-1, 1, "Scaled", []]], "head": [[[-1], 1, "AnchorFreeDetect", ["nc"]]]})
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    model = DetectionModel(write(tmp_path, "  - [-1, 1, Scaled, []]\n"))
+    assert torch.equal(torch.rand(4), expected)
+    assert model.training
+    assert not model.model[0].norm.num_batches_tracked
+    assert not model.model[0].norm.running_mean.any()
+    assert not any(p.is_meta for p in model.parameters())
+
+
+def test_backbone_without_meta_kernels_is_skipped_with_a_debug_message(tmp_path, scaled, monkeypatch, caplog):
+    monkeypatch.setattr(Scaled, "fails", True)
+    with caplog.at_level(logging.DEBUG):
+        DetectionModel(write(tmp_path, "  - [-1, 1, Scaled, []]\n  - [-1, 1, Conv, [8, 3, 2]]\n"))
+    assert "row 0 (Scaled): not run on the meta device: no meta kernel" in caplog.text
+
+
+def test_failed_backbone_row_gives_one_error(tmp_path):
+    text = (Path(__file__).parents[3] / "models/yolov5-riformer.yaml").read_text()
+    path = tmp_path / "broken.yaml"
+    path.write_text(text.replace("[s12]", "[s13]"))
+    with pytest.raises(SpecError) as error:
+        DetectionModel(path)
+    assert len(str(error.value).splitlines()) == 1, error.value
