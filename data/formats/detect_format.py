@@ -236,10 +236,10 @@ def _voc_folders(path: Path) -> _VocFolders | None:
     files = _in_folder(path, {".xml"})
     if files and not any(os.path.isfile(labels / f"{file.stem}.txt") for file in files):
         return _VocFolders(path.parent, path, (path, *_image_subfolders(path.parent)))
+    if labels == path or not _in_folder(labels, {".xml"}):
+        return None
     texts = [file for file in _in_folder(labels, {".txt"}) if file.name != "classes.txt"]
-    if labels != path and not texts and _in_folder(labels, {".xml"}):
-        return _VocFolders(path, labels, (path,))
-    return None
+    return None if texts else _VocFolders(path, labels, (path,))
 
 
 def _subfolder(folder: Path, name: str) -> Path | None:

@@ -44,7 +44,7 @@ def test_box_sizes_are_pixels_of_the_training_size():
     assert box_sizes([], 640).shape == (0, 2)
 
 
-def test_good_anchors_stay():
+def test_check_anchors_keeps_a_good_fit():
     report = check_anchors([record([(12, 14), (60, 50), (150, 190)])], YOLO, 640)
     assert not report.changed and "good fit" in str(report)
     assert report.anchors.tolist() == np.reshape(YOLO, (3, 3, 2)).tolist()
@@ -55,7 +55,7 @@ def thin_boxes(count=60):
     return [record(np.stack((r.uniform(300, 500, 5), r.uniform(8, 14, 5)), 1)) for _ in range(count)]
 
 
-def test_poor_anchors_are_replaced_by_better_ones():
+def test_check_anchors_replaces_a_poor_fit():
     records = thin_boxes()
     report = check_anchors(records, YOLO, 640, seed=1)
     assert report.changed and report.before.best_possible_recall < 0.1 and report.after.best_possible_recall > 0.99

@@ -27,7 +27,7 @@ def folders(root: Path, *names: str) -> None:
 
 @pytest.mark.parametrize(("name", "count"), OFFICIAL.items())
 @pytest.mark.parametrize("form", ["{}", "{}.yaml", "data/{}.yaml"])
-def test_own_sets_are_found_by_name(name: str, count: int, form: str, tmp_path: Path, monkeypatch) -> None:
+def test_project_datasets_are_found_by_name(name: str, count: int, form: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load_data_config(form.format(name))
     assert config.file == ROOT / "data" / f"{name}.yaml"
@@ -45,12 +45,12 @@ def test_own_sets_are_found_by_name(name: str, count: int, form: str, tmp_path: 
         ("shapes", "square", "cross"),
     ],
 )
-def test_own_names(name: str, first: str, last: str) -> None:
+def test_names_of_project_datasets(name: str, first: str, last: str) -> None:
     names = load_data_config(name).names
     assert names[0] == first and names[len(names) - 1] == last and len(set(names.values())) == len(names)
 
 
-def test_own_sets_have_a_way_to_be_had() -> None:
+def test_project_datasets_are_downloaded_or_generated() -> None:
     for name in OFFICIAL:
         config = load_data_config(name)
         assert (config.shapes is not None) == (name == "shapes")

@@ -99,7 +99,7 @@ def test_target_is_never_overwritten(tmp_path: Path, source: Path) -> None:
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
 
 
-def test_a_break_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_conversion_leaves_nothing(tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 

@@ -201,7 +201,7 @@ def test_leading_folders(tmp_path: Path, strip: int, names: list[str], expected:
     assert {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.txt")} == expected
 
 
-def test_broken_archive(tmp_path: Path) -> None:
+def test_unpack_refuses_a_damaged_archive(tmp_path: Path) -> None:
     path = write(tmp_path / "x.zip", "no archive")
     with pytest.raises(DataError, match="cannot be unpacked"):
         download.unpack(path, tmp_path / "out")

@@ -183,7 +183,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("reason", BROKEN)
 @pytest.mark.parametrize("function", [read, probe])
-def test_broken_files_are_refused_in_one_line(tmp_path: Path, reason: str, function) -> None:
+def test_damaged_files_are_refused_in_one_line(tmp_path: Path, reason: str, function) -> None:
     path = put(tmp_path, "x.jpg", BROKEN[reason])
     with pytest.raises(DataError, match=reason) as caught:
         function(path)

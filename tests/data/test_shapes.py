@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def contents(root: Path) -> dict[str, bytes]:
     return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
 
 
-def test_same_numbers_same_files(tmp_path: Path) -> None:
+def test_generate_is_deterministic(tmp_path: Path) -> None:
     for name in ("a", "b"):
         generate(tmp_path / name, SMALL)
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
@@ -128,7 +127,7 @@ def test_ensure_does_not_touch_other_files(tmp_path: Path) -> None:
     assert (tmp_path / "empty" / MANIFEST).is_file()
 
 
-def test_broken_off_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_generation_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = iter(range(4))
 
     def failing(*arguments: object) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +140,7 @@ def test_broken_off_drawing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_at_once(tmp_path: Path) -> None:
+def test_ensure_from_several_processes(tmp_path: Path) -> None:
     errors: list[Exception] = []
 
     def work() -> None:
@@ -215,10 +214,3 @@ def test_files_hold_what_was_drawn(tmp_path: Path) -> None:
     assert np.abs(read(tmp_path / "images/val/val_00002.jpg").astype(int) - image).mean() < 8
     file = read_labels(tmp_path / "labels/val/val_00002.txt")
     np.testing.assert_allclose(file.labels, labels, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_the_default_set_takes_seconds(tmp_path: Path) -> None:
-    start = time.process_time()
-    generate(tmp_path, ShapesRecipe(KINDS))
-    assert time.process_time() - start < 10

@@ -321,7 +321,7 @@ def test_hsv_gains_multiply_hue_saturation_and_value():
     assert hsv_gains(image, 0, 0, 0, rng()) is image
 
 
-def test_nothing_changes_its_arguments():
+def test_augmentations_do_not_change_their_arguments():
     image, labels = with_box(100, 100, 30, 30, 60, 60)
     copies = image.copy(), labels.copy()
     polygon = np.array([(30, 30), (60, 30), (60, 60)], np.float32)

@@ -46,7 +46,7 @@ def test_counts_and_sizes_at_the_input_size() -> None:
     assert below(found, 21).tolist() == [2, 0] and below(found, 7.9).tolist() == []
 
 
-def test_boxes_over_the_border_and_on_top_of_each_other() -> None:
+def test_outside_and_doubled_find_boxes() -> None:
     over = record("a", [[0, 0.95, 0.5, 0.2, 0.2], [0, 0.5, 0.5, 1, 1.0]])  # 10 of 200 pixels to the right
     assert outside([record("x", []), over]) == [(1, 0, pytest.approx(10, abs=1e-4))]
     twice = record("b", [[1, 0.5, 0.5, 0.2, 0.2], [1, 0.5, 0.5, 0.2, 0.21], [0, 0.5, 0.5, 0.2, 0.2]])
@@ -157,7 +157,7 @@ def dataset(tmp_path: Path) -> Path:
     return tmp_path / "d.yaml"
 
 
-def test_command_says_what_is_there_and_what_is_wrong(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_counts_and_findings(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = dataset.parent / "out"
     assert main([str(dataset), "--imgsz", "320", "--out", str(out)]) == 0
     text = capsys.readouterr().out

@@ -39,7 +39,7 @@ def test_coco_classes_are_numbered_by_rising_id_or_by_the_names_of_the_yaml(tmp_
     assert [r.labels[:, 0].tolist() for r in one] == [[0, 0], [0]]
 
 
-def test_names_that_do_not_fit_are_told_apart(tmp_path: Path) -> None:
+def test_names_that_are_no_categories_are_reported(tmp_path: Path) -> None:
     coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8), box(1, 90, 0, 0, 60, 40)])
     config = load_data_config(yaml(tmp_path, "train: train.json\nnames: [ant, cat, dogs]\n"))
     with pytest.raises(DataError, match=r"train\.json: has objects of 'dog', but .* 'ant', 'cat', 'dogs'; .*'dogs'\?"):
@@ -114,7 +114,7 @@ def test_odd_boxes_are_handled_as_in_label_files(
         assert re.search(problem, report.messages[0])
 
 
-def test_box_that_reaches_over_the_border_by_rounding_is_cut(tmp_path: Path) -> None:
+def test_box_over_the_border_by_rounding_is_clipped(tmp_path: Path) -> None:
     (first, _) = load(coco_set(tmp_path, [box(1, 7, 0, -0.5, 60.7, 41)])).records
     np.testing.assert_allclose(first.labels[0, 1:], [0.5, 0.5, 1, 1], atol=1e-7)
 
@@ -132,7 +132,7 @@ def test_box_that_reaches_over_the_border_by_rounding_is_cut(tmp_path: Path) -> 
         ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, r"annotations\[0\]: a mapping with image_id"),
     ],
 )
-def test_broken_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+def test_damaged_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)], **changes)
     with pytest.raises(DataError, match=problem) as caught:
         load(file)

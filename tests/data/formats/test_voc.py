@@ -37,7 +37,7 @@ def test_pascals_own_files_count_pixels_from_one(tmp_path: Path) -> None:
     np.testing.assert_allclose(load(tmp_path).records[0].labels, [[0, 0.2, 0.2, 0.2, 0.2]], atol=1e-7)
 
 
-def test_voc_polygon_becomes_an_polygon(tmp_path: Path) -> None:
+def test_voc_polygon_becomes_a_segment(tmp_path: Path) -> None:
     points = "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate([(6, 4), (18, 4), (6, 12)], 1))
     root = voc_set(tmp_path, a=[voc_object("dog", 6, 4, 18, 12, extra=f"<polygon>{points}</polygon>")])
     np.testing.assert_allclose(load(root).records[0].segments[0], [[0.1, 0.1], [0.3, 0.1], [0.1, 0.3]], atol=1e-7)

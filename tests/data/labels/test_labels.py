@@ -13,7 +13,7 @@ from tests.helpers.label_files import GOOD, image, load, make_set
 from utils.errors import DataError
 
 
-def test_good_set(tmp_path: Path) -> None:
+def test_load_annotations_of_a_valid_dataset(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"b": GOOD, "a": "2 0.5 0.5 1 1\n", "c": None, "d": "\n"})
     result = load(source)
     assert [record.path.name for record in result.records] == ["a.jpg", "b.jpg", "c.jpg", "d.jpg"]
@@ -27,7 +27,7 @@ def test_good_set(tmp_path: Path) -> None:
     assert "4 images: 2 with labels (3 boxes), 2 backgrounds" in report.summary()
 
 
-def test_broken_images_are_left_out_by_name(tmp_path: Path) -> None:
+def test_unusable_images_are_left_out_and_named(tmp_path: Path) -> None:
     source = make_set(tmp_path, dict.fromkeys(["good", "empty", "text", "cut", "small", "tall"], GOOD))
     (source / "empty.jpg").write_bytes(b"")
     (source / "text.jpg").write_text("no image")
@@ -51,14 +51,14 @@ def test_class_number_too_high_is_an_error_for_the_set(tmp_path: Path, number: i
     assert load(source, num_classes=8).records[1].labels[2, 0] == number  # the cache keeps the file's numbers
 
 
-def test_set_without_labels(tmp_path: Path) -> None:
+def test_load_annotations_without_labels(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": None, "b": ""})
     with pytest.raises(DataError, match=rf"no labels in 2 images; looked .* {tmp_path}/labels/train"):
         load(source)
     assert load(source, require_labels=False).report.boxes == 0
 
 
-def test_nothing_usable(tmp_path: Path) -> None:
+def test_load_annotations_without_usable_images(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": "x"})
     with pytest.raises(DataError, match=r"none of 1 images can be used: .*a\.txt:1"):
         load(source)
@@ -93,7 +93,7 @@ def test_folders_lists_and_repetitions(tmp_path: Path, monkeypatch: pytest.Monke
     assert tmp_path / "images/b/1.PNG" in found
 
 
-def test_order_is_that_of_the_texts(tmp_path: Path) -> None:
+def test_records_are_sorted_by_path(tmp_path: Path) -> None:
     for name in ("a/9.jpg", "a-b/1.jpg", "B/1.jpg", "a/10.jpg"):
         image(tmp_path / name)
     records = load(tmp_path, require_labels=False).records
@@ -115,7 +115,7 @@ def test_listed_image_that_is_missing_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "train.cache.npz").is_file() and source.is_dir()
 
 
-def test_two_images_of_one_stem_are_named(tmp_path: Path) -> None:
+def test_images_that_share_a_label_file_are_named(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": GOOD, "b": GOOD})
     image(source / "a.png")
     (message,) = load(source).report.messages

@@ -34,7 +34,7 @@ def same(a, b):
     return np.array_equal(a.image, b.image) and np.array_equal(a.labels, b.labels)
 
 
-def test_a_sample_is_a_function_of_seed_epoch_and_index(records):
+def test_sample_is_a_function_of_seed_epoch_and_index(records):
     first = DetectionDataset(records, 64, augment=RECIPE, seed=3)
     again = DetectionDataset(records, 64, augment=RECIPE, seed=3)
     keys = [(e, i) for e in (0, 1) for i in range(20)]

@@ -88,7 +88,7 @@ def test_every_image_once_in_the_order_of_the_epoch(records):
     assert numbers(DetectionLoader(dataset(records), 4)) == list(range(22))
 
 
-def test_the_loader_leaves_the_global_generators_alone(records, two_processors):
+def test_loader_leaves_global_generators_alone(records, two_processors):
     loader = DetectionLoader(dataset(records), 4, workers=2, shuffle=True)
     torch.manual_seed(0)
     np.random.seed(0)
@@ -166,7 +166,7 @@ def test_workers_are_limited(records, monkeypatch):
         assert found == expected, (workers, world_size, batch_size)
 
 
-def test_a_small_set_shares_all_its_images(records, two_processors):
+def test_window_of_a_small_dataset_holds_all_images(records, two_processors):
     """Nothing is gained by windows where every image stays in memory: partners come from the whole set."""
     small = dataset(records)
     assert small.window_size == len(records)
@@ -174,7 +174,7 @@ def test_a_small_set_shares_all_its_images(records, two_processors):
     assert DetectionLoader(small, 4, workers=2)._batches_per_task() == 1
 
 
-def test_a_window_is_decoded_once_by_one_worker(records, two_processors, monkeypatch):
+def test_window_is_decoded_once_by_one_worker(records, two_processors, monkeypatch):
     """The tasks of two workers hold whole windows where the set is large."""
     monkeypatch.setattr("data.loading.dataset.RECENT_BYTES", 0)
     monkeypatch.setattr("data.loading.dataset.WINDOW", 8)
@@ -210,7 +210,7 @@ def test_collate_gives_rgb_planes_and_numbered_targets():
         collate([sample(1, []), sample(2, [], height=5)])
 
 
-def test_quad_joins_or_enlarges():
+def test_collate_quad_joins_or_enlarges():
     group = [sample(10 * k, [[k, 0.5, 0.25, 0.5, 0.5]]) for k in range(4)]
     seen = set()
     for seed in range(20):
@@ -231,7 +231,7 @@ def test_quad_joins_or_enlarges():
     assert (rest.images[0, :, 4:] == 114).all()
 
 
-def test_close_ends_the_workers_of_a_pass_that_was_broken_off(records, two_processors):
+def test_close_ends_the_workers_of_an_interrupted_pass(records, two_processors):
     """Also when a signal for all processes reached them: they wait for the main process, which has ended its pass."""
     loader = DetectionLoader(dataset(records), 4, workers=2, shuffle=True)
     before = set(multiprocessing.active_children())

@@ -24,7 +24,7 @@ def test_balanced_weights() -> None:
     np.testing.assert_allclose(weights[:3] / weights[0], usual[:3] / usual[0])
 
 
-def test_a_set_without_labels_is_balanced() -> None:
+def test_balanced_weights_without_labels() -> None:
     assert balanced_class_weights([np.zeros((0, 5), np.float32)], 3).tolist() == [1, 1, 1]
 
 
@@ -39,7 +39,7 @@ def test_a_set_without_labels_is_balanced() -> None:
         ({}, (1.0, 1.0, 1.0, 1.0)),
     ],
 )
-def test_forms(wanted, weights) -> None:
+def test_class_loss_weights_of_every_form(wanted, weights) -> None:
     found = class_loss_weights(wanted, NAMES, LABELS, "hyp.yaml")
     assert found is None if weights is None else found == pytest.approx(weights)
 
@@ -60,7 +60,7 @@ def test_forms(wanted, weights) -> None:
         ({"4": 2}, "hyp.yaml: class_weights: no class '4'; there are 'red', 'white', 'platelet', 'none of these'"),
     ],
 )
-def test_mistakes(wanted, sentence) -> None:
+def test_class_loss_weights_refuses_mistakes(wanted, sentence) -> None:
     with pytest.raises(ConfigError) as error:
         class_loss_weights(wanted, NAMES, LABELS, "hyp.yaml")
     assert str(error.value) == sentence

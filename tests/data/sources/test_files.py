@@ -70,7 +70,7 @@ def test_other_files_of_a_folder_are_named(tree, caplog):
     assert "notes.md" in caplog.text and ".hidden" not in caplog.text
 
 
-def test_a_list_names_files_beside_it_or_from_here(tree, monkeypatch):
+def test_find_files_of_a_list_prefers_the_folder_of_the_list(tree, monkeypatch):
     monkeypatch.chdir(tree)
     (tree / "in/list.txt").write_text("\ufeffa.png\n\n# remark\n./deep/d.bmp\nin/b.JPG\na.png\n", encoding="utf-8")
     source = open_source("in/list.txt")
@@ -78,7 +78,7 @@ def test_a_list_names_files_beside_it_or_from_here(tree, monkeypatch):
     assert source.failures == []
 
 
-def test_a_list_with_a_missing_file_goes_on(tree):
+def test_find_files_of_a_list_reports_missing_files(tree):
     (tree / "list.txt").write_text("in/a.png\nin/gone.png\n")
     source = open_source(str(tree / "list.txt"))
     assert [f.path.name for f in read_all(source)] == ["a.png"]
@@ -132,7 +132,7 @@ def test_errors_of_other_sources(text, parts):
     assert "secret" not in str(caught.value)
 
 
-def test_the_screen_needs_a_package(monkeypatch):
+def test_screen_source_needs_mss(monkeypatch):
     monkeypatch.setitem(sys.modules, "mss", None)
     with pytest.raises(DataError, match="pip install mss"):
         open_source("screen")
@@ -151,7 +151,7 @@ def test_screen_words(text, expected):
     assert parse_screen(text) == expected
 
 
-def test_unreadable_files_are_reported_and_the_rest_goes_on(tmp_path, caplog):
+def test_unreadable_files_are_reported_and_the_rest_is_read(tmp_path, caplog):
     write_image(tmp_path / "a.png")
     (tmp_path / "b.jpg").write_bytes(b"")
     (tmp_path / "c.png").write_text("text")
@@ -172,7 +172,7 @@ def test_every_nth_frame_of_a_video(tmp_path, stride, positions):
     assert frames[0].fps == pytest.approx(20 / stride)
 
 
-def test_a_video_that_breaks_off_is_reported(tmp_path):
+def test_truncated_video_is_reported(tmp_path):
     whole = write_video(tmp_path / "v.avi", frames=40)
     data = whole.read_bytes()
     whole.write_bytes(data[: len(data) // 2])
@@ -236,7 +236,7 @@ def test_streams_give_batches_and_end(tmp_path):
         assert order == sorted(set(order))  # in order, none twice
 
 
-def test_a_dead_stream_among_others_is_reported(tmp_path):
+def test_stream_source_reports_a_dead_stream(tmp_path):
     good = write_video(tmp_path / "v.avi", frames=3, fps=100)
     (tmp_path / "list.streams").write_text(f"{good}\n{tmp_path}/gone.avi\n")
     source = open_source(str(tmp_path / "list.streams"))
@@ -280,7 +280,7 @@ def fake_camera(monkeypatch):
     return FakeCapture
 
 
-def test_a_slow_reader_sees_the_newest_frame(fake_camera):
+def test_stream_source_gives_the_newest_frame(fake_camera):
     fake_camera.lives = [10**6]
     with StreamSource(["0"]) as source:
         batches = iter(source)
@@ -293,7 +293,7 @@ def test_a_slow_reader_sees_the_newest_frame(fake_camera):
     assert alive == []  # ended cleanly
 
 
-def test_a_broken_network_stream_is_opened_again(fake_camera):
+def test_stream_reader_reopens_a_lost_network_stream(fake_camera):
     fake_camera.lives = [3, 0, 4]
     source = StreamSource(["rtsp://host/1"], retry_wait=0.01)
     frames = read_all(source)
@@ -301,7 +301,7 @@ def test_a_broken_network_stream_is_opened_again(fake_camera):
     assert len(source.failures) == 1 and "lost" in source.failures[0]
 
 
-def test_a_camera_that_is_unplugged_ends(fake_camera):
+def test_stream_reader_ends_with_an_unplugged_camera(fake_camera):
     fake_camera.lives = [3, 5]
     source = StreamSource(["0"], retry_wait=0.01)
     assert read_all(source)[-1].frame == 3
@@ -318,7 +318,7 @@ def test_closing_ends_an_endless_stream_from_another_thread(fake_camera):
     assert not reading.is_alive()
 
 
-def test_a_name_that_is_no_text_is_refused(tmp_path):
+def test_video_with_a_name_that_is_not_utf8_is_refused(tmp_path):
     """OpenCV's bindings crash on surrogate escapes (a file name that is not UTF-8)."""
     found = find_files(write_video(tmp_path / "v.avi"))
     found.files[0] = tmp_path / "v\udcff.avi"
@@ -329,7 +329,7 @@ def test_a_name_that_is_no_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "source", ["²", "x" * 300, "a\0b", "~nosuchuser/x.jpg", "fifo", "fifo.txt", "loop", "folder.jpg/x"]
 )
-def test_sources_that_are_nothing_are_one_line(tmp_path, monkeypatch, source):
+def test_invalid_sources_are_one_line(tmp_path, monkeypatch, source):
     monkeypatch.chdir(tmp_path)
     for name in ("fifo", "fifo.txt"):
         os.mkfifo(name)
