@@ -78,7 +78,11 @@ class DataConfig:
             DataError: the YAML has no such split, or one of its files is missing and cannot be made.
         """
         if name not in self.splits:
-            raise DataError(f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}")
+            hint = f"; 'python -m data.convert {self.file} FOLDER --to yolo --split 0.8 0.2' makes one"
+            raise DataError(
+                f"{self.file}: has no split '{name}'; it has {', '.join(self.splits) or 'none'}"
+                f"{hint if name == 'val' and self.splits else ''}"
+            )
         if self.shapes is not None:
             ensure(self.root, self.shapes)
         paths = self.splits[name]

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 from urllib.parse import urlparse
 
 from tqdm import tqdm
@@ -213,7 +213,7 @@ def unpack(archive: Path, folder: Path, strip: int = 0) -> None:
         with _opened(archive) as members:
             names = [member.name for member in members]
             if strip < 0:
-                tops = {PurePosixPath(name).parts[0] for name in names}
+                tops = {PurePosixPath(name).parts[:1] for name in names}
                 strip = 1 if len(tops) == 1 and all("/" in name for name in names) else 0
             _check_sizes(archive, sum(member.size for member in members))
             for member in tqdm(members, desc=f"unpacking {archive.name}", unit="files", mininterval=1):
@@ -266,13 +266,11 @@ def _opened(path: Path) -> Iterator[list[_Member]]:
             ]
     else:
         with tarfile.open(path) as tar:
-            yield [_Member(i.name, i.size, partial(_extracted, tar, i)) for i in tar if i.isfile()]
-
-
-def _extracted(tar: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    stream = tar.extractfile(info)
-    assert stream is not None, "only regular files are listed"
-    return stream
+            yield [
+                _Member(i.name, i.size, cast("Callable[[], IO[bytes]]", partial(tar.extractfile, i)))
+                for i in tar
+                if i.isfile()
+            ]
 
 
 def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> None:

@@ -170,6 +170,12 @@ def test_forms_of_a_split(tmp_path: Path) -> None:
         config.split("test")
 
 
+def test_missing_validation_split_is_explained(tmp_path: Path) -> None:
+    config = load_data_config(write(tmp_path / "d.yaml", "train: t\nnames: [x]\n"))
+    with pytest.raises(DataError, match=r"no split 'val'; it has train; 'python -m data.convert .*--split 0\.8 0\.2'"):
+        config.split("val")
+
+
 def test_missing_folder_is_named(tmp_path: Path) -> None:
     folders(tmp_path, "images/train")
     config = load_data_config(write(tmp_path / "d.yaml", "train: images/train\nval: images/vla\nnames: [x]\n"))

@@ -192,6 +192,7 @@ def test_archive_cannot_write_outside(tmp_path: Path, name: str, kind: str) -> N
         (-1, ["s/a.txt", "s/b/c.txt"], {"a.txt", "b/c.txt"}),
         (-1, ["s/a.txt", "t/c.txt"], {"s/a.txt", "t/c.txt"}),
         (-1, ["a.txt"], {"a.txt"}),
+        (-1, ["."], set()),
     ],
 )
 def test_leading_folders(tmp_path: Path, strip: int, names: list[str], expected: set[str]) -> None:
