@@ -38,9 +38,9 @@ from data.config import load_data_config
 from data.sources.files import open_source
 from engine.cli.config import DetectConfig, ValConfig
 from engine.evaluate.evaluator import EvalOptions, EvalResult, build_loader, evaluate, split_annotations, validate
-from engine.export.check_outputs import TOLERANCES, match
 from engine.export.config import ExportConfig
 from engine.export.exporter import ExportedFile, export
+from engine.export.verification import TOLERANCES, match
 from engine.predict.predictor import Predictor, detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.registry import open_runtime

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from engine.cli.plugins import load_plugins
-from engine.export.check_outputs import OutputDifference
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.formats.onnx import onnx_model, save_onnx, simplified
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
@@ -27,7 +26,7 @@ from engine.export.formats.openvino import save_openvino
 from engine.export.formats.torchscript import save_torchscript
 from engine.export.int8 import CALIBRATION_IMAGES, quantised
 from engine.export.samples import CALIBRATION_SPLITS, ImageSource, as_images, find_images
-from engine.export.verification import Verification, precision, verification_inputs
+from engine.export.verification import OutputDifference, Verification, precision, verification_inputs
 from engine.export.wrapper import ExportGraph, GraphShape, reparameterized_copy
 from engine.runtimes.base import Runtime
 from engine.runtimes.exported import ExportedRuntime

@@ -58,7 +58,7 @@ class ExportedRuntime(ABC):
             self._check_columns(columns)
         if metadata.nms:
             LOGGER.warning(
-                "%s: suppresses by itself (%s); looser thresholds than that have no effect",
+                "%s: NMS is part of the file (%s); looser thresholds have no effect",
                 where,
                 metadata.about.get("nms_options", "thresholds unknown"),
             )

@@ -1,22 +1,67 @@
 """NMS inside an ONNX graph, from standard operators.
 
-In: `output0` rows (B, N, 5 + nc). Out: `output0` (B, K, 6): left, top, right, bottom in input pixels, score, class; by
-falling score, rows of zeros after the last box. The class of a row is its best one, as in `detect.py`. The thresholds
-are inputs with defaults (`conf_thres`, `iou_thres`: ONNX Runtime lets a caller override them; other readers take the
-defaults).
-
-Shape legend: B images, N rows, C classes (1 when they suppress each other), S selected boxes, K boxes kept.
+Input: `output0` rows (B, N, 5 + nc). Output: `output0` (B, K, 6): xyxy in input pixels, confidence, class; by falling
+confidence, zeros after the last box. A row has its best class only, as in `detect.py`. The thresholds are inputs with
+defaults (`conf_thres`, `iou_thres`), which ONNX Runtime lets a caller override; other runtimes use the defaults.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
+# Text form of ONNX (https://onnx.ai/onnx/repo-docs/Syntax.html). B images, N rows, C classes (1 when classes are
+# compared with each other), S selected boxes, K kept boxes. The first operator is inserted by `embed_nms`.
+_NMS = """
+<ir_version: 8, opset_import: ["" : 17]>
+nms (float[B, N, {columns}] nms_rows, float[1] conf_thres = {{{conf}}}, float[1] iou_thres = {{{iou}}})
+    => (float[B, {count}, 6] output0)
+<int64[1] nms_0 = {{0}}, int64[1] nms_1 = {{1}}, int64[1] nms_2 = {{2}}, int64[1] nms_4 = {{4}}, int64[1] nms_5 = {{5}},
+ int64[1] nms_end = {{{columns}}}, int64[1] nms_depth = {{{classes}}}, float[2] nms_off_on = {{0, 1}},
+ int64[2] nms_image_and_row = {{0, 2}}, int64[1] nms_per_class = {{{per_class}}}, int64[1] nms_K = {{{count}}},
+ int64[4] nms_pad_BN = {{0, 0, 0, {count}}}, int64[6] nms_pad_BNx = {{0, 0, 0, 0, {count}, 0}},
+ float[1] nms_half = {{0.5}}, float[1] nms_zero = {{0}}>
+{{
+    nms_xywh_BN4 = Slice (nms_rows, nms_0, nms_4, nms_2)
+    nms_objectness_BN1 = Slice (nms_rows, nms_4, nms_5, nms_2)
+    nms_class_scores = Slice (nms_rows, nms_5, nms_end, nms_2)
+    nms_scores = Mul (nms_class_scores, nms_objectness_BN1)
+    nms_score_BN1, nms_label_BN1 = TopK <axis = 2> (nms_scores, nms_1)
+    nms_score_BN = Squeeze (nms_score_BN1, nms_2)
+    nms_score_B1N = Unsqueeze (nms_score_BN, nms_1)
+    nms_label_BN = Squeeze (nms_label_BN1, nms_2)
+    nms_class_of_BCN = OneHot <axis = 1> (nms_label_BN, nms_depth, nms_off_on)
+    nms_score_BCN = Mul (nms_class_of_BCN, nms_score_B1N)
+    nms_selected_S3 = NonMaxSuppression <center_point_box = 1>
+        (nms_xywh_BN4, {compared}, nms_per_class, iou_thres, conf_thres)
+    nms_place_S2 = Gather <axis = 1> (nms_selected_S3, nms_image_and_row)
+    nms_kept_S = GatherND (nms_score_BN, nms_place_S2)
+    nms_none_BN = Mul (nms_score_BN, nms_zero)
+    nms_kept_BN = ScatterND (nms_none_BN, nms_place_S2, nms_kept_S)
 
-ROWS = "rows"
+    nms_xy = Slice (nms_xywh_BN4, nms_0, nms_2, nms_2)
+    nms_wh = Slice (nms_xywh_BN4, nms_2, nms_4, nms_2)
+    nms_half_wh = Mul (nms_wh, nms_half)
+    nms_xy_1 = Sub (nms_xy, nms_half_wh)
+    nms_xy_2 = Add (nms_xy, nms_half_wh)
+    nms_class_BN1 = Cast <to = 1> (nms_label_BN1)
+    nms_boxes_BN5 = Concat <axis = 2> (nms_xy_1, nms_xy_2, nms_class_BN1)
+
+    nms_padded_kept = Pad (nms_kept_BN, nms_pad_BN)
+    nms_best_BK, nms_index_BK = TopK <axis = 1> (nms_padded_kept, nms_K)
+    nms_best_BK1 = Unsqueeze (nms_best_BK, nms_2)
+    nms_index_BK1 = Unsqueeze (nms_index_BK, nms_2)
+    nms_index_BK5 = Concat <axis = 2> (nms_index_BK1, nms_index_BK1, nms_index_BK1, nms_index_BK1, nms_index_BK1)
+    nms_padded_boxes = Pad (nms_boxes_BN5, nms_pad_BNx)
+    nms_chosen_BK5 = GatherElements <axis = 1> (nms_padded_boxes, nms_index_BK5)
+    nms_is_box = Greater (nms_best_BK1, nms_zero)
+    nms_is_box_float = Cast <to = 1> (nms_is_box)
+    nms_chosen_or_zero = Mul (nms_chosen_BK5, nms_is_box_float)
+    nms_xyxy_BK4 = Slice (nms_chosen_or_zero, nms_0, nms_4, nms_2)
+    nms_class_BK1 = Slice (nms_chosen_or_zero, nms_4, nms_5, nms_2)
+    output0 = Concat <axis = 2> (nms_xyxy_BK4, nms_best_BK1, nms_class_BK1)
+}}
+"""
 
 
 @dataclass(frozen=True)
@@ -30,36 +75,9 @@ class NmsOptions:
     agnostic: bool
 
     def describe(self) -> str:
-        """In words, for metadata."""
+        """Return the options in words, for metadata."""
         across = ", over all classes together" if self.agnostic else f", {self.per_class} boxes per class"
-        return f"score {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_image} boxes per image{across}"
-
-
-class _Nodes:
-    """Collects nodes and constants; every method returns the name of its result."""
-
-    def __init__(self, onnx: Any) -> None:
-        self.onnx = onnx
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
-
-    def op(self, op_type: str, inputs: Sequence[str], name: str = "", **attributes: Any) -> str:
-        return self.ops(op_type, inputs, [name or f"nms_{op_type}_{len(self.nodes)}"], **attributes)[0]
-
-    def ops(self, op_type: str, inputs: Sequence[str], names: Sequence[str], **attributes: Any) -> Sequence[str]:
-        label = f"nms_node_{len(self.nodes)}"
-        self.nodes.append(self.onnx.helper.make_node(op_type, list(inputs), list(names), name=label, **attributes))
-        return names
-
-    def constant(self, value: Any, dtype: Any, name: str = "") -> str:
-        name = name or f"nms_constant_{len(self.constants)}"
-        self.constants.append(self.onnx.numpy_helper.from_array(np.array(value, dtype), name))
-        return name
-
-    def columns(self, of: str, start: int, stop: int) -> str:
-        """`of[..., start:stop]` of a tensor of three dimensions."""
-        ends = [self.constant([value], np.int64) for value in (start, stop, 2)]
-        return self.op("Slice", [of, *ends])
+        return f"confidence {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_image} boxes per image{across}"
 
 
 def embed_nms(model: Any, options: NmsOptions) -> None:
@@ -67,71 +85,22 @@ def embed_nms(model: Any, options: NmsOptions) -> None:
     import onnx
 
     graph = model.graph
-    old = graph.output[0].name
     columns = graph.output[0].type.tensor_type.shape.dim[2].dim_value
+    nms = onnx.parser.parse_model(
+        _NMS.format(
+            columns=columns, classes=columns - 5, count=options.per_image, per_class=options.per_class,
+            conf=options.conf_thres, iou=options.iou_thres,
+            compared="nms_score_B1N" if options.agnostic else "nms_score_BCN",
+        )
+    ).graph  # fmt: skip
     for node in graph.node:
-        node.output[:] = [ROWS if name == old else name for name in node.output]
-        node.input[:] = [ROWS if name == old else name for name in node.input]
-    n = _Nodes(onnx)
-    boxes_BN4, score_BN, label_BN = _scores(n, columns)
-    kept_BN = _suppressed(n, boxes_BN4, score_BN, label_BN, options, columns - 5)
-    _best(n, boxes_BN4, kept_BN, label_BN, options.per_image, old)
-    graph.node.extend(n.nodes)
-    graph.initializer.extend(n.constants)
-    batch = graph.input[0].type.tensor_type.shape.dim[0]
-    size = batch.dim_value or batch.dim_param or None
+        node.output[:] = ["nms_rows" if name == graph.output[0].name else name for name in node.output]
+        node.input[:] = ["nms_rows" if name == graph.output[0].name else name for name in node.input]
+    for given, node in enumerate(nms.node):
+        node.name = f"nms_node_{given}"
+    nms.output[0].type.tensor_type.shape.dim[0].CopyFrom(graph.input[0].type.tensor_type.shape.dim[0])
+    graph.node.extend(nms.node)
+    graph.initializer.extend(nms.initializer)
+    graph.input.extend(nms.input[1:])
     del graph.output[:]
-    graph.output.append(onnx.helper.make_tensor_value_info(old, 1, [size, options.per_image, 6]))
-    for name in ("conf_thres", "iou_thres"):
-        graph.input.append(onnx.helper.make_tensor_value_info(name, 1, [1]))
-
-
-def _scores(n: _Nodes, columns: int) -> tuple[str, str, str]:
-    """Boxes (B, N, 4) as center and size, the best score (B, N), its class (B, N) int64."""
-    boxes, objectness = n.columns(ROWS, 0, 4), n.columns(ROWS, 4, 5)
-    scores_BNC = n.op("Mul", [n.columns(ROWS, 5, columns), objectness])
-    one, last = n.constant([1], np.int64), n.constant([2], np.int64)
-    score_BN1, label_BN1 = n.ops("TopK", [scores_BNC, one], ["nms_score", "nms_label"], axis=2)
-    return boxes, n.op("Squeeze", [score_BN1, last]), n.op("Squeeze", [label_BN1, last])
-
-
-def _suppressed(n: _Nodes, boxes: str, score: str, label: str, options: NmsOptions, classes: int) -> str:
-    """(B, N): the score of the boxes that stand, zero for the others."""
-    scores_B1N = n.op("Unsqueeze", [score, n.constant([1], np.int64)])
-    scores_BCN = scores_B1N
-    if not options.agnostic:
-        depth, values = n.constant(classes, np.int64), n.constant([0, 1], np.float32)
-        hot_BCN = n.op("OneHot", [label, depth, values], axis=1)
-        scores_BCN = n.op("Mul", [hot_BCN, scores_B1N])
-    limit = n.constant([options.per_class], np.int64)
-    thresholds = [n.constant([options.iou_thres], np.float32, "iou_thres")]
-    thresholds.append(n.constant([options.conf_thres], np.float32, "conf_thres"))
-    selected_S3 = n.op("NonMaxSuppression", [boxes, scores_BCN, limit, *thresholds], center_point_box=1)
-    place_S2 = n.op("Gather", [selected_S3, n.constant([0, 2], np.int64)], axis=1)  # image, row
-    zeros_BN = n.op("Mul", [score, n.constant(0, np.float32)])
-    return n.op("ScatterND", [zeros_BN, place_S2, n.op("GatherND", [score, place_S2])])
-
-
-def _best(n: _Nodes, boxes: str, kept: str, label: str, count: int, output: str) -> None:
-    """Emit the `count` best boxes as (B, count, 6), padded with zeros."""
-    corners_BN4 = _corners(n, boxes)
-    pads_2, pads_3 = n.constant([0, 0, 0, count], np.int64), n.constant([0, 0, 0, 0, count, 0], np.int64)
-    k = n.constant([count], np.int64)
-    best_BK, index_BK = n.ops("TopK", [n.op("Pad", [kept, pads_2]), k], ["nms_best", "nms_index"], axis=1)
-    last = n.constant([2], np.int64)
-    index_BK1 = n.op("Unsqueeze", [index_BK, last])
-    numbers_BN1 = n.op("Unsqueeze", [n.op("Cast", [label], to=1), last])
-    both_BN5 = n.op("Pad", [n.op("Concat", [corners_BN4, numbers_BN1], axis=2), pads_3])
-    index_BK5 = n.op("Concat", [index_BK1] * 5, axis=2)
-    chosen_BK5 = n.op("GatherElements", [both_BN5, index_BK5], axis=1)
-    best_BK1 = n.op("Unsqueeze", [best_BK, last])
-    standing = n.op("Cast", [n.op("Greater", [best_BK1, n.constant(0, np.float32)])], to=1)
-    chosen_BK5 = n.op("Mul", [chosen_BK5, standing])
-    parts = [n.columns(chosen_BK5, 0, 4), best_BK1, n.columns(chosen_BK5, 4, 5)]
-    n.op("Concat", parts, name=output, axis=2)
-
-
-def _corners(n: _Nodes, boxes: str) -> str:
-    center, size = n.columns(boxes, 0, 2), n.columns(boxes, 2, 4)
-    half = n.op("Mul", [size, n.constant(0.5, np.float32)])
-    return n.op("Concat", [n.op("Sub", [center, half]), n.op("Add", [center, half])], axis=2)
+    graph.output.extend(nms.output)

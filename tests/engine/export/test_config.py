@@ -15,10 +15,10 @@ from torch import nn
 import engine.export.formats.onnx as onnx_export
 import export
 from engine.cli.parser import run_main
-from engine.export.check_outputs import NmsRule
 from engine.export.config import ExportConfig
 from engine.export.formats.onnx_graph import opset_of
 from engine.export.samples import CALIBRATION_SPLITS, find_images
+from engine.export.verification import NmsRule
 from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector

@@ -20,11 +20,11 @@ import export
 from engine.cli.config import DetectConfig
 from engine.cli.parser import run_main
 from engine.export.benchmark import time_in_turns
-from engine.export.check_outputs import NmsRule
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.formats.onnx import _name_dimensions
 from engine.export.formats.onnx_graph import lower_to_17, opset_of, reorder_gelu
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
+from engine.export.verification import NmsRule
 from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
@@ -270,7 +270,7 @@ def test_export_with_nms(weights, tmp_path, caplog):
     session = onnxruntime.InferenceSession(str(path))
     assert session.get_outputs()[0].shape == [1, 50, 6]
     runtime = open_runtime([str(path)], CPU)
-    assert "suppresses by itself (score 0.3, IoU 0.45, 50 boxes per image" in caplog.text
+    assert "NMS is part of the file (confidence 0.3, IoU 0.45, 50 boxes per image" in caplog.text
     images = torch.rand(1, 3, *SIZE)
     assert runtime(images).shape == (1, 50, 8)
 

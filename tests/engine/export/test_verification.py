@@ -15,9 +15,17 @@ import models.backbones.nextvit as nextvit
 import models.backbones.repmlp as repmlp
 import models.backbones.riformer as riformer
 import models.fuse as fuse
-from engine.export.check_outputs import TOLERANCES, NmsRule, choose_conf, compare_boxes, compare_rows, match
 from engine.export.samples import SHIPPED, ImageSource, find_images, random_images
-from engine.export.verification import Verification, verification_inputs
+from engine.export.verification import (
+    TOLERANCES,
+    NmsRule,
+    Verification,
+    choose_conf,
+    compare_boxes,
+    compare_rows,
+    match,
+    verification_inputs,
+)
 from engine.export.wrapper import GraphShape, reparameterized_copy
 from tests.helpers.detectors import build
 from utils.errors import DataError, ExportError
@@ -188,8 +196,8 @@ def on_the_threshold(r):
         (moved, "0.2 px apart"),
         (rescored, "scores are up to 0.002"),
         (not_a_number, "not finite"),
-        (other_class, "no partner"),
-        (vanished, "no partner"),
+        (other_class, "no match"),
+        (vanished, "no match"),
     ],
 )
 def test_rows(change, words):
@@ -234,7 +242,7 @@ FAR = [50, 50, 70, 70, 0.6, 1]
 )
 def test_boxes(before, after, edge, same):
     reference = torch.tensor([[row(b) for b in before]], dtype=torch.float32)
-    found = compare_boxes("x", [reference], [[boxes(*after)]], FP32, NmsRule(0.25, 0.45))
+    found = compare_boxes("x", [reference], [[boxes(*after)]], FP32, NmsRule(0.25))
     assert (not found.problems) == same
     assert found.edge == edge or not same
 
@@ -245,9 +253,9 @@ def test_boxes_without_height_are_no_false_alarm():
     reference = torch.tensor([[row(box) for box in thin]], dtype=torch.float32)
     found = boxes(*thin)
     found[:, :4] += 0.01
-    assert not compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25, 0.45)).problems
+    assert not compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25)).problems
     found[1, 1] += 0.2  # that is another one
-    assert compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25, 0.45)).problems
+    assert compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25)).problems
 
 
 def test_limits_of_nms():
