@@ -145,7 +145,7 @@ def load_annotations(
     report = _report(entries, repeated, notes)
     where = ", ".join(map(str, sources))
     if report.corrupt == report.images:
-        raise DataError(f"{where}: none of {report.images} images can be used: {report.messages[0]}")
+        raise DataError(f"{where}: none of {report.images} images can be used: {entries[0].found.notes[-1]}")
     if require_labels and report.boxes == 0:
         annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
         if annotated:

@@ -60,7 +60,8 @@ def test_load_annotations_without_labels(tmp_path: Path) -> None:
 
 def test_load_annotations_without_usable_images(tmp_path: Path) -> None:
     source = make_set(tmp_path, {"a": "x"})
-    with pytest.raises(DataError, match=r"none of 1 images can be used: .*a\.txt:1"):
+    (source / "x.heic").touch()  # a note about the folder is not the reason
+    with pytest.raises(DataError, match=r"none of 1 images can be used: [^ ]*a\.txt:1"):
         load(source)
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="no images found"):
