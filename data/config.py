@@ -19,7 +19,7 @@ from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
 from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
 from data.shapes import ShapesRecipe, ensure, parse_shapes
 from utils.errors import DataError, did_you_mean, listed, shown
-from utils.files import ROOT, expand_user, find_file
+from utils.files import ROOT, expand_user, find_file, folder_names
 from utils.yaml_lines import LineDict, LineList, load_yaml, text_of
 
 LOGGER = logging.getLogger(__name__)
@@ -122,9 +122,9 @@ def _first_missing(path: Path) -> str:
         return ""
     part = path.relative_to(above).parts[0]
     try:
-        entries = sorted(name for name in os.listdir(above) if not name.startswith("."))
-    except OSError as error:
-        return f"; {above}: cannot be read: {error.strerror or error}"
+        entries = [name for name in folder_names(above) if not name.startswith(".")]
+    except DataError as error:
+        return f"; {error}"
     there = f"; there are {listed(entries)}" if entries else "; it is empty"
     return f"; {above} has no {shown(part)}{did_you_mean(part, entries) or there}"
 

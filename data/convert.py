@@ -33,7 +33,7 @@ from data.formats.yolo import ImageRecord, to_pixels
 from data.labels.labels import load_annotations
 from data.split import check_fractions, split_records
 from utils.errors import DataError, shown
-from utils.files import new_folder
+from utils.files import is_vacant, new_folder
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ def convert(
     if split:
         check_fractions(split, seed)
     final = Path(target).absolute()
-    if os.path.exists(final) and not (os.path.isdir(final) and not any(final.iterdir())):
+    if not is_vacant(final):
         raise DataError(f"{target}: is there already; give a new folder")
     loaded = load_set(source)
     if split:

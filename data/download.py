@@ -21,7 +21,6 @@ import contextlib
 import dataclasses
 import logging
 import lzma
-import os
 import shutil
 import tarfile
 import zipfile
@@ -37,7 +36,7 @@ from tqdm import tqdm
 
 from data.formats.voc import identifiers, parse_voc
 from utils.errors import DataError, UserError, did_you_mean, shown
-from utils.files import download, file_digest, make_folder, new_folder
+from utils.files import download, file_digest, folder_names, is_vacant, make_folder, new_folder
 from utils.yaml_lines import LineDict, text_of
 
 LOGGER = logging.getLogger(__name__)
@@ -148,7 +147,7 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
     Raises:
         DataError: the folder is not empty, no network, a wrong digest, an archive that cannot be unpacked.
     """
-    if not root.name or (os.path.exists(root) and not (os.path.isdir(root) and not any(root.iterdir()))):
+    if not root.name or not is_vacant(root):
         raise DataError(
             f"{root}: is not empty, but does not hold all that the YAML names; complete it, or move it away to"
             " download it again"
@@ -163,7 +162,7 @@ def fetch(recipe: DownloadRecipe, root: Path) -> None:
             if recipe.voc is not None:
                 convert_voc(build, recipe.voc, recipe.names)
     except OSError as error:
-        if not (os.path.isdir(root) and any(root.iterdir())):  # else another process was faster
+        if is_vacant(root):  # else another process was faster
             raise DataError(f"{root}: cannot be created: {error.strerror or error}") from error
     for archive in archives:
         archive.unlink(missing_ok=True)
@@ -282,7 +281,7 @@ def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> 
     numbers = {name: number for number, name in enumerate(names)}
     for part in conversion.sets:
         folder = contained(root, part.folder)
-        images = {p.stem: p for p in sorted((folder / "JPEGImages").glob("*")) if p.is_file()}
+        images = {Path(name).stem: folder / "JPEGImages" / name for name in folder_names(folder / "JPEGImages")}
         listing = contained(root, f"{part.folder}/ImageSets/Main/{part.list}.txt")
         for identifier in tqdm(identifiers(listing), desc=f"converting {part.split}", mininterval=1):
             image = images.get(identifier)

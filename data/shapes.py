@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from utils.errors import DataError, did_you_mean, shown
-from utils.files import increment_path, new_folder
+from utils.files import increment_path, is_vacant, new_folder
 
 LOGGER = logging.getLogger(__name__)
 
@@ -98,8 +98,7 @@ def ensure(root: Path, recipe: ShapesRecipe) -> None:
     """
     if _holds(root, recipe):
         return
-    foreign = os.path.exists(root) and not os.path.isfile(root / MANIFEST)
-    if foreign and (not os.path.isdir(root) or any(root.iterdir())):
+    if not os.path.isfile(root / MANIFEST) and not is_vacant(root):
         raise DataError(f"{root}: is not empty and not a drawn dataset; move it away, or choose another 'path:'")
     try:
         LOGGER.info("drawing the shapes dataset into %s (once)", root)

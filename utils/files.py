@@ -81,6 +81,25 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def folder_names(folder: str | Path) -> list[str]:
+    """Return the names in a folder, sorted; none where there is no folder.
+
+    Raises:
+        DataError: the folder cannot be read.
+    """
+    try:
+        return sorted(os.listdir(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+
+
+def is_vacant(path: Path) -> bool:
+    """Whether there is nothing at a path, or an empty folder; DataError for a folder that cannot be read."""
+    return not os.path.lexists(path) or (os.path.isdir(path) and not folder_names(path))
+
+
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
     """Give a temporary folder; rename it to `final` when the block ends well, remove it when it does not.

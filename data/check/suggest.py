@@ -97,7 +97,7 @@ def _usable(path: Path) -> bool:
 
 def _names(root: Path, source: Path) -> list[str]:
     """Class names of a list beside YOLO labels; else class0, class1, ... up to the largest number in the labels."""
-    for folder in (root, source if source.is_dir() else source.parent, root / "labels"):
+    for folder in (root, source if os.path.isdir(source) else source.parent, root / "labels"):
         for name in _NAME_FILES:
             if os.path.isfile(folder / name):
                 lines = [line.strip() for line in read_text(folder / name).splitlines()]

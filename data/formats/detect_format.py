@@ -14,6 +14,7 @@ names may be in lower case.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +27,7 @@ from data.formats import coco, voc
 from data.formats.yolo import LabelFile, label_path, read_labels
 from data.images import IMAGE_SUFFIXES
 from utils.errors import DataError
+from utils.files import folder_names
 
 LOGGER = logging.getLogger(__name__)
 
@@ -244,11 +246,11 @@ def _voc_folders(path: Path) -> _VocFolders | None:
 
 def _subfolder(folder: Path, name: str) -> Path | None:
     """Return the subfolder called `name` in any case."""
-    try:
-        entries = sorted(os.listdir(folder))
-    except OSError:
-        return None
-    return next((folder / entry for entry in entries if entry.lower() == name and os.path.isdir(folder / entry)), None)
+    with contextlib.suppress(DataError):  # not readable; it may be a folder above the dataset
+        for entry in folder_names(folder):
+            if entry.lower() == name and os.path.isdir(folder / entry):
+                return folder / entry
+    return None
 
 
 def _image_subfolders(folder: Path) -> tuple[Path, ...]:
@@ -315,10 +317,5 @@ def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> list[Path]:
     Raises:
         DataError: a folder that cannot be read.
     """
-    try:
-        names = sorted(os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    names = folder_names(folder)
     return [folder / name for name in names if name[:1] != "." and os.path.splitext(name)[1].lower() in suffixes]

@@ -141,7 +141,7 @@ class ImageStore:
         shape = (*self._size(index), 3)
         try:
             file = self.file_of(index)
-            if not file.is_file():
+            if not os.path.isfile(file):
                 return None
             data = np.fromfile(file, np.uint8)
             pixels = data[-math.prod(shape) :]
@@ -155,7 +155,7 @@ class ImageStore:
         if self._from_file(index) is not None:
             return
         image, target = self._decode(index), self.file_of(index)
-        if target.exists() and not _is_cache_file(target):
+        if os.path.lexists(target) and not _is_cache_file(target):
             raise DataError(f"{target}: is not a cache file of ours, so it is not overwritten; move it, or use 'ram'")
         try:
             with atomic_path(target) as part, open(part, "wb") as stream:
@@ -175,7 +175,7 @@ def user_cache_folder() -> Path:
 
 def _is_cache_file(path: Path) -> bool:
     try:
-        return path.is_file() and np.fromfile(path, np.uint8, len(_MAGIC)).tobytes() == _MAGIC
+        return os.path.isfile(path) and np.fromfile(path, np.uint8, len(_MAGIC)).tobytes() == _MAGIC
     except OSError:
         return False
 

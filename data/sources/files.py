@@ -14,6 +14,7 @@ import tempfile
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
 
 import cv2
@@ -23,7 +24,7 @@ from data.lists import read_list
 from data.sources.frames import DEFAULT_FPS, Frame, Source
 from data.sources.streams import ScreenSource, StreamSource
 from utils.errors import DataError, did_you_mean
-from utils.files import check_regular, download, expand_user, read_text
+from utils.files import check_regular, download, expand_user, folder_names, read_text
 
 LOGGER = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
         )
     if text.isascii() and text.isdigit():
         return StreamSource([text], vid_stride)
-    if text.split()[0].lower() == "screen" and not Path(text).exists():
+    if text.split()[0].lower() == "screen" and not os.path.exists(text):
         return ScreenSource(text, vid_stride)
     if _URL.match(text):
         suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
@@ -65,7 +66,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
             return DownloadedSource(text, vid_stride)
         return StreamSource([text], vid_stride)
     path = expand_user(text, DataError)
-    if path.suffix.lower() == ".streams" and path.is_file():
+    if path.suffix.lower() == ".streams" and os.path.isfile(path):
         return StreamSource(_addresses(path), vid_stride)
     return FileSource(find_files(path), vid_stride)
 
@@ -100,8 +101,7 @@ def find_files(path: Path) -> FoundFiles:
         return FoundFiles([path])
     if glob.has_magic(str(path)):
         return FoundFiles(_of_glob(str(path)))
-    readable = path.parent.is_dir() and os.access(path.parent, os.R_OK | os.X_OK)
-    near = [p.name for p in path.parent.iterdir() if p.is_dir() or _usable(p)] if readable else []
+    near = [name for name in folder_names(path.parent) if _usable(Path(name)) or os.path.isdir(path.parent / name)]
     raise DataError(f"{path}: no such file or folder{did_you_mean(path.name, near)}")
 
 
@@ -124,13 +124,10 @@ def _sift(files: Sequence[Path], where: str) -> list[Path]:
 
 
 def _of_folder(folder: Path) -> list[Path]:
-    try:
-        entries = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
-    good = _sift([p for p in entries if not p.is_dir()], str(folder))
+    entries = [folder / name for name in folder_names(folder) if not name.startswith(".")]
+    good = _sift([p for p in entries if not os.path.isdir(p)], str(folder))
     if not good:
-        deeper = any(p.is_dir() for p in entries)
+        deeper = any(map(os.path.isdir, entries))
         hint = f"; for its subfolders give '{folder}/**/*.jpg' in quotes" if deeper else f"; {_allowed()}"
         raise DataError(f"{folder}: no images or videos in this folder{hint}")
     return good
@@ -138,8 +135,9 @@ def _of_folder(folder: Path) -> list[Path]:
 
 def _of_glob(pattern: str) -> list[Path]:
     matches = [Path(p) for p in sorted(glob.glob(pattern, recursive=True))]
-    good = _sift([p for p in matches if not p.is_dir()], pattern)
+    good = _sift([p for p in matches if not os.path.isdir(p)], pattern)
     if not good:
+        folder_names(Path(*takewhile(lambda part: not glob.has_magic(part), Path(pattern).parts)))  # if it can be read
         raise DataError(f"{pattern}: no image or video matches this pattern" + (f"; {_allowed()}" if matches else ""))
     return good
 

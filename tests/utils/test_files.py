@@ -17,6 +17,7 @@ from utils.files import (
     download,
     find_file,
     increment_path,
+    is_vacant,
     make_folder,
     new_folder,
     newest_weights,
@@ -198,3 +199,18 @@ def test_new_folder_appears_when_it_is_complete(tmp_path):
     with pytest.raises(RuntimeError), new_folder(tmp_path / "other"):
         raise RuntimeError
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_vacant_is_nothing_or_an_empty_folder(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    found = {name: is_vacant(tmp_path / name) for name in ("none", "empty", "file", "link", "")}
+    assert found == {"none": True, "empty": True, "file": False, "link": False, "": False}
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match="empty: cannot be read: Permission denied"):
+        is_vacant(tmp_path / "empty")

@@ -7,7 +7,6 @@ import socket
 import sys
 import threading
 import time
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -362,13 +361,14 @@ def test_special_file_in_a_list_of_streams_does_not_hang(tmp_path):
         open_source(str(tmp_path / "a.streams"))
 
 
-def test_unreadable_folder_is_one_line(tmp_path, monkeypatch):
-    def refuse(_):
-        raise PermissionError(13, "Permission denied")
+@pytest.mark.parametrize("name", ["", "missing.jpg", "*.jpg"])
+def test_unreadable_folder_is_one_line(tmp_path, monkeypatch, name):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(DataError, match="cannot be read: Permission denied"):
-        open_source(str(tmp_path))
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(DataError, match=r": cannot be read: Permission denied$"):
+        open_source(str(tmp_path / name))
 
 
 def test_truncated_matroska_video_is_reported(tmp_path):
