@@ -114,10 +114,10 @@ def recognise(
     return AnnotatedSource(path, "voc", names, tuple(folders) or found.images, None if folders else found.base)
 
 
-def plain(path: Path) -> Listed:
-    """Return an image with its YOLO label file."""
+def plain(path: Path, origin: str = "") -> Listed:
+    """Return an image, with the place that names it, and its YOLO label file."""
     label = label_path(path)
-    return Listed("", label, partial(read_labels, label))
+    return Listed(origin, label, partial(read_labels, label))
 
 
 def images(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
@@ -176,15 +176,25 @@ def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tu
 
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
     """Return the path of each image; a missing one gets the first path that was tried."""
-    folders = [folder for folder in source.folders if os.path.isdir(folder)] or list(source.folders[:1])
-    names = [image.file_name.replace("\\", "/") for image in images]
-    if not any(os.path.isfile(folder / name) for name in names[:20] for folder in folders):
-        folders = _searched(source, names[:1]) or folders
+    names, folders = _names_and_folders(source, [image.file_name.replace("\\", "/") for image in images])
     for image, name in zip(images, names):
         found = next((i for i, folder in enumerate(folders) if os.path.isfile(folder / name)), 0)
         if found:
             folders.insert(0, folders.pop(found))  # most likely the next one is there too
         yield Path(os.path.abspath(folders[0] / name)), image
+
+
+def _names_and_folders(source: AnnotatedSource, names: list[str]) -> tuple[list[str], list[Path]]:
+    """Return the file names with or without their folders, and the folders to look in: the first pair that fits."""
+    folders = [folder for folder in source.folders if os.path.isdir(folder)] or list(source.folders[:1])
+    plain_names = [name.rpartition("/")[2] for name in names]
+    clear = plain_names != names and len({*plain_names}) == len({*names})
+    for tried in (names, plain_names if clear else []):
+        if any(os.path.isfile(folder / name) for name in tried[:20] for folder in folders):
+            return tried, folders
+        if found := _searched(source, tried[:1]):
+            return tried, [*found, *folders]
+    return names, folders
 
 
 def _searched(source: AnnotatedSource, names: Sequence[str]) -> list[Path]:

@@ -16,7 +16,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -234,7 +234,7 @@ def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed
     """Yield the images of a folder or list, or the image itself; a message about other files is added to `notes`."""
     files: Iterable[tuple[Path, str]]
     if os.path.isdir(source):
-        files = ((path, "") for path in _walk(source) if path.suffix.lower() not in _SIDECARS)
+        files = ((path, "") for path in _walk(source))
     elif not os.path.exists(source):
         raise DataError(f"{source}: no such folder, list of images or annotation file")
     elif check_regular(source) and source.suffix.lower() in IMAGE_SUFFIXES:
@@ -245,9 +245,10 @@ def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed
         raise DataError(f"{source}: is neither a folder, a .txt list of images, a COCO .json file nor an image")
     others = []
     for path, origin in files:
-        if path.suffix.lower() in IMAGE_SUFFIXES:
-            yield path, replace(plain(path), origin=origin)
-        else:
+        suffix = path.suffix.lower()
+        if suffix in IMAGE_SUFFIXES:
+            yield path, plain(path, origin)
+        elif origin or suffix not in _SIDECARS:
             others.append(path)
     if others:
         counts = Counter(path.suffix.lower() for path in others)

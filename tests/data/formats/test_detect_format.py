@@ -207,3 +207,22 @@ def test_coco_images_are_searched_only_where_no_folder_has_them(tmp_path: Path) 
     explicit = recognise(file, None, [tmp_path / "set"])
     with pytest.raises(DataError, match="none of 2 images can be used"):
         load(explicit)
+
+
+@pytest.mark.parametrize("prefix", ["data/images/", "/nowhere/else/", "C:\\\\labels\\\\", "../../media/"])
+@pytest.mark.parametrize("text", ["", "images: pics\n"])
+def test_coco_file_names_with_folders_of_another_machine(tmp_path: Path, prefix: str, text: str) -> None:
+    images = [image(1, f"{prefix}a.jpg"), image(2, f"{prefix}b.jpg")]
+    coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)], images=images).rename(tmp_path / "x.json")
+    (tmp_path / "pics").mkdir()
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).rename(tmp_path / "pics" / name)
+    result = load(*load_data_config(yaml(tmp_path, f"train: x.json\n{text}")).split("train"))
+    assert [record.path for record in result.records] == [tmp_path / "pics/a.jpg", tmp_path / "pics/b.jpg"]
+
+
+def test_coco_file_names_with_folders_stay_apart(tmp_path: Path) -> None:
+    images = [image(1, "x/a.jpg"), image(2, "y/a.jpg")]
+    file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)], images=images)
+    with pytest.raises(DataError, match="none of 2 images can be used"):
+        load(recognise(file))  # a.jpg could be either
