@@ -1,7 +1,6 @@
-"""Options of the commands and training hyperparameters, each stated once: name, default, meaning, allowed values.
+"""Options of the commands and training hyperparameters, each stated once: name, default, help, allowed values.
 
-`engine.cli.parser` generates the command lines from these dataclasses, so a flag, its default and its help cannot
-drift apart. No torch here: `--help` has to be instant.
+`engine.cli.parser` generates the parsers from these dataclasses. Imports no torch: `--help` is instant.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ def option(default: Any, text: str, kind: Callable[[Any], Any] = str, **extra: A
         kind: type of one value.
         extra: `form` (FLAG, OPTIONAL: value may be left out, MANY: one or more values), `const` (value of OPTIONAL when
             left out), `choices`, `aliases` (further spellings), `low` / `high` (allowed range), `missing` (why the
-            option is not there yet: giving it is an error), `resolved` (what the default stands for, for `--help`).
+            option is not available: giving it is an error), `resolved` (meaning of the default, for `--help`).
     """
     metadata = {"help": text, "kind": kind, **extra}
     if isinstance(default, list):
@@ -94,7 +93,7 @@ class Options:
         return name in self.given or getattr(self, name) != default
 
     def check(self) -> None:
-        """Raise one ConfigError that names every option out of its range, or not there yet."""
+        """Raise one ConfigError that names every option that is out of range or not available."""
         problems = []
         for f in fields(self):  # type: ignore[arg-type]
             value, name = getattr(self, f.name), "--" + f.name.replace("_", "-")
@@ -106,7 +105,7 @@ class Options:
                 if isinstance(item, bool) or not isinstance(item, (int, float)):
                     continue
                 low, high = m.get("low", -LARGEST), m.get("high", LARGEST)
-                if not low <= item <= high:  # not a number is in no range
+                if not low <= item <= high:  # NaN is in no range
                     problems.append(f"{name}: {shown(item)} is out of range; allowed: {low} to {high}")
             if "choices" in m and value not in m["choices"]:
                 problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
@@ -244,8 +243,8 @@ class ValConfig(Options):
     weights: list[str] = option([], "model file(s), several = ensemble; none = the newest trained run", str, form=MANY)
     batch_size: int = option(32, "images per step", int, low=1)
     imgsz: int = option(640, "image side in pixels", int, aliases=IMGSZ_NAMES, **SIDE)
-    conf_thres: float = option(0.001, "score threshold", float, low=0.0, high=1.0)
-    iou_thres: float = option(0.6, "NMS threshold", float, low=0.0, high=1.0)
+    conf_thres: float = option(0.001, "confidence threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.6, "IoU threshold of NMS", float, low=0.0, high=1.0)
     max_det: int = option(300, "boxes kept per image", int, low=1)
     task: str = option("val", "split, or speed / study", choices=("train", "val", "test", "speed", "study"))
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
@@ -255,7 +254,7 @@ class ValConfig(Options):
     verbose: bool = flag("print per-class rows")
     save_txt: bool = flag("one label file per image")
     save_hybrid: bool = flag("mix labels into NMS as certain boxes; switches --save-txt on")
-    save_conf: bool = flag("scores in the label files")
+    save_conf: bool = flag("write the confidence into the label files")
     save_json: bool = flag("COCO result file and COCO evaluation")
     project: str = option("runs/val", "parent folder of runs")
     name: str = option("exp", "run folder name")
@@ -285,16 +284,16 @@ class DetectConfig(Options):
         0.25, "confidence threshold; auto = that of the best F1 in validation, which training stores in the model file",
         confidence, low=0.0, high=1.0,
     )  # fmt: skip
-    iou_thres: float = option(0.45, "NMS threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.45, "IoU threshold of NMS", float, low=0.0, high=1.0)
     max_det: int = option(1000, "boxes per image", int, low=1)
     device: str = option("", "'' = first GPU or CPU; cpu; 0")
     view_img: bool = flag("show windows")
     save_txt: bool = flag("write label files")
-    save_format: int = option(0, "label files hold 0: center x, y, w, h; 1: corners (normalized)", int, choices=(0, 1))
+    save_format: int = option(0, "label files hold 0: center x, y, w, h; 1: xyxy (normalized)", int, choices=(0, 1))
     save_csv: bool = flag("one CSV with image, class, confidence and box of every detection")
     save_json: bool = flag("one JSON with the boxes of every image")
-    save_conf: bool = flag("scores in the label files")
-    save_crop: bool = flag("cut-outs per class")
+    save_conf: bool = flag("write the confidence into the label files")
+    save_crop: bool = flag("crops of the boxes, per class")
     nosave: bool = flag("write no images or videos")
     classes: list[int] | None = option(None, "keep only these class numbers", int, form=MANY, low=0)
     agnostic_nms: bool = flag("NMS over all classes together")
@@ -305,8 +304,8 @@ class DetectConfig(Options):
     name: str = option("exp", "run folder name")
     exist_ok: bool = flag("reuse the folder instead of counting up")
     line_thickness: int = option(3, "box line width in pixels", int, low=1)
-    hide_labels: bool = flag("no text at boxes")
-    hide_conf: bool = flag("no score in the text")
+    hide_labels: bool = flag("no captions")
+    hide_conf: bool = flag("no confidence in the captions")
     half: bool = flag("half precision (ignored on a CPU)")
     amp: str = option(
         "auto",

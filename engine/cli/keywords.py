@@ -1,4 +1,4 @@
-"""Options given from Python: what a command line would have given for what a program writes. No torch here."""
+"""Conversion of keywords to the types that a command line gives. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from typing import Any
 
 from utils.errors import ConfigError
 
-WORDS: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a text or a path", bool: "True or False"}
+WORDS: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string or a path", bool: "True or False"}
 
 
 def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
-    """Bring keywords into the types that the fields of an option dataclass have.
+    """Convert keywords to the types of the fields of an option dataclass.
 
-    A single value stands for a list of one, a tuple for a list, a path for its text; a number or a device where a text
-    is expected for its text (`device=0`, `freeze=[10]`); `True` for the value that an option has when its value is left
-    out (`cache=True`); None for the default.
+    A single value becomes a list of one, a tuple a list, a path, number or device a string where a string is expected
+    (`device=0`, `freeze=[10]`); `True` becomes the value of an option whose value is left out (`cache=True`); None the
+    default.
 
     Args:
         options: fields of the dataclass, made by `engine.cli.config.option`.
         keywords: by field name; all of them known.
 
     Raises:
-        ConfigError: values of another type, all of them together.
+        ConfigError: values of another type, all in one message.
     """
     known = {f.name: f for f in options}
     out, problems = {}, []
@@ -62,7 +62,7 @@ def _one(kind: Callable[[Any], Any], value: Any) -> Any:
         return int(value)
     if kind is str and (isinstance(value, (str, os.PathLike, int)) and not isinstance(value, bool)):
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
-    if kind is str and type(value).__name__ == "device":  # a torch.device, without importing torch
+    if kind is str and type(value).__name__ == "device":  # a torch.device; torch is not imported
         return str(value)
     if not isinstance(kind, type) and (is_number or isinstance(value, str)):
         with suppress(ValueError):

@@ -1,6 +1,6 @@
-"""Command lines, generated from the option dataclasses; errors of the user become one line and exit status 2.
+"""Parsers generated from the option dataclasses; user errors become one line and exit status 2.
 
-Nothing here imports torch, so `--help` answers at once.
+Imports no torch, so `--help` is instant.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if "(default: " in (action.help or "") else super()._get_help_string(action)
 
 
-# YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are taken.
+# YOLOv5 writes these with underscores, all others with dashes; both spellings of every option are accepted.
 _UNDERSCORED = ("evolve_population", "resume_evolve", "local_rank", "upload_dataset", "bbox_interval")
 
 
@@ -97,10 +97,10 @@ def build_parser(config: type[Options], prog: str, description: str) -> argparse
 
 
 def _check_together(prog: str, options: Options) -> None:
-    """Under torchrun: refuse what is not done by several processes.
+    """Refuse, under torchrun, commands that do not run in several processes.
 
     Raises:
-        ConfigError: a command or a task for a single process.
+        ConfigError: the command or task runs in a single process.
     """
     if world_size() == 1:
         return
@@ -116,12 +116,12 @@ def _check_together(prog: str, options: Options) -> None:
 def run_main(
     config: type[T], prog: str, description: str, work: Callable[[T], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse, check, work.
+    """Parse and check the options, and run the command.
 
     Args:
         config: option dataclass of the command.
         prog, description: for `--help`.
-        work: does the job; imports the engine itself, so that `--help` stays fast; may return an exit status.
+        work: runs the command; imports the engine itself, so that `--help` is instant; may return an exit status.
         argv: arguments; None = those of the process.
 
     Returns:

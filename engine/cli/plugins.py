@@ -1,4 +1,4 @@
-"""Plug-ins: Python files of the user that define or register backbones (`--plugin my_backbone.py`)."""
+"""Plug-ins: user's Python files that define or register backbones (`--plugin my_backbone.py`)."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from utils.errors import ConfigError, UserError
 
 
 def load_plugins(files: Iterable[str]) -> None:
-    """Import each file once; its registered backbones and plain modules are available to model rows afterwards.
+    """Import each file once; model rows can name its registered backbones and plain modules afterwards.
 
     Raises:
-        ConfigError: a file is missing or raises an error when it is imported.
+        ConfigError: a file is missing, or raises an error when it is imported.
     """
     for text in files:
         path = Path(text)

@@ -1,4 +1,4 @@
-"""`export.py --benchmark`: accuracy and speed of every format beside PyTorch, in one run on one machine."""
+"""`export.py --benchmark`: accuracy and speed of every format and of PyTorch, in one run."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 
-from data.config import load_data_config
+from data.config import DataConfig, load_data_config
 from data.labels.labels import load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from engine.evaluate.evaluator import EvalOptions, check_classes, evaluate
 from engine.export.config import FORMATS, ExportConfig
-from engine.export.exporter import ExportReport, export
+from engine.export.exporter import export
 from engine.runtimes.base import Runtime
 from engine.runtimes.registry import choose_weights, open_runtime
 from models.checkpoint.io import read_checkpoint
@@ -29,21 +29,21 @@ from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
 EAGER = "pytorch"
-ROUNDS = 15  # every format takes one image per round, so that all see the same moods of the machine
+ROUNDS = 15  # one image per format and round, so that the load of the machine affects all formats alike
 COLUMNS = ("format", "file", "MB", "mAP50", "mAP50-95", "ms per image", "ratio to pytorch")
 
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
         format: 'pytorch' or a key of `FORMATS`.
         file: name without folders.
-        megabytes: its size.
-        map50, map: accuracy on the validation split, square images.
+        megabytes: size of the file.
+        map50, map: mAP on the validation split, square images.
         milliseconds: median per image, batch 1.
-        ratio: speed as a multiple of PyTorch's (above 1 is faster).
+        ratio: speed relative to PyTorch (above 1 is faster).
     """
 
     format: str
@@ -62,7 +62,7 @@ class BenchmarkRow:
 
 @dataclass(frozen=True)
 class BenchmarkReport:
-    """The table, the files it was written to (CSV and Markdown), and one line per format that could not be made."""
+    """The table, its files (CSV and Markdown), and one line per format that failed."""
 
     rows: tuple[BenchmarkRow, ...]
     files: tuple[Path, Path]
@@ -70,7 +70,7 @@ class BenchmarkReport:
 
 
 def benchmark(config: ExportConfig) -> BenchmarkReport:
-    """Export every format of `--include` (all of them where only the default is asked for), validate and time each.
+    """Export every format of `--include` (of its default: all), validate and time each.
 
     Writes `<weights>_benchmark.csv` and `.md` beside the weights.
 
@@ -90,22 +90,29 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
     exported = export(replace(config, weights=weights, data=data, include=include))
     device = select_device(config.device)
     runtimes = {EAGER: open_runtime(weights, device)}
-    runtimes |= {
-        exported_file.format: open_runtime([str(exported_file.path)], device)
-        for exported_file in exported.exported_files
-    }
+    runtimes |= {file.format: open_runtime([str(file.path)], device) for file in exported.exported_files}
     side = -(-config.imgsz[0] // runtimes[EAGER].stride) * runtimes[EAGER].stride
     milliseconds = time_in_turns(runtimes, side)
-    accuracy = {name: _accuracy(runtime, data, side, config.batch_size) for name, runtime in runtimes.items()}
-    rows = _rows(Path(weights[0]), exported, milliseconds, accuracy)
-    files = write_table(Path(weights[0]), rows, side)
+    dataset = load_data_config(data)
+    check_classes(runtimes[EAGER].names, dataset, weights[0])
+    path = Path(weights[0])
+    sizes = {EAGER: (path.name, path.stat().st_size / 1e6)}
+    sizes |= {file.format: (file.path.name, file.megabytes) for file in exported.exported_files}
+    rows = [
+        BenchmarkRow(
+            name, *sizes[name], *_accuracy(runtime, dataset, side, config.batch_size), milliseconds[name],
+            milliseconds[EAGER] / milliseconds[name],
+        )
+        for name, runtime in runtimes.items()
+    ]  # fmt: skip
+    files = write_table(path, rows, side)
     return BenchmarkReport(tuple(rows), files, exported.failures)
 
 
 def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds per image of `side` x `side` pixels.
+    """Return the median milliseconds per image of `side` x `side` pixels.
 
-    Formats take turns within a round. A file with a fixed batch above 1 is given full batches.
+    Formats take turns within a round. Files with a fixed batch get full batches.
     """
     images = {name: torch.rand(runtime.fixed_batch or 1, 3, side, side) for name, runtime in runtimes.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
@@ -119,37 +126,13 @@ def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUN
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
-def _accuracy(runtime: Runtime, data: str, side: int, batch_size: int) -> tuple[float, float]:
-    """mAP50 and mAP50-95 over the validation split; every format sees the same square images."""
-    config = load_data_config(data)
-    check_classes(runtime.names, config, data)
-    result = evaluate(runtime, _loader(data, runtime, side, batch_size), EvalOptions(names=config.names))
-    return result.map50, result.map
-
-
-def _loader(data: str, runtime: Runtime, side: int, batch_size: int) -> DetectionLoader:
-    config = load_data_config(data)
-    annotations = load_annotations(config.split("val"), len(config.names), progress=False)
+def _accuracy(runtime: Runtime, data: DataConfig, side: int, batch_size: int) -> tuple[float, float]:
+    """Return mAP50 and mAP50-95 on the validation split; every format gets the same square images."""
+    annotations = load_annotations(data.split("val"), len(data.names), progress=False)
     batch = runtime.fixed_batch or batch_size
     dataset = DetectionDataset(annotations.records, side, rect=False, batch_size=batch, stride=runtime.stride)
-    return DetectionLoader(dataset, batch, workers=0)
-
-
-def _rows(
-    weights: Path,
-    exported: ExportReport,
-    milliseconds: Mapping[str, float],
-    accuracy: Mapping[str, tuple[float, float]],
-) -> list[BenchmarkRow]:
-    files = {EAGER: (weights.name, weights.stat().st_size / 1e6)}
-    files |= {
-        exported_file.format: (exported_file.path.name, exported_file.megabytes)
-        for exported_file in exported.exported_files
-    }
-    return [
-        BenchmarkRow(name, *files[name], *accuracy[name], took, milliseconds[EAGER] / took)
-        for name, took in milliseconds.items()
-    ]
+    result = evaluate(runtime, DetectionLoader(dataset, batch, workers=0), EvalOptions(names=data.names))
+    return result.map50, result.map
 
 
 def write_table(weights: Path, rows: Sequence[BenchmarkRow], side: int) -> tuple[Path, Path]:

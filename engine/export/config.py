@@ -1,4 +1,4 @@
-"""Options of export.py, and the table of formats. No torch here: `--help` has to be instant."""
+"""Options of export.py and the table of formats. Imports no torch: `--help` is instant."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ OPSETS = (17, 22)
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of exported file.
+    """A format of exported files.
 
     Attributes:
-        suffix: what the file's name ends in, after the stem of the weights.
-        packages: what has to be installed: import name -> what pip calls it.
-        half_on_cpu: float16 exported files can be made and verified on a CPU.
-        refuses: options that have no meaning for it, with the reason.
+        suffix: of the file name, after the stem of the weights.
+        packages: that have to be installed: import name -> pip name.
+        half_on_cpu: float16 files can be written and verified on a CPU.
+        refuses: options that it does not support, with the reason.
     """
 
     suffix: str
@@ -37,7 +37,7 @@ FORMATS: dict[str, Format] = {
         {},
         half_on_cpu=False,
         refuses={
-            "int8": "the quantiser is that of ONNX Runtime; export onnx or openvino",
+            "int8": "the quantizer is that of ONNX Runtime; export onnx or openvino",
             "nms": "NMS is embedded as an ONNX operator; export onnx or openvino",
         },
     ),
@@ -75,11 +75,11 @@ class ExportConfig(Options):
     batch_size: int = option(1, "batch of the exported graph", int, low=1)
     device: str = option("cpu", "cpu, or a GPU number")
     half: bool = flag("float16 weights; torchscript needs a GPU for it")
-    inplace: bool = flag("in-place head", missing="the head never assigns in place; leave it out")
+    inplace: bool = flag("in-place head", missing="the head is never in place; leave it out")
     keras: bool = flag("Keras file", missing=_NO_TENSORFLOW)
     optimize: bool = flag("TorchScript for mobile", missing="PyTorch Mobile is discontinued; leave it out")
     int8: bool = flag("int8 weights and activations, calibrated on --data (onnx, openvino)")
-    per_tensor: bool = flag("per-tensor quantisation", missing=_NO_TENSORFLOW)
+    per_tensor: bool = flag("per-tensor quantization", missing=_NO_TENSORFLOW)
     dynamic: bool = flag("free batch, height and width")
     cache: str = option("", "TensorRT timing cache", missing=_NO_ENGINE)
     simplify: bool = flag("simplify the ONNX graph with onnxslim")
@@ -92,11 +92,11 @@ class ExportConfig(Options):
         choices=("v5", "v8"),
     )  # fmt: skip
     nms: bool = flag("embed NonMaxSuppression (onnx, openvino): output (B, --topk-all, 6)")
-    agnostic_nms: bool = flag("with --nms: boxes of different classes suppress each other")
+    agnostic_nms: bool = flag("with --nms: NMS over all classes together")
     topk_per_class: int = option(100, "with --nms: boxes kept per class and image", int, low=1)
     topk_all: int = option(100, "with --nms: boxes kept per image", int, low=1)
-    iou_thres: float = option(0.45, "with --nms: overlap threshold", float, low=0.0, high=1.0)
-    conf_thres: float = option(0.25, "with --nms: score threshold", float, low=0.0, high=1.0)
+    iou_thres: float = option(0.45, "with --nms: IoU threshold", float, low=0.0, high=1.0)
+    conf_thres: float = option(0.25, "with --nms: confidence threshold", float, low=0.0, high=1.0)
     include: list[str] = option(["torchscript"], f"formats: {', '.join(FORMATS)}", str, form=MANY)
     benchmark: bool = flag("measure accuracy and speed of every format of --include, and of PyTorch")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)

@@ -1,4 +1,4 @@
-"""Export: read, deploy, prove, write, prove again, and only then give the file its name."""
+"""Export: re-parameterize a copy, verify it, write a file, verify that, and only then rename it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from engine.export.formats.onnx import onnx_model, save_onnx, simplified
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
 from engine.export.formats.openvino import save_openvino
 from engine.export.formats.torchscript import save_torchscript
-from engine.export.int8 import CALIBRATION_IMAGES, quantised
+from engine.export.int8 import CALIBRATION_IMAGES, quantized
 from engine.export.samples import CALIBRATION_SPLITS, ImageSource, as_images, find_images
 from engine.export.verification import OutputDifference, Verification, precision, verification_inputs
 from engine.export.wrapper import ExportGraph, GraphShape, reparameterized_copy
@@ -52,9 +52,9 @@ class ExportedFile:
         format: key of `FORMATS`.
         path: the file, or OpenVINO's folder.
         megabytes: its size.
-        seconds: what making and proving it took.
-        comparison: how far it is from the re-parameterized model.
-        verification: the JSON file.
+        seconds: time of writing and verifying it.
+        comparison: difference from the re-parameterized model.
+        verification: the JSON record.
     """
 
     format: str
@@ -67,7 +67,7 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What a run of export did: the files, and one line per format that failed."""
+    """Result of an export: the files, and one line per format that failed."""
 
     exported_files: tuple[ExportedFile, ...]
     failures: tuple[str, ...]
@@ -99,7 +99,7 @@ def export(config: ExportConfig) -> ExportReport:
                 exported_files.append(job.make(name))
             except ExportError as error:
                 failures.append(str(error))
-                LOGGER.error("%s: %s: %s", weights, error, job.what_is_left(name))
+                LOGGER.error("%s: %s: %s", weights, error, job.remaining_file(name))
     LOGGER.info("%s", summary(exported_files))
     return ExportReport(tuple(exported_files), tuple(failures))
 
@@ -112,8 +112,8 @@ class Job:
         weights: the checkpoint.
         deployed: its re-parameterized model, float32, on `device`.
         shape: of the graph's input.
-        metadata: what the exported files say about themselves.
-        images: for calibration of int8 ranges.
+        metadata: of the exported files.
+        images: for the calibration of int8 ranges.
         verification: of the re-parameterized model.
     """
 
@@ -129,7 +129,7 @@ class Job:
 
     @classmethod
     def prepare(cls, config: ExportConfig, weights: Path, device: torch.device) -> Job:
-        """Read the checkpoint, deploy a copy of the model, and prove that it computes the same."""
+        """Read the checkpoint, re-parameterize a copy of the model, and verify that it computes the same."""
         if weights.is_file() and weights.suffix.lower() not in CHECKPOINT_SUFFIXES:
             raise ConfigError(f"--weights {weights}: is exported already; give a checkpoint (.pt)")
         checkpoint = read_checkpoint(weights)
@@ -158,7 +158,7 @@ class Job:
         return cls(config, weights, device, deployed, shape, metadata, calibration, verification)
 
     def final_path(self, name: str) -> Path:
-        """Where an exported file goes: beside the weights, `_int8` in the name where it is that."""
+        """Return the path of an exported file: beside the weights, with `_int8` in the name for int8."""
         mark = "_int8" if self.config.int8 else ""
         return self.weights.with_name(f"{self.weights.stem}{mark}{FORMATS[name].suffix}")
 
@@ -166,7 +166,7 @@ class Job:
         """Write one format, run it, compare, and rename it to its final name.
 
         Raises:
-            ExportError: it cannot be made, or it does not compute the same; no file is left.
+            ExportError: it cannot be written, or does not compute the same; no file is left.
         """
         start = time.perf_counter()
         final = self.final_path(name)
@@ -186,10 +186,10 @@ class Job:
         seconds = time.perf_counter() - start
         return ExportedFile(name, final, _megabytes(final), seconds, comparison, verification_path)
 
-    def what_is_left(self, name: str) -> str:
-        """After a failure: whether an older file lies under the final name."""
+    def remaining_file(self, name: str) -> str:
+        """Return, after a failure, whether an older file exists under the final name."""
         final = self.final_path(name)
-        return f"nothing was written; {final} is that of an earlier export" if final.exists() else "nothing was written"
+        return f"nothing was written; {final} is from an earlier export" if final.exists() else "nothing was written"
 
     def _write(self, name: str, path: Path) -> None:
         about = {**self.metadata.about, "versions": json.dumps(self._versions(name))}
@@ -200,11 +200,11 @@ class Job:
             save_onnx(self._onnx(self.config.half), path, metadata, self.shape)
         else:
             path.mkdir()
-            # OpenVINO narrows the weights itself: it gets the float32 graph.
+            # OpenVINO converts the weights itself: it gets the float32 graph.
             save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
 
     def _versions(self, name: str) -> dict[str, str]:
-        """Versions of the packages that took part."""
+        """Return the versions of the packages involved."""
         packages = ["torch", *FORMATS[name].packages.values()]
         if self.config.simplify and name != "torchscript":
             packages.append("onnxslim")
@@ -228,7 +228,7 @@ class Job:
         if c.simplify:
             graph = simplified(graph)
         if c.int8:
-            graph = quantised(graph, self._calibration())
+            graph = quantized(graph, self._calibration())
         if c.nms:
             embed_nms(graph, _nms_options(c))
         return graph
@@ -243,12 +243,12 @@ class Job:
 
 
 def input_shape(config: ExportConfig, model: DetectionModel) -> GraphShape:
-    """Input of the graph: as asked for, sides rounded up to the model's grid with a message."""
+    """Return the input of the graph, sides rounded up to multiples of the stride with a warning."""
     grid = grid_of(model)
     asked = config.imgsz[0], config.imgsz[-1]
     height, width = (-(-side // grid) * grid for side in asked)
     if (height, width) != asked:
-        LOGGER.warning("--imgsz %d %d: made %d %d, multiples of the stride %d", *asked, height, width, grid)
+        LOGGER.warning("--imgsz %d %d: rounded up to %d %d, multiples of the stride %d", *asked, height, width, grid)
     return GraphShape(config.batch_size, height, width, config.dynamic, grid)
 
 
@@ -271,8 +271,8 @@ def _nms_options(c: ExportConfig) -> NmsOptions:
 
 
 def _opened(path: Path, device: torch.device) -> Runtime:
-    """Open a file without the line that says so: its name is not yet its own."""
-    logger = logging.getLogger("engine.runtimes.registry")
+    """Open a file without logging its temporary name."""
+    logger = logging.getLogger("engine.runtimes")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -282,7 +282,7 @@ def _opened(path: Path, device: torch.device) -> Runtime:
 
 
 def _move(made: Path, final: Path) -> None:
-    """Rename a file, or a folder in the place of an older one."""
+    """Rename a file, or a folder, replacing an older one."""
     if final.is_dir():
         old = made.with_name("old")
         os.replace(final, old)
@@ -302,7 +302,7 @@ def _megabytes(path: Path) -> float:
 
 
 def summary(exported_files: Sequence[ExportedFile]) -> str:
-    """Log the final table and how to run each file."""
+    """Return the table of the exported files, and the commands that run them."""
     if not exported_files:
         return "nothing was exported"
     lines = [f"{'format':<12} {'MB':>7} {'seconds':>8} {'px apart':>9} {'score apart':>12} {'boxes matched':>14}  file"]

@@ -1,4 +1,4 @@
-"""int8 weights and activations by ONNX Runtime's static quantiser."""
+"""int8 weights and activations by ONNX Runtime's static quantizer."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from utils.errors import ExportError
 
 LOGGER = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 64
-QUANTISED = ("Conv", "MatMul", "Gemm")
+QUANTIZED = ("Conv", "MatMul", "Gemm")
 
 
 class _Feed:
-    """Hands images to the quantiser, one batch at a time."""
+    """Feeds images to the quantizer, one batch at a time."""
 
     def __init__(self, batches: Sequence[NDArray[np.float32]]) -> None:
         self.batches = iter(batches)
@@ -29,24 +29,24 @@ class _Feed:
         return None if batch is None else {"images": batch}
 
 
-def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
+def quantized(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
     """Quantize convolutions and matrix products to int8 with QuantizeLinear and DequantizeLinear pairs.
 
-    Weights get a scale per output channel, activations one per tensor, from the extremes over the images. What
-    follows the head's last convolutions stays float32: pixel positions need more than 8 bits.
+    Weights get a scale per output channel, activations one per tensor, from the extremes over the images. The
+    decoding after the last convolutions stays float32: pixel positions need more than 8 bits.
 
     Args:
         model: ONNX `ModelProto`, float32.
         batches: of the graph's input, (B, 3, H, W) float32 in [0, 1].
 
     Raises:
-        ExportError: the quantiser failed.
+        ExportError: the quantizer failed.
     """
     import onnx
     from onnxruntime import quantization as q
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Reader(_Feed, q.CalibrationDataReader):  # type: ignore[misc,unused-ignore]  # the quantiser checks the base class
+    class Reader(_Feed, q.CalibrationDataReader):  # type: ignore[misc,unused-ignore]  # the quantizer checks the base class
         pass
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -59,12 +59,12 @@ def quantised(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
                 result,
                 Reader(batches),
                 quant_format=q.QuantFormat.QDQ,
-                op_types_to_quantize=list(QUANTISED),
+                op_types_to_quantize=list(QUANTIZED),
                 per_channel=True,
                 activation_type=q.QuantType.QUInt8,
                 weight_type=q.QuantType.QInt8,
                 calibrate_method=q.CalibrationMethod.MinMax,
             )
             return onnx.load(result)
-        except Exception as error:  # the quantiser raises plain exceptions of many kinds
-            raise ExportError(f"--int8: the quantiser failed: {str(error).strip().splitlines()[0][:300]}") from error
+        except Exception as error:  # the quantizer raises plain exceptions of many kinds
+            raise ExportError(f"--int8: the quantizer failed: {str(error).strip().splitlines()[0][:300]}") from error

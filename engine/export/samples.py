@@ -1,4 +1,4 @@
-"""Inputs of verification and calibration: real images, and random ones with their statistics."""
+"""Inputs of verification and calibration: real images, and random images with the same statistics."""
 
 from __future__ import annotations
 
@@ -22,19 +22,18 @@ from utils.files import ROOT
 
 LOGGER = logging.getLogger(__name__)
 SHIPPED = ROOT / "data" / "images"
-# Splits in order of preference. What a verification looks at should be new to the model; what int8 ranges are taken
-# from
-# should not be what the accuracy is measured on.
+# Splits in order of preference: verification on images that are new to the model, calibration of int8 ranges on images
+# that the accuracy is not measured on.
 VERIFICATION_SPLITS = ("val", "test", "train")
 CALIBRATION_SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Where real images come from.
+    """Source of real images.
 
     Attributes:
-        origin: said in the verification.
+        origin: for the record of the verification.
         files: the images.
     """
 
@@ -42,7 +41,7 @@ class ImageSource:
     files: tuple[Path, ...]
 
     def load(self, count: int, height: int, width: int) -> NDArray[np.uint8]:
-        """At most `count` images, evenly spread over the files: (n, height, width, 3) RGB, letterboxed.
+        """Return at most `count` images, evenly spaced over the files: (n, height, width, 3) RGB, letterboxed.
 
         Raises:
             DataError: none of them can be read.
@@ -64,12 +63,12 @@ class ImageSource:
 
 
 def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = VERIFICATION_SPLITS) -> ImageSource:
-    """Images of the dataset asked for, else of the one the checkpoint was trained on, else those shipped.
+    """Return images of the given dataset, else of that of the training, else those shipped.
 
     Args:
-        data: the option; '' leaves the choice.
+        data: value of the option, or ''.
         metadata: of the checkpoint.
-        splits: the first that the dataset has is taken; of the one trained on, the first whose images are there.
+        splits: the first one that the dataset has is used (of the dataset of the training: whose images exist).
 
     Raises:
         UserError: `data` was given and cannot be used.
@@ -81,7 +80,7 @@ def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = 
     if trained_on and Path(str(trained_on)).is_file():
         try:
             config = load_data_config(str(trained_on))
-            # `split` might fetch what is missing: not for this.
+            # `split` might download missing images: not for this.
             there = [name for name, paths in config.splits.items() if all(path.exists() for path in paths)]
             split = next((name for name in splits if name in there), "")
             if split:
@@ -100,12 +99,12 @@ def _of_split(config: DataConfig, split: str) -> ImageSource:
 
 
 def as_images(images: NDArray[np.uint8]) -> torch.Tensor:
-    """(n, H, W, 3) uint8 -> (n, 3, H, W) float32 in [0, 1]."""
+    """Convert (n, H, W, 3) uint8 to (n, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().float().div_(255)
 
 
 def random_images(count: int, like: NDArray[np.uint8], height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Noise with the mean and deviation of real images, per channel, and structure at several scales.
+    """Return noise with the mean and deviation of real images per channel, and structure at several scales.
 
     Args:
         count: number of images.
@@ -117,7 +116,7 @@ def random_images(count: int, like: NDArray[np.uint8], height: int, width: int, 
     """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.zeros(count, 3, height, width)
-    for scale in (1, 4, 16, 64):  # blobs of so many pixels
+    for scale in (1, 4, 16, 64):  # blobs of this many pixels
         coarse = torch.randn(count, 3, -(-height // scale), -(-width // scale), generator=generator)
         noise += torch.nn.functional.interpolate(coarse, (height, width), mode="nearest")
     noise = (noise - noise.mean((0, 2, 3), keepdim=True)) / noise.std((0, 2, 3), keepdim=True)

@@ -1,4 +1,4 @@
-"""What is traced: the re-parameterized model of a detector behind one input and one output."""
+"""Modules that are traced: a re-parameterized detector with one input and one output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from models.fuse import reparameterize
 from models.yolo import DetectionModel
 
 # Input sides of a traced dynamic graph, in grid cells, and its batch: small, unequal, and neither 1 nor a multiple of a
-# common partition, so that no size is taken for a constant.
+# common partition, so that the tracer takes no size for a constant.
 TRACE_CELLS = (3, 5)
 TRACE_BATCH = 2
 
@@ -21,8 +21,8 @@ class ExportGraph(nn.Module):
     """A detector with one tensor in and one out.
 
     Args:
-        model: in its re-parameterized model and in evaluation mode; shared, not copied.
-        dtype: what the layers compute in.
+        model: re-parameterized, in evaluation mode; shared, not copied.
+        dtype: of the layers.
         layout: `v5` or `v8`, see `forward`.
     """
 
@@ -49,7 +49,7 @@ class ExportGraph(nn.Module):
 
 
 class TupleGraph(nn.Module):
-    """The same with a tuple of one tensor as its output, which is what readers of YOLOv5's TorchScript files expect."""
+    """`ExportGraph` with a tuple of one tensor as output, as readers of YOLOv5's TorchScript files expect."""
 
     def __init__(self, graph: ExportGraph) -> None:
         super().__init__()
@@ -73,9 +73,9 @@ class GraphShape:
     """Input of an exported graph.
 
     Attributes:
-        batch, height, width: of the input; examples only where `dynamic`.
+        batch, height, width: of the input; only examples if `dynamic`.
         dynamic: batch, height and width are free (sides in multiples of `grid`).
-        grid: what the sides are multiples of, in pixels.
+        grid: pixels of which the sides are multiples.
     """
 
     batch: int

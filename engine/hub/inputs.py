@@ -1,4 +1,4 @@
-"""What people hand to a model in Python, as images: paths, addresses, arrays, PIL images, tensors."""
+"""Conversion of the inputs of a hub model: paths, URLs, arrays, PIL images, tensors."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from utils.errors import ConfigError
 from utils.files import download
 
 ALLOWED = (
-    "allowed are a path, an http address, a (H, W, 3) uint8 RGB array, a PIL image, a (3, H, W) tensor in 0..1, "
+    "allowed are a path, a URL, a (H, W, 3) uint8 RGB array, a PIL image, a (3, H, W) tensor in 0..1, "
     "a list of these, or a (B, 3, H, W) tensor"
 )
 
 
 def as_list(images: Any) -> list[Any]:
-    """Yield the images one by one.
+    """Return the images as a list.
 
     Raises:
-        ConfigError: there are none.
+        ConfigError: the list is empty.
     """
     several = isinstance(images, (list, tuple))
     out = list(images) if several else [images]
@@ -41,11 +41,11 @@ def as_frames(images: Sequence[Any]) -> tuple[Frame, ...]:
     """Read or convert each image.
 
     Returns:
-        Frames (uint8 BGR, upright) whose path is a file name for results: `<name>.jpg`, `image<number>.jpg` for
-        images without a name.
+        Frames (uint8 BGR, upright) whose path names the files of results: `<name>.jpg`, `image<number>.jpg` for images
+        without a name.
 
     Raises:
-        ConfigError: something that is no image.
+        ConfigError: an input that is not an image.
         DataError: a file that cannot be read.
     """
     out = []
@@ -57,7 +57,7 @@ def as_frames(images: Sequence[Any]) -> tuple[Frame, ...]:
 
 
 def _image(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
-    """(H, W, 3) uint8 BGR, and the name of the file it is from ('' if it is from none)."""
+    """Return (H, W, 3) uint8 BGR, and the name of its file ('' without one)."""
     if isinstance(item, (str, Path)):
         return _file(str(item))
     if isinstance(item, np.ndarray):
@@ -78,7 +78,7 @@ def _file(text: str) -> tuple[NDArray[np.uint8], str]:
 
 
 def _array(array: NDArray[Any], where: str) -> NDArray[np.uint8]:
-    """RGB, or gray, or with an alpha channel, which is dropped; channels may come first, as in YOLOv5."""
+    """Convert RGB, gray, or RGBA (alpha is dropped) to BGR; channels may come first, as in YOLOv5."""
     if array.dtype != np.uint8:
         hint = (
             "(im * 255).astype('uint8') if it is in 0..1" if np.issubdtype(array.dtype, np.floating) else "convert it"
@@ -102,10 +102,10 @@ def _tensor(tensor: torch.Tensor, where: str) -> NDArray[np.uint8]:
 
 
 def pixels_of(images: torch.Tensor, where: str = "images") -> NDArray[np.uint8]:
-    """(B, 3, H, W) uint8, or floating point in 0..1, as (B, H, W, 3) uint8 RGB.
+    """Convert (B, 3, H, W), uint8 or floating point in 0..1, to (B, H, W, 3) uint8 RGB.
 
     Raises:
-        ConfigError: another shape, type or range.
+        ConfigError: another shape, dtype or range.
     """
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
         raise ConfigError(f"{where}: a tensor of shape {tuple(images.shape)}; (B, 3, H, W) is needed")

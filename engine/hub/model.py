@@ -1,6 +1,6 @@
-"""Detectors for use from Python, as YOLOv5's users know them from `torch.hub`: images in, results out.
+"""Detectors for use from Python with the interface of YOLOv5's `torch.hub` models: images in, results out.
 
-`hubconf.py` makes these functions known to `torch.hub`; without it: `from engine.hub.model import load`.
+`hubconf.py` publishes these functions to `torch.hub`; without it: `from engine.hub.model import load`.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from utils.files import find_file
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
-GRAY = 114 / 255  # what a tensor is padded with, as a letterbox is
+GRAY = 114 / 255  # padding of tensors, as of a letterbox
 
 Device = str | int | torch.device | None
 Weights = str | Path | Sequence[str | Path]
 
 
 class HubModel(nn.Module):
-    """A detector that takes images of any kind and gives `Results`.
+    """A detector that takes images of any kind and returns `Results`.
 
     Args:
-        runtime: what runs it.
+        runtime: runs the detector.
 
     Attributes:
-        conf, iou: thresholds of score and overlap, 0..1.
+        conf, iou: thresholds of confidence and IoU, 0..1.
         classes: keep only these class numbers; None = all.
-        agnostic: let boxes of different classes suppress each other.
-        multi_label: a box may carry several classes.
+        agnostic: NMS over all classes together.
+        multi_label: a box may have several classes.
         max_det: boxes per image.
         amp: mixed precision on a GPU.
         names, stride, device: of the model; names is a dict by class number.
@@ -71,34 +71,34 @@ class HubModel(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Sides of the network's input are multiples of it."""
+        """Number of pixels of which the sides of the input are multiples."""
         return int(self.runtime.stride)
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device of the detector."""
         return self.runtime.device
 
     @property
     def model(self) -> DetectionModel:
-        """The network itself, of a checkpoint."""
+        """The network of a checkpoint."""
         if not isinstance(self.runtime, PyTorchRuntime):
-            raise ConfigError("model.model: an exported file holds no PyTorch network; load the .pt file for that")
+            raise ConfigError("model.model: an exported file has no PyTorch network; load the .pt file")
         return self.runtime.models[0]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, (), self.__dict__  # by reference to a function: the class is not found under `__module__`
 
     def train(self, mode: bool = True) -> HubModel:
-        """Only `eval` is possible: batch norms are folded already."""
+        """Accept evaluation mode only: batch norms are folded already."""
         if mode:
             raise ConfigError("this model is for detection; for training load it with autoshape=False, or use train.py")
         return super().train(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> HubModel:
-        """Convert the weights and remember device and dtype for the inputs."""
+        """Convert the weights, and set device and dtype of the inputs."""
         if not isinstance(self.runtime, PyTorchRuntime):
-            raise ConfigError("an exported file stays where it was opened; give device=... when it is loaded")
+            raise ConfigError("an exported file cannot be moved; give device=... when it is loaded")
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call, unused-ignore]
         first = next(self.models.parameters())
         self.runtime.device, self.runtime.dtype = first.device, first.dtype
@@ -108,13 +108,13 @@ class HubModel(nn.Module):
     def forward(self, ims: Any, size: int | Sequence[int] = 640, augment: bool = False) -> Results:
         """Detect.
 
-        Every image is fitted into the smallest rectangle of whole strides, as `detect.py` does: what is found in it
-        does not depend on the other images.
+        Every image is letterboxed to the smallest rectangle of multiples of the stride, as in `detect.py`: detections
+        do not depend on the other images.
 
         Args:
-            ims: a path, an http address, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL image, a
+            ims: a path, a URL, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL image, a
                 (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor of any device, floating point in
-                0..1 or uint8, which goes into the network as it is, up to padding.
+                0..1 or uint8, which is the input of the network up to padding.
             size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch.
             augment: test-time augmentation (checkpoints only).
 
@@ -145,7 +145,7 @@ class HubModel(nn.Module):
         return Results([found[k] for k in sorted(found)], self.names, times, shape, self.device)
 
     def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[Prepared]:
-        """Images that fit into the same rectangle together, in the order of their first one."""
+        """Group images by the shape of their rectangle, in the order of the first of each group."""
         with timer:
             wanted = input_size([size] if isinstance(size, int) else list(size), self.runtime)
             auto = self.runtime.imgsz is None
@@ -183,12 +183,12 @@ def load(path: Weights, autoshape: bool = True, device: Device = None) -> HubMod
 
     Args:
         path: checkpoint (ours or an official one), several for an ensemble, or an exported file (.onnx, ...).
-        autoshape: give a `HubModel`; without it the network itself, in evaluation mode, not folded: for training.
+        autoshape: return a `HubModel`; without it the network, in evaluation mode, not folded: for training.
         device: `'cpu'`, `0`, `'cuda:0'`, a `torch.device`; None = the first GPU, else the CPU.
 
     Raises:
-        CheckpointError: a file that is missing or cannot be used.
-        ConfigError: a device that is not there, or `autoshape=False` for anything but one checkpoint.
+        CheckpointError: a file is missing or cannot be used.
+        ConfigError: the device is not available, or `autoshape=False` for anything but one checkpoint.
     """
     weights = [str(p) for p in (path if isinstance(path, (list, tuple)) else [path])]
     name, provider = split_device(_device_text(device))
@@ -214,7 +214,7 @@ def create(
 
     Args:
         cfg: YAML in `models/` or `models/hub/`, or a path.
-        path: checkpoint whose weights are copied where rows agree; None = random weights, which is logged.
+        path: checkpoint whose matching layers are loaded; None = random weights, which is logged.
         channels: of the images; others than 3 need `autoshape=False`.
         classes: number of classes; None = the checkpoint's, or the YAML's.
         autoshape, device: as for `load`.
@@ -235,7 +235,7 @@ def create(
         if checkpoint.nc == model.nc:
             model.names = dict(checkpoint.names)
     elif verbose:
-        LOGGER.warning("%s: random weights: what it detects means nothing; give path=... for trained ones", cfg)
+        LOGGER.warning("%s: random weights: its detections are meaningless; give path=... for trained ones", cfg)
     model.to(place)
     return HubModel(PyTorchRuntime.from_model(model.eval(), place)).eval() if autoshape else model
 

@@ -1,4 +1,4 @@
-"""What a model says about images, under the names that users of YOLOv5's hub models know."""
+"""Detections of several images with the interface of the results of YOLOv5's hub models."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class Results:
     """Detections of one or more images.
 
     Args:
-        found: per image its boxes.
+        found: detections per image.
         names: class names by number.
-        times_ms: milliseconds per image of preparation, network, NMS.
+        times_ms: milliseconds per image of preprocessing, inference, NMS.
         shape: (B, 3, H, W) of the network's input (of the last group, where images differ in shape).
-        device: where the tensors go.
+        device: of the tensors.
 
     Attributes:
         ims: images, (H, W, 3) uint8 RGB; after `render` with boxes.
-        pred, xyxy: per image (n, 6) float32: corners in its pixels, score, class; by falling score.
-        xywh: the same with center and size; xyxyn, xywhn: as parts of the image's sides.
+        pred, xyxy: per image (n, 6) float32: xyxy in its pixels, confidence, class; by falling confidence.
+        xywh: the same with cxcywh; xyxyn, xywhn: normalized.
         files: names of the images, `<stem>.jpg`; `image<number>.jpg` for those without a name.
         names, n, t, s: class names, number of images, `times_ms`, `shape`.
     """
@@ -78,7 +78,7 @@ class Results:
         return f"{type(self).__name__} of {self.n} image(s)\n{self}"
 
     def print(self) -> None:
-        """Print what was found, one line per image, and the speed."""
+        """Print the counts per class, one line per image, and the speed."""
         print(self)
 
     def pandas(self) -> Results:
@@ -106,7 +106,7 @@ class Results:
         return out
 
     def tolist(self) -> list[Results]:
-        """One `Results` per image."""
+        """Return one `Results` per image."""
         return [Results([found], self.names, self.t, self.s, p.device) for found, p in zip(self._found, self.pred)]
 
     def _drawn(self, labels: bool) -> list[NDArray[np.uint8]]:
@@ -114,10 +114,10 @@ class Results:
         return [annotated(found, style) for found in self._found]
 
     def render(self, labels: bool = True) -> list[NDArray[np.uint8]]:
-        """Draw the boxes into `ims`, and return that; arrays that were handed to the model stay as they are.
+        """Draw the boxes into `ims` and return it; the arrays given to the model are not changed.
 
         Args:
-            labels: write names and scores.
+            labels: draw names and confidences.
 
         Returns:
             (H, W, 3) uint8 RGB per image.
@@ -140,12 +140,12 @@ class Results:
                 image.show(name)
 
     def save(self, labels: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool = False) -> Path:
-        """Write the images with their boxes as JPEG.
+        """Write the images with their boxes as JPEG files.
 
         Args:
-            labels: write names and scores.
-            save_dir: folder; counted up (`exp2`, ...) when it is there already.
-            exist_ok: use `save_dir` itself even then.
+            labels: draw names and confidences.
+            save_dir: folder; `exp2`, ... if it exists.
+            exist_ok: use `save_dir` itself even if it exists.
 
         Returns:
             The folder.
@@ -157,15 +157,15 @@ class Results:
         return folder
 
     def crop(self, save: bool = True, save_dir: str | Path = SAVE_DIR, exist_ok: bool = False) -> list[dict[str, Any]]:
-        """Cut out every box, with a small margin.
+        """Return the crop of every box, with a small margin.
 
         Args:
             save: write them as `<save_dir>/crops/<class>/<stem>.jpg`.
             save_dir, exist_ok: as for `save`.
 
         Returns:
-            One entry per box: `box` (four numbers, corners), `conf`, `cls` (tensors without dimension), `label` (name
-            and score), `im` (H, W, 3) uint8 BGR.
+            One entry per box: `box` (xyxy), `conf`, `cls` (tensors without dimension), `label` (name and confidence),
+            `im` (H, W, 3) uint8 BGR.
         """
         if save:
             folder = make_folder(increment_path(save_dir, exist_ok))

@@ -1,4 +1,4 @@
-"""What the evaluator and the predictor ask of anything that runs a detector."""
+"""Interface of a detector, whatever runs it, for predictor and evaluator."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ import torch
 
 @runtime_checkable
 class Runtime(Protocol):
-    """A detector that can be called, whatever runs it.
+    """A callable detector.
 
     Attributes:
         names: class names by number.
         stride: sides of the input must be multiples of it, unless `imgsz` is fixed.
-        imgsz: (height, width) of the input where it cannot vary, else None.
-        fixed_batch: batch size that the exported file was made for, else None. Smaller batches are padded by the
-        runtime
-            itself; larger ones are not taken.
-        device: where the answers are.
+        imgsz: (height, width) of the input where it is fixed, else None.
+        fixed_batch: batch size of the exported file where it is fixed, else None; the runtime pads smaller batches
+            and refuses larger ones.
+        device: of the output.
     """
 
     @property
@@ -40,19 +39,19 @@ class Runtime(Protocol):
             images: (B, 3, H, W) RGB, uint8 or floating point in [0, 1], on any device.
 
         Returns:
-            (B, N, 5 + nc) float32: center x, center y, width, height in pixels of the input, objectness, class scores.
+            (B, N, 5 + nc) float32: cxcywh in pixels of the input, objectness, class scores.
         """
         ...
 
     def warmup(self, shape: tuple[int, int, int, int]) -> None:
-        """Make the first real call as quick as the later ones, for inputs of `shape` (B, 3, H, W)."""
+        """Run once on inputs of `shape` (B, 3, H, W), so that the first real call is as fast as the later ones."""
         ...
 
 
 @runtime_checkable
 class RawRuntime(Runtime, Protocol):
-    """A runtime that can also show what the head gave before decoding, for the validation loss."""
+    """A runtime that can also return the output of the head before decoding, for the validation loss."""
 
     def with_raw(self, images: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """As calling it; besides the decoded rows the raw levels (B, A, Y, X, 5 + nc)."""
+        """Return the decoded rows, as a call does, and the raw levels (B, A, Y, X, 5 + nc)."""
         ...

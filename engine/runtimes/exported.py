@@ -1,4 +1,4 @@
-"""What runtimes of exported files have in common: sizes, batches, pixels, and rows from boxes."""
+"""Base class of the runtimes of exported files: sizes, batches, input conversion, output layout."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class ExportedRuntime(ABC):
         shape: Shape,
         output: Shape = (None, None, None),
     ) -> None:
-        """Take over what the file says.
+        """Set the attributes of `Runtime` from the file.
 
         Args:
-            where: its name, for messages.
+            where: name of the file, for messages.
             shape: (B, 3, H, W) of its input; None where a dimension is free.
             output: of its output, in the same way.
         """
@@ -65,7 +65,7 @@ class ExportedRuntime(ABC):
 
     @abstractmethod
     def _infer(self, images: torch.Tensor) -> torch.Tensor:
-        """Run the file: (B, 3, H, W) float32 in [0, 1] on `device`, C order -> its output, anywhere."""
+        """Run the file on (B, 3, H, W) float32 in [0, 1], contiguous, on `device`; return its output on any device."""
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -112,15 +112,15 @@ def rows_from_v8(output: torch.Tensor) -> torch.Tensor:
 
 
 def rows_from_boxes(boxes: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Boxes after NMS as the rows that a plain detector gives, so that one predictor serves both.
+    """Return boxes after NMS as rows of a detector without NMS, so that one predictor serves both.
 
     Args:
-        boxes: (B, K, 6) left, top, right, bottom, score, class; rows of score 0 are empty.
+        boxes: (B, K, 6) xyxy, confidence, class; rows of confidence 0 are empty.
         num_classes: nc.
 
     Returns:
-        (B, K, 5 + nc): the score as objectness, and 1 for the class. A further NMS with the same or a looser
-        overlap threshold keeps all of them.
+        (B, K, 5 + nc): the confidence as objectness, and a score of 1 for the class. A further NMS with the same or a
+        looser IoU threshold keeps all of them.
     """
     rows = boxes.new_zeros(*boxes.shape[:2], 5 + num_classes)
     rows[..., :4] = xyxy2xywh(boxes[..., :4].reshape(-1, 4)).reshape_as(boxes[..., :4])

@@ -1,7 +1,7 @@
-"""What an exported file says about itself: written by export, read by the runtimes.
+"""Metadata of exported files, written by export and read by the runtimes.
 
-Keys and spellings are those of YOLOv5's files where it has them (`stride` and `names`, the latter as the text of a
-Python dictionary), so that its tools read ours and ours read its.
+Keys and spellings are those of YOLOv5's files where it has them (`stride`, and `names` as the text of a Python
+dictionary), so that either project's tools read the other's files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class Metadata:
     Attributes:
         names: class names by number; empty where the file has none.
         stride: sides of the input are multiples of it.
-        imgsz: (height, width) it was exported at; None where the file does not say.
-        batch: batch it was exported at; None where the file does not say.
+        imgsz: (height, width) of the export; None if not stored.
+        batch: batch size of the export; None if not stored.
         dynamic: batch, height and width are free.
-        nms: the output is (B, K, 6) boxes after NMS (corners, score, class), not (B, N, 5 + nc) rows.
-        about: further texts: backbone, precision, date, versions, the model's spec.
+        nms: the output is (B, K, 6) boxes after NMS (xyxy, confidence, class), not rows.
+        about: other keys: layout, backbone, precision, date, versions, spec of the model.
     """
 
     names: Mapping[int, str]
@@ -38,7 +38,7 @@ class Metadata:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def to_texts(self) -> dict[str, str]:
-        """Key -> text, as ONNX files and OpenVINO folders hold it."""
+        """Return the metadata as texts by key, as ONNX files and OpenVINO folders store them."""
         texts = {"stride": str(self.stride), "names": str(dict(self.names)), "dynamic": str(self.dynamic)}
         if self.imgsz is not None:
             texts["imgsz"] = str(list(self.imgsz))
@@ -48,10 +48,10 @@ class Metadata:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> Metadata:
-        """Read what `to_texts`, or YOLOv5's exporter, wrote; keys that are not there get their defaults.
+        """Read texts by `to_texts` or YOLOv5's exporter; missing keys get their defaults.
 
         Raises:
-            CheckpointError: a value that is not what its key needs.
+            CheckpointError: a value that cannot be read or is out of range.
         """
         known: dict[str, Any] = {}
         for key in ("stride", "names", "imgsz", "batch", "dynamic", "nms"):
@@ -64,7 +64,11 @@ class Metadata:
         about = {key: value for key, value in texts.items() if key not in {*known, "names", "imgsz"}}
         try:
             stride, batch = int(known.get("stride", 32)), known.get("batch")
-            if stride < 1 or (batch is not None and int(batch) < 1) or (imgsz is not None and min(map(int, imgsz)) < 1):
+            if (
+                stride < 1
+                or (batch is not None and int(batch) < 1)
+                or (imgsz is not None and (not imgsz or min(map(int, imgsz)) < 1))
+            ):
                 raise ValueError(f"stride {stride}, batch {batch}, imgsz {imgsz}: positive numbers are needed")
             if sorted(map(int, names)) != list(range(len(names))):
                 raise ValueError(f"names {shown(dict(names))}: classes 0, 1, 2, ... are needed")
@@ -78,21 +82,21 @@ class Metadata:
                 about=about,
             )
         except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{where}: its metadata cannot be understood: {error}") from error
+            raise CheckpointError(f"{where}: its metadata cannot be read: {error}") from error
 
     def to_json(self, shape: tuple[int, int, int, int]) -> str:
-        """Return the JSON of a TorchScript file's `config.txt`: YOLOv5's three keys and additional ones."""
+        """Return the metadata as JSON for the `config.txt` of a TorchScript file: YOLOv5's three keys and ours."""
         extra = {"dynamic": self.dynamic, **self.about}
         return json.dumps({"shape": list(shape), "stride": self.stride, "names": dict(self.names), **extra})
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Metadata:
-        """Read what `to_json`, or YOLOv5's exporter, wrote."""
+        """Read JSON by `to_json` or YOLOv5's exporter."""
         try:
             values = json.loads(text)
             batch, _, height, width = values.pop("shape")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: its config.txt is not what YOLOv5 or this project writes") from error
+            raise CheckpointError(f"{where}: its config.txt is not that of YOLOv5 or of this project") from error
         texts = {"imgsz": str([height, width]), "batch": str(batch)}
         texts |= {key: value if isinstance(value, str) else str(value) for key, value in values.items()}
         return cls.from_texts(texts, where)

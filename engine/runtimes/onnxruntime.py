@@ -1,4 +1,4 @@
-"""ONNX files run by ONNX Runtime, on whichever execution provider the device asks for."""
+"""ONNX files in ONNX Runtime, on the execution provider of the device."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class OnnxRuntime(ExportedRuntime):
 
     Args:
         path: the file.
-        device: a CUDA device takes the CUDA provider.
-        provider: 'tensorrt' or 'openvino' take theirs; '' leaves it to the device.
+        device: a CUDA device selects the CUDA provider.
+        provider: 'tensorrt' or 'openvino' select theirs; '' leaves it to the device.
 
     Raises:
-        CheckpointError: a file that cannot be opened, or that is no detector.
+        CheckpointError: the file cannot be opened, or is not a detector.
         ConfigError: ONNX Runtime, or the provider, is not installed.
     """
 
@@ -38,7 +38,7 @@ class OnnxRuntime(ExportedRuntime):
         ort = onnxruntime_package()
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        options.log_severity_level = 3  # errors; warnings are about its own optimizer
+        options.log_severity_level = 3  # errors only: warnings are about its own optimizer
         providers = choose_providers(ort.get_available_providers(), device, provider, Path(path))
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
@@ -63,7 +63,7 @@ class OnnxRuntime(ExportedRuntime):
 
 
 def onnxruntime_package() -> Any:
-    """ONNX Runtime; ConfigError with the pip command where it is missing."""
+    """Return the package; raise a ConfigError with the pip command where it is missing."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -77,12 +77,12 @@ def choose_providers(available: list[str], device: torch.device, provider: str, 
     """Return the execution providers in order of preference, the CPU last.
 
     Args:
-        available: those that this ONNX Runtime was built with.
-        device, provider: what was asked for.
+        available: providers of the installed ONNX Runtime.
+        device, provider: see `OnnxRuntime`.
         model: the file; TensorRT's engine cache goes into a folder beside it.
 
     Raises:
-        ConfigError: what was asked for is not there.
+        ConfigError: the provider is not available.
     """
     wanted = NAMED_PROVIDERS.get(provider) or ("CUDAExecutionProvider" if device.type == "cuda" else CPU)
     if wanted not in available:

@@ -1,4 +1,4 @@
-"""ONNX files run by OpenCV's DNN module (`--dnn`)."""
+"""ONNX files in OpenCV's DNN module (`--dnn`)."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ LOGGER = logging.getLogger(__name__)
 
 
 class OpenCvRuntime(ExportedRuntime):
-    """An ONNX file in OpenCV DNN, on the CPU. A graph of one fixed shape gives it the least to go wrong with.
+    """An ONNX file in OpenCV DNN, on the CPU; graphs of a fixed shape are the safest.
 
     Args:
         path: the file.
         device: the CPU.
 
     Raises:
-        CheckpointError: a file with operators that OpenCV does not have (it names them), or with NMS in it.
+        CheckpointError: a file with NMS, or with operators that OpenCV does not have (it names them).
         ConfigError: another device than the CPU.
     """
 
@@ -32,9 +32,9 @@ class OpenCvRuntime(ExportedRuntime):
         if device.type != "cpu":
             raise ConfigError(f"--dnn: OpenCV runs on the CPU here, not on {device}; use --device cpu")
         metadata, shape, output = describe_onnx(Path(path))
-        if metadata.nms:  # seen with 5.0: a division by zero that ends the process
+        if metadata.nms:  # OpenCV 5.0 divides by zero, which ends the process
             raise CheckpointError(
-                f"{path}: exported with --nms, on which OpenCV crashes; leave out --dnn, or --nms there"
+                f"{path}: exported with --nms, on which OpenCV crashes; leave out --dnn, or export without --nms"
             )
         try:
             self.net = cv2.dnn.readNetFromONNX(str(path))
@@ -55,7 +55,7 @@ def describe_onnx(path: Path) -> tuple[Metadata, Shape, Shape]:
     """Return metadata, input and output shape of an ONNX file; dimensions are None where they are free.
 
     Raises:
-        CheckpointError: a file that cannot be opened, or that is no detector.
+        CheckpointError: the file cannot be opened, or is not a detector.
     """
     opened = OnnxRuntime(path, torch.device("cpu"))
     session = opened.session

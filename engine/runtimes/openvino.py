@@ -25,8 +25,8 @@ class OpenVinoRuntime(ExportedRuntime):
         device: the CPU.
 
     Raises:
-        CheckpointError: a folder that holds no model, or one that cannot be opened.
-        ConfigError: OpenVINO is not installed, or a device that it does not have.
+        CheckpointError: the folder has no model, or it cannot be opened.
+        ConfigError: OpenVINO is not installed, or the device is not the CPU.
     """
 
     def __init__(self, path: str | Path, device: torch.device) -> None:
@@ -66,7 +66,7 @@ def model_file(path: Path) -> Path:
 
 
 def openvino_core() -> Any:
-    """OpenVINO's entry object; ConfigError with the pip command where the package is missing."""
+    """Return an OpenVINO core; raise a ConfigError with the pip command where the package is missing."""
     try:
         import openvino
     except ImportError as error:
@@ -75,7 +75,7 @@ def openvino_core() -> Any:
 
 
 def openvino_version() -> str:
-    """Version without the build's hash."""
+    """Return the version without the hash of the build."""
     import openvino
 
     return openvino.__version__.split("-")[0]

@@ -1,4 +1,4 @@
-"""Detectors run by PyTorch itself: one model, or several as an ensemble."""
+"""Checkpoints in PyTorch: one model, or several as an ensemble."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from utils.errors import CheckpointError
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
-SMALLEST_GRID = 32  # as YOLOv5: input sides are multiples of at least this
+SMALLEST_GRID = 32  # input sides are multiples of at least this, as in YOLOv5
 
 
 class PyTorchRuntime:
     """One or several checkpoints, ready to detect.
 
-    The models are brought into their re-parameterized model (batch norms folded, backbones re-parameterized). The rows
-    of an
-    ensemble stand one after the other; NMS picks the best of all of them.
+    Batch norms are folded and backbones re-parameterized. The rows of an ensemble are concatenated; NMS selects among
+    all of them.
 
     Args:
         weights: checkpoint files.
         device: where to run.
-        half: compute in half precision; ignored on a CPU, with a warning.
-        autocast: compute in this type under autocast, in float32 where that is better; the weights stay float32.
+        half: compute in float16; ignored on a CPU, with a warning.
+        autocast: dtype of autocast; the weights stay float32.
         augment: test-time augmentation.
 
     Raises:
-        CheckpointError: a file that cannot be used, or models of an ensemble with different classes.
+        CheckpointError: a file that cannot be used, or an ensemble of models with different classes.
     """
 
     imgsz: tuple[int, int] | None = None
@@ -76,7 +75,7 @@ class PyTorchRuntime:
         autocast: torch.dtype | None = None,
         augment: bool = False,
     ) -> PyTorchRuntime:
-        """Run a model as it stands (that of a training, say): nothing of it is changed.
+        """Run a model (of a training, for example) without changing it.
 
         Args:
             model: in evaluation mode, on `device`.
@@ -128,19 +127,19 @@ class PyTorchRuntime:
 
 
 def grid_of(model: DetectionModel) -> int:
-    """Return the number that input height and width must be multiples of."""
+    """Return the number of pixels of which height and width of the input must be multiples."""
     return max(int(model.stride.max()), model.model.size_multiple, SMALLEST_GRID)
 
 
 def half_possible(half: bool, device: torch.device) -> bool:
-    """Whether half precision is used; a wish that a CPU cannot fulfil is answered with a warning."""
+    """Return whether to compute in float16; warn where a CPU cannot."""
     if half and device.type == "cpu":
         LOGGER.warning("--half is ignored on a CPU: float32 is used")
     return half and device.type != "cpu"
 
 
 def _different_classes(names: Mapping[tuple[tuple[int, str], ...], str]) -> str:
-    """One line about the first class in which two models of an ensemble differ."""
+    """Return a message about the first class in which two models of an ensemble differ."""
     (first, path), (second, other), *_ = names.items()
     if len(first) != len(second):
         return f"{other}: has {len(second)} classes, {path} has {len(first)}; an ensemble needs the same classes"

@@ -1,4 +1,4 @@
-"""Ways to run a detector, chosen by the kind of file."""
+"""Choice of the runtime by the kind of file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DNN = "dnn"
 EXPORT_HINT = "other formats: export the .pt file again with export.py --include onnx"
 
 Opener = Callable[[Path, torch.device, str], Runtime]
-# Another runtime is one file beside this one, and one row here: suffix -> (path, device, provider) -> runtime.
+# A new runtime is one module and one row here: suffix -> (path, device, provider) -> runtime.
 OPENERS: Mapping[str, Opener] = {
     ".onnx": OnnxRuntime,
     ".torchscript": lambda path, device, _: TorchScriptRuntime(path, device),
@@ -58,9 +58,9 @@ def _of_run_folder(name: str) -> str:
 
 
 def split_device(text: str) -> tuple[str, str]:
-    """`--device` as what PyTorch knows, and the ONNX Runtime provider that it names ('' for none).
+    """Split `--device` into PyTorch's device and the name of an ONNX Runtime provider ('' for none).
 
-    `tensorrt` and `tensorrt:1` are a GPU with that provider, `openvino` the CPU with its own.
+    `tensorrt` and `tensorrt:1` mean a GPU with that provider, `openvino` the CPU with its own.
     """
     name, _, number = text.strip().lower().partition(":")
     if name == "tensorrt":
@@ -83,15 +83,15 @@ def open_runtime(
     Args:
         weights: checkpoints, or one exported file (or OpenVINO folder).
         device: where to run.
-        half: half precision where the device has it; an exported file has the precision it was exported with.
+        half: float16 where the device has it; exported files keep their own precision.
         amp: mixed precision of checkpoints: `'fp16'`, `'bf16'`; `'auto'` and `'off'` for none.
         augment: test-time augmentation; checkpoints only.
         dnn: run an ONNX file by OpenCV.
         provider: of ONNX Runtime, see `split_device`.
 
     Raises:
-        CheckpointError: a file that is missing, or cannot be used.
-        ConfigError: a kind of file that cannot do what is asked of it, or a package that is not installed.
+        CheckpointError: a file is missing, or cannot be used.
+        ConfigError: an option that the kind of file does not support, or a package that is not installed.
     """
     autocast = mixed_precision(amp, half, device)
     kinds = [_kind(name) for name in weights]
@@ -103,13 +103,11 @@ def open_runtime(
     if not exported_files:
         return PyTorchRuntime(weights, device, half=half, autocast=autocast, augment=augment)
     if len(weights) > 1:
-        raise ConfigError(f"--weights: {exported_files[0]} stands alone; an ensemble is made of several .pt files")
+        raise ConfigError(f"--weights: {exported_files[0]} is run alone; an ensemble is made of several .pt files")
     if augment:
-        raise ConfigError(f"--augment: needs a .pt file; {exported_files[0]} is exported for the plain image")
+        raise ConfigError(f"--augment: needs a .pt file; {exported_files[0]} is an exported file")
     if autocast is not None:
-        raise ConfigError(
-            f"--amp {amp}: needs a .pt file; {exported_files[0]} has the precision that it was exported with"
-        )
+        raise ConfigError(f"--amp {amp}: needs a .pt file; {exported_files[0]} keeps the precision of its export")
     if half:
         LOGGER.warning("--half is ignored for %s: its precision is that of the export", exported_files[0])
     opener = OPENERS[DNN if dnn else kinds[0]]
@@ -119,21 +117,21 @@ def open_runtime(
 def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:
     """Return the autocast dtype of `--amp` in val.py and detect.py, or None for no autocast.
 
-    Unlike in training `auto` never narrows anything: figures stay comparable, unless `--half` asks for it.
+    Unlike in training, `auto` means float32 (or `--half`), so that metrics stay comparable.
 
     Raises:
-        ConfigError: a type that the device does not compute in, or one that contradicts `--half`.
+        ConfigError: a dtype that the device does not support, or that contradicts `--half`.
     """
     if half and amp in ("bf16", "off"):
-        raise ConfigError(f"--half: means float16, and --amp {amp} something else; leave one of them out")
+        raise ConfigError(f"--half: means float16, which contradicts --amp {amp}; leave one of them out")
     return None if amp == "auto" else amp_dtype(amp, device)
 
 
 def _kind(name: str) -> str:
-    """Key of `OPENERS`, or '' for checkpoints.
+    """Return the key of `OPENERS`, '' for checkpoints.
 
     Raises:
-        CheckpointError: a file of a kind that nothing here runs.
+        CheckpointError: no runtime for this kind of file.
     """
     path = Path(name)
     if path.is_dir():

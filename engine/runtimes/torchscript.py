@@ -13,7 +13,7 @@ from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError
 
 LOGGER = logging.getLogger(__name__)
-CONFIG = "config.txt"  # the extra file that says shape, stride and names
+CONFIG = "config.txt"  # extra file with shape, stride and names
 
 
 class TorchScriptRuntime(ExportedRuntime):
@@ -24,14 +24,14 @@ class TorchScriptRuntime(ExportedRuntime):
         device: where to run.
 
     Raises:
-        CheckpointError: a file that cannot be opened, or that does not describe itself.
+        CheckpointError: the file cannot be opened, or has no metadata.
     """
 
     def __init__(self, path: str | Path, device: torch.device) -> None:
         extra = {CONFIG: ""}
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch: "use torch.export"
+                warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch recommends torch.export
                 module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
         except (RuntimeError, ValueError, OSError) as error:
             line = str(error).strip().splitlines()[0]
@@ -42,7 +42,7 @@ class TorchScriptRuntime(ExportedRuntime):
             raise CheckpointError(f"{path}: has no {CONFIG} (shape, stride, names) in it; export it again")
         metadata = Metadata.from_json(text.decode() if isinstance(text, bytes) else text, str(path))
         weights = next(self.module.parameters(), None)
-        # Ours take float32 whatever is inside; YOLOv5's float16 files take float16.
+        # The input of our files is float32 in any precision; that of YOLOv5's float16 files is float16.
         foreign_half = "precision" not in metadata.about and weights is not None and weights.dtype == torch.float16
         self.dtype = torch.float16 if foreign_half else torch.float32
         free = metadata.dynamic or metadata.imgsz is None

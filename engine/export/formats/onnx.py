@@ -1,4 +1,4 @@
-"""ONNX files: torch's exporter, then passes over the graph, then the file's description."""
+"""ONNX files: torch's exporter, passes over the graph, metadata."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from engine.runtimes.metadata import Metadata
 from utils.errors import ExportError
 
 LOGGER = logging.getLogger(__name__)
-NATIVE_OPSET = 18  # what torch's exporter writes by itself
+NATIVE_OPSET = 18  # of torch's exporter
 LARGEST_SIDE = 8192
 LIMIT = 2**31  # a protobuf file cannot be longer
-GRAPH_BYTES = 2**26  # what the nodes beside the weights may take, at most
+GRAPH_BYTES = 2**26  # for everything but the weights, at most
 
 
 def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
@@ -33,7 +33,7 @@ def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
         opset: ONNX operator set.
 
     Raises:
-        ExportError: torch's exporter cannot do it, or the weights do not fit into one file; says so in one line.
+        ExportError: torch's exporter failed, or the weights do not fit into one file.
     """
     check_size(graph)
     device = next(graph.parameters()).device
@@ -53,7 +53,7 @@ def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
             )
         assert program is not None
         model = program.model_proto
-    except Exception as error:  # it raises whatever a layer, torch.export or a conversion raises
+    except Exception as error:  # anything that a layer, torch.export or a conversion raises
         raise ExportError(f"onnx: {_exporter_problem(error, shape.dynamic)}") from error
     strip_traces(model)
     reorder_gelu(model)
@@ -66,7 +66,7 @@ def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
 
 
 def check_size(graph: nn.Module) -> None:
-    """Refuse weights that one file cannot hold, before any work.
+    """Refuse weights that do not fit into one file, before any work.
 
     Raises:
         ExportError: 2 GB or more, the graph included.
@@ -90,7 +90,7 @@ def _free_dimensions(shape: GraphShape) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Any:
-    """Keep the exporter's progress lines and its loggers' chatter out of the terminal."""
+    """Silence the exporter's progress lines and loggers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -115,19 +115,19 @@ def simplified(model: Any) -> Any:
     """Simplify the graph with onnxslim.
 
     Raises:
-        ExportError: it failed; nothing is exported then, instead of an unsimplified file under the same name.
+        ExportError: it failed.
     """
     import onnxslim
 
     try:
         with _quiet():
             return onnxslim.slim(model)
-    except Exception as error:  # a third-party optimizer: anything
+    except Exception as error:  # of a third-party optimizer
         raise ExportError(f"--simplify: onnxslim failed: {str(error).strip().splitlines()[0]}") from error
 
 
 def save_onnx(model: Any, path: Path, metadata: Metadata, shape: GraphShape) -> None:
-    """Name free dimensions, add the description, check, and write one file.
+    """Name free dimensions, add the metadata, check, and write one file.
 
     Raises:
         ExportError: above 2 GB, or not valid.
@@ -150,7 +150,7 @@ def save_onnx(model: Any, path: Path, metadata: Metadata, shape: GraphShape) -> 
 
 
 def _name_dimensions(model: Any) -> None:
-    """Readable names for free dimensions, instead of the exporter's formulas."""
+    """Replace the exporter's formulas for free dimensions by readable names."""
     sides = model.graph.input[0].type.tensor_type.shape.dim
     for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
         sides[axis].dim_param = name

@@ -1,4 +1,4 @@
-"""Passes over an ONNX graph after torch's exporter: nothing here changes what is computed."""
+"""Passes over an ONNX graph after torch's exporter, which do not change the result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NEW_IN_18 |= {"CenterCropPad", "OptionalGetElement", "OptionalHasElement"}
 
 
 def strip_traces(model: Any) -> None:
-    """Remove the notes that the exporter leaves in every node: they hold stack traces with paths of this machine."""
+    """Remove the metadata of nodes: the exporter stores stack traces with local paths in them."""
     for node in model.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -31,7 +31,7 @@ def strip_traces(model: Any) -> None:
 def reorder_gelu(model: Any) -> None:
     """Write every exact GELU as `(x * (1 + erf(x / sqrt 2))) * 0.5`.
 
-    The exporter multiplies by 0.5 first. Readers recognize both orders, and OpenCV 5.0 crashes on the other one.
+    The exporter multiplies by 0.5 first, on which OpenCV 5.0 crashes. Other runtimes recognize both orders.
     """
     constants = {initializer.name for initializer in model.graph.initializer}
     readers: dict[str, list[Any]] = {}
@@ -60,10 +60,10 @@ def _only(readers: dict[str, list[Any]], node: Any | None, op_type: str) -> Any 
 
 
 def lower_to_17(model: Any) -> None:
-    """Bring a graph of operator set 18 to 17, in place: reductions and splits are spelled differently there.
+    """Convert a graph of operator set 18 to 17, in place: reductions and splits differ.
 
     Raises:
-        ExportError: an operator, or a use of one, that set 17 does not have.
+        ExportError: set 17 does not have an operator, or this use of it.
     """
     import onnx
 
@@ -89,7 +89,7 @@ def lower_to_17(model: Any) -> None:
             node.attribute.append(onnx.helper.make_attribute("axes", axes))
             del node.input[1]
         elif node.op_type == "Split":
-            _drop(node, "num_outputs")  # equal parts, as many as it has outputs
+            _drop(node, "num_outputs")  # without it: equal parts, one per output
         elif node.op_type == "Pad" and len(node.input) > 3:
             raise ExportError("--opset 17: Pad with axes as of set 18; use --opset 18")
     for entry in model.opset_import:
@@ -104,12 +104,12 @@ def _drop(node: Any, name: str) -> None:
 
 
 def opset_of(model: Any) -> int:
-    """Version of the standard operator set that a model asks for."""
+    """Return the version of the standard operator set of a model."""
     return max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
 def remove_unused_constants(model: Any) -> None:
-    """Remove initializers that nothing reads any more."""
+    """Remove initializers that no node reads."""
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     kept = [i for i in model.graph.initializer if i.name in used]
     del model.graph.initializer[:]

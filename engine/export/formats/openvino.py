@@ -1,4 +1,4 @@
-"""OpenVINO folders, made from the ONNX graph."""
+"""OpenVINO folders, converted from the ONNX graph."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def save_openvino(model: Any, folder: Path, name: str, metadata: Metadata, half:
     """Write `<name>.xml`, `<name>.bin` and `metadata.yaml`.
 
     Args:
-        model: ONNX `ModelProto`, float32 or quantised.
+        model: ONNX `ModelProto`, float32 or quantized.
         folder: exists.
         name: stem of the files.
         half: store weights in float16.
@@ -33,7 +33,7 @@ def save_openvino(model: Any, folder: Path, name: str, metadata: Metadata, half:
         onnx.save(model, str(file))
         try:
             converted = openvino.convert_model(str(file))
-        except Exception as error:  # its front ends raise their own kinds
+        except Exception as error:  # of its front ends, which share no base class
             raise ExportError(f"openvino: cannot read the graph: {str(error).strip().splitlines()[0][:300]}") from error
         openvino.save_model(converted, str(folder / f"{name}.xml"), compress_to_fp16=half)
     texts: dict[str, Any] = dict(metadata.to_texts())

@@ -1,4 +1,4 @@
-"""TorchScript files with YOLOv5's `config.txt` in them."""
+"""TorchScript files with YOLOv5's `config.txt`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ def save_torchscript(graph: ExportGraph, path: Path, metadata: Metadata, shape: 
     Args:
         graph: in evaluation mode.
         path: file to write.
-        metadata: goes into `config.txt`.
-        shape: of the input. Traces keep sizes as numbers of the input where layers compute with them, so one trace may
-            serve all sizes; the verification finds out whether it does.
+        metadata: for `config.txt`.
+        shape: of the input. A trace may serve all sizes where layers compute with the sizes of their input; the
+            verification tests whether it does.
 
     Raises:
-        ExportError: the tracer cannot do it.
+        ExportError: the tracer failed.
     """
     example = torch.rand(shape.example, device=next(graph.parameters()).device)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # of the tracer: what they warn of is what the verification looks at
+            warnings.simplefilter("ignore")  # the verification tests what the tracer warns of
             module = torch.jit.trace(TupleGraph(graph), example, strict=False, check_trace=False)
             config = metadata.to_json((shape.batch, 3, shape.height, shape.width))
             torch.jit.save(module, str(path), _extra_files={CONFIG: config})

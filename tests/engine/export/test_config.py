@@ -213,8 +213,8 @@ def test_int8(weights, tmp_path, caplog, monkeypatch):
 
     caplog.set_level("INFO")
     seen = []
-    right = job.quantised
-    monkeypatch.setattr(job, "quantised", lambda graph, batches: seen.extend(batches) or right(graph, batches))
+    right = job.quantized
+    monkeypatch.setattr(job, "quantized", lambda graph, batches: seen.extend(batches) or right(graph, batches))
     exported_file = one(weights, int8=True, data=dataset(tmp_path, ("val", "train")))
     assert "--int8: calibrated on 3 images of set.yaml, train" in caplog.text
     assert json.loads(exported_file.verification.read_text())["inputs"]["images"] == "set.yaml, val"

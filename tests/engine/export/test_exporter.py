@@ -443,7 +443,7 @@ def test_a_folder_that_cannot_be_written_to(own_weights, monkeypatch, capsys):
 
 def test_a_size_off_the_grid_is_rounded_with_a_message(own_weights, caplog):
     report = export.run(weights=[str(own_weights)], imgsz=[60, 70])
-    assert "--imgsz 60 70: made 64 96, multiples of the stride 32" in caplog.text
+    assert "--imgsz 60 70: rounded up to 64 96, multiples of the stride 32" in caplog.text
     assert open_runtime([str(report.exported_files[0].path)], CPU).imgsz == (64, 96)
 
 

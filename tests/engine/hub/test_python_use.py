@@ -65,8 +65,8 @@ def test_values_as_a_program_writes_them(config, name, value, expected):
         ("imgsz", (640, 640), r"imgsz=\(640, 640\): an integer is needed"),
         ("noplots", "yes", r"noplots='yes': True or False is needed"),
         ("label_smoothing", "0.1", r"a number is needed"),
-        ("data", {"nc": 1}, r"a text or a path is needed"),
-        ("weights", True, r"a text or a path is needed"),
+        ("data", {"nc": 1}, r"a string or a path is needed"),
+        ("weights", True, r"a string or a path is needed"),
     ],
 )
 def test_values_of_another_type(name, value, message):
