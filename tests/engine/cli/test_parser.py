@@ -114,7 +114,7 @@ def test_user_errors_become_status_2(capsys):
     assert capsys.readouterr().err == "prog: error: my.yaml: no such file\n"
 
 
-def test_status_of_the_work_is_returned():
+def test_run_main_returns_status():
     assert _run([], DetectConfig, lambda c: 1)[0] == 1
 
 
@@ -162,5 +162,5 @@ def test_options_have_finite_ranges(argv, capsys):
     assert f"{argv[0]}: " in capsys.readouterr().err
 
 
-def test_every_number_of_the_hyperparameters_has_a_range():
+def test_every_numeric_hyperparameter_has_range():
     assert set(HYP_RANGES) == {f.name for f in fields(Hyperparameters)} - {"optimizer", "class_weights"}

@@ -95,7 +95,7 @@ def test_simplify(weights, dynamic, monkeypatch):
 
 
 @needs_onnxslim
-def test_a_simplifier_that_fails_fails_the_export(weights, monkeypatch, capsys):
+def test_export_fails_if_simplifier_fails(weights, monkeypatch, capsys):
     import onnxslim
 
     def fails(model):
@@ -112,7 +112,7 @@ def test_a_simplifier_that_fails_fails_the_export(weights, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["fixed", "free"])
-def test_boxes_of_a_file_with_nms(weights, dynamic):
+def test_runtime_of_file_with_nms(weights, dynamic):
     """(B, K, 6) from ONNX Runtime alone: the boxes of eager rows after our own NMS, then zeros."""
     path = one(weights, nms=True, conf_thres=0.02, iou_thres=0.5, topk_all=60, dynamic=dynamic).path
     session = onnxruntime.InferenceSession(str(path))
@@ -124,8 +124,8 @@ def test_boxes_of_a_file_with_nms(weights, dynamic):
         images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(height))
         found = session.run(None, {"images": images.numpy()})[0]
         assert found.shape == (batch, 60, 6)
-        wanted = NmsRule(0.02, 0.5, per_class=100, per_image=60).apply(eager(weights, images))
-        for boxes, same in zip(found, wanted, strict=True):
+        expected = NmsRule(0.02, 0.5, per_class=100, per_image=60).apply(eager(weights, images))
+        for boxes, same in zip(found, expected, strict=True):
             torch.testing.assert_close(torch.from_numpy(boxes[: len(same)]), same, rtol=1e-4, atol=1e-2)
             assert not boxes[len(same) :].any()
             seen += len(same)
@@ -142,7 +142,7 @@ def test_openvino_with_nms(weights):
 
 @needs_openvino
 @pytest.mark.slow
-def test_a_verification_without_boxes_is_said(weights, caplog):
+def test_verification_without_boxes_is_logged(weights, caplog):
     """OpenVINO's threshold cannot be lowered for the verification, as ONNX Runtime's can."""
     assert one(weights, "openvino", nms=True, conf_thres=0.999).comparison.reference == 0
     assert "no box scores above --conf-thres 0.999" in caplog.text
@@ -191,16 +191,14 @@ def dataset(folder, splits):
         (("train",), "train", "train"),
     ],
 )
-def test_ranges_come_from_the_training_split_and_verifications_from_the_validation_split(
-    tmp_path, splits, calibration, verification
-):
+def test_int8_uses_training_split_and_verification_validation_split(tmp_path, splits, calibration, verification):
     data = dataset(tmp_path, splits)
     for given in ((data, {}), ("", {"data": data})):
         assert find_images(*given, CALIBRATION_SPLITS).origin == f"set.yaml, {calibration}"
         assert find_images(*given).origin == f"set.yaml, {verification}"
 
 
-def test_a_split_that_is_not_there_is_not_fetched(tmp_path):
+def test_find_images_does_not_download(tmp_path):
     data = dataset(tmp_path, ("train", "val"))
     (tmp_path / "val").rename(tmp_path / "gone")
     assert find_images("", {"data": data}).origin == "set.yaml, train"
@@ -230,7 +228,7 @@ def test_int8(weights, tmp_path, caplog, monkeypatch):
 # ---- the limit of one file ------------------------------------------------------------------------------------------
 
 
-def test_weights_beyond_two_gigabytes_are_refused_before_any_work():
+def test_check_size_refuses_two_gigabytes():
     """As tensors without memory: 2.1 GB in float32, half of that in float16."""
     layer = nn.Linear(23000, 23000, bias=False, device="meta")
     with pytest.raises(ExportError, match=r"onnx: 2.12 GB; one file holds 2 GB: use --half"):
@@ -238,7 +236,7 @@ def test_weights_beyond_two_gigabytes_are_refused_before_any_work():
     onnx_export.check_size(layer.half())
 
 
-def test_too_large_for_one_file_leaves_nothing(weights, monkeypatch, capsys):
+def test_export_above_two_gigabytes_leaves_no_file(weights, monkeypatch, capsys):
     monkeypatch.setattr(onnx_export, "LIMIT", onnx_export.GRAPH_BYTES + 1000)
     argv = ["--weights", str(weights), "--imgsz", "64", "--include", "onnx"]
     assert run_main(ExportConfig, "export.py", "", export.work, argv) == 1

@@ -68,7 +68,7 @@ def eager(weights, images):
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
-def test_every_format_computes_what_eager_does(weights, exported):
+def test_every_format_equals_eager(weights, exported):
     report, _ = exported
     assert [a.format for a in report.exported_files] == INSTALLED and not report.failures
     images = torch.rand(1, 3, *SIZE)
@@ -96,7 +96,7 @@ def test_anchor_free_head_exports_to_every_format(tmp_path):
         torch.testing.assert_close(decoded, eager(weights, images), rtol=1e-4, atol=2e-3)
 
 
-def test_checkpoint_is_untouched_and_nothing_else_lies_about(weights, exported):
+def test_export_writes_only_its_files(weights, exported):
     report, before = exported
     assert hashlib.sha256(weights.read_bytes()).hexdigest() == before
     names = {a.path.name for a in report.exported_files}
@@ -127,7 +127,7 @@ def test_onnx_interface(exported):
     assert (answer.name, answer.type, answer.shape) == ("output0", "tensor(float)", [1, 378, 8])
 
 
-def test_no_path_of_this_machine_is_in_the_files(exported):
+def test_exported_files_have_no_local_path(exported):
     for exported_file in exported[0].exported_files:
         files = [exported_file.path] if exported_file.path.is_file() else list(exported_file.path.iterdir())
         for file in (*files, exported_file.verification):
@@ -135,7 +135,7 @@ def test_no_path_of_this_machine_is_in_the_files(exported):
                 assert str(ROOT).encode() not in file.read_bytes(), file
 
 
-def test_torchscript_is_what_yolov5_tools_read(exported):
+def test_torchscript_has_yolov5_interface(exported):
     path = next(a.path for a in exported[0].exported_files if a.format == "torchscript")
     extra = {"config.txt": ""}
     module = torch.jit.load(str(path), _extra_files=extra)
@@ -145,7 +145,7 @@ def test_torchscript_is_what_yolov5_tools_read(exported):
     assert isinstance(out, tuple) and out[0].shape == (1, 378, 8)
 
 
-def test_opencv_gives_the_same_boxes(weights, exported):
+def test_opencv_equals_eager(weights, exported):
     path = next(a.path for a in exported[0].exported_files if a.format == "onnx")
     images = torch.rand(1, 3, *SIZE)
     found = open_runtime([str(path)], CPU, dnn=True)(images)
@@ -201,7 +201,7 @@ def test_families(tmp_path, family, dynamic):
 
 
 @pytest.mark.slow
-def test_a_model_that_cannot_have_free_sizes_is_told_so(tmp_path, capsys):
+def test_model_without_free_sizes_is_refused(tmp_path, capsys):
     """RepMLPNet's published tile order is another function at multiples of its nominal size."""
     weights = save(build("repmlp-published"), tmp_path / "m.pt")
     status, text = cli(["--weights", weights, "--imgsz", 128, "160", "--include", "onnx", "--dynamic"], capsys)
@@ -243,17 +243,17 @@ def random_rows(batch, count, columns, seed=0):
         NmsOptions(0.999, 0.45, 100, 100, agnostic=False),  # nothing is left
     ],
 )
-def test_nms_equals_ours(options):
+def test_embedded_nms_equals_non_max_suppression(options):
     rows = random_rows(3, 200, 9)
     found = with_nms(200, 9, options).run(None, {"images": rows.numpy()})[0]
     assert found.shape == (3, options.per_image, 6)
     same = NmsRule(options.conf_thres, options.iou_thres, options.agnostic, options.per_class, options.per_image)
-    for boxes, wanted in zip(found, same.apply(rows)):
-        torch.testing.assert_close(torch.from_numpy(boxes[boxes[:, 4] > 0]), wanted, rtol=1e-5, atol=1e-3)
-        assert not boxes[len(wanted) :].any()  # zeros after the last box
+    for boxes, expected in zip(found, same.apply(rows)):
+        torch.testing.assert_close(torch.from_numpy(boxes[boxes[:, 4] > 0]), expected, rtol=1e-5, atol=1e-3)
+        assert not boxes[len(expected) :].any()  # zeros after the last box
 
 
-def test_thresholds_can_be_overridden():
+def test_embedded_nms_thresholds_can_be_overridden():
     rows = random_rows(1, 200, 9)
     session = with_nms(200, 9, NmsOptions(0.25, 0.45, 100, 100, agnostic=False))
     feed = {"images": rows.numpy(), "conf_thres": np.array([0.6], np.float32), "iou_thres": np.array([0.2], np.float32)}
@@ -278,7 +278,7 @@ def test_export_with_nms(weights, tmp_path, caplog):
 # ---- passes over the graph ------------------------------------------------------------------------------------------
 
 
-def test_reductions_and_splits_of_set_18_are_spelled_as_in_17():
+def test_lower_to_17_converts_reductions_and_splits():
     nodes = [
         helper.make_node("ReduceMean", ["x", "axes"], ["m"], keepdims=1),
         helper.make_node("Sub", ["x", "m"], ["d"]),
@@ -290,16 +290,16 @@ def test_reductions_and_splits_of_set_18_are_spelled_as_in_17():
     graph = helper.make_graph(nodes, "g", value[:1], value[1:], [axes])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     x = np.random.default_rng(0).random((2, 4, 3), np.float32)
-    wanted = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
+    expected = onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0]
     lower_to_17(model)
     onnx.checker.check_model(model, full_check=True)
     assert opset_of(model) == 17
     np.testing.assert_array_equal(
-        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0], wanted
+        onnxruntime.InferenceSession(model.SerializeToString()).run(None, {"x": x})[0], expected
     )
 
 
-def test_what_17_does_not_have_is_named():
+def test_lower_to_17_names_unsupported_operator():
     node = helper.make_node("Mish", ["x"], ["y"])
     value = [helper.make_tensor_value_info(name, 1, [2]) for name in ("x", "y")]
     model = helper.make_model(helper.make_graph([node], "g", value[:1], value[1:]))
@@ -307,7 +307,7 @@ def test_what_17_does_not_have_is_named():
         lower_to_17(model)
 
 
-def test_gelu_is_written_in_the_order_that_opencv_survives():
+def test_reorder_gelu():
     nodes = [
         helper.make_node("Div", ["x", "root"], ["a"]),
         helper.make_node("Erf", ["a"], ["b"]),
@@ -338,7 +338,7 @@ def own_weights(weights, tmp_path):
     return copy
 
 
-def test_a_file_that_computes_something_else_is_not_left(own_weights, monkeypatch, capsys):
+def test_export_with_different_output_leaves_no_file(own_weights, monkeypatch, capsys):
     right = job.save_torchscript
 
     def wrong(graph, *rest):
@@ -353,7 +353,7 @@ def test_a_file_that_computes_something_else_is_not_left(own_weights, monkeypatc
     assert os.listdir(own_weights.parent) == ["best.pt"]
 
 
-def test_one_bad_format_does_not_keep_the_others_back(own_weights, monkeypatch, capsys):
+def test_export_continues_after_failed_format(own_weights, monkeypatch, capsys):
     def fails(*_):
         raise ExportError("onnx: this went wrong")
 
@@ -364,7 +364,7 @@ def test_one_bad_format_does_not_keep_the_others_back(own_weights, monkeypatch, 
     assert left == ["best.pt", "best.torchscript", "best.torchscript.proof.json"]
 
 
-def test_a_broken_fold_stops_everything(own_weights, monkeypatch, capsys):
+def test_export_with_broken_fold_writes_nothing(own_weights, monkeypatch, capsys):
     import models.fuse as fuse
 
     right = fuse.fused_weights
@@ -407,7 +407,7 @@ def test_refused_in_one_line(own_weights, capsys, argv, words):
         (["--include", "onnx", "--simplify"], "onnxslim", "pip install onnxslim"),
     ],
 )
-def test_a_missing_package_is_named_with_the_command(own_weights, monkeypatch, capsys, argv, missing, command):
+def test_missing_package_is_named_with_pip_command(own_weights, monkeypatch, capsys, argv, missing, command):
     right = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *rest: None if name == missing else right(name, *rest)
@@ -417,7 +417,7 @@ def test_a_missing_package_is_named_with_the_command(own_weights, monkeypatch, c
     assert os.listdir(own_weights.parent) == ["best.pt"]
 
 
-def test_bad_weights(own_weights, capsys, tmp_path):
+def test_export_refuses_bad_weights(own_weights, capsys, tmp_path):
     cases = {
         "cut.pt": (own_weights.read_bytes()[:5000], "damaged"),
         "best.onnx": (b"x", "is exported already; give a checkpoint"),
@@ -433,7 +433,7 @@ def test_bad_weights(own_weights, capsys, tmp_path):
     assert {p.name for p in (tmp_path / "bad").iterdir()} == {"cut.pt", "best.onnx"}
 
 
-def test_a_folder_that_cannot_be_written_to(own_weights, monkeypatch, capsys):
+def test_export_to_read_only_folder_is_refused(own_weights, monkeypatch, capsys):
     folder = own_weights.parent
     right = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder and right(path, mode))
@@ -441,13 +441,13 @@ def test_a_folder_that_cannot_be_written_to(own_weights, monkeypatch, capsys):
     assert status == 2 and text.count("\n") == 1 and "this folder is not writable" in text
 
 
-def test_a_size_off_the_grid_is_rounded_with_a_message(own_weights, caplog):
+def test_export_size_is_rounded_to_stride(own_weights, caplog):
     report = export.run(weights=[str(own_weights)], imgsz=[60, 70])
     assert "--imgsz 60 70: rounded up to 64 96, multiples of the stride 32" in caplog.text
     assert open_runtime([str(report.exported_files[0].path)], CPU).imgsz == (64, 96)
 
 
-def test_formats_take_turns_when_they_are_timed():
+def test_time_in_turns_alternates_formats():
     class Clock:
         device, fixed_batch = CPU, 2
 

@@ -41,7 +41,7 @@ def verified(model):
 
 
 @pytest.mark.parametrize("family", ["yolov5", "riformer", "repmlp", "revvit", "nextvit", "timm-repvgg"])
-def test_the_right_fold_is_verified_and_the_model_left_alone(family):
+def test_verification_passes_and_keeps_model(family):
     model = build(family)
     before = copy.deepcopy(model.state_dict())
     verification = verified(model)
@@ -112,14 +112,14 @@ BREAKS = [
 @pytest.mark.parametrize(
     ("family", "module", "name", "broken"), BREAKS, ids=[f"{b[0]}-{b[3].__name__}" for b in BREAKS]
 )
-def test_a_broken_fold_is_seen(monkeypatch, family, module, name, broken):
+def test_verification_detects_broken_fold(monkeypatch, family, module, name, broken):
     model = build(family)
     monkeypatch.setattr(module, name, broken)
     with pytest.raises(ExportError, match="stage 1, training model -> re-parameterized model"):
         verified(model)
 
 
-def test_a_broken_riformer_fold_is_seen(monkeypatch):
+def test_verification_detects_broken_riformer_fold(monkeypatch):
     model = build("riformer")
     right = riformer.RIFormer.reparameterize
 
@@ -132,7 +132,7 @@ def test_a_broken_riformer_fold_is_seen(monkeypatch):
         verified(model)
 
 
-def test_a_skipped_branch_of_timm_is_seen(monkeypatch):
+def test_verification_detects_skipped_branch_of_timm(monkeypatch):
     """RepVGG's identity branch, left out by the function that fuses a block."""
     model = build("timm-repvgg")
     right = timm.utils.model.reparameterize_model
@@ -200,14 +200,14 @@ def on_the_threshold(r):
         (vanished, "no match"),
     ],
 )
-def test_rows(change, words):
+def test_compare_rows(change, words):
     found = rows()
     change(found)
     problems = " ".join(compare_rows("x", [rows()], [found], FP32, conf=0.3).problems)
     assert (words in problems) if words else not problems, problems
 
 
-def test_another_number_of_rows_is_a_problem():
+def test_compare_rows_reports_shapes():
     assert "shapes" in compare_rows("x", [rows(60)], [rows(59)], FP32, conf=0.3).problems[0]
 
 
@@ -240,14 +240,14 @@ FAR = [50, 50, 70, 70, 0.6, 1]
         ([A], [A, A], 0, False),  # twice
     ],
 )
-def test_boxes(before, after, edge, same):
+def test_compare_boxes(before, after, edge, same):
     reference = torch.tensor([[row(b) for b in before]], dtype=torch.float32)
     found = compare_boxes("x", [reference], [[boxes(*after)]], FP32, NmsRule(0.25))
     assert (not found.problems) == same
     assert found.edge == edge or not same
 
 
-def test_boxes_without_height_are_no_false_alarm():
+def test_compare_boxes_matches_boxes_without_height():
     """They overlap nothing, not even themselves; a flat image gives many."""
     thin = [[10 + 30 * k, 20, 35 + 30 * k, 20, 0.9 - 0.1 * k, 0] for k in range(3)]
     reference = torch.tensor([[row(box) for box in thin]], dtype=torch.float32)
@@ -258,7 +258,7 @@ def test_boxes_without_height_are_no_false_alarm():
     assert compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25)).problems
 
 
-def test_limits_of_nms():
+def test_nms_rule_limits():
     """Two boxes per class, three per image."""
     limited = NmsRule(0.25, 0.45, per_class=2, per_image=3).apply(rows(9))[0]
     assert limited[:, 5].tolist() == [0, 1, 2]
@@ -266,12 +266,12 @@ def test_limits_of_nms():
     assert len(NmsRule(0.25, 0.45, agnostic=True, per_class=2).apply(rows(9))[0]) == 2
 
 
-def test_every_box_has_one_partner_at_most():
+def test_match_is_one_to_one():
     a, b = match(boxes(A), boxes(A, A), FP32)
     assert a.sum() == b.sum() == 1
 
 
-def test_threshold_leaves_enough_to_compare():
+def test_choose_conf_keeps_enough_rows():
     r = rows(400)
     assert choose_conf([r]) == 0.25  # more than a hundred lie above
     r[..., 4] *= 0.1
@@ -281,22 +281,22 @@ def test_threshold_leaves_enough_to_compare():
 # ---- inputs ---------------------------------------------------------------------------------------------------------
 
 
-def test_random_images_have_the_images_statistics():
+def test_random_images_have_statistics_of_real_images():
     samples = IMAGES.load(4, 96, 128)
     images = random_images(8, samples, 96, 128)
-    wanted = torch.from_numpy(samples).reshape(-1, 3).float() / 255
-    torch.testing.assert_close(images.mean((0, 2, 3)), wanted.mean(0), atol=0.06, rtol=0)
-    torch.testing.assert_close(images.std((0, 2, 3)), wanted.std(0), atol=0.06, rtol=0)
+    expected = torch.from_numpy(samples).reshape(-1, 3).float() / 255
+    torch.testing.assert_close(images.mean((0, 2, 3)), expected.mean(0), atol=0.06, rtol=0)
+    torch.testing.assert_close(images.std((0, 2, 3)), expected.std(0), atol=0.06, rtol=0)
     assert images.min() >= 0 and images.max() <= 1
 
 
-def test_free_sizes_are_tried_square_and_not():
+def test_verification_inputs_have_several_sizes():
     shapes = [tuple(x.shape) for x in verification_inputs(IMAGES, GraphShape(1, 96, 128, True, 32))]
     assert len({s[2:] for s in shapes}) >= 4 and {s[0] for s in shapes} >= {1, 2, 3}
     assert any(h == w for _, _, h, w in shapes) and any(h != w for _, _, h, w in shapes)
 
 
-def test_images_are_those_of_the_dataset_if_it_is_at_hand(tmp_path):
+def test_find_images_prefers_dataset(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "set.yaml").write_text("path: .\nval: val\ntrain: val\nnames: [a]\n")
     data = str(tmp_path / "set.yaml")

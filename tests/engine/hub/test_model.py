@@ -98,18 +98,18 @@ def test_detections_are_those_of_detect_py(model, weights, files, tmp_path):
         pytest.param(lambda p: torch.from_numpy(rgb(p).copy()).permute(2, 0, 1) / 255, id="tensor"),
     ],
 )
-def test_kinds_of_images(model, files, convert):
+def test_hub_accepts_kinds_of_images(model, files, convert):
     expected = model(files, size=160)
     close(model([convert(f) for f in files], size=160), expected)
     close(model(convert(files[1]), size=160), Results(expected._found[1:2], model.names, (0, 0, 0), (1,) * 4, "cpu"))
 
 
-def test_gray_is_repeated(model):
+def test_hub_repeats_gray_channel(model):
     gray = cv2.resize(np.random.default_rng(1).integers(0, 255, (8, 8), np.uint8), (96, 64))
     close(model([gray, gray[..., None]], size=96), model([np.dstack([gray] * 3)] * 2, size=96))
 
 
-def test_an_upright_image_from_pil(model, files, tmp_path):
+def test_hub_applies_exif_of_pil_image(model, files, tmp_path):
     turned = Image.open(files[1]).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
     exif[0x0112] = 6  # shown turned by 90 degrees clockwise
@@ -119,7 +119,7 @@ def test_an_upright_image_from_pil(model, files, tmp_path):
     close(model(tmp_path / "turned.png", size=160), expected)
 
 
-def test_an_address(model, files):
+def test_hub_reads_url(model, files):
     expected = model(files[0], size=160)
     import functools
     import http.server
@@ -134,7 +134,7 @@ def test_an_address(model, files):
     assert results.files == ["a.jpg"]
 
 
-def test_a_batch_tensor_goes_in_as_it_is(model):
+def test_batch_tensor_is_not_resized(model):
     images = [cv2.resize(np.random.default_rng(i).integers(0, 255, (6, 8, 3), np.uint8), (96, 64)) for i in (1, 2)]
     batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
     expected = model(images, size=96)
@@ -148,14 +148,14 @@ def test_a_batch_tensor_goes_in_as_it_is(model):
     assert cut.s == (2, 3, 64, 96) and all(p[:, :4].max() <= 90 and p[:, 3].max() <= 50 for p in cut.pred)
 
 
-def test_images_do_not_depend_on_their_neighbors(model, files):
+def test_hub_detections_do_not_depend_on_other_images(model, files):
     together = model(files, size=160)
     for number, file in enumerate(files):
         alone = model(file, size=160)
         torch.testing.assert_close(alone.pred[0], together.pred[number], rtol=1e-4, atol=1e-3)
 
 
-def test_defaults_are_yolov5s(weights):
+def test_hub_defaults_equal_yolov5(weights):
     model = open_model(weights)
     assert (model.conf, model.iou, model.max_det, model.classes) == (0.25, 0.45, 1000, None)
     assert (model.agnostic, model.multi_label, model.amp) == (False, False, False)
@@ -163,7 +163,7 @@ def test_defaults_are_yolov5s(weights):
     assert isinstance(model.model, DetectionModel) and not model.training
 
 
-def test_attributes_have_their_effect(model, files):
+def test_hub_attributes_have_effect(model, files):
     plain = model(files[0], size=160).pred[0]
     model.conf = float(plain[3:5, 4].mean())
     assert len(model(files[0], size=160).pred[0]) == 4
@@ -191,7 +191,7 @@ def test_size_is_the_longer_side(model, files):
     assert model(files[0]).s == (1, 3, 480, 640)
 
 
-def test_results_say_the_same_in_all_forms(model, files):
+def test_results_formats_agree(model, files):
     results = model(files, size=160)
     assert results.n == len(results) == 5 and results.names == model.names
     assert results.files == ["a.jpg", "b.jpg", "c.d.jpg", "größe.jpg", "a.jpg"]
@@ -279,7 +279,7 @@ def test_hub_model_survives_pickling(model, files):
     close(again(files[0], size=160), model(files[0], size=160))
 
 
-def test_render_leaves_what_was_handed_over(model, files):
+def test_render_does_not_change_inputs(model, files):
     array = rgb(files[0]).copy()
     before = array.copy()
     results = model(array, size=160)
@@ -335,13 +335,13 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("images", "error", "message"), MISTAKES, ids=lambda v: str(v)[:20].replace("\n", " "))
-def test_what_is_no_image(model, images, error, message):
+def test_hub_refuses_inputs_that_are_not_images(model, images, error, message):
     with pytest.raises(error, match=message) as caught:
         model(images)
     assert isinstance(caught.value, UserError)
 
 
-def test_other_mistakes(model, weights, files):
+def test_hub_refuses_bad_arguments(model, weights, files):
     model.classes = [7]
     with pytest.raises(ConfigError, match="no such class; the model has 0 to 2"):
         model(files[0])
@@ -358,7 +358,7 @@ def test_other_mistakes(model, weights, files):
         torch.hub.load(str(ROOT), "custom", path=weights, source="local", device=7)
 
 
-def test_an_ensemble_and_a_bare_network(weights, files):
+def test_hub_ensemble_and_network(weights, files):
     both = open_model([weights, weights])
     both.conf, both.max_det = CONF, 5
     assert len(both.models) == 2 and len(both(files[0], size=160).pred[0]) == 5
@@ -368,7 +368,7 @@ def test_an_ensemble_and_a_bare_network(weights, files):
     assert len(bare.train()(torch.zeros(1, 3, 64, 64))) == 3
 
 
-def test_moving_and_converting(model, files):
+def test_hub_model_moves_and_converts(model, files):
     expected = model(files[0], size=160)
     assert model.to("cpu") is model
     close(model.double()(files[0], size=160), expected)
@@ -378,7 +378,7 @@ def test_moving_and_converting(model, files):
 
 
 @pytest.mark.slow
-def test_an_exported_file(weights, files):
+def test_hub_exported_file(weights, files):
     onnx = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     import export as export_script
 
@@ -421,7 +421,7 @@ def test_anchor_free_checkpoint(files, tmp_path):
         assert len(supervision.Detections.from_yolov5(results)) == BEST
 
 
-def test_every_usual_yaml_has_its_function():
+def test_hubconf_has_function_for_every_yaml():
     stems = {p.stem for p in (ROOT / "models").glob("*.yaml")} | {f"yolov5{size}6" for size in "nsmlx"}
     assert {"yolov5s", "yolov5x6", "yolov5-riformer", "yolov5n-free"} <= stems
     public = {name for name in dir(hubconf) if callable(getattr(hubconf, name)) and not name.startswith("_")}
@@ -432,7 +432,7 @@ def test_every_usual_yaml_has_its_function():
         assert find_file(f"{stem}.yaml", "models", "models/hub").is_relative_to(ROOT / "models")
 
 
-def test_a_network_by_name(caplog):
+def test_hub_network_by_name(caplog):
     model = torch.hub.load(str(ROOT), "yolov5n", source="local", classes=4, device="cpu")
     assert "random weights: its detections are meaningless" in caplog.text
     assert isinstance(model, HubModel) and len(model.names) == 4
@@ -446,7 +446,7 @@ def test_a_network_by_name(caplog):
         torch.hub.load(str(ROOT), "yolov5s6", True, source="local")
 
 
-def test_a_network_by_name_with_weights(weights):
+def test_hub_network_by_name_with_weights(weights):
     official = ROOT / "tests/parity/data/official_checkpoint/yolov5n_bccd.pt"
     model = torch.hub.load(str(ROOT), "yolov5n", source="local", path=official, device="cpu")
     own = open_model(official, autoshape=False)
@@ -459,7 +459,7 @@ def test_a_network_by_name_with_weights(weights):
         torch.hub.load(str(ROOT), "yolov5n", source="local", path=weights.with_name("nowhere.pt"))
 
 
-def test_it_works_from_elsewhere_and_the_dependencies_are_all(weights, files, tmp_path):
+def test_hub_works_from_another_folder_with_declared_dependencies(weights, files, tmp_path):
     """torch.hub takes the project off the import path after loading: nothing may be imported later."""
     code = f"""
 import json, sys
@@ -511,7 +511,7 @@ del __import__("sys").modules[{name!r}]
     assert f"module '{name}' is already imported from {tmp_path / name}.py" in line and "package" in line
 
 
-def test_importing_hubconf_imports_nothing_of_the_project():
+def test_hubconf_imports_project_lazily():
     code = "import sys, hubconf; print([m for m in sys.modules if m.split('.')[0] in ('engine', 'models', 'torch')])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

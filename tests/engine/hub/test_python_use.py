@@ -51,7 +51,7 @@ from utils.errors import ConfigError, UserError
         (ValConfig, "half", True, True),
     ],
 )
-def test_values_as_a_program_writes_them(config, name, value, expected):
+def test_settled_converts_values(config, name, value, expected):
     found = settled(fields(config), {name: value})[name]
     assert found == expected and type(found) is type(expected)
     assert settled(fields(config), {name: found})[name] == expected
@@ -69,7 +69,7 @@ def test_values_as_a_program_writes_them(config, name, value, expected):
         ("weights", True, r"a string or a path is needed"),
     ],
 )
-def test_values_of_another_type(name, value, message):
+def test_settled_refuses_other_types(name, value, message):
     with pytest.raises(ConfigError, match=message):
         settled(fields(TrainConfig), {name: value})
 
@@ -117,7 +117,7 @@ def test_train_val_detect_export(place):
         (export.run, {"include": "onyx"}, "did you mean 'onnx'"),
     ],
 )
-def test_mistakes_are_user_errors_and_end_nothing(call, options, message, tmp_path, monkeypatch):
+def test_run_raises_user_errors(call, options, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message):
         call(**options)

@@ -18,7 +18,7 @@ def numbers(count, made, closed=None):
             closed.append(threading.current_thread().name)
 
 
-def test_a_feed_keeps_the_order_and_stays_within_its_depth():
+def test_feed_keeps_order_within_its_depth():
     made = []
     feed = Feed(numbers(50, made), depth=3)
     seen = []
@@ -30,7 +30,7 @@ def test_a_feed_keeps_the_order_and_stays_within_its_depth():
     assert seen == list(range(50))
 
 
-def test_an_error_of_the_generator_reaches_who_iterates():
+def test_feed_raises_error_of_generator():
     def broken():
         yield 1
         raise ValueError("decoder")
@@ -42,7 +42,7 @@ def test_an_error_of_the_generator_reaches_who_iterates():
     assert seen == [1]
 
 
-def test_closing_a_feed_closes_the_generator_in_its_thread():
+def test_feed_close_closes_generator_in_its_thread():
     made, closed = [], []
     feed = Feed(numbers(10**9, made, closed), depth=2)
     iterator = iter(feed)
@@ -52,7 +52,7 @@ def test_closing_a_feed_closes_the_generator_in_its_thread():
     assert list(iterator) == [1, 2] or len(list(iterator)) <= 2  # what was waiting; then it ends
 
 
-def test_a_drain_works_in_order_elsewhere_and_finishes_on_close():
+def test_drain_works_in_order_in_its_thread():
     done, threads = [], set()
 
     def work(item):
@@ -68,7 +68,7 @@ def test_a_drain_works_in_order_elsewhere_and_finishes_on_close():
 
 
 @pytest.mark.parametrize("at", [0, 5])
-def test_an_error_of_the_work_surfaces_and_nothing_blocks(at):
+def test_drain_raises_error_of_work_without_blocking(at):
     done = []
 
     def work(item):

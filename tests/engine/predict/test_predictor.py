@@ -161,7 +161,7 @@ def test_csv_json_and_crops(runtime, tmp_path):
     assert abs(crop[50, 100].astype(int) - (0, 0, 255)).max() < 30  # unmarked
 
 
-def test_nothing_to_write_leaves_no_folder(runtime, tmp_path):
+def test_nosave_creates_no_folder(runtime, tmp_path):
     save(tmp_path / "a.png", ONE)
     assert run(tmp_path / "a.png", nosave=True).folder is None
     assert not (tmp_path / "runs").exists()
@@ -176,7 +176,7 @@ def make_video(path, frames=12, size=(160, 96), fps=12.5):
     return path
 
 
-def test_videos_keep_size_rate_and_order(runtime, tmp_path):
+def test_videos_keep_size_fps_and_order(runtime, tmp_path):
     report = run(make_video(tmp_path / "v.mp4"), save_txt=True, save_csv=True)
     assert report.frames == 12
     capture = cv2.VideoCapture(str(report.folder / "v.mp4"))
@@ -212,7 +212,7 @@ def test_mixed_folder_with_broken_files(runtime, tmp_path, caplog):
     assert "video 3/4" in caplog.text and "3 frames" in caplog.text and "notes.md" in caplog.text
 
 
-def test_ctrl_c_leaves_finished_files(runtime, tmp_path):
+def test_ctrl_c_completes_files(runtime, tmp_path):
     runtime.error_at = 8
     with pytest.raises(KeyboardInterrupt):
         run(make_video(tmp_path / "v.mp4"), save_csv=True, save_json=True)
@@ -299,7 +299,7 @@ def test_user_errors_leave_nothing_behind(runtime, tmp_path, monkeypatch, option
     assert not (tmp_path / "runs").exists()
 
 
-def test_class_names_from_the_data_file(runtime, tmp_path):
+def test_class_names_from_dataset_yaml(runtime, tmp_path):
     runtime.names = {0: "0", 1: "1", 2: "2"}
     (tmp_path / "d.yaml").write_text("path: .\ntrain: .\nval: .\nnames: [rot, gruen, blau]\n")
     save(tmp_path / "in/a.png", ONE)
@@ -308,13 +308,13 @@ def test_class_names_from_the_data_file(runtime, tmp_path):
     assert [d["name"] for d in a["detections"]] == ["rot", "blau"]
 
 
-def test_no_weights_and_no_trained_run(tmp_path, monkeypatch):
+def test_detect_without_weights_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="--weights"):
         detect(DetectConfig())
 
 
-def test_the_projects_own_images_are_the_default_source(tmp_path, monkeypatch):
+def test_default_source_is_shipped_images(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert predictor.resolve_source("data/images") == str(ROOT / "data/images")
     (tmp_path / "data/images").mkdir(parents=True)
@@ -347,7 +347,7 @@ def test_feature_maps_of_every_slot(runtime, tiny, tmp_path, monkeypatch):
     assert cv2.imread(str(report.folder / "features/a/02_Conv_P3.png")).shape[1] > 300
 
 
-def test_predictions_are_those_of_the_model(tiny):
+def test_predictor_returns_rows_of_the_model(tiny):
     """Boxes are the network's rows in the frame's pixels: 64 x 32 input pixels show 200 x 100 of the frame."""
     image = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
     runtime = PyTorchRuntime.from_model(tiny, torch.device("cpu"))
@@ -366,7 +366,7 @@ def test_predictions_are_those_of_the_model(tiny):
         assert box[5] == rows[row, 5:].argmax()
 
 
-def test_the_command_on_real_weights(tmp_path):
+def test_detect_command_on_real_weights(tmp_path):
     """As a user starts it: exit status, lines, files."""
     save(tmp_path / "in/a.png", ONE)
     (tmp_path / "in/bad.jpg").write_bytes(b"")

@@ -119,7 +119,7 @@ def test_options_without_tile_are_named(tmp_path, monkeypatch, caplog, option, v
     assert "no effect without --tile" in caplog.text
 
 
-def test_tile_is_refused_where_it_means_nothing(tmp_path, monkeypatch):
+def test_tile_is_refused_for_speed_task(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="--tile: not with --task speed"):
         validate(ValConfig(tile=64, task="speed"))
 

@@ -186,7 +186,7 @@ def test_counts_text(classes, expected):
     assert counts_text(np.array(classes, int), {0: "cat", 1: "bus"}) == expected
 
 
-def test_writer_that_fails_on_close_does_not_keep_the_others_open(tmp_path):
+def test_outputs_close_all_writers_if_one_fails(tmp_path):
     first, second = (CsvWriter(tmp_path / folder / "predictions.csv", {0: "a"}) for folder in _folders(tmp_path))
     (tmp_path / "one/.predictions.csv.part").unlink()
     outputs = Outputs([first, second])

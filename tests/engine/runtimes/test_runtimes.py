@@ -83,23 +83,23 @@ def make(kind, tmp_path, dnn=False):
 
 
 @pytest.mark.parametrize("kind", ["onnx", "dnn", "torchscript", "openvino"])
-def test_a_file_says_what_it_takes_and_gets_pixels_in_unit_range(tmp_path, kind):
+def test_runtime_reads_shape_and_converts_pixels(tmp_path, kind):
     runtime = make(kind, tmp_path)
     assert isinstance(runtime, Runtime) and not isinstance(runtime, RawRuntime)
     assert (runtime.names, runtime.stride, runtime.imgsz, runtime.fixed_batch) == (NAMES, 32, (SIDE, SIDE), 2)
     images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
-    wanted = (images.float() / 255 * 2).reshape(2, -1, 6)
+    expected = (images.float() / 255 * 2).reshape(2, -1, 6)
     # As the predictor hands them over: rows of RGB pixels in memory.
     turned = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     for given in (images, images.float() / 255, turned):
-        torch.testing.assert_close(runtime(given), wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(runtime(given), expected, rtol=0, atol=1e-6)
     first = runtime(images).clone()
     runtime(255 - images)
-    torch.testing.assert_close(first, wanted, rtol=0, atol=1e-6)  # answers do not share memory
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)  # answers do not share memory
 
 
 @pytest.mark.parametrize("kind", ["onnx", "dnn", "torchscript", "openvino"])
-def test_a_smaller_batch_is_filled_up_and_other_sizes_are_refused(tmp_path, kind):
+def test_runtime_pads_smaller_batches_and_refuses_other_sizes(tmp_path, kind):
     runtime = make(kind, tmp_path)
     images = torch.rand(1, 3, SIDE, SIDE)
     torch.testing.assert_close(runtime(images), (images * 2).reshape(1, -1, 6), rtol=0, atol=1e-6)
@@ -134,14 +134,14 @@ def test_free_sizes(tmp_path):
     assert (runtime.imgsz, runtime.fixed_batch) == (None, None)
 
 
-def test_names_come_from_the_data_yaml_where_the_file_has_none(tmp_path):
+def test_class_names_come_from_dataset_without_metadata(tmp_path):
     (tmp_path / "d.yaml").write_text("path: .\ntrain: .\nval: .\nnames: [cell]\n")
     runtime = open_runtime([onnx_file(tmp_path / "x.onnx", texts={})], CPU)
     assert (runtime.names, runtime.stride) == ({0: "0"}, 32)
     assert class_names(runtime, str(tmp_path / "d.yaml")) == {0: "cell"}
 
 
-def test_own_size_with_a_message(tmp_path, caplog):
+def test_fixed_size_is_logged(tmp_path, caplog):
     runtime = open_runtime([onnx_file(tmp_path / "x.onnx")], CPU)
     with caplog.at_level("INFO"):
         assert input_size([640], runtime) == (SIDE, SIDE)
@@ -153,7 +153,7 @@ def test_own_size_with_a_message(tmp_path, caplog):
 FULL = Metadata({0: "a 'b'", 1: "ü"}, 64, (96, 128), 2, True, True, {"date": "2026-01-01", "spec": "{}"})
 
 
-def test_metadata_survives():
+def test_metadata_round_trip():
     assert Metadata.from_texts(FULL.to_texts(), "x") == FULL
     plain = Metadata(FULL.names, 64, (96, 128), 2, True, False, {"date": "2026-01-01"})
     assert Metadata.from_json(plain.to_json((2, 3, 96, 128)), "x") == plain
@@ -179,7 +179,7 @@ def test_broken_metadata(texts, words):
         Metadata.from_texts(texts, "x.onnx")
 
 
-def test_names_may_be_a_list():
+def test_metadata_names_as_list():
     assert Metadata.from_texts({"names": "['a', 'b']"}, "x").names == {0: "a", 1: "b"}
 
 
@@ -218,7 +218,7 @@ def test_providers(tmp_path, device, provider, names):
 
 
 @pytest.mark.parametrize(("device", "provider"), [("cuda:0", ""), ("cuda:0", "tensorrt"), ("cpu", "openvino")])
-def test_a_provider_that_is_not_there(tmp_path, device, provider):
+def test_missing_provider_is_refused(tmp_path, device, provider):
     with pytest.raises(ConfigError, match="pip install onnxruntime-"):
         choose_providers(["CPUExecutionProvider"], torch.device(device), provider, tmp_path / "x.onnx")
 
@@ -269,7 +269,7 @@ def test_refused_in_one_line(tmp_path, case):
     assert "\n" not in str(error.value)
 
 
-def test_a_runtime_is_one_row_of_the_table(tmp_path, monkeypatch):
+def test_openers_accept_another_runtime(tmp_path, monkeypatch):
     """Someone's own kind of file: nothing but the row is needed."""
     (tmp_path / "x.mine").write_bytes(b"")
     marker = open_runtime([onnx_file(tmp_path / "x.onnx")], CPU)
@@ -280,7 +280,7 @@ def test_a_runtime_is_one_row_of_the_table(tmp_path, monkeypatch):
 # ---- files that suppress by themselves ------------------------------------------------------------------------------
 
 
-def test_boxes_after_nms_pass_through_the_predictor_unchanged():
+def test_rows_from_boxes_keeps_boxes_after_nms():
     boxes = torch.zeros(1, 5, 6)
     boxes[0, 0] = torch.tensor([10, 10, 30, 30, 0.9, 2.0])
     boxes[0, 1] = torch.tensor([14, 10, 34, 30, 0.8, 1.0])  # another class may overlap
@@ -297,7 +297,7 @@ def test_detect_runs_a_file(tmp_path):
     assert report.frames == 4 and not report.failures
 
 
-def test_metadata_that_does_not_fit_the_rows_is_refused(tmp_path):
+def test_metadata_of_another_model_is_refused(tmp_path):
     path = onnx_file(tmp_path / "x.onnx", texts={"names": "{0: 'a', 1: 'b', 2: 'c'}"})
     with pytest.raises(CheckpointError, match="its output has 6 columns, rows of 3 classes have 8"):
         open_runtime([path], CPU)
