@@ -39,7 +39,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     folded = not any(key.endswith("running_mean") for key in checkpoint.state)
     if folded and any(key.endswith("running_mean") for key in model.state_dict()):
         model.eval().fuse()
-    _load_exactly(model, checkpoint)
+    load_exactly(model, checkpoint)
     model.names = dict(checkpoint.names)
     stored = checkpoint.metadata.get("best_conf")
     model.best_conf = float(stored) if isinstance(stored, (int, float)) else None
@@ -72,7 +72,7 @@ def _skeleton(checkpoint: Checkpoint) -> DetectionModel:
             return _build(checkpoint)
 
 
-def _load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
+def load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
     """Load every entry, or raise one CheckpointError that lists everything that does not fit."""
     report = load_state(model, checkpoint.state, partial=True, where=str(checkpoint.path))
     problems = [f"missing '{key}'" for key in report.missing]

@@ -74,9 +74,12 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; a result should be as readable as any other file
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, final)
+        try:
+            with open(temporary, "rb") as stream:
+                os.fsync(stream.fileno())
+            os.replace(temporary, final)
+        except OSError as error:
+            raise DataError(f"{final}: cannot be written: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,6 +119,13 @@ def new_folder(final: Path) -> Iterator[Path]:
         os.rename(build, final)
     finally:
         shutil.rmtree(build, ignore_errors=True)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes left of `atomic_path` below a folder; no other process may write there."""
+    for path in folder.rglob(".*"):
+        if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file():
+            path.unlink()
 
 
 def expand_user(path: str | Path, error: type[UserError] = ConfigError) -> Path:

@@ -7,6 +7,7 @@ no state shared with the caller's matplotlib, no font but the one that matplotli
 from __future__ import annotations
 
 import csv
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,9 +46,12 @@ def new_figure(width: float, height: float) -> Figure:
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
     """Write the figure; names in scripts that the font lacks become boxes, without a warning per letter."""
-    with atomic_path(path) as part, warnings.catch_warnings():
+    data = io.BytesIO()
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(part, dpi=dpi)
+        figure.savefig(data, format=Path(path).suffix[1:], dpi=dpi)
+    with atomic_path(path) as part:
+        part.write_bytes(data.getvalue())
 
 
 def _name(names: Names, number: int) -> str:
@@ -170,7 +174,7 @@ def read_history(csv_path: str | Path) -> dict[str, np.ndarray]:
         with open(csv_path, newline="", encoding="utf-8") as stream:
             rows = [[cell.strip() for cell in row] for row in csv.reader(stream) if row]
         head, values = rows[0], np.array(rows[1:], np.float64).reshape(-1, len(rows[0]))
-    except (OSError, IndexError, ValueError) as error:
+    except (OSError, IndexError, ValueError, csv.Error) as error:
         raise DataError(f"{csv_path}: cannot be read as results.csv (a header and rows of numbers): {error}") from error
     return dict(zip(head, values.T))
 

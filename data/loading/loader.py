@@ -6,9 +6,11 @@ once (see `data.loading.order`), so that each image is decoded about once per ep
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +52,7 @@ class DetectionLoader:
         repeat: give the ranks equally many batches by repeating some; else each comes once, as validation needs it.
         image_weights: (n,) non-negative: draw images by weight, with replacement, instead of each one once.
         quad: four-in-one batches, see `collate_quad`.
+        min_images: a smaller last batch is left out (counted after `quad`).
 
     Raises:
         UserError: while iterating, as raised in the worker: one line, without the worker's traceback.
@@ -66,6 +69,7 @@ class DetectionLoader:
     repeat: bool = field(default=True, kw_only=True)
     image_weights: NDArray[np.floating] | Sequence[float] | None = field(default=None, kw_only=True)
     quad: bool = field(default=False, kw_only=True)
+    min_images: int = field(default=1, kw_only=True)
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
@@ -80,10 +84,34 @@ class DetectionLoader:
 
     def __len__(self) -> int:
         """Return the number of batches of this process per epoch."""
-        n, size = len(self.dataset), self.batch_size
         if self.dataset.rect:
-            return len(self._shard(-(-n // size)))
-        return -(-len(self._shard(n)) // size)
+            return len(self._shard(len(self._starts(len(self.dataset)))))
+        return len(self._starts(len(self._shard(len(self.dataset)))))
+
+    @property
+    def images_per_batch(self) -> int:
+        """Images of a whole batch as the network receives it."""
+        return -(-self.batch_size // 4) if self.quad else self.batch_size
+
+    def smallest_batch(self) -> int:
+        """Return the images of the smallest batch of an epoch, over all processes."""
+        n = len(self.dataset) if self.dataset.rect else len(self._shard(len(self.dataset)))
+        last = n % self.batch_size or self.batch_size
+        return -(-last // 4) if self.quad else last
+
+    def smallest_batch_shape(self) -> tuple[int, int]:
+        """Return (height, width) of the smallest batch, or the smallest shape of those with as many images."""
+        scale = 2 if self.quad else 1
+        if not self.dataset.rect:
+            return self.dataset.imgsz * scale, self.dataset.imgsz * scale
+        shapes = self.dataset.batch_shapes if self.images_per_batch == 1 else self.dataset.batch_shapes[-1:]
+        height, width = min(shapes, key=math.prod)
+        return height * scale, width * scale
+
+    def _starts(self, n: int) -> range:
+        """Places at which the batches of `n` images start."""
+        smallest = 4 * self.min_images - 3 if self.quad else self.min_images
+        return range(0, max(n - smallest + 1, 0), self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         if self._loader is None:
@@ -91,17 +119,11 @@ class DetectionLoader:
         batches = self.batches()[self.skip :]
         group = self._batches_per_task()
         self._tasks.tasks = [batches[i : i + group] for i in range(0, len(batches), group)]
-        try:
+        with worker_losses_reported():
             for made in self._loader:
                 if isinstance(made, UserError):
                     raise made
                 yield from made
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            self._loader = None
-            reason = " ".join(str(error).split())
-            raise TrainingError(f"a loader worker ended ({reason}); out of memory? fewer --workers may help") from error
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
         """Choose the epoch of the next pass, and how many of its batches to leave out at the beginning."""
@@ -114,19 +136,19 @@ class DetectionLoader:
     def close(self) -> None:
         """End the worker processes; the next pass starts new ones."""
         passing = getattr(self._loader, "_iterator", None)
+        self._loader = None
         if self.workers and passing is not None:  # a pass that an error interrupted may still hold them
             passing._shutdown_workers()
-        self._loader = None
 
     def batches(self) -> list[Keys]:
         """Keys of every batch of this process in the current epoch."""
         size = self.batch_size
         keys = self._keys()
         if self.dataset.rect:  # whole batches are shared out: a batch has one shape
-            starts = self._shard(-(-len(keys) // size)) * size
-            return [keys[start : start + size] for start in starts.tolist()]
+            starts = self._starts(len(keys))
+            return [keys[starts[k] : starts[k] + size] for k in self._shard(len(starts)).tolist()]
         mine = [keys[place] for place in self._shard(len(keys)).tolist()]
-        return [mine[start : start + size] for start in range(0, len(mine), size)]
+        return [mine[start : start + size] for start in self._starts(len(mine))]
 
     def _shard(self, n: int) -> Index:
         return shard(n, self.rank, self.world_size, self.repeat)
@@ -164,6 +186,18 @@ class DetectionLoader:
             prefetch_factor=(1 if self._batches_per_task() > 1 else 2) if self.workers else None,
             persistent_workers=self.workers > 0,
         )
+
+
+@contextmanager
+def worker_losses_reported() -> Iterator[None]:
+    """Raise TrainingError when a loader worker was killed; PyTorch raises its error anywhere in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise TrainingError(f"a loader worker ended ({reason}); out of memory? fewer --workers may help") from error
 
 
 class _TaskList(Sampler[Sequence[Any]]):

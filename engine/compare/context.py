@@ -24,7 +24,7 @@ from engine.compare.results import CandidateResult
 from engine.compare.store import MEASURING_CODE, REPORTING, TRAINING_CODE, Store, code_key, data_key, digest
 from engine.compare.worker.process import Worker
 from engine.compare.worker.setting import Setting
-from engine.train.setup import choose_hyperparameters, resolve_auto, with_recipe
+from engine.train.options import choose_hyperparameters, resolve_auto, with_recipe
 from utils.device import amp_dtype, select_device
 from utils.errors import DataError
 from utils.files import make_folder

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from data.config import DataConfig, load_data_config
 from data.labels.labels import Annotations, load_annotations
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader
+from data.loading.loader import DetectionLoader, worker_losses_reported
 from engine.cli.config import ValConfig
 from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World
@@ -104,7 +104,7 @@ def measure(
     tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
     timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
     bar = tqdm(loader, desc=table_head(), bar_format="{l_bar}{bar:10}{r_bar}", disable=not is_main_process())
-    with _without_training(criterion):
+    with _without_training(criterion), worker_losses_reported():
         for turn, batch in enumerate(bar):
             number = world.rank + turn * world.size  # that it would have in a single process
             with timers[0]:

@@ -45,7 +45,7 @@ class CsvLog:
         """Remove the rows of `epoch` and later ones, which a resumed run writes again, and truncated rows."""
         if not self.path.is_file():
             return
-        lines = self.path.read_text().splitlines()
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         kept = [line for line in lines[1:] if 0 <= _epoch_of(line) < epoch]
         with atomic_path(self.path) as part:
             part.write_text("\n".join([self._header(), *kept]) + "\n")

@@ -1,4 +1,4 @@
-"""Choice of the batch size by measured GPU memory (`--batch-size -1`)."""
+"""Batch size: choice by measured GPU memory (`--batch-size -1`), and networks that cannot train on a single image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch.func import functional_call
 
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
@@ -86,3 +87,26 @@ def _step_bytes(model: DetectionModel, batch: int, imgsz: int, device: torch.dev
     finally:
         model.load_state_dict(state)
         model.train(training)
+
+
+def needs_two_images(model: DetectionModel, shape: Sequence[int]) -> bool:
+    """Return whether a BatchNorm in training mode would get one value per channel from a single image.
+
+    The network runs on shapes alone (device `meta`): no statistics and no random state change. False where it cannot.
+
+    Args:
+        model: with its frozen modules in evaluation mode.
+        shape: (height, width) of the image.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    try:
+        with torch.no_grad():
+            functional_call(model, on_meta, (torch.empty(1, 3, *shape, device="meta"),))
+    except ValueError as error:
+        if "more than 1 value per channel" in str(error):
+            return True
+        LOGGER.debug("no dry run of the network: %s", error)
+    except (RuntimeError, TypeError) as error:  # includes NotImplementedError: an operation without a meta form
+        LOGGER.debug("no dry run of the network: %s", error)
+    return False

@@ -51,14 +51,29 @@ def names_to_freeze(model: DetectionModel, selection: Sequence[str]) -> set[str]
     if len(numbers) == len(selection):
         rows = list(range(numbers[0])) if len(numbers) == 1 else numbers
         beyond = [n for n in rows if n >= len(model.model)]
+        hint = _stages_hint(model, rows) if len(numbers) == 1 else ""
         if beyond:
-            raise ConfigError(f"--freeze: no row {beyond[0]}; the model has rows 0 to {len(model.model) - 1}")
+            raise ConfigError(f"--freeze: no row {beyond[0]}; the model has rows 0 to {len(model.model) - 1}{hint}")
+        if hint:
+            LOGGER.warning("--freeze %d: freezes rows 0 to %d%s", numbers[0], rows[-1], hint)
         return _of_rows(model, rows)
     if numbers:
         raise ConfigError(
             f"--freeze {' '.join(selection)}: give row numbers, or words (backbone:2, model.24), not both"
         )
     return set().union(*(_by_word(model, word) for word in selection))
+
+
+def _stages_hint(model: DetectionModel, rows: Sequence[int]) -> str:
+    """Return how to freeze stages if these rows contain a backbone that is one row, and rows of the neck."""
+    own = backbone_rows(model)
+    backbone = model.model[own[0]] if own else None
+    if not isinstance(backbone, Backbone) or not set(own) < set(rows):
+        return ""
+    return (
+        f"; the whole backbone ({type(backbone).__name__}) is row {own[0]}, the others are neck and head: to freeze "
+        f"its stem and first K stages: --freeze backbone:K, K = 0 to {backbone.num_stages}"
+    )
 
 
 def _of_rows(model: DetectionModel, rows: Sequence[int]) -> set[str]:

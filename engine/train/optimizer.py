@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,9 @@ from models.backbones.base import Backbone
 from models.yolo import DetectionModel
 
 AUTO_ITERATIONS = 10_000
+_ADAM = {"step", "exp_avg", "exp_avg_sq"}
+BUFFERS = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.Adam: _ADAM, torch.optim.AdamW: _ADAM}
+"""Names of the buffers of each parameter in an optimizer's state."""
 KINDS = ("biases", "weights", "norms")
 _NORMS = tuple(v for k, v in vars(nn).items() if isinstance(v, type) and "Norm" in k)
 _TOKENS = ("pos_embed", "cls_token", "relative_position_bias_table", "absolute_pos_embed", "dist_token")
@@ -123,15 +126,26 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum
     return kind(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load an optimizer state, which may come from another device.
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load the buffers of an optimizer state, which may come from another device.
 
-    The implementation (fused or not) stays that of this device, and fused SGD gets zero momentum where the state has
-    none.
+    Settings of the groups stay: they follow from the options and the schedule, and the implementation (fused or not)
+    from the device. Fused SGD gets zero momentum where the state has none.
+
+    Raises:
+        ValueError: buffers that do not fit the parameters.
     """
-    own = {key: optimizer.defaults[key] for key in ("fused", "foreach")}
-    groups = [{**group, **own} for group in state["param_groups"]]
-    optimizer.load_state_dict({**state, "param_groups": groups})
+    own = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, buffers in state["state"].items():
+        if not set(buffers) == BUFFERS[type(optimizer)]:
+            raise ValueError(f"optimizer.state[{index}] has {', '.join(map(str, buffers))[:80]}")
+        for name, value in buffers.items():
+            shape = () if name == "step" else parameters[index].shape
+            bad = isinstance(value, torch.Tensor) and (value.shape != shape or not torch.isfinite(value).all())
+            if bad or not isinstance(value, (torch.Tensor, type(None))):
+                raise ValueError(f"optimizer.state[{index}].{name} does not fit its parameter")
+    optimizer.load_state_dict({"state": dict(state["state"]), "param_groups": own["param_groups"]})
     _fill_momentum(optimizer)
 
 

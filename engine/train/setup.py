@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,38 +18,37 @@ from data.labels.labels import Annotations, load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from data.loading.weights import class_loss_weights, labels_to_class_weights
-from data.sizes import multi_scale_sizes
+from data.sizes import multi_scale_shape, multi_scale_sizes
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.devices.distributed import World, broadcast, copy_from_main, gather_all, main_first, mean_over_ranks
 from engine.devices.sync_bn import convert_sync_batchnorm
 from engine.runtimes.pytorch import grid_of
-from engine.train.autobatch import choose_batch
+from engine.train.autobatch import choose_batch, needs_two_images
 from engine.train.ema import ModelEma
-from engine.train.freeze import Frozen, freeze, log_frozen, names_to_freeze
-from engine.train.optimizer import (
-    auto_settings,
-    build_optimizer,
-    describe_groups,
-    lr_scales,
-    parameter_groups,
-    scaled_decay,
+from engine.train.freeze import Frozen, eval_frozen, freeze, log_frozen, names_to_freeze
+from engine.train.optimizer import build_optimizer, describe_groups, lr_scales, parameter_groups, scaled_decay
+from engine.train.options import (
+    NO_MODEL,
+    choose_hyperparameters,
+    resolve_auto,
+    rounded_size,
+    warn_without_effect,
+    with_files,
+    with_recipe,
 )
 from engine.train.schedule import Schedule
-from engine.train.state import rounded_size
-from models.build.spec import HEADS, HeadForm, read_model_spec
 from models.checkpoint.io import Checkpoint, read_checkpoint
-from models.loading import require_rgb, spec_without_weights, transfer_weights
+from models.loading import load_exactly, require_rgb, spec_without_weights, transfer_weights
 from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError
-from utils.files import find_file, increment_path, make_folder
+from utils.files import increment_path, make_folder
 from utils.log import is_main_process, set_error_folder
 from utils.seed import seed_everything
 
 LOGGER = logging.getLogger(__name__)
 SINGLE = World()
-NO_MODEL = "--cfg and --weights are empty; give a model YAML, for example models/yolov5-riformer.yaml"
 
 
 @dataclass(frozen=True)
@@ -64,6 +62,7 @@ class RunSettings:
         device: of this process.
         world: this process among those of the training.
         resumed: checkpoint of the interrupted run, None for a new one.
+        given: options before they were resolved.
     """
 
     config: TrainConfig
@@ -71,7 +70,8 @@ class RunSettings:
     folder: Path
     device: torch.device
     world: World
-    resumed: Checkpoint | None = None
+    resumed: Checkpoint | None
+    given: TrainConfig
 
     @property
     def start_epoch(self) -> int:
@@ -126,82 +126,107 @@ class ModelParts:
 
 
 @dataclass(frozen=True)
-class OptimizationParts:
-    """Optimizer and learning-rate schedule."""
-
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-
-
-@dataclass(frozen=True)
 class TrainingParts:
     """Everything `Trainer` needs, by concern."""
 
     run: RunSettings
     data: DataParts
     model: ModelParts
-    optimization: OptimizationParts
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
 
 
 def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> TrainingParts:
     """Build all parts of a training; user errors are raised before the run folder is created."""
-    config = config if resumed else with_recipe(config)
+    given = config
+    if not resumed:
+        config = with_files(with_recipe(with_files(config)))
+        warn_without_effect(config, world.size)
     hyp = choose_hyperparameters(config, resumed)
     seed_everything(config.seed + (1 + world.rank if world.size > 1 else 0))
     data = load_data_config(config.data)
     declared = len(data.names)
     if config.single_cls:
-        data = replace(data, names={0: "item"} if len(data.names) != 1 else data.names)
+        data = replace(data, names={0: "item"} if declared != 1 else data.names)
     model = build_model(config, hyp, data, resumed).to(device)
     grid = grid_of(model)
-    config = replace(config, imgsz=_round_to_grid(config.imgsz, grid))
+    config = replace(config, data=str(data.file.absolute()), imgsz=_round_to_grid(config.imgsz, grid))
     if device.type == "cpu" and not resumed:
         _hint_short_run(config)
     annotations = _load_annotations(config, data, declared, world)
-    train_set = annotations[0]
-    config = replace(config, batch_size=_batch_size(config, model, device, world, len(train_set.records)))
-    config, hyp = resolve_auto(config, hyp, len(data.names), len(train_set.records))
+    records = annotations[0].records
+    config = replace(config, batch_size=_batch_size(config, model, device, world, len(records)))
+    config, hyp = resolve_auto(config, hyp, len(data.names), len(records))
     frozen_names = names_to_freeze(model, config.freeze)
     digest = data_digest(*annotations)
     _check_same_data(resumed, digest, data)
-    labels = [record.labels for record in train_set.records]
+    labels = [record.labels for record in records]
     class_factors = class_loss_weights(hyp.class_weights, data.names, labels, config.hyp)
     _log_class_factors(class_factors, data)
-    run = RunSettings(config, hyp, _run_folder(config, world), device, world, resumed)
     if not config.noautoanchor and not resumed:
-        _fit_anchors(model, train_set, config, hyp)
-    model_parts = _model_parts(run, model, frozen_names, grid, class_factors)
-    loader, val_loader = _loaders(run, annotations, grid)
+        _fit_anchors(model, annotations[0], config, hyp)
+    unfrozen = resumed is not None and 0 < config.freeze_epochs <= resumed.epoch + 1
+    frozen = _freeze(model, config, set() if unfrozen else frozen_names)
+    loader, val_loader = _loaders(config, hyp, world, annotations, grid)
+    if not (config.sync_bn and world.size > 1):
+        _check_single_images(model, frozen, loader, config, grid)
+    model_parts = _model_parts(model, frozen, grid, config, hyp, class_factors, device, world)
     weights = labels_to_class_weights(labels, len(data.names))
     data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest, data.file.resolve())
-    return TrainingParts(run, data_parts, model_parts, _optimization_parts(run, model_parts.model, len(loader)))
+    optimizer = _build_optimizer(model_parts.model, config, hyp)
+    schedule = Schedule(hyp, config.epochs, len(loader), config.batch_size, config.cos_lr)
+    run = RunSettings(config, hyp, _run_folder(config, world), device, world, resumed, given)
+    return TrainingParts(run, data_parts, model_parts, optimizer, schedule)
 
 
-def _model_parts(
-    run: RunSettings, model: DetectionModel, names: set[str], grid: int, class_factors: tuple[float, ...] | None
-) -> ModelParts:
-    config, world = run.config, run.world
-    copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
-    unfrozen = 0 < config.freeze_epochs <= run.start_epoch
-    frozen = freeze(model, set() if unfrozen else names)
+def _freeze(model: DetectionModel, config: TrainConfig, names: set[str]) -> Frozen:
+    frozen = freeze(model, names)
     log_frozen(model, frozen)
     if not any(p.requires_grad for p in model.parameters()):
         raise ConfigError(f"--freeze {' '.join(config.freeze)}: freezes every parameter; nothing is left to train")
+    return frozen
+
+
+def _model_parts(
+    model: DetectionModel, frozen: Frozen, grid: int, config: TrainConfig, hyp: Hyperparameters,
+    class_factors: tuple[float, ...] | None, device: torch.device, world: World,
+) -> ModelParts:  # fmt: skip
+    copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
     model = model.to(memory_format=torch.channels_last)
     ema = ModelEma(model)
     if config.sync_bn and world.size > 1:
-        convert_sync_batchnorm(model, world, run.device)
-    return ModelParts(model, ema, frozen, build_loss(model, run.hyp, config, class_factors, world), grid)
+        convert_sync_batchnorm(model, world, device)
+    return ModelParts(model, ema, frozen, build_loss(model, hyp, config, class_factors, world), grid)
 
 
-def _optimization_parts(run: RunSettings, model: DetectionModel, batches: int) -> OptimizationParts:
-    config, hyp = run.config, run.hyp
+def _build_optimizer(model: DetectionModel, config: TrainConfig, hyp: Hyperparameters) -> torch.optim.Optimizer:
     decay = scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch))
     groups = parameter_groups(model, decay, lr_scales(model, config.backbone_lr, config.layer_decay))
     assert config.optimizer is not None, "with_recipe sets it"
-    optimizer = build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
     LOGGER.info("%s, lr0 %g\n%s", config.optimizer, hyp.lr0, describe_groups(groups))
-    return OptimizationParts(optimizer, Schedule(hyp, config.epochs, batches, config.batch_size, config.cos_lr))
+    return build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
+
+
+def _check_single_images(
+    model: DetectionModel, frozen: Frozen, loader: DetectionLoader, config: TrainConfig, grid: int
+) -> None:
+    """Leave out a last batch of one image, or refuse batches of one, where a BatchNorm needs more than one value."""
+    if loader.smallest_batch() > 1:
+        return
+    shape = loader.smallest_batch_shape()
+    if config.multi_scale:
+        shape = multi_scale_shape(*shape, multi_scale_sizes(config.imgsz, grid)[0], grid)
+    model.train()
+    eval_frozen(model, frozen)
+    if not needs_two_images(model, shape):
+        return
+    if len(loader) == 1 or loader.images_per_batch == 1:
+        raise ConfigError(
+            f"--batch-size {config.batch_size}: a BatchNorm of this network gets one value per channel from one image "
+            f"of {shape[0]} x {shape[1]} pixels, which it cannot train on; give a larger --batch-size"
+        )
+    LOGGER.warning("The last batch of each epoch has a single image, too few for BatchNorm: it is left out")
+    loader.min_images = 2
 
 
 def build_model(
@@ -212,18 +237,17 @@ def build_model(
     num_classes = len(data.names)
     if resumed is not None:
         model = DetectionModel(spec_without_weights(resumed.spec), nc=num_classes)
-        model.load_state_dict(resumed.state)
+        load_exactly(model, resumed)
     elif config.weights:
-        checkpoint = read_checkpoint(find_file(config.weights, error=CheckpointError))
-        cfg = find_file(config.cfg, "models", "models/hub") if config.cfg else spec_without_weights(checkpoint.spec)
+        checkpoint = read_checkpoint(config.weights)
+        cfg = Path(config.cfg) if config.cfg else spec_without_weights(checkpoint.spec)
         model = DetectionModel(cfg, nc=num_classes, anchors=anchors, head=head)
         exclude = ("anchor",) if config.cfg or anchors or head else ()
         report = transfer_weights(model, checkpoint, exclude=exclude, partial=config.partial_weights)
         LOGGER.info("%s: %s", config.weights, report.summary())
     elif config.cfg:
-        cfg = find_file(config.cfg, "models", "models/hub")
         weights = config.backbone_weights or None
-        model = DetectionModel(cfg, nc=num_classes, anchors=anchors, backbone_weights=weights, head=head)
+        model = DetectionModel(config.cfg, nc=num_classes, anchors=anchors, backbone_weights=weights, head=head)
     else:
         raise ConfigError(NO_MODEL)
     require_rgb(model)
@@ -253,61 +277,6 @@ def _log_class_factors(factors: tuple[float, ...] | None, data: DataConfig) -> N
         shown = ", ".join(f"{name} {factor:.3g}" for name, factor in zip(data.names.values(), factors))
         note = "" if len(factors) > 1 else " (without effect: a single class has no class loss)"
         LOGGER.info("Class loss weighted (class_weights): %s%s", shown, note)
-
-
-def head_form(config: TrainConfig) -> HeadForm:
-    """Return the form of the head that `--head`, `--cfg` or `--weights` name; that of the anchor head if unknown."""
-    if config.cfg:
-        spec = read_model_spec(find_file(config.cfg, "models", "models/hub"))[0]
-    elif config.weights:
-        spec = read_model_spec(read_checkpoint(find_file(config.weights, error=CheckpointError)).spec)[0]
-    else:
-        raise ConfigError(NO_MODEL)
-    return HEADS[config.head] if config.head else spec.head_form
-
-
-def with_recipe(config: TrainConfig) -> TrainConfig:
-    """Return the options with the hyperparameter file of the model's head, and its optimizer, where none is given."""
-    if not config.hyp:
-        config = replace(config, hyp=f"data/hyps/{head_form(config).recipe}")
-    if config.optimizer is None:
-        file = find_file(config.hyp, "data/hyps")
-        auto = Hyperparameters.from_yaml(file).optimizer == "auto"
-        config = replace(config, optimizer="auto" if auto else "SGD")
-    return config
-
-
-def resolve_auto(
-    config: TrainConfig, hyp: Hyperparameters, num_classes: int, images: int
-) -> tuple[TrainConfig, Hyperparameters]:
-    """Replace `--optimizer auto` and `--close-mosaic -1` by values; a resumed run has them already."""
-    if config.close_mosaic < 0:
-        config = replace(config, close_mosaic=min(round(hyp.close_mosaic), config.epochs // 6))
-    if config.optimizer != "auto":
-        return config, hyp
-    auto = auto_settings(math.ceil(images / config.batch_size) * config.epochs, num_classes)
-    hyp = replace(
-        hyp, optimizer=auto.optimizer, lr0=auto.lr0, momentum=auto.momentum, warmup_bias_lr=auto.warmup_bias_lr
-    )
-    return replace(config, optimizer=auto.optimizer), hyp
-
-
-def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
-    """Return the hyperparameters of a resumed run, else those of `--hyp`.
-
-    Raises:
-        ConfigError: the file is meant for another optimizer.
-    """
-    if resumed is not None and resumed.train is not None:
-        return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
-    hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-    optimizer = config.optimizer or "SGD"
-    if hyp.optimizer not in (None, "auto", optimizer) and optimizer != "auto":
-        raise ConfigError(
-            f"{config.hyp}: its learning rates are made for {hyp.optimizer}, not {optimizer}; add --optimizer "
-            f"{hyp.optimizer} (or remove the line 'optimizer:' from a copy of the file)"
-        )
-    return hyp
 
 
 def _batch_size(config: TrainConfig, model: DetectionModel, device: torch.device, world: World, images: int) -> int:
@@ -408,14 +377,13 @@ def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainCon
 
 
 def _loaders(
-    run: RunSettings, annotations: tuple[Annotations, Annotations], grid: int
+    config: TrainConfig, hyp: Hyperparameters, world: World, annotations: tuple[Annotations, Annotations], grid: int
 ) -> tuple[DetectionLoader, DetectionLoader]:
-    config, world = run.config, run.world
     train_set, val_set = annotations
     per_rank = config.batch_size // world.size
     with main_first(world if config.cache == "disk" else World()):  # in RAM, each rank has its own cache
         train_data = DetectionDataset(
-            train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(run.hyp.to_dict()), rect=config.rect,
+            train_set.records, config.imgsz, augment=AugmentConfig.from_hyp(hyp.to_dict()), rect=config.rect,
             batch_size=per_rank, stride=grid, cache=config.cache, seed=config.seed,
             close_mosaic_from=max(config.epochs - config.close_mosaic, 0) if config.close_mosaic else None,
         )  # fmt: skip

@@ -1,27 +1,24 @@
-"""Checkpoint files of a run: `last.pt` with the training state, `best.pt` with the weights alone; and `--resume`."""
+"""Checkpoint files of a run: `last.pt` with the training state, `best.pt` with the weights alone."""
 
 from __future__ import annotations
 
 import datetime
-import logging
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.cli.config import TrainConfig
-from engine.cli.plugins import load_plugins
-from models.checkpoint.io import FORMAT, Checkpoint, read_checkpoint, write_checkpoint
+from models.checkpoint.io import FORMAT, write_checkpoint
 from models.loading import spec_without_weights
 from models.yolo import DetectionModel
-from utils.errors import CheckpointError, ConfigError, TrainingError, shown
-from utils.files import newest_file
+from utils.errors import CheckpointError, TrainingError, UserError
 
-LOGGER = logging.getLogger(__name__)
-CHANGED_ON_RESUME = ("epochs", "workers", "device", "patience", "save_period", "data", "cache", "amp")
-UNRESOLVED = {"batch_size": -1}
+OPTIONAL = {"skipped", "batches", "counted", "losses", "cuda"}
+"""Entries of a training state that version 0.1, or another device, does not write."""
+CHECKED_ELSEWHERE = {"options", "hyp", "data_hash", "data_file", "scaler", "optimizer", "others"}
 
 
 def inference_content(average: DetectionModel, epoch: int, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,71 +83,56 @@ def _check_finite(last: Path, states: Mapping[str, Mapping[str, torch.Tensor]]) 
             )
 
 
-def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Resolve `--resume`: return the options of the interrupted run, changed as asked for, and its checkpoint.
-
-    Plug-in files come from the command line only: a checkpoint names them, but what it names is never executed.
-
-    Raises:
-        CheckpointError: nothing to resume, or the run is finished.
-        ConfigError: a given option that cannot differ from the interrupted run's, or a plug-in that is not given.
-    """
-    load_plugins(config.plugin)
-    if not config.resume:
-        return config, None
-    if config.resume is True:
-        path = newest_file("runs/train", "*/weights/last.pt")
-        if path is None:
-            raise CheckpointError("--resume: there is no runs/train/*/weights/last.pt; give the file: --resume last.pt")
-    else:
-        path = Path(config.resume)
-    checkpoint = read_checkpoint(path)
-    if checkpoint.train is None or "options" not in checkpoint.train:
+@contextmanager
+def damage_reported(path: Path) -> Iterator[None]:
+    """Turn what a damaged training state raises inside the block into one CheckpointError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CheckpointError(
-            f"{path}: holds no training state (the run is finished, or another program wrote the file); "
-            f"start a new run from its weights with: --weights {path}"
-        )
-    saved = TrainConfig.from_keywords(**checkpoint.train["options"])
-    if saved.plugin and not config.plugin:
-        files = " ".join(saved.plugin)[:400]
-        raise ConfigError(
-            f"--resume {path}: the run used the plug-in file(s) {files}; files named in a checkpoint are not executed; "
-            f"if you trust them, add: --plugin {files}"
-        )
-    LOGGER.info("Resuming %s after epoch %d", path, checkpoint.epoch)
-    return _resumed_options(config, saved, path, checkpoint.train), checkpoint
+            f"{path}: its training state is damaged ({reason}); start a new run from its weights: --weights {path}"
+        ) from error
 
 
-def _resumed_options(config: TrainConfig, saved: TrainConfig, path: Path, training: Mapping[str, Any]) -> TrainConfig:
-    """Return the saved options with those given that may differ; ConfigError for the others."""
-    folder = path.resolve().parents[1]
-    own_place: dict[str, Any] = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
-    changed: dict[str, Any] = {}
-    problems = []
-    for name in sorted(config.given - {"resume", "plugin", "exist_ok", "local_rank"}):
-        value, before = getattr(config, name), getattr(saved, name)
-        flag = "--" + name.replace("_", "-")
-        if name in ("project", "name"):
-            if Path(value).resolve() != Path(own_place[name]).resolve():
-                problems.append(f"{flag} {value}: the run stays in {folder}")
-        elif value == before or value == UNRESOLVED.get(name) or (name == "imgsz" and rounded_size(value) == before):
-            continue  # the saved options are resolved ones
-        elif name == "epochs" and value < before:
-            problems.append(f"{flag} {value}: the run has {before}; only a larger number can be given")
-        elif name in CHANGED_ON_RESUME:
-            changed[name] = value
-            LOGGER.info("--resume: %s is %s, was %s", flag, shown(value), shown(before))
-        else:
-            problems.append(f"{flag} {shown(value)}: the run has {shown(before)}")
-    if problems:
-        free = ", ".join("--" + name.replace("_", "-") for name in CHANGED_ON_RESUME)
-        raise ConfigError(f"--resume {path}: {'; '.join(problems)}; what can differ: {free}")
-    data = str(training.get("data_file") or saved.data)
-    if "data" not in changed and Path(data).is_file():
-        changed["data"] = data
-    return replace(saved, **changed, **own_place, resume=str(path), plugin=config.plugin)
+def check_structure(found: object, own: object, name: str = "train") -> None:
+    """Raise ValueError unless a stored value has the keys, types, lengths and shapes of the trainer's own one.
+
+    Args:
+        found: value of the checkpoint.
+        own: value of the trainer at its start; `OPTIONAL` entries may be missing in `found`.
+        name: of the value.
+    """
+    if isinstance(own, Mapping):
+        if not isinstance(found, Mapping):
+            raise ValueError(f"{name} is no mapping")
+        for key in own.keys() - CHECKED_ELSEWHERE:
+            if key in found:
+                check_structure(found[key], own[key], f"{name}.{key}")
+            elif key not in OPTIONAL:
+                raise ValueError(f"{name}.{key} is missing")
+    elif isinstance(own, torch.Tensor):
+        _check_tensor(found, own, name)
+    elif isinstance(own, list):
+        if not isinstance(found, list) or len(found) != len(own):
+            raise ValueError(f"{name} is no list of {len(own)}")
+        for index, pair in enumerate(zip(found, own)):
+            check_structure(*pair, name=f"{name}[{index}]")
+    elif isinstance(own, (int, float)):
+        allowed = (int,) if isinstance(own, int) else (int, float)
+        if type(found) not in allowed or not -1 <= found < math.inf:  # type: ignore[operator]
+            raise ValueError(f"{name} is {found!r:.40}")
+    elif not isinstance(found, type(own)):
+        raise ValueError(f"{name} is a {type(found).__name__}")
 
 
-def rounded_size(imgsz: int, grid: int = 32) -> int:
-    """Return the size rounded up to a multiple of the grid, at least two cells, as YOLOv5 does."""
-    return max(-(-imgsz // grid) * grid, 2 * grid)
+def _check_tensor(found: object, own: torch.Tensor, name: str) -> None:
+    if not isinstance(found, torch.Tensor) or found.shape != own.shape:
+        shape = list(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
+        raise ValueError(f"{name} is {shape}, not {list(own.shape)}")
+    if found.is_floating_point() != own.is_floating_point() or found.is_complex():
+        raise ValueError(f"{name} is {found.dtype}, not {own.dtype}")
+    if found.is_floating_point() and "mask" not in name and not torch.isfinite(found).all():
+        raise ValueError(f"{name} is not finite")

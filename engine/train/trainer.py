@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.loading.loader import worker_losses_reported
 from data.loading.weights import labels_to_image_weights
 from engine.cli.config import TrainConfig
 from engine.devices.distributed import (
@@ -36,17 +37,18 @@ from engine.loggers.run_logger import Logs, make_logs
 from engine.loggers.trackers import check_loggers
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train import state as checkpoints
-from engine.train.early_stopping import EarlyStopping
 from engine.train.freeze import Frozen, eval_frozen, unfreeze
-from engine.train.interrupt import StopNow, StopRequest
 from engine.train.optimizer import load_optimizer
+from engine.train.options import resolve_run
 from engine.train.run_report import collect_facts, write_report
 from engine.train.schedule import apply_settings
 from engine.train.setup import TrainingParts, build_parts
-from engine.train.state import resolve_run
+from engine.train.state import check_structure, damage_reported
 from engine.train.step import TrainStep, restore_statistics
+from engine.train.stopping import EarlyStopping, StopNow, StopRequest
 from models.checkpoint.io import strip
 from utils.device import cpu_has_bf16, describe_device, select_device
+from utils.files import remove_partial_files
 from utils.log import is_main_process
 from utils.metrics import fitness
 from utils.yaml_lines import dump_yaml
@@ -144,7 +146,7 @@ class Trainer:
     def __init__(self, parts: TrainingParts, on_epoch: Callable[[int, float], bool] | None = None) -> None:
         self.run, self.data, self.model_parts, self.on_epoch = parts.run, parts.data, parts.model, on_epoch
         self.model, self.ema, self.criterion = parts.model.model, parts.model.ema, parts.model.criterion
-        self.optimizer, self.schedule = parts.optimization.optimizer, parts.optimization.schedule
+        self.optimizer, self.schedule = parts.optimizer, parts.schedule
         self.config, self.device, self.world = self.run.config, self.run.device, self.run.world
         self.frozen = parts.model.frozen
         self.stepper = TrainStep(
@@ -168,12 +170,14 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train from the first epoch to the last, then validate the best weights."""
         start = self.run.start_epoch
+        if self.run.resumed is not None and self.run.resumed.train is not None:
+            own = self.state_dict()
+            with damage_reported(self.run.resumed.path):
+                self.load_state_dict(self.run.resumed.train, own)
         if is_main_process():
             self._open_run()
-        if self.run.resumed is not None and self.run.resumed.train is not None:
-            self.load_state_dict(self.run.resumed.train)
         done, begin = start, time.time()
-        with self.logs, closing(self.data.loader), closing(self.data.val_loader):
+        with self.logs, closing(self.data.loader), closing(self.data.val_loader), worker_losses_reported():
             with self.stop:
                 for epoch in range(start, self.config.epochs):
                     stop = self._epoch(epoch)
@@ -187,8 +191,11 @@ class Trainer:
     def _open_run(self) -> None:
         """Write resolved options and hyperparameters (opt.yaml, hyp.yaml), open the loggers, plot the labels."""
         run = self.run
+        if run.resumed is not None:
+            remove_partial_files(run.folder)
         options, hyp = run.config.to_dict(), run.hyp.to_dict()
-        dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder)})
+        typed = {k: v for k, v in run.given.to_dict().items() if k in ("cfg", "data", "hyp", "weights") and v}
+        dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder), "given": typed})
         dump_yaml(run.folder / "hyp.yaml", hyp)
         LOGGER.info("Training on %s, results in %s", describe_device(run.device), run.folder)
         self.logs = make_logs(run.config.logger, run.folder, options, hyp, run.start_epoch, self.criterion.names)
@@ -385,14 +392,22 @@ class Trainer:
             "others": gather(own, self.world)[1:],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Restore what `state_dict` returned on rank zero.
 
         A rank that the interrupted run did not have keeps its own random number generators.
+
+        Args:
+            state: of the checkpoint.
+            own: what `state_dict` returns now.
+
+        Raises:
+            ValueError: a damaged state.
         """
         others, rank = state.get("others", []), self.world.rank
         if rank > 0:
-            state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": {}})}
+            state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": own["rng"]})}
+        check_structure(state, own)
         self.ema.updates = int(state["ema_updates"])
         self.model.load_state_dict(state["model"])
         load_optimizer(self.optimizer, state["optimizer"])
@@ -403,7 +418,6 @@ class Trainer:
         self.class_maps = np.array(state["class_maps"], dtype=float)
         for name, value in self.criterion.state_dict().items():
             value.copy_(torch.tensor(state[name]))
-        if "torch" in state["rng"]:
-            torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
+        torch.set_rng_state(state["rng"]["torch"].cpu().to(torch.uint8))
         if self.device.type == "cuda" and "cuda" in state["rng"]:
             torch.cuda.set_rng_state(state["rng"]["cuda"].cpu().to(torch.uint8), self.device)

@@ -19,7 +19,7 @@ from data.config import load_data_config
 from data.labels.labels import load_annotations
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.loggers.run_logger import METRICS
-from engine.train.setup import choose_hyperparameters, head_form, resolve_auto, with_recipe
+from engine.train.options import choose_hyperparameters, head_form, resolve_auto, with_recipe
 from engine.train.trainer import train
 from engine.tune import study as studies
 from engine.tune.outputs import (

@@ -38,7 +38,7 @@ from engine.export.wrapper import reparameterized_copy
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime, grid_of
 from engine.runtimes.registry import open_runtime
-from engine.train.state import rounded_size
+from engine.train.options import rounded_size
 from engine.train.trainer import train
 from models.backbones.base import FeatureLevel
 from models.checkpoint.io import read_checkpoint, write_checkpoint

@@ -39,8 +39,8 @@ from engine.evaluate import evaluator
 from engine.evaluate.evaluator import EvalOptions, EvalResult, conclude, evaluate, measure
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train import trainer as trainer_module
-from engine.train.interrupt import StopRequest
 from engine.train.setup import build_loss
+from engine.train.stopping import StopRequest
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint
 from models.losses.base import LossOutput

@@ -12,7 +12,7 @@ from engine.cli.config import DetectConfig, Hyperparameters
 from engine.predict.predictor import detect
 from engine.runtimes.pytorch import PyTorchRuntime
 from engine.train.optimizer import AUTO_ITERATIONS, auto_settings
-from engine.train.setup import resolve_auto, with_recipe
+from engine.train.options import resolve_auto, with_recipe
 from engine.train.trainer import train
 from models.loading import load_detector
 from tests.helpers.training import assert_equal_runs, config, interrupt_at, write_project

@@ -14,8 +14,8 @@ from engine.train.optimizer import (
     lr_scales,
     parameter_groups,
 )
+from engine.train.options import choose_hyperparameters
 from engine.train.schedule import StepSettings, apply_settings
-from engine.train.setup import choose_hyperparameters
 from models.backbones.base import Backbone, FeatureLevel
 from models.yolo import DetectionModel
 from tests.helpers.detectors import build

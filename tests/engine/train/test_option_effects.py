@@ -21,8 +21,8 @@ import train as train_script
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.devices.distributed import World
 from engine.train import setup, trainer
+from engine.train.options import resolve_run
 from engine.train.setup import TrainingParts, build_parts
-from engine.train.state import resolve_run
 from engine.train.step import TrainStep
 from engine.train.trainer import Trainer, TrainResult
 from models.checkpoint.io import read_checkpoint
@@ -107,7 +107,7 @@ def check_data(run: Run) -> None:
 def check_hyp(run: Run) -> None:
     text = (ROOT / "data/hyps/hyp.scratch-low.yaml").read_text().replace("lr0: 0.01", "lr0: 0.005")
     (run.folder / "hyp.yaml").write_text(text)
-    assert run.parts(hyp=str(run.folder / "hyp.yaml")).optimization.optimizer.defaults["lr"] == 0.005
+    assert run.parts(hyp=str(run.folder / "hyp.yaml")).optimizer.defaults["lr"] == 0.005
 
 
 def check_head(run: Run) -> None:
@@ -115,7 +115,7 @@ def check_head(run: Run) -> None:
     assert parts.model.model.head.kind == "free"
     assert DetectionModel(parts.model.model.yaml).head.kind == "free"  # as a checkpoint stores it
     assert Path(parts.run.config.hyp).name == "hyp.auto.yaml"
-    assert isinstance(parts.optimization.optimizer, torch.optim.AdamW)
+    assert isinstance(parts.optimizer, torch.optim.AdamW)
 
 
 def check_epochs(run: Run) -> None:
@@ -208,7 +208,7 @@ def check_single_cls(run: Run) -> None:
 
 
 def check_optimizer(run: Run) -> None:
-    assert isinstance(run.parts(optimizer="Adam").optimization.optimizer, torch.optim.Adam)
+    assert isinstance(run.parts(optimizer="Adam").optimizer, torch.optim.Adam)
 
 
 def check_workers(run: Run) -> None:
@@ -233,7 +233,7 @@ def check_quad(run: Run) -> None:
 
 
 def check_cos_lr(run: Run) -> None:
-    schedule = run.parts(cos_lr=True, epochs=4).optimization.schedule
+    schedule = run.parts(cos_lr=True, epochs=4).schedule
     expected = 0.01 * ((1 - np.cos(np.pi / 4)) / 2 * (0.01 - 1) + 1)
     assert schedule.at(9999, 1).lr[0] == pytest.approx(expected)
 
@@ -269,12 +269,12 @@ def check_freeze_epochs(run: Run) -> None:
 
 
 def check_backbone_lr(run: Run) -> None:
-    groups = run.parts(backbone_lr=0.5).optimization.optimizer.param_groups
+    groups = run.parts(backbone_lr=0.5).optimizer.param_groups
     assert {group["lr_scale"] for group in groups} == {0.5, 1.0}
 
 
 def check_layer_decay(run: Run) -> None:
-    groups = run.parts(layer_decay=0.5).optimization.optimizer.param_groups
+    groups = run.parts(layer_decay=0.5).optimizer.param_groups
     assert {group["lr_scale"] for group in groups} == {1.0, *(0.5**i for i in range(1, 6))}
 
 
@@ -381,4 +381,4 @@ def test_defaults_of_the_anchor_head_are_the_official_ones(project: Path) -> Non
     parts = build_parts(config(project), None, torch.device("cpu"), World())
     official = Hyperparameters.from_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml")
     assert parts.run.hyp == official
-    assert type(parts.optimization.optimizer) is torch.optim.SGD
+    assert type(parts.optimizer) is torch.optim.SGD

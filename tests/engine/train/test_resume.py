@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
+from collections.abc import Callable
+from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from engine.cli.config import TrainConfig
-from engine.train.state import resolve_run
+from engine.train.options import resolve_run
+from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint, write_checkpoint
 from tests.helpers.training import config, interrupt_at, rows
-from utils.errors import ConfigError
+from utils.errors import CheckpointError, ConfigError, TrainingError
 
 
 @pytest.fixture
@@ -79,3 +86,72 @@ def test_plugins_named_by_a_checkpoint_are_not_executed(last, tmp_path):
         resolve_run(TrainConfig.from_keywords(resume=str(last)))
     found, _ = resolve_run(TrainConfig.from_keywords(resume=str(last), plugin=[str(good)]))
     assert found.plugin == [str(good)] and not (tmp_path / "PWNED").exists()
+
+
+def _set(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(tree: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            tree = tree[key]
+        tree[keys[-1]] = value
+
+    return change
+
+
+def _first_buffer(tree: dict[str, Any]) -> None:
+    next(iter(tree["train"]["optimizer"]["state"].values()))["momentum_buffer"] = torch.zeros(1)
+
+
+DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "model missing": lambda tree: tree["train"].pop("model"),
+    "hyp missing": lambda tree: tree["train"].pop("hyp"),
+    "generator missing": lambda tree: tree["train"]["rng"].pop("torch"),
+    "options are a number": _set("train", "options", value=3),
+    "hyp is a list": _set("train", "hyp", value=[1]),
+    "weight of another shape": _set("train", "model", "model.0.bn.bias", value=torch.zeros(3)),
+    "weight is not finite": _set("train", "model", "model.0.bn.bias", value=torch.full((8,), float("nan"))),
+    "weight is complex": _set("train", "model", "model.0.bn.bias", value=torch.zeros(8, dtype=torch.complex64)),
+    "averaged weight missing": lambda tree: tree["state"].pop("model.0.bn.bias"),
+    "buffer of another shape": _first_buffer,
+    "step is a string": _set("train", "last_step", value="x"),
+    "step is a boolean": _set("train", "last_step", value=True),
+    "updates are negative": _set("train", "ema_updates", value=-5),
+    "fitness is not finite": _set("train", "best_fitness", value=float("nan")),
+    "too few classes": _set("train", "class_maps", value=[0.5]),
+    "balance is too long": _set("train", "balance", value=[1.0] * 9),
+    "generator of another size": _set("train", "rng", "torch", value=torch.zeros(3, dtype=torch.uint8)),
+    "epoch beyond the last": _set("epoch", value=10**6),
+    "epoch is negative": _set("epoch", value=-10),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_training_state_is_refused_in_one_line(last, damage):
+    tree = torch.load(last, weights_only=True)
+    DAMAGES[damage](tree)
+    torch.save(tree, last)
+    csv = (last.parents[1] / "results.csv").read_text()
+    with pytest.raises(CheckpointError, match=r"last\.pt: ") as caught:
+        train(TrainConfig.from_keywords(resume=str(last)))
+    assert "\n" not in str(caught.value)
+    assert (last.parents[1] / "results.csv").read_text() == csv
+
+
+def test_resume_removes_what_a_killed_process_left(last):
+    left = last.parent / ".last.ab12_cd3.pt"
+    left.touch()
+    train(TrainConfig.from_keywords(resume=str(last)))
+    assert not left.exists()
+
+
+def test_killed_loader_worker_ends_the_training_in_one_line(project, monkeypatch):
+    original = TrainStep.backward
+
+    def backward(self: TrainStep, *arguments: Any, **options: Any) -> Any:
+        for child in psutil.Process().children():
+            os.kill(child.pid, signal.SIGKILL)
+        return original(self, *arguments, **options)
+
+    monkeypatch.setattr(TrainStep, "backward", backward)
+    monkeypatch.setattr("data.loading.loader._processors", lambda: 2)
+    with pytest.raises(TrainingError, match="a loader worker ended .*fewer --workers"):
+        train(config(project, workers=2, epochs=30))
