@@ -14,9 +14,11 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from engine.cli.plugins import load_plugins
 from engine.export.config import FORMATS, ExportConfig
@@ -39,6 +41,9 @@ from models.yolo import DetectionModel
 from utils.device import out_of_memory, select_device
 from utils.errors import ConfigError, ExportError
 from utils.files import make_folder
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 LOGGER = logging.getLogger(__name__)
 MEMORY_ADVICE = "a smaller --batch-size, a smaller --imgsz, or --device cpu"
@@ -125,7 +130,7 @@ class Job:
     metadata: Metadata
     images: ImageSource
     verification: Verification
-    _graph: Any = None
+    _graph: ModelProto | None = None
 
     @classmethod
     def prepare(cls, config: ExportConfig, weights: Path, device: torch.device) -> Job:
@@ -214,7 +219,7 @@ class Job:
         model = deepcopy(self.deployed).half() if half else self.deployed
         return ExportGraph(model, torch.float16 if half else torch.float32, self.config.layout).eval()
 
-    def _onnx(self, half: bool) -> Any:
+    def _onnx(self, half: bool) -> ModelProto:
         """Return the ONNX graph for the options; float32 graphs are traced once."""
         if half or self._graph is None:
             graph = onnx_model(self._traceable(half), self.shape, self.config.opset)
@@ -223,7 +228,7 @@ class Job:
             self._graph = self._finished(graph)
         return deepcopy(self._graph)
 
-    def _finished(self, graph: Any) -> Any:
+    def _finished(self, graph: ModelProto) -> ModelProto:
         c = self.config
         if c.simplify:
             graph = simplified(graph)
@@ -233,7 +238,7 @@ class Job:
             embed_nms(graph, _nms_options(c))
         return graph
 
-    def _calibration(self) -> list[Any]:
+    def _calibration(self) -> list[NDArray[np.float32]]:
         images = as_images(self.images.load(CALIBRATION_IMAGES, self.shape.height, self.shape.width))
         size = 1 if self.shape.dynamic else self.shape.batch
         LOGGER.info("--int8: calibrated on %d images of %s", len(images), self.images.origin)

@@ -6,12 +6,15 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from utils.errors import ExportError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 LOGGER = logging.getLogger(__name__)
 CALIBRATION_IMAGES = 64
@@ -29,7 +32,7 @@ class _Feed:
         return None if batch is None else {"images": batch}
 
 
-def quantized(model: Any, batches: Sequence[NDArray[np.float32]]) -> Any:
+def quantized(model: ModelProto, batches: Sequence[NDArray[np.float32]]) -> ModelProto:
     """Quantize convolutions and matrix products to int8 with QuantizeLinear and DequantizeLinear pairs.
 
     Weights get a scale per output channel, activations one per tensor, from the extremes over the images. The

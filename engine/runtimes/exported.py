@@ -44,6 +44,7 @@ class ExportedRuntime(ABC):
         """
         batch, _, height, width = shape
         self.where, self.metadata, self.device = where, metadata, device
+        self.input_shape, self.output_shape = shape, output
         self.stride = metadata.stride
         self.fixed_batch = batch
         self.best_conf = _number(metadata.about.get("best_conf"))

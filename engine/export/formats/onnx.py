@@ -6,8 +6,9 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from engine.export.wrapper import ExportGraph, GraphShape
 from engine.runtimes.metadata import Metadata
 from utils.errors import ExportError
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
 LOGGER = logging.getLogger(__name__)
 NATIVE_OPSET = 18  # of torch's exporter
 LARGEST_SIDE = 8192
@@ -24,7 +28,7 @@ LIMIT = 2**31  # a protobuf file cannot be longer
 GRAPH_BYTES = 2**26  # for everything but the weights, at most
 
 
-def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> Any:
+def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> ModelProto:
     """Return a detector as an ONNX `ModelProto` without stack traces: input `images`, output `output0`.
 
     Args:
@@ -89,7 +93,7 @@ def _free_dimensions(shape: GraphShape) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Silence the exporter's progress lines and loggers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
@@ -111,7 +115,7 @@ def _exporter_problem(error: Exception, dynamic: bool) -> str:
     return f"torch's exporter failed: {reason}"
 
 
-def simplified(model: Any) -> Any:
+def simplified(model: ModelProto) -> ModelProto:
     """Simplify the graph with onnxslim.
 
     Raises:
@@ -126,7 +130,7 @@ def simplified(model: Any) -> Any:
         raise ExportError(f"--simplify: onnxslim failed: {str(error).strip().splitlines()[0]}") from error
 
 
-def save_onnx(model: Any, path: Path, metadata: Metadata, shape: GraphShape) -> None:
+def save_onnx(model: ModelProto, path: Path, metadata: Metadata, shape: GraphShape) -> None:
     """Name free dimensions, add the metadata, check, and write one file.
 
     Raises:
@@ -149,7 +153,7 @@ def save_onnx(model: Any, path: Path, metadata: Metadata, shape: GraphShape) -> 
     onnx.save(model, str(path))
 
 
-def _name_dimensions(model: Any) -> None:
+def _name_dimensions(model: ModelProto) -> None:
     """Replace the exporter's formulas for free dimensions by readable names."""
     sides = model.graph.input[0].type.tensor_type.shape.dim
     for axis, name in {0: "batch", 2: "height", 3: "width"}.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from utils.errors import ExportError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 # Reductions that take their axes as an input from operator set 18 on, and as an attribute before.
 _REDUCTIONS = {"ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceL1", "ReduceL2", "ReduceSumSquare"}
@@ -15,7 +18,7 @@ _NEW_IN_18 = {"GroupNormalization", "Mish", "BitwiseAnd", "BitwiseOr", "BitwiseX
 _NEW_IN_18 |= {"CenterCropPad", "OptionalGetElement", "OptionalHasElement"}
 
 
-def strip_traces(model: Any) -> None:
+def strip_traces(model: ModelProto) -> None:
     """Remove the metadata of nodes: the exporter stores stack traces with local paths in them."""
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -28,13 +31,13 @@ def strip_traces(model: Any) -> None:
     model.graph.doc_string = model.doc_string = ""
 
 
-def reorder_gelu(model: Any) -> None:
+def reorder_gelu(model: ModelProto) -> None:
     """Write every exact GELU as `(x * (1 + erf(x / sqrt 2))) * 0.5`.
 
     The exporter multiplies by 0.5 first, on which OpenCV 5.0 crashes. Other runtimes recognize both orders.
     """
     constants = {initializer.name for initializer in model.graph.initializer}
-    readers: dict[str, list[Any]] = {}
+    readers: dict[str, list[NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(node)
@@ -53,13 +56,13 @@ def reorder_gelu(model: Any) -> None:
         last.input[:] = [half.output[0], factors[0]]
 
 
-def _only(readers: dict[str, list[Any]], node: Any | None, op_type: str) -> Any | None:
+def _only(readers: dict[str, list[NodeProto]], node: NodeProto | None, op_type: str) -> NodeProto | None:
     """Return the only consumer of `node` if it has that type."""
     found = [] if node is None else readers.get(node.output[0], [])
     return found[0] if len(found) == 1 and found[0].op_type == op_type else None
 
 
-def lower_to_17(model: Any) -> None:
+def lower_to_17(model: ModelProto) -> None:
     """Convert a graph of operator set 18 to 17, in place: reductions and splits differ.
 
     Raises:
@@ -97,18 +100,18 @@ def lower_to_17(model: Any) -> None:
             entry.version = 17
 
 
-def _drop(node: Any, name: str) -> None:
+def _drop(node: NodeProto, name: str) -> None:
     kept = [attribute for attribute in node.attribute if attribute.name != name]
     del node.attribute[:]
     node.attribute.extend(kept)
 
 
-def opset_of(model: Any) -> int:
+def opset_of(model: ModelProto) -> int:
     """Return the version of the standard operator set of a model."""
     return max(entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx"))
 
 
-def remove_unused_constants(model: Any) -> None:
+def remove_unused_constants(model: ModelProto) -> None:
     """Remove initializers that no node reads."""
     used = {name for node in model.graph.node for name in node.input} | {o.name for o in model.graph.output}
     kept = [i for i in model.graph.initializer if i.name in used]

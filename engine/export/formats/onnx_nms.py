@@ -8,7 +8,10 @@ defaults (`conf_thres`, `iou_thres`), which ONNX Runtime lets a caller override;
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 # Text form of ONNX (https://onnx.ai/onnx/repo-docs/Syntax.html). B images, N rows, C classes (1 when classes are
 # compared with each other), S selected boxes, K kept boxes. The first operator is inserted by `embed_nms`.
@@ -80,7 +83,7 @@ class NmsOptions:
         return f"confidence {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_image} boxes per image{across}"
 
 
-def embed_nms(model: Any, options: NmsOptions) -> None:
+def embed_nms(model: ModelProto, options: NmsOptions) -> None:
     """Append NMS to a detector's graph, in place."""
     import onnx
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -12,8 +12,11 @@ from engine.runtimes.metadata import Metadata
 from engine.runtimes.openvino import METADATA
 from utils.errors import ExportError
 
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
-def save_openvino(model: Any, folder: Path, name: str, metadata: Metadata, half: bool) -> None:
+
+def save_openvino(model: ModelProto, folder: Path, name: str, metadata: Metadata, half: bool) -> None:
     """Write `<name>.xml`, `<name>.bin` and `metadata.yaml`.
 
     Args:
