@@ -38,7 +38,7 @@ from engine.cli.config import DetectConfig
 from engine.predict.detections import DrawStyle
 from engine.predict.inference import prepare
 from engine.predict.predictor import Predictor, input_size
-from engine.predict.writers import ImageWriter
+from engine.predict.writers import FileNames, ImageWriter
 from engine.runtimes.registry import open_runtime
 from utils.device import Profile
 from utils.files import ROOT
@@ -51,7 +51,7 @@ def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, fl
     """Milliseconds per frame of each stage when nothing else runs beside it."""
     read, fit, write = Profile(), Profile(), Profile()
     network, nms_time = predictor.inference_time.total, predictor.nms_time.total
-    writer = ImageWriter(folder, DrawStyle(predictor.names))
+    writer = ImageWriter(folder, DrawStyle(predictor.names), FileNames())
     count = 0
     with open_source(source) as opened:
         batches = iter(opened)
