@@ -81,8 +81,8 @@ class Metadata:
                 nms=bool(known.get("nms", False)),
                 about=about,
             )
-        except (TypeError, ValueError, AttributeError, IndexError) as error:
-            raise CheckpointError(f"{where}: its metadata cannot be read: {error}") from error
+        except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
+            raise CheckpointError(f"{where}: its metadata cannot be understood: {error}") from error
 
     def to_json(self, shape: tuple[int, int, int, int]) -> str:
         """Return the metadata as JSON for the `config.txt` of a TorchScript file: YOLOv5's three keys and ours."""
@@ -95,8 +95,8 @@ class Metadata:
         try:
             values = json.loads(text)
             batch, _, height, width = values.pop("shape")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: its config.txt is not that of YOLOv5 or of this project") from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{where}: its config.txt is not what YOLOv5 or this project writes") from error
         texts = {"imgsz": str([height, width]), "batch": str(batch)}
         texts |= {key: value if isinstance(value, str) else str(value) for key, value in values.items()}
         return cls.from_texts(texts, where)
@@ -105,5 +105,5 @@ class Metadata:
 def _value(key: str, text: str, where: str) -> Any:
     try:
         return ast.literal_eval(text)  # numbers, lists and dictionaries only: nothing is executed
-    except (ValueError, SyntaxError) as error:
-        raise CheckpointError(f"{where}: metadata '{key}' is {text[:60]!r}; it cannot be read") from error
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two by the parser, for nesting
+        raise CheckpointError(f"{where}: metadata '{key}' is {shown(text)}; it cannot be read") from error

@@ -42,15 +42,16 @@ class OnnxRuntime(ExportedRuntime):
         providers = choose_providers(ort.get_available_providers(), device, provider, Path(path))
         try:
             self.session = ort.InferenceSession(str(path), options, providers=providers)
-        except Exception as error:  # its C++ errors share no base class but Exception
+            inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
+            texts = self.session.get_modelmeta().custom_metadata_map
+        except Exception as error:  # its C++ errors share no base class but Exception; names need not be UTF-8
             raise CheckpointError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}") from error
-        inputs, outputs = self.session.get_inputs(), self.session.get_outputs()
         if not inputs or len(inputs[0].shape) != 4 or inputs[0].type not in FLOATS or len(outputs[0].shape) != 3:
             shapes = [(i.name, i.shape, i.type) for i in [*inputs, *outputs]]
             raise CheckpointError(f"{path}: not a detector: {shapes}; needed: (B, 3, H, W) -> (B, N, 5 + nc)")
         self.input, self.dtype = inputs[0].name, FLOATS[inputs[0].type]
         self.overrides: dict[str, NDArray[Any]] = {}
-        metadata = Metadata.from_texts(self.session.get_modelmeta().custom_metadata_map, str(path))
+        metadata = Metadata.from_texts(texts, str(path))
         shape = tuple(d if isinstance(d, int) else None for d in inputs[0].shape)
         output = tuple(d if isinstance(d, int) else None for d in outputs[0].shape)
         self._describe(str(path), metadata, device, shape, output)

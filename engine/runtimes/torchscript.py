@@ -33,7 +33,7 @@ class TorchScriptRuntime(ExportedRuntime):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch recommends torch.export
                 module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-        except (RuntimeError, ValueError, OSError) as error:
+        except (RuntimeError, ValueError, OSError, IndexError) as error:  # the last: a damaged table of a record
             line = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{path}: cannot be opened as TorchScript: {line}") from error
         self.module = module.eval()
