@@ -90,7 +90,7 @@ class LoadedFile:
     def __init__(self, path: Path, strict: bool = True) -> None:
         self.path = existing_file(path)
         self.room = MAX_SHARING * path.stat().st_size  # bytes of tensors to copy
-        self.values = MAX_VALUES
+        self.values = min(MAX_VALUES, 100 + path.stat().st_size)  # each takes a byte at least, unless lists are shared
         self.records: set[int] | None = None
         with errors_of(path):
             zipped = zipfile.is_zipfile(path)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.checkpoint import io as module
+from models.checkpoint.inert import LoadedFile
 from models.checkpoint.io import read_checkpoint, write_checkpoint
 from models.loading import load_detector
 from tests.helpers.checkpoints import content, detector
@@ -239,3 +240,17 @@ def test_read_checkpoint_refuses_weights_that_are_not_finite(tmp_path, value):
     values["state"][key].view(-1)[0] = value
     with pytest.raises(CheckpointError, match=f"weight '{key}' is not finite"):
         read_checkpoint(write_checkpoint(tmp_path / "a.pt", values))
+
+
+@pytest.mark.parametrize("key", ["spec", "metadata", "train"])
+def test_read_checkpoint_bounds_the_values_of_shared_lists(tmp_path, key):
+    """Forty lists that each contain the previous one twice are 2^40 values in a small file."""
+    shared = ["a"]
+    for _ in range(40):
+        shared = [shared, shared]
+    path = tmp_path / "x.pt"
+    torch.save({**content(detector()), key: {"x": shared}, "format": "detector-1"}, path)
+    loaded = LoadedFile(path)
+    assert loaded.values < 1_000_000
+    with pytest.raises(CheckpointError, match="nested too deeply, or too many of them"):
+        loaded.plain(loaded.value, keep_tensors=True)
