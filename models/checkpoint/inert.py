@@ -13,6 +13,7 @@ import re
 import struct
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -91,7 +92,8 @@ class LoadedFile:
         self.path = existing_file(path)
         self.room = MAX_SHARING * path.stat().st_size  # bytes of tensors to copy
         self.values = min(MAX_VALUES, 100 + path.stat().st_size)  # each takes a byte at least, unless lists are shared
-        self.records: set[int] | None = None
+        self.records: Counter[int] | None = None  # how many records of a zip file have each size
+        self.storages: set[int] = set()  # addresses of those that were met
         with errors_of(path):
             zipped = zipfile.is_zipfile(path)
             if zipped:
@@ -113,7 +115,7 @@ class LoadedFile:
         damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{self.path}: damaged: the content of '{damaged}' does not match its checksum")
-        self.records = {info.file_size for info in entries if "/data/" in info.filename}
+        self.records = Counter(info.file_size for info in entries if "/data/" in info.filename)
 
     def _load(self, zipped: bool, strict: bool) -> Any:  # noqa: ANN401 (whatever was saved)
         names = _unsafe_names(self.path, zipped)
@@ -144,8 +146,12 @@ class LoadedFile:
         self.room -= value.numel() * value.element_size()
         if self.room < 0:
             self.refuse("more numbers in its tensors than in the file")
-        if value.numel() and self.records is not None and value.untyped_storage().nbytes() not in self.records:
-            raise CheckpointError(f"{self.path}: damaged: a record of the file is not as long as its tensor")
+        storage = value.untyped_storage()
+        if value.numel() and self.records is not None and storage.data_ptr() not in self.storages:
+            self.storages.add(storage.data_ptr())
+            self.records[storage.nbytes()] -= 1  # every storage has a record of its own
+            if self.records[storage.nbytes()] < 0:
+                raise CheckpointError(f"{self.path}: damaged: a record of the file is not as long as its tensor")
         return value.detach().clone()
 
     def plain(self, value: object, keep_tensors: bool = False, depth: int = 0) -> Any:  # noqa: ANN401

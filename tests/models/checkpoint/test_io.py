@@ -254,3 +254,15 @@ def test_read_checkpoint_bounds_the_values_of_shared_lists(tmp_path, key):
     assert loaded.values < 1_000_000
     with pytest.raises(CheckpointError, match="nested too deeply, or too many of them"):
         loaded.plain(loaded.value, keep_tensors=True)
+
+
+def test_read_checkpoint_finds_a_short_record_among_others_of_that_size(tmp_path):
+    write_checkpoint(tmp_path / "x.pt", content(detector()))
+    with zipfile.ZipFile(tmp_path / "x.pt") as source, zipfile.ZipFile(tmp_path / "y.pt", "w") as out:
+        sizes = [info.file_size for info in source.infolist() if "/data/" in info.filename]
+        short = next(i.filename for i in source.infolist() if "/data/" in i.filename and sizes.count(i.file_size) > 2)
+        for name in source.namelist():
+            body = source.read(name)
+            out.writestr(name, body[: len(body) // 2] if name == short else body)
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_checkpoint(tmp_path / "y.pt")
