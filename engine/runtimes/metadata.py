@@ -82,7 +82,7 @@ class Metadata:
                 about=about,
             )
         except (TypeError, ValueError, AttributeError, LookupError, OverflowError) as error:
-            raise CheckpointError(f"{where}: its metadata cannot be understood: {error}") from error
+            raise CheckpointError(f"{where}: its metadata cannot be read: {error}") from error
 
     def to_json(self, shape: tuple[int, int, int, int]) -> str:
         """Return the metadata as JSON for the `config.txt` of a TorchScript file: YOLOv5's three keys and ours."""
@@ -96,7 +96,7 @@ class Metadata:
             values = json.loads(text)
             batch, _, height, width = values.pop("shape")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{where}: its config.txt is not what YOLOv5 or this project writes") from error
+            raise CheckpointError(f"{where}: its config.txt is not that of YOLOv5 or of this project") from error
         texts = {"imgsz": str([height, width]), "batch": str(batch)}
         texts |= {key: value if isinstance(value, str) else str(value) for key, value in values.items()}
         return cls.from_texts(texts, where)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ class OnnxRuntime(ExportedRuntime):
             texts = self.session.get_modelmeta().custom_metadata_map
         except Exception as error:  # its C++ errors share no base class but Exception; names need not be UTF-8
             raise CheckpointError(f"{path}: ONNX Runtime cannot open it: {_first_line(error)}") from error
-        if not inputs or len(inputs[0].shape) != 4 or inputs[0].type not in FLOATS or len(outputs[0].shape) != 3:
+        if not inputs or not _is_image(inputs[0].shape) or inputs[0].type not in FLOATS or len(outputs[0].shape) != 3:
             shapes = [(i.name, i.shape, i.type) for i in [*inputs, *outputs]]
             raise CheckpointError(f"{path}: not a detector: {shapes}; needed: (B, 3, H, W) -> (B, N, 5 + nc)")
         self.input, self.dtype = inputs[0].name, FLOATS[inputs[0].type]
@@ -60,7 +61,16 @@ class OnnxRuntime(ExportedRuntime):
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:
         pixels = images.cpu().numpy().astype(self.dtype, copy=False)
-        return torch.from_numpy(self.session.run(None, {self.input: pixels, **self.overrides})[0])
+        try:
+            return torch.from_numpy(self.session.run(None, {self.input: pixels, **self.overrides})[0])
+        except Exception as error:  # see above
+            raise CheckpointError(f"{self.where}: ONNX Runtime cannot run it: {_first_line(error)}") from error
+
+
+def _is_image(shape: Sequence[object]) -> bool:
+    """Whether the dimensions are those of images (B, 3, H, W); names stand for free ones."""
+    sizes = [d for d in shape if isinstance(d, int)]
+    return len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int)) and all(0 < d < 2**16 for d in sizes)
 
 
 def onnxruntime_package() -> Any:
