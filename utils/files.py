@@ -121,9 +121,14 @@ def new_folder(final: Path) -> Iterator[Path]:
         shutil.rmtree(build, ignore_errors=True)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove what killed processes left of `atomic_path` below a folder; no other process may write there."""
-    for path in folder.rglob(".*"):
+def remove_partial_files(folder: Path, pattern: str = "**/.*") -> None:
+    """Remove what killed processes left of `atomic_path` in a folder; no other process may write to these files.
+
+    Args:
+        folder: that was written to.
+        pattern: of the files; by default those of its subfolders, too.
+    """
+    for path in folder.glob(pattern):
         if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file():
             path.unlink()
 

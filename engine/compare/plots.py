@@ -194,7 +194,7 @@ def _write_labels(
         radius = (areas[label] / np.pi) ** 0.5 * scale
         anchors.append(Bbox.from_extents(x - radius, y - radius, x + radius, y + radius))
         weight = "bold" if label == picked else "normal"
-        white = {"fc": "white", "ec": "none", "alpha": 0.7, "pad": 0.5}  # lines stay behind the name
+        white = {"fc": "white", "ec": "none", "alpha": 0.9, "pad": 0.5}  # lines stay behind the name
         text = axes.text(0, 0, _literal(label), fontsize=9, weight=weight, transform=None, zorder=4, bbox=white)
         texts.append(text)
     sizes = [(box.width, box.height) for box in (text.get_window_extent() for text in texts)]

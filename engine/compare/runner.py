@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import multiprocessing
 import shutil
@@ -25,7 +26,7 @@ from engine.compare.stages import measure_structures, train_all
 from engine.compare.table import as_text
 from engine.evaluate.outputs import run_folder
 from utils.errors import ConfigError
-from utils.files import make_folder
+from utils.files import make_folder, remove_partial_files
 
 LOGGER = logging.getLogger(__name__)
 SHOWN = (
@@ -66,7 +67,15 @@ def compare(config: CompareConfig) -> Comparison:
     data = load_data_config(config.data)
     rows = [CandidateResult(candidate) for candidate in resolve(config, data, cache_folder(config) / "specs")]
     with exclusive(cache_folder(config) / ".lock", f"--project {config.project}"):
+        _remove_partial_files(config)
         return _compare(Context.prepare(config, data), rows)
+
+
+def _remove_partial_files(config: CompareConfig) -> None:
+    """Remove what a killed comparison in the same project left; the lock is held, so no other one writes there."""
+    remove_partial_files(cache_folder(config))
+    for folder in Path(config.project).glob(f".{glob.escape(config.name)}.????????"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -117,7 +117,7 @@ def _start(config: TrainConfig) -> EvolveResult:
     folder, is_new = _new_folder(asked)
     set_error_folder(folder)
     try:
-        study = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
+        study, plan = studies.create(folder / studies.FILE, plan, {n: inside(p, space) for n, p in points.items()})
         return SearchRun(study, plan, config, folder).run()
     except UserError:
         if not any(folder.glob("trial*/results.csv")):  # the first training could not start

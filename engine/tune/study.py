@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
@@ -18,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from engine.tune.space import Point, SearchRow, Space
 from utils.errors import ConfigError
-from utils.files import newest_file
+from utils.files import atomic_path, newest_file, remove_partial_files
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -111,8 +112,8 @@ def pruner(epochs: int) -> Any:
     return MedianPruner(n_startup_trials=PRUNE_AFTER, n_warmup_steps=epochs // 3)
 
 
-def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
-    """Create a study.
+def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> tuple[Study, Plan]:
+    """Create a study, complete or not at all, and open it.
 
     Args:
         path: file to create.
@@ -121,15 +122,19 @@ def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> Study:
     """
     import optuna
 
-    study = optuna.create_study(
-        storage=_storage(path), study_name=STUDY, direction="maximize", pruner=pruner(plan.options["epochs"])
-    )
-    for name, point in points.items():
-        study.enqueue_trial(point, user_attrs={"start": name}, skip_if_exists=True)
-    space = [astuple(row) for row in plan.space]
-    for key, value in {"hyp": plan.hyp, "space": space, "target": plan.target, "options": plan.options}.items():
-        study.set_user_attr(key, value)  # options last: they mark the study as complete
-    return study
+    with tempfile.TemporaryDirectory() as folder:
+        built = Path(folder) / FILE
+        storage = _storage(built)
+        study = optuna.create_study(storage=storage, study_name=STUDY, direction="maximize")
+        for name, point in points.items():
+            study.enqueue_trial(point, user_attrs={"start": name}, skip_if_exists=True)
+        space = [astuple(row) for row in plan.space]
+        for key, value in {"hyp": plan.hyp, "space": space, "target": plan.target, "options": plan.options}.items():
+            study.set_user_attr(key, value)
+        storage.engine.dispose()
+        with atomic_path(path) as part:
+            shutil.copyfile(built, part)
+    return load(path)
 
 
 def find(text: str) -> Path:
@@ -212,6 +217,7 @@ def revive(study: Study, folder: Path) -> None:
     """
     import optuna
 
+    remove_partial_files(folder, ".*")  # those of the trials may belong to running processes
     optuna.storages.fail_stale_trials(study)
     oldest = datetime.datetime.now() - datetime.timedelta(seconds=GRACE + WAIT)
     for trial in trials_of(study, "RUNNING"):  # killed before its first heartbeat: fail_stale_trials misses it
@@ -225,4 +231,5 @@ def revive(study: Study, folder: Path) -> None:
         if was_interrupted(trial) and trial.number not in retried and tries < MOST_TRIES:
             again(study, trial)
             shutil.rmtree(folder / f"trial{trial.number}" / "weights", ignore_errors=True)
+            remove_partial_files(folder / f"trial{trial.number}")
             LOGGER.info("trial %d was interrupted: it is queued again", trial.number)
