@@ -43,7 +43,17 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     model.names = dict(checkpoint.names)
     stored = checkpoint.metadata.get("best_conf")
     model.best_conf = float(stored) if isinstance(stored, (int, float)) else None
+    model.trained_imgsz = _trained_imgsz(checkpoint)
+    if checkpoint.source == "own" and model.trained_imgsz is not None:
+        model.default_imgsz = model.trained_imgsz
     return model.float().eval().to(device)
+
+
+def _trained_imgsz(checkpoint: Checkpoint) -> int | None:
+    """Return the side at which a checkpoint was trained if it says so (`imgsz`; `opt.imgsz` of official ones)."""
+    about = checkpoint.metadata if checkpoint.source == "own" else checkpoint.metadata.get("opt")
+    side = about.get("imgsz") if isinstance(about, Mapping) else None
+    return side if type(side) is int and 32 <= side <= 16384 else None
 
 
 def require_rgb(model: DetectionModel) -> None:

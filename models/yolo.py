@@ -46,6 +46,8 @@ class DetectionModel(nn.Module):
         save: slots read by index or level name, in ascending order.
         names: class names by index.
         nc: number of classes.
+        trained_imgsz: side at which its checkpoint was trained, in pixels, None if unknown.
+        default_imgsz: side to use where none is asked for: that of training, 640 for official checkpoints.
         best_conf: confidence threshold with the best F1 in the validation of its checkpoint, None if unknown.
         inplace: `inplace` of the YAML, which has no effect.
         hyp: hyperparameters, for tools that store them here; unused.
@@ -80,6 +82,8 @@ class DetectionModel(nn.Module):
         self.nc = self.spec.num_classes
         self.names = {i: str(i) for i in range(self.nc)}
         self.best_conf: float | None = None
+        self.trained_imgsz: int | None = None
+        self.default_imgsz = 640
         self.inplace = True
         self.hyp: dict[str, Any] = {}
 

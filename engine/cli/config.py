@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from engine.cli.keywords import settled
 from utils.errors import ConfigError, did_you_mean, shown
@@ -70,6 +70,9 @@ HYP_RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+O = TypeVar("O", bound="Options")
+
+
 class Options:
     """Checks that all option dataclasses share.
 
@@ -84,6 +87,12 @@ class Options:
         """Build from the options that were given; all others have their defaults."""
         config = cls(**values)
         object.__setattr__(config, "given", frozenset(values))
+        return config
+
+    def replaced(self: O, **changes: Any) -> O:
+        """Return a copy with some options changed, as `dataclasses.replace`; it keeps `given`."""
+        config = replace(self, **changes)  # type: ignore[type-var]
+        object.__setattr__(config, "given", self.given)
         return config
 
     def is_given(self, name: str) -> bool:

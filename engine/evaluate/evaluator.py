@@ -25,6 +25,7 @@ from engine.evaluate.whole_images import WholeImages
 from engine.predict.inference import NmsSettings
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.runtimes.base import RawRuntime, Runtime
+from engine.runtimes.pytorch import chosen_sides
 from engine.runtimes.registry import choose_weights, open_runtime, split_device
 from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
@@ -261,6 +262,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
         The options as they are used (weights named, size on the grid), the dataset, the detector.
     """
     load_plugins(config.plugin)
+    given = config.is_given("imgsz")
     data = load_data_config(config.data)
     if config.task == "speed":
         config = replace(config, conf_thres=SPEED_CONF, iou_thres=SPEED_IOU, save_json=False)
@@ -285,7 +287,8 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     if not config.single_cls:
         check_classes(runtime.names, data, config.weights[0])
     LOGGER.info("Validating on %s", describe_device(device))
-    return replace(config, imgsz=input_side(config.imgsz, runtime)), data, runtime
+    (side,) = chosen_sides([config.imgsz], given, getattr(runtime, "models", ()))
+    return replace(config, imgsz=input_side(side, runtime)), data, runtime
 
 
 def split_name(config: ValConfig, data: DataConfig) -> str:

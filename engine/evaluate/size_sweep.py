@@ -30,7 +30,7 @@ STUDY_SIDES = tuple(range(256, 1536 + 128, 128))
 
 def speed(config: ValConfig) -> list[EvalResult]:
     """Time each model on its own, with the thresholds of detection (score 0.25, IoU 0.45) and square images."""
-    return [validate(replace(config, weights=[path])) for path in choose_weights(config.weights)]
+    return [validate(config.replaced(weights=[path])) for path in choose_weights(config.weights)]
 
 
 def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, np.ndarray]:

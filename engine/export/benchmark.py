@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from engine.evaluate.evaluator import EvalOptions, check_classes, evaluate
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.exporter import export
 from engine.runtimes.base import Runtime
+from engine.runtimes.pytorch import chosen_sides
 from engine.runtimes.registry import choose_weights, open_runtime
 from models.checkpoint.io import read_checkpoint
 from utils.device import select_device, synchronize
@@ -87,11 +88,12 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
         raise ConfigError("--benchmark: needs --data, a dataset YAML with a 'val:' split")
     default = ExportConfig().include
     include = list(FORMATS) if config.include == default and not (config.int8 or config.half) else config.include
-    exported = export(replace(config, weights=weights, data=data, include=include))
+    exported = export(config.replaced(weights=weights, data=data, include=include))
     device = select_device(config.device)
     runtimes = {EAGER: open_runtime(weights, device)}
     runtimes |= {file.format: open_runtime([str(file.path)], device) for file in exported.exported_files}
-    side = -(-config.imgsz[0] // runtimes[EAGER].stride) * runtimes[EAGER].stride
+    sides = chosen_sides(config.imgsz, config.is_given("imgsz"), getattr(runtimes[EAGER], "models", ()))
+    side = -(-sides[0] // runtimes[EAGER].stride) * runtimes[EAGER].stride
     milliseconds = time_in_turns(runtimes, side)
     dataset = load_data_config(data)
     check_classes(runtimes[EAGER].names, dataset, weights[0])

@@ -33,7 +33,7 @@ from engine.export.wrapper import ExportGraph, GraphShape, reparameterized_copy
 from engine.runtimes.base import Runtime
 from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
-from engine.runtimes.pytorch import grid_of
+from engine.runtimes.pytorch import chosen_sides, grid_of
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime
 from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector
@@ -250,7 +250,8 @@ class Job:
 def input_shape(config: ExportConfig, model: DetectionModel) -> GraphShape:
     """Return the input of the graph, sides rounded up to multiples of the stride with a warning."""
     grid = grid_of(model)
-    asked = config.imgsz[0], config.imgsz[-1]
+    sides = chosen_sides(config.imgsz, config.is_given("imgsz"), [model])
+    asked = sides[0], sides[-1]
     height, width = (-(-side // grid) * grid for side in asked)
     if (height, width) != asked:
         LOGGER.warning("--imgsz %d %d: rounded up to %d %d, multiples of the stride %d", *asked, height, width, grid)

@@ -20,7 +20,7 @@ from engine.predict.detections import Detections
 from engine.predict.inference import NmsSettings, Prepared, infer, prepare
 from engine.predict.predictor import check_classes, input_size
 from engine.runtimes.base import Runtime
-from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, split_device
 from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector, transfer_weights
@@ -105,7 +105,7 @@ class HubModel(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, ims: Any, size: int | Sequence[int] = 640, augment: bool = False) -> Results:
+    def forward(self, ims: Any, size: int | Sequence[int] | None = None, augment: bool = False) -> Results:
         """Detect.
 
         Every image is letterboxed to the smallest rectangle of multiples of the stride, as in `detect.py`: detections
@@ -115,7 +115,8 @@ class HubModel(nn.Module):
             ims: a path, a URL, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL image, a
                 (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor of any device, floating point in
                 0..1 or uint8, which is the input of the network up to padding.
-            size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch.
+            size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch. None:
+                that of the training, 640 for official checkpoints.
             augment: test-time augmentation (checkpoints only).
 
         Raises:
@@ -144,10 +145,13 @@ class HubModel(nn.Module):
         times = (timers[0].total * share, timers[1].total * share, timers[2].total * share)
         return Results([found[k] for k in sorted(found)], self.names, times, shape, self.device)
 
-    def _groups(self, ims: Sequence[Any], size: int | Sequence[int], timer: Profile) -> list[Prepared]:
+    def _groups(self, ims: Sequence[Any], size: int | Sequence[int] | None, timer: Profile) -> list[Prepared]:
         """Group images by the shape of their rectangle, in the order of the first of each group."""
         with timer:
-            wanted = input_size([size] if isinstance(size, int) else list(size), self.runtime)
+            given = [size or 640] if isinstance(size, (int, type(None))) else list(size)
+            wanted = input_size(
+                chosen_sides(given, size is not None, getattr(self.runtime, "models", ())), self.runtime
+            )
             auto = self.runtime.imgsz is None
             together: dict[torch.Size, list[Prepared]] = {}
             for frame in as_frames(ims):

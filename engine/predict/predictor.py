@@ -31,7 +31,7 @@ from engine.predict.progress import Progress
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.predict.writers import FileNames, Outputs, open_outputs, write_image
 from engine.runtimes.base import Runtime
-from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from models.checkpoint.io import strip
 from utils.device import Profile, describe_device, select_device
@@ -92,7 +92,8 @@ def detect(config: DetectConfig) -> DetectReport:
     if config.visualize and config.tile is not None:
         raise ConfigError("--visualize: shows whole images; leave --tile out")
     with open_source(resolve_source(config.source), config.vid_stride) as source:
-        predictor = Predictor(runtime, config, names, input_size(config.imgsz, runtime))
+        sides = chosen_sides(config.imgsz, config.is_given("imgsz"), getattr(runtime, "models", ()))
+        predictor = Predictor(runtime, config, names, input_size(sides, runtime))
         report = predictor.run(source)
     if config.update:
         for path in weights:

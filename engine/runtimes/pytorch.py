@@ -16,6 +16,8 @@ from utils.errors import CheckpointError
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
+SIZE_FACTOR = 1.5
+"""Ratio between the sizes of training and use above which a warning is logged."""
 SMALLEST_GRID = 32  # input sides are multiples of at least this, as in YOLOv5
 
 
@@ -145,3 +147,31 @@ def _different_classes(names: Mapping[tuple[tuple[int, str], ...], str]) -> str:
         return f"{other}: has {len(second)} classes, {path} has {len(first)}; an ensemble needs the same classes"
     a, b = next((a, b) for a, b in zip(first, second) if a != b)
     return f"{other}: class {b[0]} is '{b[1]}', in {path} class {a[0]} is '{a[1]}'; an ensemble needs the same classes"
+
+
+def chosen_sides(sides: Sequence[int], given: bool, models: Sequence[DetectionModel]) -> list[int]:
+    """Return `--imgsz`, or the size at which checkpoints of this project were trained where it is not given.
+
+    Official checkpoints keep 640, as in YOLOv5. A size that differs from that of training is warned about.
+
+    Args:
+        sides: values of `--imgsz`, one or two.
+        given: whether the user chose them.
+        models: of the checkpoints; none for exported files.
+    """
+    trained = [model.trained_imgsz for model in models if model.trained_imgsz is not None]
+    if not trained:
+        return list(sides)
+    if not given:
+        sides = [max(model.default_imgsz for model in models)] * len(sides)
+        LOGGER.info("--imgsz not given: %d is used", sides[0])
+    for side in trained:
+        ratio = max(max(sides) / side, side / max(sides))
+        official = any(model.trained_imgsz == side != model.default_imgsz for model in models)
+        if ratio > SIZE_FACTOR or (official and not given and ratio > 1):
+            name = "opt.imgsz" if official else "imgsz"
+            LOGGER.warning(
+                "--imgsz %d: the checkpoint was trained at %d pixels (its %s); accuracy may be lower: --imgsz %d",
+                max(sides), side, name, side,
+            )  # fmt: skip
+    return list(sides)

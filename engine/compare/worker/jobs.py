@@ -247,7 +247,9 @@ class CandidateJobs:
             sample: images whose detections are returned, too.
             scratch: folder for COCO's files.
         """
-        config, described, runtime = prepare(ValConfig(**options, device=str(self.device), save_json=coco_installed()))
+        config, described, runtime = prepare(
+            ValConfig.from_keywords(**options, device=str(self.device), save_json=coco_installed())
+        )
         annotations = split_annotations(config, described)
         loader = build_loader(config, annotations, runtime, rect=True)
         coco = CocoSink.for_data(described, annotations, described.names) if config.save_json else None
