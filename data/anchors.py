@@ -189,8 +189,9 @@ def _with_area(wh: Sizes) -> Sizes:
 
 def _ratios(wh: Sizes, anchors: Sizes) -> Sizes:
     """(n, k): r of each box with each anchor."""
-    r = wh[:, None] / anchors[None]
-    return np.minimum(r, 1 / r).min(2)
+    with np.errstate(divide="ignore"):  # a side of 0 (not chosen yet) gives r = 0
+        r = wh[:, None] / anchors[None]
+        return np.minimum(r, 1 / r).min(2)
 
 
 def _by_area(anchors: Sizes) -> Sizes:

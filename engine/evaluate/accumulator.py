@@ -24,6 +24,8 @@ from utils.structures import Batch
 LOGGER = logging.getLogger(__name__)
 
 COLUMNS = ("Class", "Images", "Instances", "P", "R", "mAP50", "mAP50-95")
+HEAD = "%15.15s%7s%10s%8s%8s%8s%9s"
+ROW = "%15.15s%7i%10i%8.3f%8.3f%8.3f%9.3f"
 
 
 @dataclass(frozen=True)
@@ -193,15 +195,14 @@ def summarize(tally: Tally) -> EvalResult:
 
 
 def table_head() -> str:
-    """Return the head of the table that `log_table` writes."""
-    return f"{COLUMNS[0]:>22}" + "".join(f"{word:>11}" for word in COLUMNS[1:])
+    """Return the head of the table that `log_table` writes; with a progress bar behind it, it fits 80 columns."""
+    return HEAD % COLUMNS
 
 
 def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> None:
     """Log the line of all classes, and one line per class with labels where there are several."""
-    row = "%22s" + "%11i" * 2 + "%11.3g" * 4
     instances = int(result.nt.sum())
-    LOGGER.info(row, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
+    LOGGER.info(ROW, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
     if not instances:
         LOGGER.warning("there are no labels: mAP is undefined and reported as 0")
     elif per_class:
@@ -209,4 +210,4 @@ def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> 
     if per_class and len(names) > 1:
         for k, c in enumerate(result.classes.tolist()):
             figures = result.p[k], result.r[k], result.ap50[k], result.ap[k]
-            LOGGER.info(row, names.get(c, c), result.images, result.nt[c], *figures)
+            LOGGER.info(ROW, names.get(c, c), result.images, result.nt[c], *figures)

@@ -163,8 +163,9 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     labels = [record.labels for record in records]
     class_factors = class_loss_weights(hyp.class_weights, data.names, labels, config.hyp)
     _log_class_factors(class_factors, data)
-    if not config.noautoanchor and not resumed:
-        _fit_anchors(model, annotations[0], config, hyp)
+    sizes = model.head.anchor_sizes
+    if sizes is not None and not resumed and not (config.noautoanchor and (sizes > 0).all()):  # 0: not chosen yet
+        _fit_anchors(model, sizes, annotations[0], config, hyp)
     unfrozen = resumed is not None and 0 < config.freeze_epochs <= resumed.epoch + 1
     frozen = _freeze(model, config, set() if unfrozen else frozen_names)
     loader, val_loader = _loaders(config, hyp, world, annotations, grid)
@@ -365,11 +366,10 @@ def _run_folder(config: TrainConfig, world: World) -> Path:
     return folder
 
 
-def _fit_anchors(model: DetectionModel, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters) -> None:
+def _fit_anchors(
+    model: DetectionModel, sizes: torch.Tensor, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters
+) -> None:
     """Check how well the anchors fit the labels; replace them by fitted ones where they do not."""
-    sizes = model.head.anchor_sizes
-    if sizes is None:
-        return
     report = check_anchors(train_set.records, sizes.cpu().numpy(), config.imgsz, thr=hyp.anchor_t, seed=config.seed)
     LOGGER.info("%s", report)
     if report.changed:

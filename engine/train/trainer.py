@@ -54,6 +54,20 @@ from utils.metrics import fitness
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
+COLUMNS = 79  # of a terminal line, less one for the cursor
+TABLE = "%9s%9s%10s%10s%10s%10s%6s"
+BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining}"
+LEARNED_NOTHING = 0.01
+"""Fitness of the best epoch below which a training has learned nothing that can be used."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time as people read it, such as `1 h 02 min 05 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min {rest:02d} s"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 @dataclass
@@ -185,7 +199,8 @@ class Trainer:
                     if stop:
                         break
                     self._exit_if_requested(epoch + 1)
-            LOGGER.info("%d epochs in %.3f hours", done - start, (time.time() - begin) / 3600)
+            resumed = f" (of {done}; resumed after {start})" if start else ""
+            LOGGER.info("%d epochs%s in %s", done - start, resumed, duration(time.time() - begin))
             return self._finish(done)
 
     def _open_run(self) -> None:
@@ -235,7 +250,7 @@ class Trainer:
         total = len(loader)
         bar = tqdm(
             prefetch(loader, self.device), total=total, initial=progress.batches,
-            disable=not is_main_process(), bar_format="{l_bar}{bar:10}{r_bar}",
+            disable=not is_main_process(), bar_format=BAR, ncols=COLUMNS,
         )  # fmt: skip
         settings = self.schedule.at(epoch * total + max(total - 1, 0), epoch)
         self.optimizer.zero_grad()
@@ -262,13 +277,13 @@ class Trainer:
 
     def _columns(self) -> str:
         losses = (f"{name}_loss" for name in self.criterion.names)
-        return "".join(f"{word:>11}" for word in ("Epoch", "GPU_mem", *losses, "Instances", "Size"))
+        return TABLE % ("Epoch", "GPU_mem", *losses, "Instances", "Size")
 
     def _describe(self, epoch: int, instances: int, size: int) -> str:
         losses = self.progress.mean()
         memory = torch.cuda.max_memory_reserved(self.device) / 2**30 if self.device.type == "cuda" else 0.0
         cells = [f"{epoch}/{self.config.epochs - 1}", f"{memory:.3g}G", *(f"{v:.4g}" for v in losses), instances, size]
-        return "".join(f"{cell:>11}" for cell in cells)
+        return TABLE % tuple(cells)
 
     def _validate(self, epoch: int) -> EvalResult | None:
         """Validate the EMA of rank zero, with losses; each rank evaluates its batches. Rank zero gets the result.
@@ -315,6 +330,13 @@ class Trainer:
         metrics = self._validate_best(best)
         if is_main_process():
             self.logs.finish()
+            if metrics is not None and metrics.nt.sum() and self.early_stopping.best_fitness < LEARNED_NOTHING:
+                LOGGER.warning(
+                    "The detector has learned nothing yet (mAP50 %.4f). Likely reasons: too few steps (%d epochs of %d "
+                    "batches: more --epochs, --weights of a trained model); labels that do not fit the images (look at "
+                    "train_batch0.jpg, run python -m data.check); objects too small at %d pixels (a larger --imgsz)",
+                    metrics.map50, epochs, len(self.data.loader), self.config.imgsz,
+                )  # fmt: skip
             LOGGER.info("Results saved to %s", folder)
         best_or_none = best if best.is_file() else None
         return TrainResult(folder, best_or_none, last, metrics, epochs, self.early_stopping.best_fitness)

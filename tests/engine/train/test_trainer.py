@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -9,10 +11,12 @@ import torch
 import train as train_script
 from data.config import load_data_config
 from engine.cli.config import TrainConfig
+from engine.devices.distributed import World
 from engine.loggers.run_logger import CsvLog
 from engine.train import trainer as trainer_module
+from engine.train.setup import build_parts
 from engine.train.step import multi_scale
-from engine.train.trainer import train
+from engine.train.trainer import duration, train
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.training import TINY, assert_equal_runs, config, interrupt_at, rows
 from tests.parity import rules
@@ -194,3 +198,51 @@ def test_model_of_gray_images_is_refused_before_training(project, capsys):
     (project / "gray.yaml").write_text(f"ch: 1\n{text}")
     with pytest.raises(SpecError, match=r"gray.yaml:1: ch is 1; images are read with 3 channels"):
         train(config(project, cfg=str(project / "gray.yaml"), epochs=1))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.4, "4 s"), (59.6, "1 min 00 s"), (158, "2 min 38 s"), (3725, "1 h 02 min 05 s")]
+)
+def test_duration_names_hours_minutes_seconds(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize("head", ["anchor", "free"])
+def test_console_fits_80_columns(project, capsys, caplog, head):
+    caplog.set_level("INFO")
+    train(config(project, epochs=1, head=head))
+    bars = [part for part in re.split(r"[\r\n]", capsys.readouterr().err) if re.search(r"\d% ?[|0-9]", part)]
+    lines = [line for record in caplog.records for line in record.getMessage().split("\n")]
+    tables = [line for line in lines if line.split()[:1] in (["Epoch"], ["all"], ["circle"])]
+    shown = [bar for bar in bars if not bar.startswith(("drawing", "verifying"))] + tables
+    assert any("%|" in bar for bar in bars) and any("mAP50-95" in bar for bar in bars) and len(tables) >= 3
+    assert max(map(len, shown)) < 80
+    losses = "box_loss  obj_loss" if head == "anchor" else "box_loss  cls_loss  dfl_loss"
+    assert any(losses in line for line in tables)
+
+
+def test_training_that_learned_nothing_says_why(project, caplog):
+    train(config(project, epochs=1))
+    assert "learned nothing yet" in caplog.text and "too few steps (1 epochs of 3 batches" in caplog.text
+
+
+def test_time_after_a_resume_counts_the_epochs_of_this_session(project, monkeypatch, caplog):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, epochs=3, name="cut"))
+    caplog.set_level("INFO")
+    train(TrainConfig.from_keywords(resume=str(project / "runs/cut/weights/last.pt")))
+    assert "2 epochs (of 3; resumed after 1) in " in caplog.text
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_head_without_anchors_gets_fitted_ones_even_without_the_check(project, monkeypatch):
+    monkeypatch.setattr("data.anchors.trange", lambda count, **_: range(min(count, 20)))
+    model_yaml = TINY.replace(TINY[TINY.index("anchors:") : TINY.index("backbone:")], "").replace(
+        "Detect, [nc, anchors]", "AnchorFreeDetect, [nc]"
+    )
+    (project / "free.yaml").write_text(model_yaml)
+    options = config(project, cfg=str(project / "free.yaml"), head="anchor", noautoanchor=True)
+    sizes = build_parts(options, None, torch.device("cpu"), World()).model.model.head.anchor_sizes
+    assert sizes is not None and bool((sizes > 0).all())
