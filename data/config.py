@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
-from data.formats.detect_format import AnnotatedSource, Source, class_names, recognise
+from data.formats.detect_format import AnnotatedSource, Source, class_names, recognize
 from data.shapes import ShapesRecipe, ensure, parse_shapes
 from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import ROOT, expand_user, find_file, folder_names
@@ -92,7 +92,7 @@ class DataConfig:
         if missing:
             raise DataError(self._missing(name, missing))
         folders = [self.images[name]] if self.images and name in self.images else []
-        return tuple(recognise(path, self.classes, folders, self.root, name) for path in paths)
+        return tuple(recognize(path, self.classes, folders, self.root, name) for path in paths)
 
     def _missing(self, name: str, missing: list[Path]) -> str:
         where = f"{self.file}:{(self.lines or {}).get(name, 1)}"
@@ -240,7 +240,7 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
 
 def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path]) -> list[AnnotatedSource]:
     """Return the sources whose annotations name their classes."""
-    found = [recognise(p, None, [images[name]] if name in images else ()) for name in splits for p in splits[name]]
+    found = [recognize(p, None, [images[name]] if name in images else ()) for name in splits for p in splits[name]]
     return [source for source in found if isinstance(source, AnnotatedSource)]
 
 

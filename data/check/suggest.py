@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data.config import MAX_CLASSES, DataConfig, load_data_config
-from data.formats.detect_format import AnnotatedSource, recognise
+from data.formats.detect_format import AnnotatedSource, recognize
 from data.images import IMAGE_SUFFIXES
 from data.labels.labels import load_annotations, refuse_unreadable
 from utils.errors import DataError
@@ -63,7 +63,7 @@ def suggest(path: Path) -> dict[str, Any]:
         whole = [entry for entry in entries if entry.endswith(".json")]
         splits = {"train": next((entry for entry in whole if _usable(path / entry)), "."), **splits}
     content = {"path": str(path), **splits}
-    source = recognise(path / splits["train"], root=path, split="train")
+    source = recognize(path / splits["train"], root=path, split="train")
     return content if isinstance(source, AnnotatedSource) else {**content, "names": _names(path, source)}
 
 
@@ -84,7 +84,7 @@ def _usable(path: Path) -> bool:
     """Whether a path holds images, is a COCO file or a list of images."""
     if os.path.isdir(path):
         return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for *_, files in os.walk(path) for name in files)
-    if isinstance(recognise(path), AnnotatedSource) and path.suffix.lower() != ".json":
+    if isinstance(recognize(path), AnnotatedSource) and path.suffix.lower() != ".json":
         return True
     try:
         text = read_text(path, limit=2**33)

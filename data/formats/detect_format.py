@@ -82,7 +82,7 @@ class Listed:
     read: Reader
 
 
-def recognise(
+def recognize(
     path: Path,
     classes: Sequence[str] | None = None,
     folders: Sequence[Path] = (),

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data.formats.detect_format import AnnotatedSource, Listed, Source, find_folder, images, plain, recognise
+from data.formats.detect_format import AnnotatedSource, Listed, Source, find_folder, images, plain, recognize
 from data.formats.voc import UnknownClassError
 from data.formats.yolo import ImageRecord, LabelFile, label_path, read_labels
 from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
@@ -132,7 +132,7 @@ def load_annotations(
     Raises:
         DataError: a source is missing, no image found, none usable, no labels at all, or an unknown class.
     """
-    known = [source if isinstance(source, AnnotatedSource) else recognise(Path(source)) for source in sources]
+    known = [source if isinstance(source, AnnotatedSource) else recognize(Path(source)) for source in sources]
     listed, repeated, notes = _list(known)
     if not listed:
         kinds = ", ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES))
@@ -191,7 +191,7 @@ def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
     Raises:
         DataError: a source is missing, not readable, or neither a folder, a list, annotations nor an image.
     """
-    found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognise(Path(s)) for s in sources])
+    found, repeated, _ = _list([s if isinstance(s, AnnotatedSource) else recognize(Path(s)) for s in sources])
     return {path: listed.origin for path, listed in found.items()}, repeated
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from engine.cli.keywords import settled
+from models.build.spec import HEADS
 from utils.errors import ConfigError, did_you_mean, shown
 from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
@@ -160,7 +161,7 @@ class TrainConfig(Options):
     data: str = option("data/shapes.yaml", "dataset YAML")
     head: str | None = option(
         None, "replace the head of the model YAML: anchor (Detect) or free (AnchorFreeDetect)",
-        choices=(None, "anchor", "free"),
+        choices=(None, *HEADS),
     )  # fmt: skip
     hyp: str = option(
         "", "hyperparameter YAML; '' = hyp.scratch-low.yaml for the anchor head, hyp.auto.yaml for the anchor-free one"

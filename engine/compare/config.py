@@ -7,11 +7,12 @@ from typing import Any
 
 from engine.cli.config import IMGSZ_NAMES, MANY, OPTIMIZERS, OPTIONAL, Options, flag, option
 from engine.export.config import FORMATS, require_packages
+from models.build.spec import HEADS
 from utils.errors import ConfigError, did_you_mean
 
 PYTORCH = "pytorch"
 RUNTIMES = (PYTORCH, *FORMATS)
-HEAD_KINDS = ("anchor", "free")
+HEAD_KINDS = tuple(HEADS)
 # Options of the training recipe; part of the key of a stored training.
 RECIPE = ("epochs", "imgsz", "batch_size", "hyp", "optimizer", "cos_lr", "amp", "cache")
 

@@ -23,7 +23,7 @@ DPI = 130
 MIN_AREA, MAX_AREA = 60.0, 1400.0  # of markers, in square points
 STAGE_COLORS = {"preprocess": "#8da0cb", "forward": "#4878a8", "nms": "#e0a058"}
 BLUE, LIGHT, GRAY, FRONT, PICKED = "#4878a8", "0.8", "0.55", "#c0392b", "#2e8b57"
-MARKERS = {None: "o", "anchor": "o", "free": "s"}
+MARKERS = {None: "o", "anchor": "o", "free": "s"}  # a diamond for other heads
 GAP = 4.0  # pixels between a label and what it must not touch
 RINGS = 24  # distances at which a label is tried
 DIRECTIONS = ((1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
@@ -99,7 +99,7 @@ def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Lim
     for label in sorted(ranges, key=lambda label: -areas[label]):  # small markers on top
         color = PICKED if label == pick.label else FRONT if label in members else GRAY
         (x, y), box = centers[label], ranges[label]
-        marker, alpha = MARKERS[points[label].head], 0.35 if pick.misses.get(label) else 0.8
+        marker, alpha = MARKERS.get(points[label].head, "D"), 0.35 if pick.misses.get(label) else 0.8
         axes.scatter([x], [y], s=areas[label], color=color, marker=marker, linewidths=0, zorder=2, alpha=alpha)
         axes.plot([box.x0, box.x1], [y, y], [x, x], [box.y0, box.y1], color="0.2", lw=0.8, zorder=3)
     _set_limits(axes, list(ranges.values()), has_accuracy)
@@ -169,7 +169,7 @@ def _write_legend(figure: Figure, axes: Axes, heads: Sequence[str | None]) -> No
     """Write the legend below the axes: front, limit, and the markers of the heads."""
     handles = list(axes.get_legend_handles_labels()[0])
     handles += [
-        Line2D([], [], color=GRAY, ls="", marker=MARKERS[head], ms=9, label=f"{head} head")
+        Line2D([], [], color=GRAY, ls="", marker=MARKERS.get(head, "D"), ms=9, label=f"{head} head")
         for head in dict.fromkeys(heads)
         if head
     ]

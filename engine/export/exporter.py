@@ -199,14 +199,19 @@ class Job:
     def _write(self, name: str, path: Path) -> None:
         about = {**self.metadata.about, "versions": json.dumps(self._versions(name))}
         metadata = replace(self.metadata, about=about)
-        if name == "torchscript":
-            save_torchscript(self._traceable(self.config.half), path, metadata, self.shape)
-        elif name == "onnx":
-            save_onnx(self._onnx(self.config.half), path, metadata, self.shape)
-        else:
-            path.mkdir()
-            # OpenVINO converts the weights itself: it gets the float32 graph.
-            save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
+        writers = {"torchscript": self._write_torchscript, "onnx": self._write_onnx, "openvino": self._write_openvino}
+        writers[name](path, metadata)
+
+    def _write_torchscript(self, path: Path, metadata: Metadata) -> None:
+        save_torchscript(self._traceable(self.config.half), path, metadata, self.shape)
+
+    def _write_onnx(self, path: Path, metadata: Metadata) -> None:
+        save_onnx(self._onnx(self.config.half), path, metadata, self.shape)
+
+    def _write_openvino(self, path: Path, metadata: Metadata) -> None:
+        path.mkdir()
+        # OpenVINO converts the weights itself: it gets the float32 graph.
+        save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
 
     def _versions(self, name: str) -> dict[str, str]:
         """Return the versions of the packages involved."""

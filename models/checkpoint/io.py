@@ -119,7 +119,7 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
             kept = "; the earlier file is unchanged" if Path(path).is_file() else ""
             raise CheckpointError(f"{path}: cannot be written ({free:.0f} MiB are free on its disk){kept}") from error
         written = torch.load(temporary, map_location="cpu", weights_only=True)
-        lost = [key for key, value in values.items() if _polygon(written.get(key)) != _polygon(value)]
+        lost = [key for key, value in values.items() if _fingerprint(written.get(key)) != _fingerprint(value)]
         if lost:
             raise CheckpointError(f"{path}: '{lost[0]}' was not stored as it was given; nothing was written")
     return Path(path)
@@ -207,12 +207,12 @@ def _storable(value: object, key: str, where: str) -> Any:  # noqa: ANN401 (of t
     raise CheckpointError(f"{where}: '{key}' is a {type(value).__name__}, not a plain value or a tensor")
 
 
-def _polygon(value: object) -> object:
+def _fingerprint(value: object) -> object:
     """Return `value` with shape and dtype for tensors and text for plain values (NaN equals itself), to compare by."""
     if isinstance(value, Tensor):
         return value.shape, value.dtype
     if isinstance(value, dict):
-        return [(key, _polygon(entry)) for key, entry in value.items()]
+        return [(key, _fingerprint(entry)) for key, entry in value.items()]
     if isinstance(value, (list, tuple)):
-        return type(value), [_polygon(entry) for entry in value]
+        return type(value), [_fingerprint(entry) for entry in value]
     return type(value), repr(value)

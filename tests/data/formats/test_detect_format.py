@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from data.config import load_data_config
-from data.formats.detect_format import AnnotatedSource, recognise
+from data.formats.detect_format import AnnotatedSource, recognize
 from data.labels import labels
 from tests.helpers.annotation_files import (
     CATEGORIES,
@@ -90,7 +90,7 @@ def test_cache_follows_annotations_and_names(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(labels, "verify", lambda *args: (verified.append(args[0]), original(*args))[1])
     load(file)
     assert not verified
-    renamed = recognise(file, ["cat", "dog", "ant"])
+    renamed = recognize(file, ["cat", "dog", "ant"])
     assert load(renamed).records[0].labels[0, 0] == 0 and len(verified) == 2  # another numbering, another cache
     verified.clear()
     content = json.loads(file.read_text())
@@ -121,13 +121,13 @@ def test_xml_beside_images_is_read_but_not_where_label_files_are(tmp_path: Path)
     image_file(tmp_path / "images/train/a.jpg")
     voc_file(tmp_path / "images/train/a.xml", voc_object("dog", 6, 4, 18, 12))
     image_file(tmp_path / "images/train/b.jpg")
-    source = recognise(tmp_path / "images/train")
+    source = recognize(tmp_path / "images/train")
     assert isinstance(source, AnnotatedSource) and source.kind == "voc"
     result = load(source)
     assert [len(r.labels) for r in result.records] == [1, 0]
     (tmp_path / "labels/train").mkdir(parents=True)
     (tmp_path / "labels/train/a.txt").write_text("2 0.5 0.5 0.1 0.1\n")
-    assert recognise(tmp_path / "images/train") == tmp_path / "images/train"
+    assert recognize(tmp_path / "images/train") == tmp_path / "images/train"
     assert load(tmp_path / "images/train").records[0].labels[0, 0] == 2
 
 
@@ -146,7 +146,7 @@ def test_image_that_the_xml_names_wins_over_a_mask_of_its_stem(tmp_path: Path, l
     for name in ("x.bmp", "x.jpg", "x.png"):
         image_file(images / name)
     voc_file(xmls / "x.xml", voc_object("ant", 1, 1, 9, 9))  # names x.jpg
-    found = load(recognise(tmp_path, ["ant"]))
+    found = load(recognize(tmp_path, ["ant"]))
     assert [(record.path.name, len(record.labels)) for record in found.records] == [("x.jpg", 1)]
 
 
@@ -200,11 +200,11 @@ def test_coco_images_are_searched_only_where_no_folder_has_them(tmp_path: Path) 
     image_file(tmp_path / "set/other/a.jpg")
     image_file(tmp_path / "set/other/b.jpg")
     (tmp_path / "set/b.jpg").unlink()
-    report = load(recognise(file)).report  # one image is missing: the other folder is not taken for it
+    report = load(recognize(file)).report  # one image is missing: the other folder is not taken for it
     assert (report.images, report.corrupt) == (2, 1)
     (tmp_path / "set/a.jpg").unlink()
-    assert {record.path.parent.name for record in load(recognise(file)).records} == {"other"}
-    explicit = recognise(file, None, [tmp_path / "set"])
+    assert {record.path.parent.name for record in load(recognize(file)).records} == {"other"}
+    explicit = recognize(file, None, [tmp_path / "set"])
     with pytest.raises(DataError, match="none of 2 images can be used"):
         load(explicit)
 
@@ -225,4 +225,4 @@ def test_coco_file_names_with_folders_stay_apart(tmp_path: Path) -> None:
     images = [image(1, "x/a.jpg"), image(2, "y/a.jpg")]
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)], images=images)
     with pytest.raises(DataError, match="none of 2 images can be used"):
-        load(recognise(file))  # a.jpg could be either
+        load(recognize(file))  # a.jpg could be either

@@ -10,7 +10,7 @@ import pytest
 
 from data.config import load_data_config
 from data.formats import voc
-from data.formats.detect_format import AnnotatedSource, recognise
+from data.formats.detect_format import AnnotatedSource, recognize
 from tests.helpers.annotation_files import (
     XML,
     image_file,
@@ -77,7 +77,7 @@ def test_numbers_of_xml_are_ascii_decimals(tmp_path: Path, value: str) -> None:
     voc_file(tmp_path / "y.xml", voc_object("ant", 1, 1, 9, 9))
     path = voc_file(tmp_path / "x.xml", voc_object("ant", 1, 1, 9, 9))
     path.write_text(path.read_text().replace("<xmin>1<", f"<xmin>{value}<"))
-    assert load(recognise(tmp_path, ["ant"])).report.corrupt == 1
+    assert load(recognize(tmp_path, ["ant"])).report.corrupt == 1
 
 
 ENTITIES = "".join(f'<!ENTITY a{k} "{f"&a{k - 1};" * 10}">' for k in range(1, 9))
