@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -233,7 +234,7 @@ class Predictor:
         return report
 
     def _loop(self, feed: Feed[Prepared], drain: Drain[tuple[Detections, NDArray[np.uint8] | None]]) -> None:
-        with Progress(self.names, self.config.vid_stride) as progress:
+        with closing(Progress(self.names, self.config.vid_stride)) as progress:
             for prepared in feed:
                 for number, found in enumerate(self.predict(prepared)):
                     drawn = annotated(found, self.style) if self.config.view_img else None

@@ -6,7 +6,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
-from types import TracebackType
 
 import numpy as np
 from tqdm import tqdm
@@ -20,7 +19,7 @@ VIDEO_LINE_S = 10.0  # where standard error is not a terminal: lines instead of 
 
 
 class Progress:
-    """Logs each processed frame; a context manager, so that the bar of an unfinished video is closed.
+    """Logs each processed frame; to be closed, so that the bar of an unfinished video is.
 
     Args:
         names: class names by number.
@@ -37,7 +36,7 @@ class Progress:
         """Log a frame, or advance the bar of its video."""
         frame = found.frame
         if self._video is not None and self._video.frame.number != frame.number:
-            self._end_video()
+            self.close()
         if frame.kind == "image":
             LOGGER.info("image %d/%d %s: %s", frame.number, frame.total, frame.origin, describe(found, self._names))
         elif frame.kind == "video":
@@ -54,18 +53,11 @@ class Progress:
         self._last_line[key] = now
         return True
 
-    def _end_video(self) -> None:
+    def close(self) -> None:
+        """Close the bar of a video, and log its summary."""
         if self._video is not None:
             self._video.finish()
             self._video = None
-
-    def __enter__(self) -> Progress:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._end_video()
 
 
 class _Video:
