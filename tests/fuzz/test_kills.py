@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -62,13 +62,16 @@ def finish(command: list[str]) -> None:
 def kill_when(command: list[str], started: Callable[[], bool], delay: float) -> bool:
     """Kill a command and its children `delay` seconds after `started` is true; return whether it was still running."""
     quiet = subprocess.DEVNULL
-    with subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet, start_new_session=True) as process:
+    with subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet) as process:
         while process.poll() is None and not started():
             time.sleep(0.005)
         time.sleep(delay)
         running = process.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            agent = psutil.Process(process.pid)
+            for one in (agent, *agent.children(recursive=True)):  # torchrun's processes have sessions of their own
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
     return running
 
 
