@@ -194,7 +194,7 @@ def construct(layer: type[nn.Module], bound: Arguments) -> nn.Module:
         return layer(**values)
     except SpecError:
         raise
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, AssertionError) as error:  # the last: attention
         reason = str(error).splitlines()[0]
         raise SpecError(f"cannot be built with {_plain(tuple(values.values()))}: {reason}") from error
 

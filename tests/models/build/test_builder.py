@@ -263,6 +263,8 @@ CASES = [
      "16 input and 24 output channels; at stride 1 the shortcut needs equal numbers"),
     (C3, "[-1, 1, TransformerBlock, [24, 16, 4, 2]]", "my.yaml:6: row 2 (TransformerBlock): argument 1 (c1) is 24; "
      "the input has 16 channels"),
+    (C3, "[-1, 1, TransformerBlock, [16, 3, 1]]", "my.yaml:6: row 2 (TransformerBlock): cannot be built with "
+     "[16, 16, 3, 1]: embed_dim must be divisible by num_heads"),
     (C3, "[-1, 1, Expand, [3]]",
      "my.yaml:6: row 2 (Expand): 16 input channels; a multiple of 9 is needed for gain 3"),
     (C3, "[-1, 1, nn.BatchNorm2d, [1, 2]]", "my.yaml:6: row 2 (nn.BatchNorm2d): 2 arguments are given; it takes none "
