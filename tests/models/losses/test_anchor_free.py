@@ -300,3 +300,11 @@ def test_paired_ciou_and_its_gradient_equal_bbox_iou():
     iou.sum().backward()
     expected.sum().backward()
     torch.testing.assert_close(corners.grad, same.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_loss_under_autocast_is_that_in_float32():
+    targets = random_targets(12, 3)
+    plain = criterion(16)(raw_levels(16), targets).parts
+    with torch.autocast("cpu", torch.bfloat16):
+        under = criterion(16)(raw_levels(16), targets).parts
+    torch.testing.assert_close(under, plain, rtol=0, atol=0)
