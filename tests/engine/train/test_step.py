@@ -11,12 +11,16 @@ import yaml
 
 from engine.cli.config import TrainConfig
 from engine.cli.parser import run_main
+from engine.devices.distributed import World
 from engine.train.autobatch import CPU_BATCH, choose_batch, largest_batch
-from engine.train.step import MAX_SKIPPED, restore_statistics
+from engine.train.ema import ModelEma
+from engine.train.freeze import Frozen
+from engine.train.setup import ModelParts
+from engine.train.step import MAX_SKIPPED, TrainStep, restore_statistics
 from engine.train.trainer import Trainer, train
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.detectors import build
-from tests.helpers.training import config, poison, rows
+from tests.helpers.training import config, detection_loss, poison, rows
 from utils.errors import TrainingError
 from utils.files import ROOT
 
@@ -105,3 +109,32 @@ def test_largest_batch(batches, used, capacity, chosen) -> None:
 
 def test_batch_on_a_cpu() -> None:
     assert choose_batch(build("yolov5"), 64, torch.device("cpu"), None, 10) == CPU_BATCH
+
+
+def prepared_step(**options: Any) -> TrainStep:
+    """A training step of a small detector on the CPU."""
+    model = build("yolov5").train()
+    parts = ModelParts(model, ModelEma(model), Frozen(), detection_loss(model), 32)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    return TrainStep(parts, optimizer, TrainConfig(imgsz=64, **options), 10.0, torch.device("cpu"), World())
+
+
+IMAGES = torch.full((2, 3, 64, 64), 99, dtype=torch.uint8)
+TARGETS = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 0, 0.4, 0.6, 0.2, 0.2]])
+
+
+def test_step_starts_the_next_one_without_gradients() -> None:
+    step = prepared_step()
+    step.backward(IMAGES, TARGETS, (0, 0))
+    assert any(p.grad is not None for p in step.model.parameters())
+    step.step()
+    assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_multi_scale_draws_a_size_for_every_batch_and_epoch() -> None:
+    step = prepared_step(multi_scale=True)
+    sizes = {place: step.backward(IMAGES, TARGETS, place)[1] for place in [(e, i) for e in (0, 1) for i in range(6)]}
+    for epoch in (0, 1):
+        assert len({sizes[epoch, i] for i in range(6)}) > 1
+    assert [sizes[0, i] for i in range(6)] != [sizes[1, i] for i in range(6)]
+    assert all(32 <= size <= 96 and size % 32 == 0 for size in sizes.values())
