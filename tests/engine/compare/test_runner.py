@@ -203,7 +203,8 @@ def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
 def test_worker_survives_out_of_memory_and_ends_with_its_connection(place, tmp_path):
-    (tmp_path / "huge.yaml").write_text(TINY.format(width=400))
+    text = TINY.format(width=10).replace("[64, 3, 2]", "[640, 3, 2]").replace("[128, 3, 2]", "[1280, 3, 2]")
+    (tmp_path / "huge.yaml").write_text(text)
     with worker(tmp_path / "huge.yaml", tmp_path, memory=2e9) as process:
         for _ in range(2):
             with pytest.raises(JobFailedError, match="^out of memory .*MB more") as error:
