@@ -185,9 +185,8 @@ class Trainer:
         """Train from the first epoch to the last, then validate the best weights."""
         start = self.run.start_epoch
         if self.run.resumed is not None and self.run.resumed.train is not None:
-            own = self.state_dict()
             with damage_reported(self.run.resumed.path):
-                self.load_state_dict(self.run.resumed.train, own)
+                self.load_state_dict(self.run.resumed.train)
         if is_main_process():
             self._open_run()
         done, begin = start, time.time()
@@ -414,18 +413,18 @@ class Trainer:
             "others": gather(own, self.world)[1:],
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned on rank zero.
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned on rank zero; every rank must call it.
 
         A rank that the interrupted run did not have keeps its own random number generators.
 
         Args:
             state: of the checkpoint.
-            own: what `state_dict` returns now.
 
         Raises:
             ValueError: a damaged state.
         """
+        own = self.state_dict()
         others, rank = state.get("others", []), self.world.rank
         if rank > 0:
             state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": own["rng"]})}

@@ -50,8 +50,8 @@ def test_what_amp_means(amp, half, device, dtype, monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("amp", "half", "words"),
     [
-        ("off", True, "--half: means float16, and --amp off something else"),
-        ("bf16", True, "--half: means float16, and --amp bf16 something else"),
+        ("off", True, "--half: means float16, which contradicts --amp off"),
+        ("bf16", True, "--half: means float16, which contradicts --amp bf16"),
         ("fp16", False, "--amp fp16: not on a CPU"),
     ],
 )
@@ -68,7 +68,7 @@ def test_exported_files_have_their_own_precision(amp, suffix, tmp_path: Path, mo
     file.write_bytes(b"")
     monkeypatch.setattr("engine.runtimes.registry.OPENERS", {suffix: lambda *_: "opened"})
     if amp == "bf16":
-        with pytest.raises(ConfigError, match=rf"--amp bf16: needs a \.pt file; .*x\{suffix} has the precision"):
+        with pytest.raises(ConfigError, match=rf"--amp bf16: needs a \.pt file; .*x\{suffix} keeps the precision"):
             open_runtime([str(file)], CPU, amp=amp)
     else:
         assert open_runtime([str(file)], CPU, amp=amp) == "opened"
