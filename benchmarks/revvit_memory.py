@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.report import machine, markdown_table, write_results
-from engine.compare.measure.detector import addresses, kept_for_backward
+from engine.compare.measure.detector import kept_for_backward
 from models.backbones.revvit import RevViT, RevViTArchitecture
 
 DEPTHS = (6, 12, 24, 48)
@@ -32,7 +32,7 @@ FORMS = {"reversible": False, "plain": True}  # name -> no_custom_backward
 
 def kept_bytes(model: RevViT, image: Tensor) -> int:
     """Return the bytes that autograd saves in a forward pass of `model.forward_features`, parameters not included."""
-    return kept_for_backward(lambda: model.forward_features(image), addresses(model))
+    return kept_for_backward(lambda: model.forward_features(image), model)
 
 
 def training_step(model: RevViT, image: Tensor) -> tuple[float, int | None]:

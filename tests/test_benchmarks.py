@@ -1,9 +1,12 @@
-"""Tests of the summary that benchmarks/recipes.py writes."""
+"""Tests of benchmarks: all import, and the summary that recipes.py writes."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from benchmarks.recipes import PLAN, family_yaml, summary
 from models.yolo import DetectionModel
+from utils.files import ROOT
 
 
 def test_summary_has_mean_and_range_over_seeds() -> None:
@@ -19,3 +22,10 @@ def test_every_family_of_the_plan_builds(tmp_path) -> None:
         model = DetectionModel(family_yaml(name, tmp_path), nc=3)
         assert model.stride.tolist() == [8, 16, 32]
         assert sum(p.numel() for p in model.parameters()) < 5e6
+
+
+def test_every_benchmark_imports() -> None:
+    names = [path.stem for path in (ROOT / "benchmarks").glob("*.py") if path.stem != "__init__"]
+    assert len(names) > 10
+    for name in names:
+        import_module(f"benchmarks.{name}")
