@@ -21,6 +21,9 @@ from utils.errors import ConfigError, DataError, UserError, did_you_mean
 
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
+PART = ".part-"
+"""In the names of temporary files of `atomic_path`."""
+
 MAX_TEXT = 2**26
 """Bytes of a text file that are read."""
 
@@ -66,7 +69,7 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
     """
     final = Path(final)
     make_folder(final.parent)
-    handle, name = tempfile.mkstemp(prefix=f".{final.stem}.", suffix=final.suffix, dir=final.parent)
+    handle, name = tempfile.mkstemp(prefix=f".{final.stem}{PART}", suffix=final.suffix, dir=final.parent)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -129,7 +132,7 @@ def remove_partial_files(folder: Path, pattern: str = "**/.*") -> None:
         pattern: of the files; by default those of its subfolders, too.
     """
     for path in folder.glob(pattern):
-        if re.fullmatch(r"\..+\.[a-z0-9_]{8}(\.\w+)?", path.name) and path.is_file():
+        if re.fullmatch(rf"\..+{re.escape(PART)}[a-z0-9_]{{8}}(\.\w+)?", path.name) and path.is_file():
             path.unlink()
 
 

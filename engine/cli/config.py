@@ -223,6 +223,10 @@ class TrainConfig(Options):
         "a sixth of the epochs", int, low=-1,
     )  # fmt: skip
     compile: bool = flag("compile the network with torch.compile for training")
+    channels_last: str = option(
+        "auto", "memory format channels_last in training; auto = on, but for networks that crash in it on a CPU",
+        choices=("auto", "on", "off"),
+    )  # fmt: skip
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
     local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch.func import functional_call
 
+from models.build.dry_run import call_on_meta
 from models.yolo import DetectionModel
 from utils.errors import ConfigError
 
@@ -98,11 +98,9 @@ def needs_two_images(model: DetectionModel, shape: Sequence[int]) -> bool:
         model: with its frozen modules in evaluation mode.
         shape: (height, width) of the image.
     """
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     try:
         with torch.no_grad():
-            functional_call(model, on_meta, (torch.empty(1, 3, *shape, device="meta"),))
+            call_on_meta(model, torch.empty(1, 3, *shape, device="meta"))
     except ValueError as error:
         if "more than 1 value per channel" in str(error):
             return True

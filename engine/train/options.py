@@ -70,10 +70,9 @@ def head_form(config: TrainConfig) -> HeadForm:
 def with_recipe(config: TrainConfig) -> TrainConfig:
     """Return the options with the hyperparameter file of the model's head, and its optimizer, where none is given."""
     if not config.hyp:
-        config = replace(config, hyp=f"data/hyps/{head_form(config).recipe}")
+        config = replace(config, hyp=str(find_file(f"data/hyps/{head_form(config).recipe}").absolute()))
     if config.optimizer is None:
-        file = find_file(config.hyp, "data/hyps")
-        auto = Hyperparameters.from_yaml(file).optimizer == "auto"
+        auto = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps")).optimizer == "auto"
         config = replace(config, optimizer="auto" if auto else "SGD")
     return config
 

@@ -37,6 +37,7 @@ from engine.train.options import (
     with_recipe,
 )
 from engine.train.schedule import Schedule
+from models.backbones.base import Backbone
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.loading import load_exactly, require_rgb, spec_without_weights, transfer_weights
 from models.losses.base import LossModule, LossOptions
@@ -111,7 +112,7 @@ class ModelParts:
     """The trained model and its loss.
 
     Attributes:
-        model: on the device, channels_last.
+        model: on the device, in `memory_format`.
         ema: averaged model. Every rank has one; before a validation rank zero's is copied to the others.
         frozen: parameters that `--freeze` excludes from training at the start.
         criterion: loss.
@@ -123,6 +124,7 @@ class ModelParts:
     frozen: Frozen
     criterion: LossModule
     grid: int
+    memory_format: torch.memory_format = torch.channels_last
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     """Build all parts of a training; user errors are raised before the run folder is created."""
     given = config
     if not resumed:
-        config = with_files(with_recipe(with_files(config)))
+        config = with_recipe(with_files(config))
         warn_without_effect(config, world.size)
     hyp = choose_hyperparameters(config, resumed)
     seed_everything(config.seed + (1 + world.rank if world.size > 1 else 0))
@@ -193,11 +195,26 @@ def _model_parts(
     class_factors: tuple[float, ...] | None, device: torch.device, world: World,
 ) -> ModelParts:  # fmt: skip
     copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
-    model = model.to(memory_format=torch.channels_last)
+    layout = memory_format(model, device, config.channels_last)
+    model = model.to(memory_format=layout)
     ema = ModelEma(model)
     if config.sync_bn and world.size > 1:
         convert_sync_batchnorm(model, world, device)
-    return ModelParts(model, ema, frozen, build_loss(model, hyp, config, class_factors, world), grid)
+    return ModelParts(model, ema, frozen, build_loss(model, hyp, config, class_factors, world), grid, layout)
+
+
+def memory_format(model: DetectionModel, device: torch.device, choice: str = "auto") -> torch.memory_format:
+    """Return the memory format to train in: channels_last, unless `--channels-last` or a backbone says otherwise."""
+    crashing = [m for m in model.modules() if isinstance(m, Backbone) and not m.channels_last]
+    if choice == "off":
+        return torch.contiguous_format
+    if choice == "on" or device.type != "cpu" or not crashing:
+        return torch.channels_last
+    LOGGER.warning(
+        "%s: training in channels_last crashes on a CPU (a fault of oneDNN); contiguous tensors are used, which is "
+        "slower (--channels-last on: try it)", getattr(crashing[0], "name", type(crashing[0]).__name__),
+    )  # fmt: skip
+    return torch.contiguous_format
 
 
 def _build_optimizer(model: DetectionModel, config: TrainConfig, hyp: Hyperparameters) -> torch.optim.Optimizer:

@@ -65,6 +65,7 @@ class TrainStep:
         last: Path | None = None,
     ) -> None:
         self.model, self.ema, self.criterion, self.grid = parts.model, parts.ema, parts.criterion, parts.grid
+        self.memory_format = parts.memory_format
         self.optimizer, self.config, self.clip_norm = optimizer, config, clip_norm
         self.device, self.world, self.last = device, world, last
         self.amp = amp_dtype(config.amp, device)
@@ -108,7 +109,7 @@ class TrainStep:
             Loss components (3,) box, objectness, class on the device, and the input width used.
         """
         config = self.config
-        images = to_unit(images).contiguous(memory_format=torch.channels_last)
+        images = to_unit(images).contiguous(memory_format=self.memory_format)
         if config.multi_scale:
             rng = sample_rng(config.seed, position[0], _MULTI_SCALE_STREAM + position[1])
             images = multi_scale(images, config.imgsz, self.grid, rng)

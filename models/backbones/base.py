@@ -50,6 +50,7 @@ class Backbone(nn.Module):
         stage_sizes: number of depths of each stage after the stem.
         frozen_stages: -1 for none; 0 freezes the stem, n also the first n stages. They stay in eval mode.
         norm_eval: every BatchNorm stays in eval mode (its weights are still trained).
+        channels_last: whether a CPU can train it in that memory format.
 
     `ALIASES` maps argument names of the published class to names of this one; `REFUSED` maps those that have no meaning
     for dense features to the reason. `create_backbone` and model YAMLs accept the former and raise for the latter.
@@ -73,6 +74,7 @@ class Backbone(nn.Module):
     stage_sizes: tuple[int, ...] = ()
     frozen_stages: int = -1
     norm_eval: bool = False
+    channels_last: bool = True
     pixel_mean: Tensor
     pixel_std: Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,14 @@ def dry_run(rows: Rows, spec: ModelSpec) -> None:
         slots |= {slot: x for slot, x in zip(route.outputs, found, strict=False) if slot is not None}
 
 
+def call_on_meta(module: nn.Module, x: Tensor | list[Tensor]) -> Any:  # noqa: ANN401 (whatever the module returns)
+    """Call a module with meta tensors in the place of its parameters and buffers, which stay as they are."""
+    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
+    return functional_call(module, state, (x,))
+
+
 def _run(module: nn.Module, route: Route, maps: list[Tensor]) -> Sequence[Tensor]:
-    state = {name: x.to("meta") for name, x in (*module.named_parameters(), *module.named_buffers())}
-    x = maps if route.takes_list else padded(maps[0], route.pad_to)
-    out = functional_call(module, state, (x,))
+    out = call_on_meta(module, maps if route.takes_list else padded(maps[0], route.pad_to))
     return list(out) if route.gives_levels else [out]
 
 

@@ -24,7 +24,7 @@ from engine.runtimes.base import Runtime
 from engine.train.ema import ModelEma
 from engine.train.freeze import Frozen
 from engine.train.optimizer import build_optimizer, parameter_groups, scaled_decay
-from engine.train.setup import ModelParts, build_loss
+from engine.train.setup import ModelParts, build_loss, memory_format
 from engine.train.step import TrainStep
 from models.yolo import DetectionModel
 from utils.device import Profile, synchronize
@@ -96,19 +96,20 @@ class TrainingStep:
     def __init__(
         self, model: DetectionModel, sample: Sample, config: TrainConfig, hyp: Hyperparameters, batch: int
     ) -> None:
-        self.model = model.to(memory_format=torch.channels_last).train()
         self.device, self.batch = next(model.parameters()).device, batch
+        layout = memory_format(model, self.device)
+        self.model = model.to(memory_format=layout).train()
         self.images, self.targets = training_batch(sample, batch, config.imgsz)
         groups = parameter_groups(model, scaled_decay(hyp.weight_decay, config.batch_size, int(hyp.nominal_batch)))
         optimizer = build_optimizer(str(config.optimizer), groups, hyp.lr0 * SMALL_STEP, hyp.momentum)
         loss = build_loss(model, hyp, config)
-        parts = ModelParts(self.model, ModelEma(model), Frozen(), loss, int(model.stride.max()))
+        parts = ModelParts(self.model, ModelEma(model), Frozen(), loss, int(model.stride.max()), layout)
         config = replace(config, compile=False, multi_scale=False)  # one size, eager: equal for all candidates
         self.step = TrainStep(parts, optimizer, config, hyp.clip_norm, self.device, World())
 
     def loss(self) -> Tensor:
         """Return the loss of the batch, a scalar."""
-        images = to_unit(self.images.to(self.device)).contiguous(memory_format=torch.channels_last)
+        images = to_unit(self.images.to(self.device)).contiguous(memory_format=self.step.memory_format)
         return self.step.loss(images, self.targets)[0]
 
     def call(self, number: int) -> Times:  # noqa: ARG002

@@ -21,7 +21,6 @@ from engine.cli.config import DetectConfig
 from engine.cli.parser import run_main
 from engine.export.benchmark import time_in_turns
 from engine.export.config import FORMATS, ExportConfig
-from engine.export.formats.onnx import _name_dimensions
 from engine.export.formats.onnx_graph import lower_to_17, opset_of, reorder_gelu
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
 from engine.export.verification import NmsRule
@@ -462,55 +461,3 @@ def test_time_in_turns_alternates_formats():
     taken = time_in_turns(runtimes, 32, rounds=3)
     assert set(taken) == {"a", "b"} and all(0 <= t < 1000 for t in taken.values())
     assert [r.calls for r in runtimes.values()] == [5, 5]
-
-
-def check_layout_v8(weights, report):
-    """Compare raw output (B, 4 + nc, N), and the rows that the runtimes make of it, with the eager model."""
-    assert not report.failures
-    images = torch.rand(1, 3, *SIZE)
-    rows = eager(weights, images)
-    confidences = rows[..., 4:5] * rows[..., 5:]
-    expected = torch.cat((rows[..., :4], confidences), 2).transpose(1, 2)
-    for file in report.exported_files:
-        for dnn in (False, True) if file.format == "onnx" else (False,):
-            runtime = open_runtime([str(file.path)], CPU, dnn=dnn)
-            assert runtime.metadata.about["layout"] == "v8"
-            torch.testing.assert_close(runtime._infer(images), expected, rtol=1e-4, atol=2e-3)
-            found = runtime(images)
-            assert found.shape == rows.shape and (found[..., 4] == 1).all()
-            torch.testing.assert_close(found[..., 5:], confidences, rtol=1e-4, atol=2e-3)
-
-
-def test_layout_v8_of_every_format(tmp_path):  # several seconds: every format is traced
-    weights = save(build("yolov5"), tmp_path / "m.pt")
-    report = export.run(weights=[str(weights)], imgsz=SIZE, include=INSTALLED, layout="v8")
-    check_layout_v8(weights, report)
-
-
-@pytest.mark.parametrize("fixed", [1, 2])
-def test_free_dimensions_are_named_in_either_layout(fixed):
-    def described(name, shape):
-        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
-
-    output = ["s0", "s1 * 3", "s1 * 3"]
-    output[fixed] = 7
-    nodes = [helper.make_node("Identity", ["images"], ["output0"])]
-    given, answer = described("images", ["s0", 3, "s1", "s2"]), described("output0", output)
-    model = helper.make_model(helper.make_graph(nodes, "g", [given], [answer]))
-    _name_dimensions(model)
-    names = [d.dim_param or d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    assert names == (["batch", 7, "anchors"] if fixed == 1 else ["batch", "anchors", 7])
-
-
-def test_layout_v8_of_anchor_free_head(tmp_path):
-    torch.manual_seed(0)
-    model = DetectionModel(build("yolov5").yaml, head="free").eval()
-    for branch in model.head.cls:
-        branch[-1].weight.data.normal_(0, 0.5)
-    weights = save(model, tmp_path / "m.pt")
-    check_layout_v8(weights, export.run(weights=[str(weights)], imgsz=SIZE, include=["onnx"], layout="v8"))
-
-
-def test_layout_v8_is_refused_with_nms(tmp_path, capsys):
-    status, text = cli(["--weights", tmp_path / "m.pt", "--include", "onnx", "--nms", "--layout", "v8"], capsys)
-    assert status == 2 and "--layout v8: not with --nms" in text
