@@ -1,4 +1,4 @@
-"""Coverage of timm: one network of each family is built as a backbone, run, trained for one step and fused.
+"""Coverage of timm: one network of each family is built as a backbone, run, trained for a few steps and fused.
 
     python -m benchmarks.timm_coverage [--families resnet vgg ...] [--max-params 200] [--resume]
 
@@ -7,8 +7,11 @@ Families without feature maps (none is built with `features_only`) are left out.
 neck of `models/yolov5-timm.yaml` and `extra_levels: true`, must pass:
 
 1. build; 2. images of 256 x 320 and 250 x 333 pixels, all outputs finite, one row per cell of the padded size;
-3. state-dict round trip, equal outputs; 4. one training step on two images, a finite gradient for every trainable
-parameter, finite loss afterwards; 5. re-parameterize and fuse, outputs equal within 1e-3 of their standard deviation.
+3. state-dict round trip, equal outputs; 4. a finite gradient for every trainable parameter, four training steps on two
+images in the memory format of train.py, two of them in bfloat16, finite loss afterwards; 5. re-parameterize and fuse,
+outputs equal within 1e-3 of their standard deviation.
+
+Each network has a process of its own: one that crashes is a result.
 
 Results: benchmarks/results/timm_coverage.json and .md, written after every family.
 """
@@ -20,6 +23,9 @@ import gc
 import json
 import logging
 import math
+import signal
+import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable
@@ -31,6 +37,7 @@ from tqdm import tqdm
 
 from benchmarks.report import RESULTS, machine, markdown_table, write_results
 from engine.train.optimizer import build_optimizer, parameter_groups
+from engine.train.setup import memory_format
 from models.backbones.base import Backbone
 from models.backbones.timm_measure import create_features
 from models.fuse import reparameterize
@@ -131,9 +138,10 @@ def check_train(model: DetectionModel) -> None:
     head = model.head
     strides = [int(s) for s in model.stride]
     loss = DetectionLoss((head.anchors * model.stride.view(-1, 1, 1)).cpu(), strides, LossConfig())
-    groups = parameter_groups(model.train(), 5e-4)
+    layout = memory_format(model, torch.device("cpu"))
+    groups = parameter_groups(model.to(memory_format=layout).train(), 5e-4)
     optimizer = build_optimizer("SGD", groups, 1e-3, 0.9)
-    images = torch.rand(2, 3, *SMALL)
+    images = torch.rand(2, 3, *SMALL).contiguous(memory_format=layout)
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.3, 0.4], [1, 2, 0.3, 0.6, 0.1, 0.1], [1, 0, 0.7, 0.2, 0.5, 0.3]])
     loss(model(images), targets).total.backward()
     without = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -142,13 +150,17 @@ def check_train(model: DetectionModel) -> None:
     broken = [n for n, p in model.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()]
     if broken:
         raise CheckFailedError(f"{len(broken)} gradients that are not finite: {', '.join(broken[:3])}")
-    nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    for dtype in (torch.float32, torch.float32, torch.bfloat16, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            raw = model(images)
+        optimizer.zero_grad()
+        loss(raw, targets).total.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimizer.step()
     with torch.no_grad():
         after = loss(model(images), targets).total
     if not torch.isfinite(after):
-        raise CheckFailedError("the loss is not finite after one step")
+        raise CheckFailedError("the loss is not finite after four steps")
 
 
 def check_fuse(model: DetectionModel) -> None:
@@ -209,8 +221,21 @@ def examine(name: str) -> dict[str, Any]:
             result.update(failed=step, reason=shortened(text, name))
             break
         result["passed"].append(step)
+        print(json.dumps({"step": step}), flush=True)
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
+
+
+def examine_apart(name: str) -> dict[str, Any]:
+    """Examine a network in a process of its own; its death is a failure of the step that it was in."""
+    command = [sys.executable, "-m", "benchmarks.timm_coverage", "--examine", name]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode == 0 and lines:
+        return dict(lines[-1])
+    passed = [line["step"] for line in lines if "step" in line]
+    reason = signal.Signals(-done.returncode).name if done.returncode < 0 else done.stderr[-160:]
+    return {"model": name, "passed": passed, "failed": STEPS[len(passed)], "reason": f"the process died: {reason}"}
 
 
 def report(results: dict[str, Any]) -> None:
@@ -237,9 +262,13 @@ def main() -> None:
     parser.add_argument("--families", nargs="*", default=[], help="modules of timm (default: all)")
     parser.add_argument("--max-params", type=float, default=200.0, help="skip networks with more parameters (millions)")
     parser.add_argument("--resume", action="store_true", help="keep existing results")
+    parser.add_argument("--examine", help="one network, in this process")
     options = parser.parse_args()
     logging.disable(logging.WARNING)
     warnings.filterwarnings("ignore")
+    if options.examine:
+        print(json.dumps(examine(options.examine)))
+        return
     path = RESULTS / f"{NAME}.json"
     old = json.loads(path.read_text(encoding="utf-8"))["families"] if options.resume and path.is_file() else {}
     results: dict[str, Any] = {"timm": timm.__version__, "machine": machine(torch.device("cpu")), "families": old}
@@ -252,7 +281,7 @@ def main() -> None:
             reason = f"its smallest network, {choice[0]}, has {choice[1]:.0f} million parameters"
             results["families"][family] = {"model": None, "failed": None, "reason": reason}
         else:
-            results["families"][family] = examine(choice[0])
+            results["families"][family] = examine_apart(choice[0])
         gc.collect()
         results["families"] = {f: results["families"][f] for f in timm.list_modules() if f in results["families"]}
         RESULTS.mkdir(exist_ok=True)

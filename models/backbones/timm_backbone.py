@@ -34,6 +34,8 @@ from utils.log import is_main_process
 
 LEVEL_STRIDES = (2, 4, 8, 16, 32)  # P1 ... P5
 DETECTION_STRIDES = (8, 16, 32)
+CRASH_IN_CHANNELS_LAST = ("fastvit",)
+"""Names, by their beginning, of networks whose training in channels_last crashes on a CPU (oneDNN, PyTorch 2.14)."""
 
 
 def _between_levels(layer: nn.Module, channels: int) -> nn.Sequential:
@@ -107,6 +109,7 @@ class TimmBackbone(Backbone):
             std or (config.std if config is not None else IMAGENET_STD),
         )
         self.name, self.measured = name, measured
+        self.channels_last = not name.startswith(CRASH_IN_CHANNELS_LAST)
         self.size_divisor = max(measured.size_divisor, LEVEL_STRIDES[-1])
         is_plain = len(measured.strides) > 1 and len(set(measured.strides)) == 1
         at = {stride: i for i, stride in enumerate(measured.strides) if is_plain or stride in LEVEL_STRIDES}

@@ -287,6 +287,15 @@ def check_close_mosaic(run: Run) -> None:
     assert not np.array_equal(dataset[(1, 0)].image, plain[(1, 0)].image)
 
 
+def check_channels_last(run: Run) -> None:
+    strides = {}
+    for choice in ("auto", "off"):
+        model = run.parts(channels_last=choice).model
+        strides[choice] = model.model.get_parameter("model.1.conv.weight").stride()
+        assert (model.memory_format == torch.channels_last) is (choice == "auto")
+    assert strides["auto"] != strides["off"]
+
+
 def check_compile(run: Run) -> None:
     calls = run.count(torch, "compile", value=torch.nn.Identity())
     Trainer(run.parts(compile=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from engine.devices.distributed import World
 from engine.train.autobatch import CPU_BATCH, choose_batch, largest_batch
 from engine.train.ema import ModelEma
 from engine.train.freeze import Frozen
-from engine.train.setup import ModelParts
+from engine.train.setup import ModelParts, memory_format
 from engine.train.step import MAX_SKIPPED, TrainStep, restore_statistics
 from engine.train.trainer import Trainer, train
+from models.backbones.timm_backbone import TimmBackbone
 from models.checkpoint.io import read_checkpoint
 from tests.helpers.detectors import build
 from tests.helpers.training import config, detection_loss, poison, rows
@@ -138,3 +141,27 @@ def test_multi_scale_draws_a_size_for_every_batch_and_epoch() -> None:
         assert len({sizes[epoch, i] for i in range(6)}) > 1
     assert [sizes[0, i] for i in range(6)] != [sizes[1, i] for i in range(6)]
     assert all(32 <= size <= 96 and size % 32 == 0 for size in sizes.values())
+
+
+def test_network_that_crashes_in_channels_last_trains_contiguous_on_a_cpu(caplog) -> None:
+    model = build("timm")
+    (backbone,) = (m for m in model.modules() if isinstance(m, TimmBackbone))
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert memory_format(model, cpu) == torch.channels_last
+    assert memory_format(model, cpu, "off") == torch.contiguous_format
+    backbone.channels_last = False
+    assert memory_format(model, cpu) == torch.contiguous_format
+    assert "convnext_atto: training in channels_last crashes on a CPU" in caplog.text
+    assert memory_format(model, gpu) == memory_format(model, cpu, "on") == torch.channels_last
+
+
+@pytest.mark.slow
+def test_fastvit_trains_on_a_cpu(project: Path) -> None:
+    """In channels_last glibc ends the process after a few steps."""
+    spec = yaml.safe_load((ROOT / "models/yolov5-timm.yaml").read_text())
+    spec["backbone"][0] = [-1, 1, "timm/fastvit_t8", []]
+    (project / "fastvit.yaml").write_text(yaml.safe_dump(spec))
+    command = [sys.executable, str(ROOT / "train.py"), "--cfg", "fastvit.yaml", "--data", "data.yaml", "--imgsz", "128"]
+    done = subprocess.run([*command, "--epochs", "4", "--noplots"], cwd=project, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-500:]
+    assert "contiguous tensors are used" in done.stderr
