@@ -52,7 +52,12 @@ def dry_run(rows: Rows, spec: ModelSpec) -> None:
 
 
 def call_on_meta(module: nn.Module, x: Tensor | list[Tensor]) -> Any:  # noqa: ANN401 (whatever the module returns)
-    """Call a module with meta tensors in the place of its parameters and buffers, which stay as they are."""
+    """Call a module on the meta device, without changing its parameters, buffers, or any random state.
+
+    Args:
+        module: on any device.
+        x: its input, meta tensors (B, C, H, W).
+    """
     state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
     return functional_call(module, state, (x,))
 

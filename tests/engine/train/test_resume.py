@@ -137,10 +137,12 @@ def test_damaged_training_state_is_refused_in_one_line(last, damage):
 
 
 def test_resume_removes_what_a_killed_process_left(last):
-    left = last.parent / ".last.ab12_cd3.pt"
+    left, own = last.parent / ".last.part-ab12_cd3.pt", last.parent / ".editor.settings"
     left.touch()
+    own.touch()
     train(TrainConfig.from_keywords(resume=str(last)))
     assert not left.exists()
+    assert own.exists()
 
 
 def test_killed_loader_worker_ends_the_training_in_one_line(project, monkeypatch):
