@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
 from data.loading.order import WINDOW, Index, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
+from data.loading.processes import end_with_parent
 from utils.errors import TrainingError, UserError
 from utils.seed import sample_rng
 from utils.structures import Batch
@@ -240,6 +241,7 @@ def _as_is(made: list[Batch] | UserError) -> list[Batch] | UserError:
 
 
 def _start_worker(_: int) -> None:
+    end_with_parent()
     cv2.setNumThreads(0)  # one thread per worker; the workers are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which then ends its workers
     signal.signal(signal.SIGTERM, _delay_termination)

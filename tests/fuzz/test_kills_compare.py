@@ -129,9 +129,8 @@ def kill_repeatedly(
     while kills < KILLS:
         process = run()
         try:
-            status = process.wait(rng.uniform(0.2, 1.0) * span)
-            assert status == 0, f"status {status}"
-            return process  # finished before all kills
+            process.wait(rng.uniform(0.2, 1.0) * span)
+            return process  # finished before all kills; the caller looks at its status
         except subprocess.TimeoutExpired:
             kill(process, whole_group=rng.random() < 0.5)
         kills += 1
@@ -165,6 +164,7 @@ def test_compare_loses_nothing_when_killed(place):
 
 
 def test_evolve_loses_nothing_when_killed(place):
+    pytest.importorskip("optuna")
     finished: dict[str, list[str]] = {}
     table = place / "runs/exp/evolve.csv"
 

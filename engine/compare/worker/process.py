@@ -8,12 +8,12 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from data.loading.processes import end_with_parent
 from engine.compare.worker.setting import Setting
 from utils.errors import TrainingError, UserError
 from utils.files import make_folder
@@ -140,7 +140,7 @@ def serve(connection: Connection, setting: Setting, log: Path) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    end_with_parent()
     with open(log, "ab") as stream:
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
@@ -156,13 +156,6 @@ def serve(connection: Connection, setting: Setting, log: Path) -> None:
         except EOFError:
             return
         connection.send(failure if failure[0] else answer(getattr(jobs, job), arguments))
-
-
-def _exit_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 def _raise_oom_score() -> None:

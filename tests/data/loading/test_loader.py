@@ -10,9 +10,11 @@ import signal
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+import data.loading.loader as loader_module
 from data.augment.config import AugmentConfig
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
@@ -256,3 +258,37 @@ def test_killed_worker_is_one_line(records, two_processors):
     loader = DetectionLoader(_Killed(records, 32), 4, workers=2)
     with pytest.raises(TrainingError, match="a loader worker ended"):
         list(loader)
+
+
+def _end_during_start(records, path):
+    """Iterate a loader whose workers kill this process before PyTorch has noted its process ID."""
+
+    def start_worker(number):
+        path.write_text(str(os.getpid()))
+        os.kill(os.getppid(), signal.SIGKILL)
+        while os.getppid() == parent:
+            time.sleep(0.01)
+        original(number)
+
+    parent, original = os.getpid(), loader_module._start_worker
+    loader_module._start_worker = start_worker
+    list(DetectionLoader(dataset(records), 4, workers=1))
+
+
+def test_worker_ends_although_its_parent_was_killed_during_its_start(records, tmp_path):
+    process = multiprocessing.get_context("fork").Process(target=_end_during_start, args=(records, tmp_path / "pid"))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    pid = int((tmp_path / "pid").read_text())
+    assert _ends(pid, seconds=20)
+
+
+def _ends(pid, seconds):
+    """Wait until a process that is not a child of this one has ended; one that nobody waits for stays a zombie."""
+    for _ in range(10 * seconds):
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return False
