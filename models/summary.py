@@ -24,6 +24,7 @@ from models.common import Conv
 from utils.device import synchronize
 from utils.draw import feature_map_image
 from utils.files import atomic_path, make_folder
+from utils.log import aligned
 
 LOGGER = logging.getLogger(__name__)
 # A norm per element: subtract the mean, multiply by 1 / std and by the weight, add the bias. The counter of PyTorch
@@ -223,32 +224,29 @@ def row_label(route: Route, stride: int) -> str:
     return f"{route.layer.row}_{module}_{level_name(stride)}"
 
 
-def layer_table(rows: Rows) -> str:
-    """One line per row: slot, from, n, params, module, arguments, output channels @ stride."""
-    lines: list[tuple[str, ...]] = [("slot", "from", "n", "params", "module", "arguments", "output")]
+def layer_table(rows: Rows, width: int | None = None) -> str:
+    """One line per row: slot, from, n, params, output channels@stride, module with its arguments.
+
+    Args:
+        rows: of a detector.
+        width: characters of a line, to which the arguments are cut; None = all of them.
+    """
+    lines: list[tuple[str, ...]] = [("slot", "from", "n", "params", "output", "module")]
     lines += [_table_line(module, route) for module, route in zip(rows, rows.routes, strict=True)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    # Numbers to the right, words to the left.
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if i < 4 else cell.ljust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    table = aligned(lines, left=(4, 5))
+    return "\n".join(line if width is None or len(line) <= width else f"{line[: width - 3]}..." for line in table)
 
 
 def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
     sources = route.layer.sources
-    levels = ", ".join(f"{level.channels} @ {level.stride}" for level in route.levels)
+    levels = " ".join(f"{level.channels}@{level.stride}" for level in route.levels)
     return (
         f"{route.slot}-{route.slot + 4}" if route.gives_levels else str(route.slot),
         str(sources[0] if len(sources) == 1 else list(sources)),
         str(route.repeats),
         str(sum(p.numel() for p in module.parameters())),
-        route.layer.module,
-        _shown(route.layer.args if route.gives_levels else route.arguments),
         levels or "predictions",
+        f"{route.layer.module} {_shown(route.layer.args if route.gives_levels else route.arguments)}",
     )
 
 

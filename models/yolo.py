@@ -164,9 +164,9 @@ class DetectionModel(nn.Module):
         height, width = (math.ceil(side / multiple) * multiple for side in sides)
         return summarize(self, self.spec.channels or 3, height, width, self.model)
 
-    def layer_table(self) -> str:
-        """Return a table with one line per row: slot, from, n, params, module, arguments, channels @ stride."""
-        return layer_table(self.model)
+    def layer_table(self, width: int | None = None) -> str:
+        """Return a table with one line per row, see `models.summary.layer_table`."""
+        return layer_table(self.model, width)
 
     def feature_maps(self, x: Tensor) -> dict[str, Tensor]:
         """Return the feature map (B, C, H, W) of every slot except the head, by row, module and level (`17_C3_P3`).

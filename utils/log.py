@@ -1,18 +1,24 @@
-"""Logging set-up and exit statuses of the commands; everything else only calls `logging.getLogger(__name__)`."""
+"""Logging set-up, text layout and exit statuses of the commands; others only call `logging.getLogger(__name__)`."""
 
 from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import textwrap
 import time
 import traceback
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Callable, Container, Iterable, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from utils.errors import TrainingError, UserError, printable
+
+LINE_WIDTH = 79
+"""Characters of a line of output: those of a usual terminal less one for the cursor."""
 
 LINGER = 10.0
 """Seconds that a process lives on while another one of the training says why all of them end."""
@@ -55,6 +61,42 @@ def configure_logging(verbose: bool = True) -> None:
     root.setLevel(logging.ERROR if not is_main_process() else logging.INFO if verbose else logging.WARNING)
     for name in ("matplotlib", "PIL", "torch", "onnxscript", "onnx_ir"):  # chatty libraries
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def aligned(rows: Iterable[Sequence[object]], left: Container[int] = (0,)) -> list[str]:
+    """Return the rows of a table as lines: columns whose numbers are in `left` to the left, the others to the right."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(display_width, column)) for column in zip(*texts)]
+    lines = []
+    for row in texts:
+        pads = (" " * (width - display_width(cell)) for cell, width in zip(row, widths))
+        cells = (cell + pad if i in left else pad + cell for i, (cell, pad) in enumerate(zip(row, pads)))
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def display_width(text: str) -> int:
+    """Return the columns of a text on a terminal: wide characters take two, combining ones none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
+
+
+def fitted(text: str, stream: TextIO) -> str:
+    """Return the text with lines that are longer than those of a terminal wrapped between words.
+
+    Commands (`python ...` on a line of its own) stay whole, to be copied. Text for files and pipes stays as it is.
+    """
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns - 1  # the cursor of some terminals needs a column
+    return "\n".join(line if line.startswith("python ") else _wrapped(line, width) for line in text.split("\n"))
+
+
+def _wrapped(line: str, width: int) -> str:
+    if len(line) <= width:
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def end_silently(status: int) -> NoReturn:
@@ -120,8 +162,8 @@ def _internal_error(prog: str, error: Exception, debug: bool) -> str:
 
 
 class _LevelFormatter(logging.Formatter):
-    """The message alone for INFO, `WARNING: message` above; control characters escaped, passwords hidden."""
+    """The message alone for INFO, `WARNING: message` above, in lines of the terminal; see `printable`."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record))
-        return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
+        return fitted(text if record.levelno <= logging.INFO else f"{record.levelname}: {text}", sys.stderr)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from data.images import decoding_problem
 from data.labels.labels import load_annotations
 from utils.errors import ConfigError, DataError, printable, shown
 from utils.files import atomic_path, find_file, increment_path, make_folder
+from utils.log import aligned, fitted
 from utils.yaml_lines import load_yaml
 
 SHOWN = 10  # lines of a list on the terminal; check.txt has all
@@ -103,13 +105,8 @@ def report(
 
 
 def table(rows: Iterable[Sequence[object]]) -> tuple[str, ...]:
-    """Lines with aligned columns; the first column to the left, the others to the right."""
-    texts = [[str(cell) for cell in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*texts)]
-    return tuple(
-        "  " + "  ".join(t.ljust(w) if i == 0 else t.rjust(w) for i, (t, w) in enumerate(zip(row, widths))).rstrip()
-        for row in texts
-    )
+    """Return the lines of a table, indented."""
+    return tuple(f"  {line}" for line in aligned(rows))
 
 
 def read_anchors(cfg: str | Path) -> Anchors | None:
@@ -140,20 +137,18 @@ def _percent(part: float, whole: float) -> str:
 
 
 def _counts(splits: Sequence[SplitStatistics]) -> Section:
-    head = ["split", "images", "labelled", "background", "left out", "boxes", "per image"]
-    rows: list[Sequence[object]] = [[*head, "repeated", "crowd", "difficult"]]
+    head = ("split", "images", "with labels", "background", "left out", "boxes", "per image")
+    columns: list[Sequence[object]] = [(*head, "repeated", "crowd", "difficult")]
     for split in splits:
         r = split.annotations.report
         counts = (r.images, r.labelled, r.missing + r.empty, r.corrupt, r.boxes)
         mean = f"{r.boxes / len(split.records):.1f}"
-        rows.append((split.name, *counts, mean, r.duplicate_rows, r.crowd, r.difficult))
-    return Section("Images and boxes", table(rows))
+        columns.append((split.name, *counts, mean, r.duplicate_rows, r.crowd, r.difficult))
+    return Section("Images and boxes", table(zip(*columns)))
 
 
 def _classes(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Section:
-    rows: list[Sequence[object]] = [
-        ("class", *(f"{s.name} {word}" for s in splits for word in ("boxes", "", "images")))
-    ]
+    rows: list[Sequence[object]] = [("class", *(word for split in splits for word in (split.name, "share", "images")))]
     findings = []
     for number, name in names.items():
         row: list[object] = [name]
@@ -167,7 +162,7 @@ def _classes(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sec
                     f"{split.name}: class {number} '{name}' is rare: {split.boxes[number]} of {total} boxes"
                 )
         rows.append(row)
-    return Section("Classes", table(rows), tuple(findings))
+    return Section("Classes: boxes, share of the boxes and images of each split", table(rows), tuple(findings))
 
 
 def _sizes(splits: Sequence[SplitStatistics], names: Mapping[int, str], imgsz: int) -> Section:
@@ -278,8 +273,8 @@ def _check(arguments: argparse.Namespace) -> None:
     with atomic_path(folder / "check.txt") as part:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
-    print("\n\n".join(section.text(SHOWN) for section in sections))
-    print(f"\nAll of it: {folder / 'check.txt'}; charts: {folder / 'check.png'}")
+    text = "\n\n".join(section.text(SHOWN) for section in sections)
+    print(fitted(f"{text}\n\nAll of it: {folder / 'check.txt'}; charts: {folder / 'check.png'}", sys.stdout))
     wrong = sum(len(section.findings) for section in sections if section.strict)
     if arguments.strict and wrong:
         raise DataError(f"{arguments.data}: {wrong} findings; {folder / 'check.txt'} lists them")

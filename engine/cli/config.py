@@ -229,6 +229,7 @@ class TrainConfig(Options):
     )  # fmt: skip
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
+    verbose: bool = flag("print the table of layers with all arguments, in lines longer than 80 characters")
     local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
     logger: list[str] = option([], "also report to: wandb, mlflow, clearml, comet", str, form=MANY)
     entity: str | None = option(None, "team or workspace at W&B or Comet")

@@ -19,7 +19,7 @@ from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
 LOGGER = logging.getLogger(__name__)
 TRANSIENT = (MEMORY, CRASH)  # failures that may not occur again: never stored
 SAVING_S = 60.0  # time for an interrupted training to save its state
-BAR = "{l_bar}{bar:20}{r_bar}"
+BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remaining}"
 
 
 def measure_structures(context: Context, rows: Sequence[CandidateResult]) -> None:

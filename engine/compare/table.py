@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -15,6 +14,7 @@ from engine.compare.measure.rounds import Spread, deviation, ranks
 from engine.compare.pareto import Pick, points_of, unranked_reason
 from engine.compare.results import AREAS, METRICS, STAGES, TRAINING, Accuracy, CandidateResult, Latency, measured
 from models.summary import PARTS
+from utils.log import aligned, display_width
 from utils.metrics import RANKING_FLOOR
 
 R = TypeVar("R")
@@ -366,26 +366,17 @@ def as_text(table: Table, columns: int) -> str:
         columns: of the terminal; what does not fit beside the first `MIN_COLUMNS` is left out.
     """
     lines = [table.header, *(tuple(cell.text for cell in row) for row in table.rows)]
-    widths = [max(map(_width, column)) for column in zip(*lines)]
+    widths = [max(map(display_width, column)) for column in zip(*lines)]
     shown = max(sum(end <= columns for end in accumulate(width + 2 for width in widths)), MIN_COLUMNS)
-    is_text = [
-        any(not isinstance(cell.value, float) and cell.text != NOTHING for cell in column)
-        for column in zip(*table.rows)
+    texts = [
+        i
+        for i, column in enumerate(zip(*table.rows))
+        if any(not isinstance(cell.value, float) and cell.text != NOTHING for cell in column)
     ]
-    out = [table.title]
-    for line in lines:
-        pads = (" " * (width - _width(cell)) for cell, width in zip(line, widths))
-        cells = [cell + pad if left else pad + cell for cell, pad, left in zip(line, pads, is_text)]
-        out.append("  ".join(cells[:shown]).rstrip())
+    out = [table.title, *aligned([line[:shown] for line in lines], texts)]
     if len(widths) > shown:
         out.append(f"(also in the report: {', '.join(table.header[shown:])})")
     return "\n".join(out)
-
-
-def _width(cell: str) -> int:
-    """Return the columns on a terminal: wide characters take two, combining ones none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in cell)
-    return len(cell) + wide - sum(bool(unicodedata.combining(c)) for c in cell)
 
 
 def as_csv(lines: Sequence[Mapping[str, Any]]) -> str:

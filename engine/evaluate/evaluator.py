@@ -31,7 +31,7 @@ from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
 from utils.device import Profile, describe_device, select_device, to_device
 from utils.errors import ConfigError, DataError
-from utils.log import is_main_process
+from utils.log import LINE_WIDTH, is_main_process
 from utils.metrics import ConfusionMatrix
 from utils.nms import non_max_suppression
 from utils.structures import Batch, ImageShapes, to_unit
@@ -45,7 +45,6 @@ USUAL_CONF = 0.001  # a higher threshold cuts the curves off
 FEW_CLASSES = 50  # with fewer classes each gets its line without --verbose
 SPEED_CONF, SPEED_IOU = 0.25, 0.45  # of --task speed
 SINGLE = World()
-COLUMNS = 79  # of a terminal line, less one for the cursor
 VAL_BAR = "{desc}{percentage:4.0f}% {remaining}"
 RECT_PAD = 0.5  # in strides: extra padding of rectangular batches
 
@@ -106,7 +105,7 @@ def measure(
     """Detect and accumulate over the batches of this process; see `evaluate`."""
     tally = Tally(len(options.names), confusion=ConfusionMatrix(len(options.names)) if options.plots else None)
     timers = Profile(runtime.device), Profile(runtime.device), Profile(runtime.device)
-    bar = tqdm(loader, desc=table_head(), bar_format=VAL_BAR, ncols=COLUMNS, disable=not is_main_process())
+    bar = tqdm(loader, desc=table_head(), bar_format=VAL_BAR, ncols=LINE_WIDTH, disable=not is_main_process())
     with _without_training(criterion), worker_losses_reported():
         for turn, batch in enumerate(bar):
             number = world.rank + turn * world.size  # that it would have in a single process

@@ -41,6 +41,7 @@ from models.yolo import DetectionModel
 from utils.device import out_of_memory, select_device
 from utils.errors import ConfigError, ExportError
 from utils.files import make_folder
+from utils.log import aligned
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -149,8 +150,8 @@ class Job:
             verification = Verification(model, deployed, inputs, images.origin, device)
         done = verification.deployment
         LOGGER.info(
-            "%s: re-parameterized model verified equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
-            weights, done.row_px, done.row_score, done.matched, done.reference,
+            "Re-parameterized model verified equal: rows within %.2g px and %.2g in score, %d of %d boxes matched",
+            done.row_px, done.row_score, done.matched, done.reference,
         )  # fmt: skip
         about = {"task": "detect", "precision": precision(config), "layout": config.layout}
         about |= describe(model, weights)
@@ -316,12 +317,12 @@ def summary(exported_files: Sequence[ExportedFile]) -> str:
     """Return the table of the exported files, and the commands that run them."""
     if not exported_files:
         return "nothing was exported"
-    lines = [f"{'format':<12} {'MB':>7} {'seconds':>8} {'px apart':>9} {'score apart':>12} {'boxes matched':>14}  file"]
+    rows: list[tuple[object, ...]] = [("format", "MB", "seconds", "px apart", "score apart", "boxes matched")]
     for a in exported_files:
         c = a.comparison
         px, score = ("-" if v is None else f"{v:.2g}" for v in (c.row_px, c.row_score))
-        boxes = f"{c.matched}/{c.reference}"
-        lines.append(f"{a.format:<12} {a.megabytes:>7.1f} {a.seconds:>8.1f} {px:>9} {score:>12} {boxes:>14}  {a.path}")
+        rows.append((a.format, f"{a.megabytes:.1f}", f"{a.seconds:.1f}", px, score, f"{c.matched}/{c.reference}"))
+    lines = aligned(rows)
     for a in exported_files:
         lines.append(f"python detect.py --weights {a.path} --source data/images")
         lines.append(f"python val.py --weights {a.path} --data <data.yaml>")

@@ -13,6 +13,7 @@ from engine.train.freeze import backbone_rows
 from engine.train.schedule import accumulation
 from models.backbones.base import Backbone
 from models.yolo import DetectionModel
+from utils.log import aligned
 
 AUTO_ITERATIONS = 10_000
 _ADAM = {"step", "exp_avg", "exp_avg_sq"}
@@ -81,15 +82,13 @@ def lr_scales(model: DetectionModel, backbone_lr: float, layer_decay: float) -> 
 
 def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
     """Return a table of optimizer groups: tensors, parameters, weight decay, learning-rate factor."""
-    lines = [f"{'group':<10}{'tensors':>9}{'parameters':>13}{'trainable':>13}{'decay':>10}{'lr x':>10}"]
+    rows: list[tuple[object, ...]] = [("group", "tensors", "parameters", "trainable", "decay", "lr x")]
     for group in groups:
         sizes = [p.numel() for p in group["params"]]
         trainable = sum(p.numel() for p in group["params"] if p.requires_grad)
-        lines.append(
-            f"{group['name']:<10}{len(sizes):>9}{sum(sizes):>13}{trainable:>13}{group['weight_decay']:>10.4g}"
-            f"{group['lr_scale']:>10.4g}"
-        )
-    return "\n".join(lines)
+        decay, scale = f"{group['weight_decay']:.4g}", f"{group['lr_scale']:.4g}"
+        rows.append((group["name"], len(sizes), sum(sizes), trainable, decay, scale))
+    return "\n".join(aligned(rows))
 
 
 @dataclass(frozen=True)

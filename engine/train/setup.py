@@ -45,7 +45,7 @@ from models.yolo import DetectionModel
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError
 from utils.files import increment_path, make_folder
-from utils.log import is_main_process, set_error_folder
+from utils.log import LINE_WIDTH, is_main_process, set_error_folder
 from utils.seed import seed_everything
 
 LOGGER = logging.getLogger(__name__)
@@ -270,7 +270,7 @@ def build_model(
         raise ConfigError(NO_MODEL)
     require_rgb(model)
     model.names = dict(data.names)
-    LOGGER.info("%s", model.layer_table())
+    LOGGER.info("%s", model.layer_table(None if config.verbose else LINE_WIDTH))
     LOGGER.info("%s", model.info())
     return model
 

@@ -49,12 +49,11 @@ from engine.train.stopping import EarlyStopping, StopNow, StopRequest
 from models.checkpoint.io import strip
 from utils.device import cpu_has_bf16, describe_device, select_device
 from utils.files import remove_partial_files
-from utils.log import is_main_process
+from utils.log import LINE_WIDTH, is_main_process
 from utils.metrics import fitness
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
-COLUMNS = 79  # of a terminal line, less one for the cursor
 TABLE = "%9s%9s%10s%10s%10s%10s%6s"
 BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining}"
 LEARNED_NOTHING = 0.01
@@ -249,7 +248,7 @@ class Trainer:
         total = len(loader)
         bar = tqdm(
             prefetch(loader, self.device), total=total, initial=progress.batches,
-            disable=not is_main_process(), bar_format=BAR, ncols=COLUMNS,
+            disable=not is_main_process(), bar_format=BAR, ncols=LINE_WIDTH,
         )  # fmt: skip
         settings = self.schedule.at(epoch * total + max(total - 1, 0), epoch)
         self.optimizer.zero_grad()
@@ -369,7 +368,7 @@ class Trainer:
         broadcast(None, self.world)  # torchrun ends all processes when the first one exits: wait for the files
         if is_main_process():
             last = self.run.weights("last.pt")
-            LOGGER.info("Stopped in epoch %d; continue with: python train.py --resume %s", epoch, last)
+            LOGGER.info("Stopped in epoch %d; continue with\npython train.py --resume %s", epoch, last)
         self.stop.exit()
 
     def _save(self, epoch: int, *, best: bool = False, periodic: bool = False) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from utils.errors import UserError
-from utils.log import run_command
+from utils.log import aligned, run_command
 
 HEADER = ("name", "levels (channels@stride)", "params (M)", "GFLOPs", "top-1 (%)", "weights")
 
@@ -64,19 +64,6 @@ def weights_of(name: str) -> list[str]:
     from models.backbones.published import published_for
 
     return [f"  {w.name}: top-1 {w.top1:.2f} @{w.resolution}, layout {w.layout}, {w.url}" for w in published_for(name)]
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Columns side by side, numbers to the right."""
-    columns = list(zip(HEADER, *rows))
-    widths = [max(len(cell) for cell in column) for column in columns[:-1]]
-    lines = []
-    for row in (HEADER, *rows):
-        cells = [
-            cell.rjust(width) if 2 <= i <= 4 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)
 
 
 def argument_table(name: str) -> list[tuple[str, str, str]]:
@@ -154,7 +141,8 @@ def _print(options: argparse.Namespace) -> None:
         return
     if options.imgsz < 32:
         raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
-    print(table([describe(name, options.imgsz) for name in options.names or list_backbones()]))
+    rows = [describe(name, options.imgsz) for name in options.names or list_backbones()]
+    print("\n".join(aligned([HEADER, *rows], left=(0, 1, 5))))
     for name in options.names:
         print("\n".join(weights_of(name)))
 

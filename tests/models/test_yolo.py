@@ -360,36 +360,19 @@ def test_table_of_layers() -> None:
     spec = load_model_spec("yolov5-riformer.yaml").to_dict()
     spec["backbone"][0][3] = {"arch": "s12", "normalize": False}
     table = DetectionModel(spec, nc=3).layer_table().splitlines()
-    assert table[0].split() == ["slot", "from", "n", "params", "module", "arguments", "output"]
-    assert table[1].split() == (
-        [
-            "0-4",
-            "-1",
-            "1",
-            "11409856",
-            "RIFormer",
-            "{arch:",
-            "s12,",
-            "normalize:",
-            "False}",
-            "64",
-            "@",
-            "4,",
-            "128",
-            "@",
-            "8,",
-            "320",
-            "@",
-            "16,",
-            "512",
-            "@",
-            "32",
-        ]
-    )
-    assert table[4].split() == ["7", "-1", "1", "0", "nn.Upsample", "[None,", "2,", "nearest]", "128", "@", "16"]
-    assert table[6].split()[:6] == ["9", "-1", "1", "115456", "C3", "[448,"]
-    assert table[-1].split()[:7] == ["20", "[13,", "16,", "19]", "1", "10824", "Detect"]
-    assert table[-1].endswith("predictions")
+    assert table[0].split() == ["slot", "from", "n", "params", "output", "module"]
+    first = "0-4 -1 1 11409856 64@4 128@8 320@16 512@32 RIFormer {arch: s12, normalize: False}"
+    assert table[1].split() == first.split()
+    assert table[4].split() == ["7", "-1", "1", "0", "128@16", "nn.Upsample", "[None,", "2,", "nearest]"]
+    assert table[6].split()[:7] == ["9", "-1", "1", "115456", "128@16", "C3", "[448,"]
+    assert table[-1].split()[:8] == ["20", "[13,", "16,", "19]", "1", "10824", "predictions", "Detect"]
+
+
+def test_table_of_layers_is_cut_to_a_width() -> None:
+    model = DetectionModel("yolov5n.yaml", nc=3)
+    full, cut = model.layer_table().splitlines(), model.layer_table(60).splitlines()
+    assert [line[:57] for line in full] == [line.removesuffix("...")[:57] for line in cut]
+    assert max(map(len, cut)) == 60 and cut[-1].endswith("...") and full[-1].endswith("[64, 128, 256]]")
 
 
 def test_feature_maps_of_every_slot() -> None:

@@ -287,6 +287,12 @@ def check_close_mosaic(run: Run) -> None:
     assert not np.array_equal(dataset[(1, 0)].image, plain[(1, 0)].image)
 
 
+def check_verbose(run: Run) -> None:
+    tables = run.count(DetectionModel, "layer_table")
+    run.parts(verbose=True)
+    assert tables[0][1] is None  # no width: nothing is cut
+
+
 def check_channels_last(run: Run) -> None:
     strides = {}
     for choice in ("auto", "off"):
