@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.parser import run_main
 from engine.compare.config import CompareConfig
+
+if TYPE_CHECKING:
+    from engine.compare.runner import Comparison
 
 
 def work(config: CompareConfig) -> None:
@@ -16,7 +19,7 @@ def work(config: CompareConfig) -> None:
     compare(config)
 
 
-def run(**options: Any) -> Any:
+def run(**options: Any) -> Comparison:
     """Compare from Python: the command's flags as keywords, with underscores. Returns the `Comparison`."""
     from engine.compare.runner import compare
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.config import DetectConfig
 from engine.cli.parser import run_main
+
+if TYPE_CHECKING:
+    from engine.predict.predictor import DetectReport
 
 
 def work(config: DetectConfig) -> int:
@@ -16,7 +19,7 @@ def work(config: DetectConfig) -> int:
     return 1 if detect(config).failures else 0
 
 
-def run(**options: Any) -> Any:
+def run(**options: Any) -> DetectReport:
     """Detect from Python: the command's flags as keywords, with underscores. Returns the `DetectReport`."""
     from engine.predict.predictor import detect
 

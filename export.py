@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.parser import run_main
 from engine.export.config import ExportConfig
 from utils.errors import ExportError
+
+if TYPE_CHECKING:
+    from engine.export.benchmark import BenchmarkReport
+    from engine.export.exporter import ExportReport
 
 
 def work(config: ExportConfig) -> int:
@@ -24,7 +28,7 @@ def work(config: ExportConfig) -> int:
     return 1 if report.failures else 0
 
 
-def run(**options: Any) -> Any:
+def run(**options: Any) -> ExportReport | BenchmarkReport:
     """Export from Python: the command's flags as keywords, with underscores.
 
     Returns:
@@ -33,7 +37,7 @@ def run(**options: Any) -> Any:
     return _job(ExportConfig.from_keywords(**options))
 
 
-def _job(config: ExportConfig) -> Any:
+def _job(config: ExportConfig) -> ExportReport | BenchmarkReport:
     from engine.export.benchmark import benchmark
     from engine.export.exporter import export
 

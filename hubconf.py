@@ -4,9 +4,19 @@
 project is imported when a model is asked for, not before. See docs/python.md.
 """
 
+from __future__ import annotations
+
 import sys as _sys
+import typing as _typing
 from pathlib import Path as _Path
-from typing import Any as _Any
+
+if _typing.TYPE_CHECKING:
+    from collections.abc import Callable as _Callable
+
+    from engine.hub.model import Device as _Device
+    from engine.hub.model import HubModel as _HubModel
+    from engine.hub.model import Weights as _Weights
+    from models.yolo import DetectionModel as _DetectionModel
 
 dependencies = ["torch", "torchvision", "cv2", "numpy", "PIL", "yaml", "tqdm", "matplotlib"]
 
@@ -24,7 +34,9 @@ def _check_modules() -> None:
             )
 
 
-def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bool = True, device: _Any = None) -> _Any:
+def custom(
+    path: _Weights = "path/to/model.pt", autoshape: bool = True, _verbose: bool = True, device: _Device = None
+) -> _HubModel | _DetectionModel:
     """Open a model file: a checkpoint (ours or official), a list of them (ensemble), .onnx, .torchscript, ...
 
     Arguments:
@@ -38,7 +50,7 @@ def custom(path: _Any = "path/to/model.pt", autoshape: bool = True, _verbose: bo
     return load(path, autoshape, device)
 
 
-def _entry(name: str, cfg: str) -> _Any:
+def _entry(name: str, cfg: str) -> _Callable[..., _HubModel | _DetectionModel]:
     """Return the function that builds the network of a YAML."""
 
     def build(
@@ -47,9 +59,9 @@ def _entry(name: str, cfg: str) -> _Any:
         classes: int | None = None,
         autoshape: bool = True,
         _verbose: bool = True,
-        device: _Any = None,
-        path: _Any = None,
-    ) -> _Any:
+        device: _Device = None,
+        path: str | _Path | None = None,
+    ) -> _HubModel | _DetectionModel:
         _check_modules()
         from engine.hub.model import create
         from utils.errors import ConfigError

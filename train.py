@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.config import TrainConfig
 from engine.cli.parser import run_main
 
+if TYPE_CHECKING:
+    from engine.train.trainer import TrainResult
+    from engine.tune.search import EvolveResult
 
-def start(config: TrainConfig) -> Any:
+
+def start(config: TrainConfig) -> TrainResult | EvolveResult:
     """Train, or tune, as the options say (the engine is imported here so that `--help` is instant)."""
     if config.evolve is not None or config.resume_evolve is not None:
         from engine.tune.search import evolve
@@ -25,7 +29,7 @@ def work(config: TrainConfig) -> None:
     start(config)
 
 
-def run(**options: Any) -> Any:
+def run(**options: Any) -> TrainResult | EvolveResult:
     """Train from Python: the command's flags as keywords, with underscores.
 
     Returns:

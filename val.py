@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.cli.config import ValConfig
 from engine.cli.parser import run_main
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from engine.evaluate.accumulator import EvalResult
 
 
 def work(config: ValConfig) -> None:
@@ -14,7 +19,7 @@ def work(config: ValConfig) -> None:
     _job(config)
 
 
-def run(**options: Any) -> Any:
+def run(**options: Any) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]:
     """Validate from Python: the command's flags as keywords, with underscores.
 
     Returns:
@@ -23,7 +28,7 @@ def run(**options: Any) -> Any:
     return _job(ValConfig.from_keywords(**options))
 
 
-def _job(config: ValConfig) -> Any:
+def _job(config: ValConfig) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]:
     """Do what the task asks for; the engine is imported here so that `--help` is instant."""
     from engine.evaluate.evaluator import validate
     from engine.evaluate.size_sweep import speed, study

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import NoReturn
 
 from utils.errors import did_you_mean
 from utils.log import configure_logging, run_command
@@ -13,7 +13,7 @@ from utils.log import configure_logging, run_command
 class DataParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names the nearest option."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             names = [text for action in self._actions for text in action.option_strings]

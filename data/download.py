@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, TypeVar, cast
 from urllib.parse import urlparse
 
 from tqdm import tqdm
@@ -39,6 +39,7 @@ from utils.errors import DataError, UserError, did_you_mean, shown
 from utils.files import download, file_digest, folder_names, is_vacant, make_folder, new_folder
 from utils.yaml_lines import LineDict, text_of
 
+T = TypeVar("T")
 LOGGER = logging.getLogger(__name__)
 
 
@@ -106,7 +107,7 @@ def recipe_from_url(text: str) -> DownloadRecipe | None:
     return None
 
 
-def parse_recipe(value: Any, names: Mapping[int, str], where: str, problems: list[str]) -> DownloadRecipe | None:
+def parse_recipe(value: object, names: Mapping[int, str], where: str, problems: list[str]) -> DownloadRecipe | None:
     """Read the table under `download:`.
 
     Args:
@@ -134,7 +135,7 @@ def parse_recipe(value: Any, names: Mapping[int, str], where: str, problems: lis
         voc = _record(VocConversion, {**table, "sets": tuple(sets)}, f"{where}: download: voc", problems)
     if len(problems) > before:
         return None
-    return DownloadRecipe(tuple(files), tuple(names[number] for number in sorted(names)), voc)
+    return DownloadRecipe(tuple(file for file in files if file), tuple(names[number] for number in sorted(names)), voc)
 
 
 def fetch(recipe: DownloadRecipe, root: Path) -> None:
@@ -338,12 +339,12 @@ def _only(table: Mapping[str, Any], allowed: tuple[str, ...], where: str, proble
     problems += [f"{where}: unknown key {shown(key)}{did_you_mean(key, allowed)}" for key in unknown]
 
 
-def _record(kind: Any, value: Any, where: str, problems: list[str]) -> Any:
+def _record(kind: Callable[..., T], value: object, where: str, problems: list[str]) -> T | None:
     """Build a frozen dataclass from a mapping after checking its keys, the types of its values and its paths."""
     if not isinstance(value, dict):
         problems.append(f"{where}: {shown(value)}; a mapping is needed")
         return None
-    types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
+    types = {field.name: str(field.type) for field in dataclasses.fields(cast(Any, kind))}
     _only(value, tuple(types), where, problems)
     known = {key: item for key, item in value.items() if key in types}
     for key, item in known.items():

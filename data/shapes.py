@@ -56,7 +56,7 @@ class ShapesRecipe:
     seed: int = 0
 
 
-def parse_shapes(value: Any, names: Mapping[int, str], where: str, problems: list[str]) -> ShapesRecipe | None:
+def parse_shapes(value: object, names: Mapping[int, str], where: str, problems: list[str]) -> ShapesRecipe | None:
     """Read `generate:` of a dataset YAML: `shapes`, or a mapping with `kind: shapes` and the numbers of ShapesRecipe.
 
     Args:

@@ -112,7 +112,7 @@ def _signature(own: Sequence[tuple[inspect.Parameter, Any]]) -> str:
     return "[" + ", ".join(p.name if p.default is empty else f"{p.name}={p.default}" for p, _ in own) + "]"
 
 
-def _converted(value: Any, hint: Any, what: str) -> Any:
+def _converted(value: object, hint: object, what: str) -> object:
     if isinstance(value, str) and nn.Module in _choices(hint):
         return activation_from_text(value)
     check_type(value, hint, what)
@@ -123,19 +123,19 @@ def _converted(value: Any, hint: Any, what: str) -> Any:
     return value
 
 
-def check_type(value: Any, hint: Any, what: str) -> None:
+def check_type(value: object, hint: object, what: str) -> None:
     """Raise SpecError, naming `what`, unless `value` has the annotated type `hint`."""
     if not _fits(value, hint):
         found = shown(list(value) if isinstance(value, tuple) else value)
         raise SpecError(f"{what} is {found}; allowed: {' or '.join(dict.fromkeys(map(_type_name, _choices(hint))))}")
 
 
-def _choices(hint: Any) -> tuple[Any, ...]:
+def _choices(hint: object) -> tuple[Any, ...]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     for choice in _choices(hint):
         members = typing.get_args(choice)
         if choice is Any or choice is object:
@@ -148,8 +148,9 @@ def _fits(value: Any, hint: Any) -> bool:
             fits = isinstance(value, (int, float)) and not isinstance(value, bool)
         elif typing.get_origin(choice) is tuple:
             many = len(members) == 2 and members[1] is Ellipsis
-            fits = isinstance(value, tuple) and len(value) > 0 and (many or len(value) == len(members))
-            fits = fits and all(_fits(item, members[0 if many else i]) for i, item in enumerate(value))
+            items = value if isinstance(value, tuple) else ()
+            fits = len(items) > 0 and (many or len(items) == len(members))
+            fits = fits and all(_fits(item, members[0 if many else i]) for i, item in enumerate(items))
         elif typing.get_origin(choice) is Sequence:
             fits = isinstance(value, (list, tuple)) and all(_fits(item, members[0]) for item in value)
         elif typing.get_origin(choice) is Mapping:
@@ -163,7 +164,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def _type_name(choice: Any) -> str:
+def _type_name(choice: object) -> str:
     members = typing.get_args(choice)
     if typing.get_origin(choice) is tuple:
         size = "" if Ellipsis in members else f"{len(members)} "
@@ -174,7 +175,13 @@ def _type_name(choice: Any) -> str:
         return "a mapping"
     if typing.get_origin(choice) is typing.Literal:
         return ", ".join(map(str, members))
-    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", nn.Module: "an activation"}
+    names: dict[object, str] = {
+        int: "an integer",
+        float: "a number",
+        bool: "True or False",
+        str: "a string",
+        nn.Module: "an activation",
+    }
     return "None" if choice is type(None) else names.get(choice, getattr(choice, "__name__", str(choice)))
 
 

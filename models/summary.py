@@ -193,8 +193,8 @@ class _NormCounter(TorchFunctionMode):
         self.flops = 0
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        self, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> object:
         kwargs = kwargs or {}
         if func in NORMS:
             self.flops += NORM_FLOPS * (args[0] if args else kwargs["input"]).numel()
@@ -250,7 +250,7 @@ def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
     )
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_shown, value)) + "]"
     if isinstance(value, Mapping):
@@ -266,8 +266,8 @@ def recorded_maps(rows: Rows, image: Tensor) -> dict[str, Tensor]:
     """
     maps: dict[str, Tensor] = {}
 
-    def keep(route: Route, out: Any) -> None:
-        results = out if route.gives_levels else (out,)
+    def keep(route: Route, out: Tensor | Sequence[Tensor]) -> None:
+        results = (out,) if isinstance(out, Tensor) else out
         for level, result in zip(route.levels, results, strict=False):
             maps[row_label(route, level.stride)] = result.detach()
 

@@ -63,7 +63,7 @@ class DetectionModel(nn.Module):
         cfg: str | Path | Mapping[str, Any] = "yolov5s.yaml",
         ch: int = 3,
         nc: int | None = None,
-        anchors: Any = None,
+        anchors: object = None,
         backbone_weights: str | Path | None = None,
         head: str | None = None,
     ) -> None:

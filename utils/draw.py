@@ -79,15 +79,15 @@ def draw_boxes(
     width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
     limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
-    boxes = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(int)
+    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(np.int64)
     colors = [class_color(index) for index in classes]
-    for (left, top, right, bottom), color in zip(boxes.tolist(), colors):
+    for (left, top, right, bottom), color in zip(corners.tolist(), colors):
         cv2.rectangle(out, (left, top), (right, bottom), color, width)
     if captions is None:
         return out
     texts = [drawable(text) for text in captions]
     scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
-    places = _caption_places(boxes, [_plate_size(text, scale) for text in texts], out.shape[:2], reserved)
+    places = _caption_places(corners, [_plate_size(text, scale) for text in texts], out.shape[:2], reserved)
     for text, place, color in zip(texts, places, colors):
         if place is not None:
             _draw_text(out, text, place, scale, color, _readable_on(color))
@@ -297,7 +297,7 @@ def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> LabeledIm
     """One map as gray values over its whole range; cells stay visible as squares."""
     low, high = float(values.min()), float(values.max())
     gray = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
-    return cv2.resize(gray.round().astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(gray.round(), size, interpolation=cv2.INTER_NEAREST).astype(np.uint8)
 
 
 def _tile_sheet(

@@ -229,7 +229,7 @@ def _load(path: Path) -> dict[str, Any]:
     return lists
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: object) -> bool:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
@@ -266,7 +266,7 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[Any, str],
     return {number: found[number] for number in sorted(found)}, notes
 
 
-def _image(item: Any, i: int, path: Path) -> CocoImage:
+def _image(item: object, i: int, path: Path) -> CocoImage:
     name = item.get("file_name") if isinstance(item, dict) else None
     if not isinstance(item, dict) or not _is_id(item.get("id")) or not isinstance(name, str) or not name:
         raise DataError(f"{path}: images[{i}] is {shown(item)}; a mapping with 'id' and 'file_name' is needed")
@@ -274,7 +274,7 @@ def _image(item: Any, i: int, path: Path) -> CocoImage:
     return CocoImage(item["id"], name, (sides[0], sides[1]) if len(sides) == 2 else None)
 
 
-def _polygon(value: Any, place: str, size: tuple[int, int]) -> Segment | None:
+def _polygon(value: object, place: str, size: tuple[int, int]) -> Segment | None:
     """(k, 2) normalized points, all parts of the object joined; None for masks, boxes and lines."""
     if not isinstance(value, list):
         return None  # run lengths: no polygon, the box counts

@@ -9,17 +9,18 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from engine.cli.keywords import settled
 from models.build.spec import HEADS
 from utils.errors import ConfigError, did_you_mean, shown
 from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
+T = TypeVar("T")
 FLAG, OPTIONAL, MANY = "flag", "optional", "many"
 
 
-def option(default: Any, text: str, kind: Callable[[Any], Any] = str, **extra: Any) -> Any:
+def option(default: T, text: str, kind: Callable[[Any], Any] = str, **extra: Any) -> T:
     """Declare one option as a dataclass field.
 
     Args:
@@ -32,11 +33,11 @@ def option(default: Any, text: str, kind: Callable[[Any], Any] = str, **extra: A
     """
     metadata = {"help": text, "kind": kind, **extra}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+        return field(default_factory=lambda: cast(T, list(default)), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def flag(text: str, **extra: Any) -> Any:
+def flag(text: str, **extra: Any) -> bool:
     """Declare an option without a value, off by default."""
     return option(False, text, bool, form=FLAG, **extra)
 
@@ -71,9 +72,6 @@ HYP_RANGES: dict[str, tuple[float, float]] = {
 }
 
 
-O = TypeVar("O", bound="Options")
-
-
 class Options:
     """Checks that all option dataclasses share.
 
@@ -84,13 +82,13 @@ class Options:
     given: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
-    def from_given(cls, values: Mapping[str, Any]) -> Any:
+    def from_given(cls, values: Mapping[str, Any]) -> Self:
         """Build from the options that were given; all others have their defaults."""
         config = cls(**values)
         object.__setattr__(config, "given", frozenset(values))
         return config
 
-    def replaced(self: O, **changes: Any) -> O:
+    def replaced(self, **changes: Any) -> Self:
         """Return a copy with some options changed, as `dataclasses.replace`; it keeps `given`."""
         config = replace(self, **changes)  # type: ignore[type-var]
         object.__setattr__(config, "given", self.given)
@@ -141,7 +139,7 @@ class Options:
         return words
 
     @classmethod
-    def from_keywords(cls, **keywords: Any) -> Any:
+    def from_keywords(cls, **keywords: Any) -> Self:
         """Build from keywords (the flags with underscores), for use from Python; unknown ones are an error."""
         names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
         for name in keywords:
@@ -440,7 +438,7 @@ class Hyperparameters:
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
-def _problems_of_class_weights(value: Any) -> list[str]:
+def _problems_of_class_weights(value: object) -> list[str]:
     """Return what is wrong with the form of `class_weights`; classes are looked up when the dataset is known."""
     if value is None or value in ("none", "balanced"):
         return []

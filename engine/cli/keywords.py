@@ -39,7 +39,7 @@ def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[
     return out
 
 
-def _settled(f: Field[Any], value: Any) -> Any:
+def _settled(f: Field[Any], value: object) -> object:
     default = f.default if f.default is not MISSING else f.default_factory()  # type: ignore[operator]
     form, kind = f.metadata.get("form"), f.metadata["kind"]
     if value is None or (form == "optional" and value is False):
@@ -51,20 +51,20 @@ def _settled(f: Field[Any], value: Any) -> Any:
     return _one(kind, value)
 
 
-def _one(kind: Callable[[Any], Any], value: Any) -> Any:
+def _one(kind: Callable[[Any], Any], value: object) -> object:
     """Return a single value converted to its type, or raise TypeError."""
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
     if kind is bool and isinstance(value, bool):
         return value
-    if kind is float and is_number:
-        return float(value)
-    if kind is int and is_number and value == int(value):
-        return int(value)
+    if kind is float and number is not None:
+        return float(number)
+    if kind is int and number is not None and number == int(number):
+        return int(number)
     if kind is str and (isinstance(value, (str, os.PathLike, int)) and not isinstance(value, bool)):
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
     if kind is str and type(value).__name__ == "device":  # a torch.device; torch is not imported
         return str(value)
-    if not isinstance(kind, type) and (is_number or isinstance(value, str)):
+    if not isinstance(kind, type) and (number is not None or isinstance(value, str)):
         with suppress(ValueError):
             return kind(value)
     raise TypeError(f"{WORDS.get(kind, kind.__name__)} is needed")

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
 from utils.errors import ConfigError, UserError, did_you_mean
@@ -33,7 +33,7 @@ DEBUG_HELP = "print the traceback of an internal error instead of writing it to 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line that names the nearest option."""
 
-    def error(self, message: str) -> Any:
+    def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
         if unknown != message:
             names = [s for a in self._actions for s in a.option_strings]

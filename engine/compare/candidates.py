@@ -197,7 +197,7 @@ def _key(path: Path, trained: bool, config: CompareConfig) -> str:
     return digest([content, [stat_key(file) for file in _named_files(content)], plugins])
 
 
-def _named_files(value: Any) -> list[Path]:
+def _named_files(value: object) -> list[Path]:
     """Return the files that a YAML names (weights of a backbone row)."""
     if isinstance(value, Mapping):
         return [path for item in value.values() for path in _named_files(item)]

@@ -22,7 +22,7 @@ MEASURING_CODE = (*TRAINING_CODE, "engine/runtimes", "engine/export", "engine/co
 REPORTING = ("table.py", "outputs.py", "plots.py", "pareto.py", "runner.py", "config.py", "store.py")
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """Return a hash of plain values or bytes; equal values give equal hashes."""
     if isinstance(value, bytes):
         return hashlib.sha256(value).hexdigest()[:HEX]
@@ -76,7 +76,7 @@ class Store:
     def __init__(self, folder: Path, fresh: bool = False) -> None:
         self.folder, self.fresh = folder, fresh
 
-    def find(self, kind: str, key: str) -> Any | None:
+    def find(self, kind: str, key: str) -> dict[str, Any] | None:
         """Return the result stored under a key, or None if there is no readable one."""
         path = self._path(kind, key)
         if self.fresh or not path.is_file():
@@ -88,7 +88,7 @@ class Store:
             LOGGER.warning("%s: not readable, repeated (%s)", path, error)
             return None
 
-    def save(self, kind: str, key: str, result: Any, about: Any = None) -> None:
+    def save(self, kind: str, key: str, result: object, about: object = None) -> None:
         """Store plain values under a key.
 
         Args:

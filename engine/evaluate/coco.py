@@ -84,7 +84,7 @@ def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[in
     ]
 
 
-def write_json(path: str | Path, content: Any) -> None:
+def write_json(path: str | Path, content: object) -> None:
     """Write a JSON file atomically."""
     with atomic_path(path) as part, open(part, "w", encoding="utf-8") as stream:
         json.dump(content, stream)

@@ -12,6 +12,7 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image, ImageOps
 
 from data.images import read
 from data.sources.frames import Frame
@@ -24,14 +25,13 @@ ALLOWED = (
 )
 
 
-def as_list(images: Any) -> list[Any]:
+def as_list(images: object) -> list[Any]:
     """Return the images as a list.
 
     Raises:
         ConfigError: the list is empty.
     """
-    several = isinstance(images, (list, tuple))
-    out = list(images) if several else [images]
+    out = list(images) if isinstance(images, (list, tuple)) else [images]
     if not out:
         raise ConfigError(f"no images given; {ALLOWED}")
     return out
@@ -56,7 +56,7 @@ def as_frames(images: Sequence[Any]) -> tuple[Frame, ...]:
     return tuple(out)
 
 
-def _image(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
+def _image(item: object, where: str) -> tuple[NDArray[np.uint8], str]:
     """Return (H, W, 3) uint8 BGR, and the name of its file ('' without one)."""
     if isinstance(item, (str, Path)):
         return _file(str(item))
@@ -64,7 +64,7 @@ def _image(item: Any, where: str) -> tuple[NDArray[np.uint8], str]:
         return _array(item, where), ""
     if isinstance(item, torch.Tensor):
         return _tensor(item, where), ""
-    if hasattr(item, "convert") and hasattr(item, "getexif"):
+    if isinstance(item, Image.Image):
         return _pil(item, where)
     raise ConfigError(f"{where}: a {type(item).__name__}; {ALLOWED}")
 
@@ -121,9 +121,7 @@ def pixels_of(images: torch.Tensor, where: str = "images") -> NDArray[np.uint8]:
     return images.detach().permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
-def _pil(image: Any, where: str) -> tuple[NDArray[np.uint8], str]:
-    from PIL import ImageOps
-
+def _pil(image: Image.Image, where: str) -> tuple[NDArray[np.uint8], str]:
     if image.mode.startswith(("I", "F")):
         raise ConfigError(f"{where}: a PIL image of mode {image.mode}; give its path, or convert it to 'RGB'")
     upright = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))

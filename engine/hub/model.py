@@ -105,7 +105,7 @@ class HubModel(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, ims: Any, size: int | Sequence[int] | None = None, augment: bool = False) -> Results:
+    def forward(self, ims: object, size: int | Sequence[int] | None = None, augment: bool = False) -> Results:
         """Detect.
 
         Every image is letterboxed to the smallest rectangle of multiples of the stride, as in `detect.py`: detections

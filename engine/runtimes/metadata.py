@@ -102,7 +102,7 @@ class Metadata:
         return cls.from_texts(texts, where)
 
 
-def _value(key: str, text: str, where: str) -> Any:
+def _value(key: str, text: str, where: str) -> object:
     try:
         return ast.literal_eval(text)  # numbers, lists and dictionaries only: nothing is executed
     except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two by the parser, for nesting

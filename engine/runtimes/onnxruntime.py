@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ def _is_image(shape: Sequence[object]) -> bool:
     return len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int)) and all(0 < d < 2**16 for d in sizes)
 
 
-def onnxruntime_package() -> Any:
+def onnxruntime_package() -> ModuleType:
     """Return the package; raise a ConfigError with the pip command where it is missing."""
     try:
         import onnxruntime

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.metadata import Metadata
 from utils.errors import CheckpointError, ConfigError
 from utils.yaml_lines import load_yaml
+
+if TYPE_CHECKING:
+    import openvino
 
 LOGGER = logging.getLogger(__name__)
 METADATA = "metadata.yaml"
@@ -65,7 +68,7 @@ def model_file(path: Path) -> Path:
     return found[0]
 
 
-def openvino_core() -> Any:
+def openvino_core() -> openvino.Core:
     """Return an OpenVINO core; raise a ConfigError with the pip command where the package is missing."""
     try:
         import openvino

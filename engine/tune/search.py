@@ -10,7 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ from utils.plots import read_history
 from utils.yaml_lines import dump_yaml
 
 if TYPE_CHECKING:
+    from optuna.samplers import TPESampler
     from optuna.study import Study
     from optuna.trial import Trial
 
@@ -302,7 +303,7 @@ class SearchRun:
                 f"the --hyp file, a smaller batch), then continue with: {command_of(self.plan, self.folder)}"
             )
 
-    def _sampler(self) -> Any:
+    def _sampler(self) -> TPESampler:
         """Return a sampler seeded by --seed and the number of earlier points.
 
         A seed per process would give two processes, or a resumed study, the same draws.

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import astuple, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -22,6 +22,8 @@ from utils.errors import ConfigError
 from utils.files import atomic_path, newest_file, remove_partial_files
 
 if TYPE_CHECKING:
+    from filelock import AcquireReturnProxy
+    from optuna.pruners import MedianPruner
     from optuna.storages import RDBStorage
     from optuna.study import Study
     from optuna.trial import FrozenTrial
@@ -74,7 +76,7 @@ def quiet_optuna() -> Iterator[None]:
 class StudyLock(FileLock):
     """A lock between processes, which ends with the process that holds it."""
 
-    def acquire(self, *args: Any, **kwargs: Any) -> Any:
+    def acquire(self, *args: Any, **kwargs: Any) -> AcquireReturnProxy[Self]:
         """Wait until the lock is free and take it.
 
         Raises:
@@ -105,7 +107,7 @@ def _storage(path: Path) -> RDBStorage:
     return storage
 
 
-def pruner(epochs: int) -> Any:
+def pruner(epochs: int) -> MedianPruner:
     """Return a pruner that stops trials below the median after a third of the epochs."""
     from optuna.pruners import MedianPruner
 

@@ -120,7 +120,7 @@ def register_backbone(name: Any) -> Any:
     return lambda cls: _register(name, cls)
 
 
-def _register(name: str, cls: Any) -> Any:
+def _register(name: str, cls: object) -> type[Backbone]:
     if not (isinstance(cls, type) and issubclass(cls, Backbone)):
         raise SpecError(f"backbone '{name}': {cls!r} is no subclass of models.backbones.Backbone")
     known = _PLUGINS.get(name)
@@ -362,7 +362,7 @@ def backbone_from_row(
     return create_backbone(name, weights, **arguments)
 
 
-def _row_argument(name: str, arg: Any, has_arch: bool) -> dict[str, Any]:
+def _row_argument(name: str, arg: object, has_arch: bool) -> dict[str, Any]:
     if isinstance(arg, Mapping):
         unfit = [key for key in arg if not isinstance(key, str) or key in ("name", "self")]
         if unfit:

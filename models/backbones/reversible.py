@@ -272,7 +272,12 @@ class ReversibleFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, blocks: Sequence[ReversibleBlock], buffered: frozenset[int], x_1: Tensor, x_2: Tensor, *theta: Tensor
+        ctx: Any,  # noqa: ANN401 -- what backward needs is kept as attributes of its own
+        blocks: Sequence[ReversibleBlock],
+        buffered: frozenset[int],
+        x_1: Tensor,
+        x_2: Tensor,
+        *theta: Tensor,
     ) -> tuple[Tensor, Tensor]:
         devices = sorted({t.device for t in (x_1, x_2, *theta) if t.device.type == "cuda"}, key=str)
         ctx.blocks = blocks
@@ -298,7 +303,7 @@ class ReversibleFunction(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_y_1: Tensor, d_y_2: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
         y_1, y_2, *others = ctx.saved_tensors
         kept, needs_theta = others[: ctx.num_kept], ctx.needs_input_grad[4:]
         names = [name for block in ctx.blocks for branch in "FG" for name in Branch(block, branch).theta]

@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class Measured:
 # ---- names ----------------------------------------------------------------------------------------------------------
 
 
-def timm_package() -> Any:
+def timm_package() -> ModuleType:
     """Import timm, or raise SpecError with the pip command."""
     try:
         import timm

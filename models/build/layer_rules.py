@@ -76,7 +76,7 @@ class Rule(Protocol):
 # ---- strides --------------------------------------------------------------------------------------------------------
 
 
-def _one(value: Any, name: str) -> Fraction:
+def _one(value: float | tuple[float, ...], name: str) -> Fraction:
     """Return a stride or factor, which must be equal in both directions."""
     if isinstance(value, tuple):
         if len(set(value)) != 1:
@@ -344,7 +344,7 @@ class AnchorFreeRule:
         return Built(head, (row.spec.num_classes, reg_max, channels), None)
 
 
-def _reg_max(args: Sequence[Any]) -> Any:
+def _reg_max(args: Sequence[Any]) -> int:
     if len(args) > 2:
         raise SpecError(f"{len(args)} arguments are given; it takes [nc] or [nc, {{reg_max: 16}}]")
     given = args[1] if len(args) == 2 else {}

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
 from utils.errors import SpecError, did_you_mean, shown
 from utils.files import find_file
 from utils.yaml_lines import load_yaml, plain
 
 Anchors = int | tuple[tuple[float, ...], ...]
+N = TypeVar("N", int, float)
 Problems = list[str]
 
 SECTIONS = ("backbone", "head")
@@ -117,7 +118,7 @@ class ModelSpec:
         """Return `file:line` of a top-level key."""
         return self.where(self.key_lines.get(key, 0))
 
-    def replaced(self, channels: int, num_classes: int | None, anchors: Any) -> ModelSpec:
+    def replaced(self, channels: int, num_classes: int | None, anchors: object) -> ModelSpec:
         """Return the specification with input channels, number of classes or anchors replaced.
 
         Args:
@@ -238,7 +239,7 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
         if key not in data:
             problems.append(f"{path}: key '{key}' is missing")
 
-    def number(key: str, default: Any, integer: bool) -> Any:
+    def number(key: str, default: N, integer: bool) -> N:
         value, limit = data.get(key, default), LIMITS[key]
         if (_is_int(value) if integer else _is_number(value)) and 0 < value <= limit:
             return value
@@ -266,7 +267,7 @@ def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Proble
     return spec, problems
 
 
-def _anchors(value: Any, where: str, problems: Problems) -> Anchors:
+def _anchors(value: object, where: str, problems: Problems) -> Anchors:
     """Return the number of anchors per level or their sizes; 3 if they are not valid."""
     if _is_int(value) and 0 < value <= MAX_ANCHORS:
         return int(value)
@@ -316,7 +317,7 @@ def _layers(
     return tuple(layers)
 
 
-def _layer(row: Any, index: int, line: int, section: str, where_row: str, problems: Problems) -> LayerSpec:
+def _layer(row: object, index: int, line: int, section: str, where_row: str, problems: Problems) -> LayerSpec:
     empty = LayerSpec(index, (-1,), 0, "", (), line, section)
     if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 4:
         problems.append(f"{where_row}: row {index} is {shown(plain(row))}; {ROW_FORM}")
@@ -345,11 +346,11 @@ def _layer(row: Any, index: int, line: int, section: str, where_row: str, proble
         )
     if len(problems) > num_problems:
         return empty
-    frozen = {key: _frozen(value) for key, value in args.items()} if isinstance(args, Mapping) else _frozen(args)
+    frozen = cast("tuple[Any, ...] | Mapping[str, Any]", _frozen(args))
     return LayerSpec(index, tuple(listed), repeats, module, frozen, line, section)
 
 
-def _frozen(value: Any) -> Any:
+def _frozen(value: object) -> object:
     """Convert lists to tuples and the strings None, True and False, as in YOLOv5 files, to their values."""
     if isinstance(value, Mapping):
         return {key: _frozen(item) for key, item in value.items()}
@@ -363,9 +364,9 @@ def _row_to_list(layer: LayerSpec) -> list[Any]:
     return [sources, layer.repeats, layer.module, plain(layer.args)]
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)

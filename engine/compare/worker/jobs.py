@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from data.formats.yolo import ImageRecord
 from engine.cli.config import Hyperparameters, TrainConfig, ValConfig
 from engine.cli.plugins import load_plugins
 from engine.compare.measure import machine
@@ -307,7 +308,7 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def objects_by_area(records: Any) -> dict[str, int]:
+def objects_by_area(records: Iterable[ImageRecord]) -> dict[str, int]:
     """Count small, medium and large labeled objects."""
     areas = [r.labels[:, 3] * r.labels[:, 4] * r.height * r.width for r in records]
     together = np.concatenate([np.zeros(0), *areas])

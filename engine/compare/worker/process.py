@@ -75,7 +75,7 @@ class Worker:
         """Whether the process runs."""
         return self._process.is_alive()
 
-    def run(self, job: str, tick: Callable[[], None] = lambda: None, **arguments: Any) -> Any:
+    def run(self, job: str, tick: Callable[[], None] = lambda: None, **arguments: Any) -> Any:  # noqa: ANN401 -- as the job
         """Run a job in the process and return its result. After a crash a new process is started.
 
         Args:
