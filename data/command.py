@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from utils.errors import did_you_mean
+from utils.errors import did_you_mean, printable
 from utils.log import configure_logging, run_command
 
 
@@ -18,7 +18,7 @@ class DataParser(argparse.ArgumentParser):
         if unknown != message:
             names = [text for action in self._actions for text in action.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names)
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all options)\n")
+        self.exit(2, printable(f"{self.prog}: error: {message} (--help lists all options)\n"))
 
 
 def run(parser: DataParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:

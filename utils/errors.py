@@ -10,11 +10,18 @@ from collections.abc import Iterable, Sequence
 MAX_MESSAGE = 4000
 """Characters of an error message; the rest is cut."""
 
-_SECRET_KEYS = "password|passwd|pass|pwd|token|access_token|api_?key|key|secret|auth|signature|sig|user|username|login"
-_SECRETS = (
-    (re.compile(r"(://)[^\s/?#]*@"), r"\1***@"),  # user and password
-    (re.compile(r"(://)(?!\*{3}@)[^\s/@]*:(?!\d{1,5}/)[^\s@]*@"), r"\1***@"),  # a password that holds a slash
-    (re.compile(rf"((?:[?&;,/_]|(?<=\*))(?:{_SECRET_KEYS})=)[^&\s;,'\"]*", re.IGNORECASE), r"\1***"),
+MAX_HIDDEN = 10_000
+"""Characters in which `shown` looks for passwords: a longer value is cut in its middle before."""
+
+_KEY = r"[\w.\-]{0,24}(?:pass?|psw|pwd|token|key|secret|auth|sig|sign|signature|credential|session|login|user|usr)"
+_SCHEME = r"((?:://|(?<![a-z])(?:https?|rtsps?|rtmp\w?|ftps?|tcp|udp|srt|rtp):/(?!/)))"  # pathlib writes http:/host
+_SECRETS = tuple(
+    (re.compile(pattern, re.IGNORECASE), r"\1***" + end)
+    for pattern, end in (
+        (rf"{_SCHEME}[^\s/?#]*@", "@"),  # user and password
+        (rf"{_SCHEME}(?!\*{{3}}@)[^\s/@]*:(?!\d{{1,5}}/)[^\s@]*@", "@"),  # a password that holds a slash
+        (rf"((?:[?&;,/_#]|(?<=\*)){_KEY}[\w.\-]{{0,24}}=)[^&\s;,'\"]*", ""),
+    )
 )
 
 
@@ -24,7 +31,7 @@ def hide_passwords(text: str) -> str:
     >>> hide_passwords("rtsp://user:secret@10.0.0.8/live?token=1")
     'rtsp://***@10.0.0.8/live?token=***'
     """
-    if "://" not in text:
+    if ":/" not in text:
         return text
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
@@ -38,9 +45,17 @@ def printable(text: str) -> str:
     return hide_passwords(text)
 
 
+class _Shown(reprlib.Repr):
+    """Hides passwords before a string is cut: a cut may remove the `@` by which they are found."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        half = MAX_HIDDEN // 2
+        return super().repr_str(hide_passwords(x if len(x) <= MAX_HIDDEN else x[:half] + x[-half:]), level)
+
+
 def shown(value: object, limit: int = 80) -> str:
     """Return `repr(value)` for a message, cut at `limit` characters without ever building a longer text."""
-    short = reprlib.Repr()
+    short = _Shown()
     short.maxlevel, short.maxstring, short.maxother, short.maxlong = 4, limit, limit, limit
     short.maxlist = short.maxtuple = short.maxdict = short.maxset = 8
     try:
@@ -60,8 +75,8 @@ class UserError(ValueError):
     """A mistake in user input (file, name, value), reported in one line: where, what was found, what is allowed."""
 
     def __init__(self, message: object = "") -> None:
-        text = str(message)
-        super().__init__(printable(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ..."))
+        text = printable(str(message)[: 2 * MAX_MESSAGE])
+        super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ...")
 
 
 class SpecError(UserError):

@@ -53,9 +53,9 @@ class StreamReader(threading.Thread):
     def __init__(
         self, address: str, updated: threading.Condition, vid_stride: int = 1, retry_wait: float = 1.0
     ) -> None:
-        super().__init__(name=f"stream {hide_passwords(address)}", daemon=True)
+        super().__init__(name="stream", daemon=True)
         self.address = address
-        self.shown = hide_passwords(address)
+        self.shown = hide_passwords(address.replace(" ", "%20"))  # a password may hold spaces
         self.fps = DEFAULT_FPS
         self.opened = False
         self.connected = False

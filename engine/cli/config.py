@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 
 from engine.cli.keywords import settled
 from models.build.spec import HEADS
-from utils.errors import ConfigError, did_you_mean, shown
+from utils.errors import ConfigError, did_you_mean, hide_passwords, shown
 from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
 T = TypeVar("T")
@@ -121,12 +121,13 @@ class Options:
             raise ConfigError("; ".join(problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and checkpoints."""
+        """Plain values, for YAML and checkpoints; passwords in URLs are hidden."""
         out = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        return {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
+        out = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
+        return {k: hide_passwords(v) if isinstance(v, str) else v for k, v in out.items()}
 
     def command_words(self, script: str) -> list[str]:
-        """Return the command line of the options that were given."""
+        """Return the command line of the options that were given; passwords in URLs are hidden."""
         words = ["python", script]
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
@@ -135,7 +136,7 @@ class Options:
             words.append("--" + f.name.replace("_", "-"))
             if value is not True:
                 values = value if isinstance(value, (list, tuple)) else [value]
-                words += [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+                words += [f"{v:g}" if isinstance(v, float) else hide_passwords(str(v)) for v in values]
         return words
 
     @classmethod

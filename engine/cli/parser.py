@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
-from utils.errors import ConfigError, UserError, did_you_mean
+from utils.errors import ConfigError, UserError, did_you_mean, printable
 from utils.log import (
     MISTAKE,
     configure_logging,
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
         if not is_main_process():
             end_silently(2)  # rank zero was given the same
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, printable(f"{self.prog}: error: {message}\n"))
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):

@@ -42,11 +42,12 @@ class CsvLog:
         self.path, self.columns = folder / "results.csv", columns
 
     def drop_from(self, epoch: int) -> None:
-        """Remove the rows of `epoch` and later ones, which a resumed run writes again, and truncated rows."""
+        """Keep one row of each epoch before `epoch`, the last one; a resumed run writes the others again."""
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
-        kept = [line for line in lines[1:] if 0 <= _epoch_of(line) < epoch]
+        rows = {_epoch_of(line): line for line in lines[1:]}
+        kept = [line for number, line in sorted(rows.items()) if 0 <= number < epoch]
         with atomic_path(self.path) as part:
             part.write_text("\n".join([self._header(), *kept]) + "\n")
 
@@ -75,7 +76,7 @@ def _epoch_of(line: str) -> int:
         return -1
     try:
         return int(float(cells[0]))
-    except ValueError:
+    except (ValueError, OverflowError):  # OverflowError: int(inf)
         return -1
 
 

@@ -113,7 +113,8 @@ def _start(config: TrainConfig) -> EvolveResult:
     if asked.is_given("evolve_population"):
         points |= population(config.evolve_population, optimizer, space)
     space = widened(list(points.values()), space)
-    options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
+    usable = config.to_dict() | {"backbone_weights": config.backbone_weights}  # each trial fetches them
+    options = {k: v for k, v in usable.items() if k not in NO_OPTIONS}
     plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
     folder, is_new = _new_folder(asked)
     set_error_folder(folder)

@@ -140,6 +140,7 @@ def test_file_names_differ(paths: list[str], names: list[str]) -> None:
         (["{}", "t", "--to", "yolo", "--split", "0.5", "0.5", "--seed", "-1"], "--seed -1: an integer from 0"),
         (["x", "t", "--to", "yaml"], "invalid choice"),
         (["x", "t", "--to", "yolo", "--lnik"], "did you mean '--link'"),
+        (["x", "t", "--to", "http://u:secret@h/x"], "'http://***@h/x'"),
     ],
 )
 def test_mistakes_are_one_line(

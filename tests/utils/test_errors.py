@@ -17,7 +17,13 @@ from utils.errors import DataError, UserError, hide_passwords, listed, printable
         ("rtsp://h:554/user=admin&password=a1", "rtsp://h:554/user=***&password=***"),
         ("rtsp://h/user=admin_password=a1_channel=1", "rtsp://h/user=***"),
         ("http://h/x?token=a b", "http://h/x?token=*** b"),
+        ("http:/user:secret@h/x.pt: no such file", "http:/***@h/x.pt: no such file"),  # as pathlib writes it
+        ("http://h/v.cgi?loginuse=admin&loginpas=a1", "http://h/v.cgi?loginuse=***&loginpas=***"),
+        ("http://h/x?X-Amz-Signature=a1&api-key=b2", "http://h/x?X-Amz-Signature=***&api-key=***"),
+        ("rtsp://h/1#psw=a1", "rtsp://h/1#psw=***"),
         ("rtsp://host/a@b", "rtsp://host/a@b"),
+        ("C:/a@b.jpg", "C:/a@b.jpg"),
+        ("d.yaml:/tmp/a@b", "d.yaml:/tmp/a@b"),
         ("http://host:8080/a/b.jpg", "http://host:8080/a/b.jpg"),
         ("a.yaml:3: user=x", "a.yaml:3: user=x"),
     ],
@@ -37,6 +43,12 @@ def test_printable_escapes_control_characters() -> None:
 )
 def test_shown_is_short(value: object) -> None:
     assert len(shown(value)) <= 80
+
+
+def test_a_cut_does_not_uncover_a_password() -> None:
+    url = f"rtsp://user:{'secret' * 20}@host/{'a' * 200}"
+    assert shown(url).startswith("'rtsp://***@host") and "secret" not in shown([{"url": url}])
+    assert "secret" not in str(UserError("x " * 1995 + url))
 
 
 def test_shown_of_short_values_is_repr() -> None:

@@ -80,6 +80,7 @@ def test_help_states_the_resolved_default(capsys):
         (["--cfgg", "x"], ["unrecognized", "did you mean '--cfg'"]),
         (["--optimizer", "LION"], ["invalid choice", "SGD"]),
         (["--imgsz", "ten"], ["invalid int"]),
+        (["--epochs", "http://u:secret@h/x\x1b"], ["'http://***@h/x"]),
     ],
 )
 def test_parser_errors_are_one_line(argv, words, capsys):
@@ -88,6 +89,7 @@ def test_parser_errors_are_one_line(argv, words, capsys):
     assert stop.value.code == 2
     text = capsys.readouterr().err
     assert text.count("\n") == 1 and all(w in text for w in words), text
+    assert text[:-1].isprintable()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +106,13 @@ def test_refused_options(argv, words, capsys):
     text = capsys.readouterr().err
     assert (status, config) == (2, None)
     assert text.count("\n") == 1 and all(w in text for w in words), text
+
+
+def test_passwords_of_addresses_are_not_stored():
+    config = TrainConfig.from_keywords(cfg="x", backbone_weights="https://u:secret@h/w.pth?token=secret", seed=3)
+    assert config.to_dict()["backbone_weights"] == "https://***@h/w.pth?token=***"
+    assert config.command_words("train.py")[-1] == "https://***@h/w.pth?token=***"
+    assert config.backbone_weights.count("secret") == 2 and config.to_dict()["seed"] == 3
 
 
 def test_user_errors_become_status_2(capsys):

@@ -102,6 +102,14 @@ def test_csv_log_drops_a_truncated_row(tmp_path):
     assert epochs(tmp_path) == [0]
 
 
+def test_csv_log_keeps_one_row_of_each_epoch(tmp_path):
+    log = CsvLog(tmp_path)
+    for epoch in (1, 0, float("inf"), 1, 2):
+        log.add(results_row(epoch))
+    log.drop_from(2)
+    assert epochs(tmp_path) == [0, 1]
+
+
 def test_results_csv_that_cannot_be_written(tmp_path):
     (tmp_path / "results.csv").mkdir()
     with pytest.raises(DataError, match=r"results\.csv: cannot be written"):
