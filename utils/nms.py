@@ -2,18 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+import importlib.util
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from torchvision.ops import nms as suppress
 
 from utils.boxes import xywh2xyxy
 from utils.errors import ConfigError
 
+LOGGER = logging.getLogger(__name__)
 CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
 MAX_CANDIDATES = 30000  # best-scored boxes of one image that take part
 CPU_CHUNK = 512  # candidates that enter in one round, at least
+
+
+def _operator() -> Callable[..., Any]:
+    """Return torchvision's NMS: boxes (N, 4) xyxy, scores (N,), threshold -> indices of kept boxes (K,).
+
+    Only torchvision's operator library is loaded, because importing the package (and torch._dynamo with it) takes as
+    long as importing torch. The name of that file is private: where there is none, the package is imported.
+    """
+    spec = importlib.util.find_spec("torchvision")  # does not import it
+    for path in sorted(Path(spec.origin).parent.glob("_C*")) if spec and spec.origin else ():
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:
+            LOGGER.debug("%s: cannot be loaded: %s", path, error)
+    if hasattr(torch.ops.torchvision, "nms"):
+        return torch.ops.torchvision.nms
+    LOGGER.debug("no operator library of torchvision with nms; importing the package")
+    from torchvision.ops import nms
+
+    return nms
+
+
+suppress = _operator()
 
 
 class _Candidates(NamedTuple):

@@ -270,6 +270,7 @@ class ValConfig(Options):
     save_hybrid: bool = flag("mix labels into NMS as certain boxes; switches --save-txt on")
     save_conf: bool = flag("write the confidence into the label files")
     save_json: bool = flag("COCO result file and COCO evaluation")
+    noplots: bool = flag("write no images")
     project: str = option("runs/val", "parent folder of runs")
     name: str = option("exp", "run folder name")
     exist_ok: bool = flag("reuse the folder instead of counting up")

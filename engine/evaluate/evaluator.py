@@ -242,7 +242,7 @@ def validate(config: ValConfig) -> EvalResult:
             max_det=config.max_det,
             hybrid=config.save_hybrid,
             folder=run.folder,
-            plots=not speed,
+            plots=not (speed or config.noplots),
             verbose=config.verbose or len(names) < FEW_CLASSES,
             sinks=tuple(sink for sink in (text, coco) if sink is not None),
         )

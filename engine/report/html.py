@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib as mpl
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
-from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from data.images import read
@@ -110,6 +108,9 @@ def line_chart(
         lines: by label (n,) values; those that are not finite are left out.
         best: epoch to mark; None = none.
     """
+    from matplotlib import rc_context  # here: a training without plots does not need it
+    from matplotlib.ticker import MaxNLocator
+
     values = np.array(list(lines.values()), np.float64)
     if not np.isfinite(values).any():
         return None
@@ -133,7 +134,7 @@ def line_chart(
     axes.grid(color="0.92")
     axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
     content = io.BytesIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(content, format="svg", metadata={"Date": None})
     return EmbeddedImage(data_url(content.getvalue(), "svg+xml"), title)
 

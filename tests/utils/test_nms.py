@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 
 from utils import nms
 from utils.errors import UserError
+from utils.files import ROOT
 from utils.nms import non_max_suppression
 
 
@@ -180,3 +184,24 @@ def test_cuda_agrees_with_cpu(half):
         on_gpu = non_max_suppression(prediction.cuda(), 0.01, 0.6, multi_label=multi_label)
         for a, b in zip(on_cpu, on_gpu):
             torch.testing.assert_close(b.cpu(), a, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"])
+def test_package_is_imported_where_its_operator_library_cannot_be_loaded(tmp_path, content):
+    if content is not None:
+        (tmp_path / "_C.so").write_bytes(content)
+    code = f"""
+import importlib.util, logging, sys, torch
+from types import SimpleNamespace
+logging.basicConfig(level=logging.DEBUG)
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: SimpleNamespace(origin={str(tmp_path / "__init__.py")!r})
+from utils import nms
+importlib.util.find_spec = find_spec
+boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 8], [5, 5, 9, 9]])
+print("torchvision" in sys.modules, nms.suppress(boxes, torch.tensor([0.5, 0.6, 0.4]), 0.5).tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "True [1, 2]\n", done.stderr
+    assert "importing the package" in done.stderr
+    assert ("_C.so: cannot be loaded" in done.stderr) == (content is not None)
