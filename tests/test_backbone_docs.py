@@ -1,4 +1,4 @@
-"""docs/backbones.md says what the code says."""
+"""docs/backbones.md and docs/heads.md say what the code says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pytest
 
 from models.backbones import BACKBONES
 from models.backbones.__main__ import argument_table, describe
+from models.yolo import DetectionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
@@ -17,6 +18,19 @@ TEXT = (ROOT / "docs" / "backbones.md").read_text(encoding="utf-8")
 def test_sizes_are_those_of_the_list(name: str) -> None:
     first, *cells = describe(name, 640)
     assert "| " + " | ".join([f"`{first}`", *cells]) + " |" in TEXT
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "reg_max"),
+    [("`Detect`", None, None), ("`AnchorFreeDetect`", "free", None), ("`AnchorFreeDetect`, `reg_max: 8`", "free", 8)],
+)
+def test_cost_of_heads_is_that_of_the_models(row: str, kind: str | None, reg_max: int | None) -> None:
+    spec = DetectionModel("yolov5n.yaml", head=kind).yaml
+    if reg_max is not None:
+        spec["head"][-1][3] = [*spec["head"][-1][3][:1], {"reg_max": reg_max}]
+    info = DetectionModel(spec).info(640)
+    cells = f"| {row} | {info.parameters:,} | {info.gflops:.1f} | {info.parts[-1].gflops:.1f} |"
+    assert cells in (ROOT / "docs/heads.md").read_text(encoding="utf-8")
 
 
 def test_coverage_is_that_of_the_last_run() -> None:

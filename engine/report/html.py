@@ -38,9 +38,9 @@ class EmbeddedImage:
 
 
 def digits(value: object) -> str:
-    """Format floats with up to four digits, or `-` if not finite; other values as they are."""
+    """Format floats (metrics) with three decimals, or `-` if not finite; other values as they are."""
     if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else "-"
+        return f"{value:.3f}" if math.isfinite(value) else "-"
     return str(value)
 
 

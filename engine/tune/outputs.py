@@ -127,8 +127,8 @@ def write_hyp(path: Path, best: TrialRow, plan: Plan, count: int) -> None:
     """Write the best hyperparameters as a YAML for `--hyp`, with their origin as comments."""
     names = ("precision", "recall", "mAP50", "mAP50-95")
     head = [
-        f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.5g} (0.1 mAP50 + 0.9 mAP50-95)",
-        ", ".join(f"{name} {value:.4g}" for name, value in zip(names, best.metrics)),
+        f"Best of {count} trials: trial {best.number}, fitness {best.fitness:.3f} (0.1 mAP50 + 0.9 mAP50-95)",
+        ", ".join(f"{name} {value:.3f}" for name, value in zip(names, best.metrics)),
         unranked_note(best),
         f"Found by: {first_command(plan)}",
         f"Use: python train.py --hyp {path.name}",
@@ -179,7 +179,7 @@ def plot_trials(path: Path, rows: Sequence[TrialRow], space: Space) -> None:
     counts = ", ".join(f"{sum(r.state == state for r in rows)} {state}" for state in STATES.values())
     title = f"{counts}; a dot per trial, later ones lighter; hollow: pruned; one training each"
     if best is not None:
-        title += f"; {note}" if note else f"; star: the best, trial {best.number}, {best.fitness:.4g}"
+        title += f"; {note}" if note else f"; star: the best, trial {best.number}, {best.fitness:.3f}"
     figure.suptitle(title, fontsize=12)
     save_figure(figure, path, 100)
 

@@ -1,11 +1,13 @@
 """List the backbones: levels, parameters, cost, published accuracy and weights.
 
     python -m models.backbones [NAME ...] [--imgsz 640]
+    python -m models.backbones 'timm/*PATTERN*'
     python -m models.backbones --arguments NAME
 
 NAME is a registered name or one of timm's (`timm/resnet50`), for which published weights are listed too. Without a
-name, all registered backbones are listed. `--arguments` prints the arguments of a backbone: default, published names,
-meaning, and the values of each architecture. No memory is allocated and nothing is downloaded.
+name, all registered backbones are listed. A pattern (`*`, `?`) lists the models of timm whose names match.
+`--arguments` prints the arguments of a backbone: default, published names, meaning, and the values of each
+architecture. No memory is allocated and nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import fields
 
-from utils.errors import UserError
-from utils.log import aligned, run_command
+from utils.errors import SpecError, UserError, did_you_mean
+from utils.log import aligned, fitted, run_command
 
 HEADER = ("name", "levels (channels@stride)", "params (M)", "GFLOPs", "top-1 (%)", "weights")
+SIZES_OF = 50  # matches of a search up to which networks are built, to count their parameters
 
 
 def describe(name: str, imgsz: int) -> tuple[str, ...]:
@@ -57,6 +60,39 @@ def describe(name: str, imgsz: int) -> tuple[str, ...]:
         best,
         weights[0].name + (f" (+{len(weights) - 1})" if len(weights) > 1 else "") if weights else "-",
     )
+
+
+def search(pattern: str) -> list[tuple[str, str, str]]:
+    """List the models of timm whose names match.
+
+    Args:
+        pattern: a name with `*` and `?`, after `timm/` or without.
+
+    Returns:
+        Name; millions of parameters without classifier, `-` in long lists; tags of pretrained weights.
+
+    Raises:
+        SpecError: no name matches; the nearest one is suggested.
+    """
+    import torch
+
+    from models.backbones.timm_measure import timm_package
+
+    timm, wanted = timm_package(), pattern.removeprefix("timm/")
+    names = timm.list_models(wanted)
+    if not names:
+        near = did_you_mean(f"timm/{wanted.strip('*?')}", (f"timm/{name}" for name in timm.list_models()))
+        raise SpecError(f"'{pattern}': no model of timm {timm.__version__} has such a name{near}")
+    rows = []
+    for name in names:
+        size = "-"
+        if len(names) <= SIZES_OF:
+            with torch.device("meta"):
+                network = timm.create_model(name, num_classes=0)
+            size = f"{sum(p.numel() for p in network.parameters()) / 1e6:.2f}"
+        tags = [full.partition(".")[2] for full in timm.list_models(f"{name}.*", pretrained=True)]
+        rows.append((f"timm/{name}", size, ", ".join(tags) or "-"))
+    return rows
 
 
 def weights_of(name: str) -> list[str]:
@@ -121,9 +157,8 @@ def _meanings(doc: str) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the list of backbones and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m models.backbones", description="List the backbones.")
-    parser.add_argument(
-        "names", nargs="*", metavar="NAME", help="registered names or timm/<name>; default: all registered"
-    )
+    kinds = "registered names, timm/<name>, or patterns such as 'timm/*vit*'; default: all registered"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=kinds)
     parser.add_argument("--arguments", metavar="NAME", help="print the arguments of one backbone")
     parser.add_argument("--imgsz", type=int, default=640, help="side of the image for the cost, in pixels")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an internal error")
@@ -141,9 +176,16 @@ def _print(options: argparse.Namespace) -> None:
         return
     if options.imgsz < 32:
         raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
-    rows = [describe(name, options.imgsz) for name in options.names or list_backbones()]
-    print("\n".join(aligned([HEADER, *rows], left=(0, 1, 5))))
-    for name in options.names:
+    patterns = [name for name in options.names if set("*?") & set(name)]
+    for pattern in patterns:
+        found = search(pattern)
+        print(fitted("\n".join(aligned([("name", "params (M)", "weights"), *found], left=(0, 2))), sys.stdout))
+        print(f"{len(found)} found; python -m models.backbones {found[0][0]} prints levels and cost of one")
+    names = [name for name in options.names if name not in patterns]
+    if names or not patterns:
+        rows = [describe(name, options.imgsz) for name in names or list_backbones()]
+        print(fitted("\n".join(aligned([HEADER, *rows], left=(0, 1, 5))), sys.stdout))
+    for name in names:
         print("\n".join(weights_of(name)))
 
 

@@ -144,9 +144,11 @@ class TimmBackbone(Backbone):
             return create_features(self.name, {**arguments, "pretrained": True})
         except (OSError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            url = f"https://huggingface.co/{config.hf_hub_id}/resolve/main/model.safetensors"
             raise CheckpointError(
-                f"timm/{self.name}: pretrained weights not available ({reason}); without a network give a file of "
-                "timm's weights as 'weights: <path>', or False for random weights"
+                f"timm/{self.name}: pretrained weights not available ({reason}); without a network fetch "
+                f"{url if config.hf_hub_id else config.url} elsewhere and give it by --backbone-weights <path> or as "
+                "{weights: <path>} instead of [pretrained]; [] = random weights"
             ) from error
 
     def _wanted(self, at: dict[int, int], strides: Sequence[int] | None, extra: bool) -> list[tuple[int, int]]:

@@ -164,6 +164,8 @@ def test_write_report_contains_all_sections(run):
     box = re.search(r'<g class="missed"><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', source)
     assert [float(v) for v in box.groups()] == [50, 10, 30, 30], "corners of B, in pixels of the image"
     assert 'viewBox="0 0 2000 1000"' in source
+    cells = re.findall(r'<td class="n">([^<]*)</td>', source)
+    assert len(cells) == 5 * 3 and all(re.fullmatch(r"\d+|\d\.\d{3}", cell) for cell in cells), cells
     colors = {k: re.search(rf"\.{k} rect {{[^}}]*stroke: (#\w+)", source)[1] for k in kinds}
     assert len(set(colors.values())) == 3
     assert not list(run.glob(".report*")), "no partial file is left"
@@ -223,8 +225,8 @@ def test_line_chart_plots_finite_values():
 
 
 def test_digits():
-    assert [digits(v) for v in (0.123456, 1234567.0, float("nan"), 1.0, 7, "a")] == [
-        "0.1235", "1.235e+06", "-", "1", "7", "a",
+    assert [digits(v) for v in (0.123456, 0.00004, float("nan"), 1.0, 7, "a")] == [
+        "0.123", "0.000", "-", "1.000", "7", "a",
     ]  # fmt: skip
 
 

@@ -115,7 +115,7 @@ def test_search_writes_its_results(tmp_path, trainings, monkeypatch):
     assert Hyperparameters.from_yaml(result.hyp) == trainings.hyps[result.best_trial]
     head = result.hyp.read_text().split("lr0:")[0]
     assert all(line.startswith("#") for line in head.splitlines())
-    for word in (f"trial {result.best_trial}", f"fitness {result.fitness:.5g}", "--evolve 3", "--batch-size 8"):
+    for word in (f"trial {result.best_trial}", f"fitness {result.fitness:.3f}", "--evolve 3", "--batch-size 8"):
         assert word in head
     for name in ("evolve.png", "importance.png"):
         image = cv2.imread(str(folder / name))

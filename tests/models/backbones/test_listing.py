@@ -30,9 +30,30 @@ def test_a_name_lists_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
     assert "timm/test_resnet" in text
 
 
+def test_a_pattern_lists_what_timm_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["timm/test_vit?"]) == 0
+    header, *rows, last = capsys.readouterr().out.splitlines()
+    assert header == "name            params (M)  weights"
+    assert rows[0].split()[0] == "timm/test_vit2" and "r160_in1k" in rows[0]
+    # 8 blocks of 41,856 (64 channels, MLP 3 x), patches 49,216, positions 6,464, class token 64, norm 128
+    assert rows[0].split()[1] == "0.39"
+    assert last.startswith(f"{len(rows)} found; ")
+
+
+def test_a_pattern_goes_with_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["test_vit2*", "riformer_s12", "--imgsz", "64"]) == 0
+    text = capsys.readouterr().out
+    assert "timm/test_vit2" in text and "64@4 128@8 320@16 512@32" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["riformer_s1"], "did you mean 'riformer_s12'?"), (["--imgsz", "8"], "--imgsz 8: allowed are integers")],
+    [
+        (["riformer_s1"], "did you mean 'riformer_s12'?"),
+        (["--imgsz", "8"], "--imgsz 8: allowed are integers"),
+        (["timm/*fastvitt*"], "no model of timm"),
+        (["timm/*fastvitt*"], "did you mean 'timm/fastvit_t8'?"),
+    ],
 )
 def test_errors_are_one_line_and_status_two(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]

@@ -243,7 +243,8 @@ def test_no_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         backbone_from_row("timm/resnet18", [True])
     text = str(caught.value)
     assert "timm/resnet18: pretrained weights not available (http://127.0.0.1:9" in text
-    assert "weights: <path>" in text and "\n" not in text
+    assert "fetch https://huggingface.co/timm/resnet18.a1_in1k/resolve/main/model.safetensors" in text
+    assert "--backbone-weights <path>" in text and "\n" not in text
 
 
 @pytest.mark.parametrize(
