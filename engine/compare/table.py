@@ -25,7 +25,7 @@ RANGE_NOTE = (
     f"{RANKING_FLOOR:g}."
 )
 TIES_NOTE = "Ranks marked = are ties: the ranges overlap."
-MODEL_NOTE = "Of it model: without what Python and libraries held before."
+MODEL_NOTE = "Model only: without what Python and its libraries held before."
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def memory_columns(prefix: str, memory: Callable[[R], Mapping[str, Any]]) -> Col
         top, base = (memory(row).get(name) for name in ("peak_mb", "baseline_mb"))
         return number(None if top is None or base is None else max(top - base, 0.0))
 
-    return [(f"{prefix}peak, MB", lambda row: number(memory(row).get("peak_mb"))), ("of it model", of_model)]
+    return [(f"{prefix}peak, MB", lambda row: number(memory(row).get("peak_mb"))), ("model only, MB", of_model)]
 
 
 def training_memory(row: CandidateResult) -> Mapping[str, Any]:
