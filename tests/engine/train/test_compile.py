@@ -54,6 +54,7 @@ def assert_same(found: TrainResult, wanted: TrainResult, tolerance: float = 0.0)
         ({}, 1),  # the smaller last batch runs uncompiled
         ({"freeze": ["2"], "freeze_epochs": 1}, 2),  # other parameters learn from epoch 1 on
         ({"quad": True}, 1),
+        ({"head": "free"}, 1),
     ],
     ids=str,
 )
@@ -97,7 +98,9 @@ def test_compile_error_is_one_line(project: Path, monkeypatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"multi_scale": True}], ids=["one size", "many sizes"])
+@pytest.mark.parametrize(
+    "options", [{}, {"multi_scale": True}, {"head": "free"}], ids=["one size", "many sizes", "anchor-free head"]
+)
 def test_generated_code(options, project: Path) -> None:
     """For real: code generated for the CPU computes the same up to the order of sums."""
     torch._dynamo.reset()
