@@ -1,4 +1,4 @@
-"""Images from arrays: boxes with captions, grids of images, feature maps. OpenCV only; no font is ever fetched.
+"""Images from arrays: boxes with captions, grids, feature maps, heat maps. OpenCV only; no font is ever fetched.
 
 Text: OpenCV 5 carries an outline font with most scripts of the world; OpenCV 4 knows ASCII only and draws `?` for the
 rest, so there names are transliterated first (`größe` -> `grosse`, what has no ASCII form becomes `?`).
@@ -25,6 +25,8 @@ UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
 PADDING_GRAY = 114
 MIN_TILE = 320
 """Longer side of an image in a grid, at least."""
+HEAT_WEIGHT = 0.7
+"""Of a heat map's color where it is hottest, against the image."""
 _GOLDEN_ANGLE = 0.6180339887
 _LONGEST_CAPTION = 60
 
@@ -291,6 +293,30 @@ def feature_map_image(
     still = int((maps.reshape(number, -1).std(1) < 1e-6).sum()) if rows * columns > 1 else 0
     facts = f"{number} x {rows} x {columns}, {maps.min():.3g} .. {maps.max():.3g}, mean {maps.mean():.3g}"
     return _tile_sheet(tiles, [title, facts + (f", {still} constant channel(s)" if still else "")], size)
+
+
+def heat_map_image(image: LabeledImage, heat: NDArray[np.floating]) -> LabeledImage:
+    """Blend a heat map over an image: the hotter, the less of the image is left; where it is 0 the image is unchanged.
+
+    Args:
+        image: (h, w, 3) uint8 BGR.
+        heat: (h, w) in [0, 1].
+
+    Returns:
+        (h, w, 3) uint8 BGR, a new array.
+    """
+    colors = cv2.applyColorMap((heat * 255).round().astype(np.uint8), cv2.COLORMAP_TURBO)
+    weight = HEAT_WEIGHT * heat[..., None]
+    return ((1 - weight) * image + weight * colors).round().astype(np.uint8)
+
+
+def heat_map_sheet(image: LabeledImage, heats: Mapping[str, NDArray[np.floating]], title: str) -> LabeledImage:
+    """Show an image (h, w, 3) uint8 BGR and its heat maps (h, w) in [0, 1] side by side, their names above them."""
+    scale = max(MIN_TILE / max(image.shape[:2]), 1.0)
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    shown = {"input": image, **{name: heat_map_image(image, heat) for name, heat in heats.items()}}
+    tiles = [(name, cv2.resize(pixels, size, interpolation=cv2.INTER_CUBIC)) for name, pixels in shown.items()]
+    return _tile_sheet(tiles, [title], size)
 
 
 def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> LabeledImage:

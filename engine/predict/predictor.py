@@ -35,8 +35,9 @@ from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from models.checkpoint.io import strip
+from models.eigencam import heat_maps
 from utils.device import Profile, describe_device, select_device
-from utils.draw import feature_map_image
+from utils.draw import feature_map_image, heat_map_sheet
 from utils.errors import ConfigError
 from utils.files import ROOT, increment_path, make_folder
 from utils.log import set_error_folder
@@ -275,19 +276,22 @@ class Predictor:
         return open_outputs(c, self.folder, self.style, self._file_names)
 
     def _write_features(self, frame: Frame, image: torch.Tensor) -> None:
-        """Write features/<stem>/<slot>.png for an image (1, 3, H, W), or the first frame of a video or stream."""
+        """Write features/<stem>/*.png for an image (1, 3, H, W), or for the first frame of a video or stream."""
         assert isinstance(self.runtime, PyTorchRuntime) and self.folder is not None
         if frame.number in self._features_of:
             return
         self._features_of.add(frame.number)
         model = self.runtime.models[0]
-        maps = model.feature_maps(to_unit(image.to(self.runtime.device), self.runtime.dtype))
+        pixels = to_unit(image.to(self.runtime.device), self.runtime.dtype)
+        maps = model.feature_maps(pixels)
         folder = make_folder(self.folder / "features" / self._file_names.stem_for(frame))
         shown = cv2.cvtColor(image[0].permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR).astype(np.uint8)
         for slot, features in maps.items():
             row, _, rest = slot.partition("_")  # 01_..., 02_..., so that a listing has the order of the network
             write_image(folder / f"{row:>02}_{rest}.png", feature_map_image(features[0], slot, shown))
-        LOGGER.info("%s: feature maps of %d slots in %s", frame.origin, len(maps), folder)
+        heats = {level: heat[0].numpy() for level, heat in heat_maps(model, pixels).items()}
+        write_image(folder / "eigencam.png", heat_map_sheet(shown, heats, "EigenCAM of the maps that the head reads"))
+        LOGGER.info("%s: feature maps of %d slots and heat maps in %s", frame.origin, len(maps), folder)
 
     def _report(self, source: Source, outputs: Outputs, elapsed: float) -> DetectReport:
         stages = self.preprocess_time, self.inference_time, self.nms_time

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from utils import draw as plots
-from utils.draw import class_color, class_name, draw_boxes, drawable, feature_map_image, image_grid
+from utils.draw import (
+    class_color,
+    class_name,
+    draw_boxes,
+    drawable,
+    feature_map_image,
+    heat_map_image,
+    heat_map_sheet,
+    image_grid,
+)
 
 
 def _gray(height=120, width=160):
@@ -196,3 +205,17 @@ def test_feature_maps_show_where_a_channel_is_active():
 def test_readable_text_color():
     image = draw_boxes(_gray(), np.array([[40, 60, 150, 100.0]]), [2], ["WWWW"], 3)  # class 2 is a light green
     assert cv2.inRange(image, (0, 0, 0), (30, 30, 30)).any()  # black text on it
+
+
+def test_heat_map_changes_an_image_only_where_it_is_hot():
+    image, heat = _gray(), np.zeros((120, 160), np.float32)
+    heat[40:80, 60:100] = 1
+    out = heat_map_image(image, heat)
+    assert _changed(image, out) == (60, 40, 99, 79) and out.dtype == np.uint8
+    assert out[60, 80, 2] > out[60, 80, 0] + 50  # red, over gray
+
+
+def test_heat_map_sheet_has_a_tile_of_320_pixels_per_level():
+    levels = {name: np.zeros((60, 80), np.float32) for name in ("P3", "P4", "P5")}
+    sheet = heat_map_sheet(_gray(60, 80), levels, "title")
+    assert sheet.shape[1] >= 4 * 320 and sheet.shape[0] >= 240

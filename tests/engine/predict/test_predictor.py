@@ -343,7 +343,7 @@ def test_feature_maps_of_every_slot(runtime, tiny, tmp_path, monkeypatch):
     report = run(tmp_path / "in", visualize=True, nosave=True)
     for stem in ("a", "v"):
         names = sorted(p.name for p in (report.folder / "features" / stem).iterdir())
-        assert names == ["00_Conv_P1.png", "01_Conv_P2.png", "02_Conv_P3.png"]
+        assert names == ["00_Conv_P1.png", "01_Conv_P2.png", "02_Conv_P3.png", "eigencam.png"]
     assert cv2.imread(str(report.folder / "features/a/02_Conv_P3.png")).shape[1] > 300
 
 
