@@ -20,6 +20,7 @@ from engine.compare.measure.detector import CONF, IOU
 from engine.compare.pareto import Limits, Pick, points_of
 from engine.compare.results import CandidateResult, measured
 from engine.compare.table import NOTHING, Table, all_tables, as_csv, csv_lines, effect_lines
+from engine.compare.worker.samples import SHOWN_SAMPLES
 from engine.evaluate.worst_images import USE_SCORE, ImageErrors
 from engine.report.html import ReportImage, image_files, render, worst_image, write_text
 from utils.metrics import RANKING_FLOOR
@@ -29,7 +30,6 @@ IMAGES = {
     "latency.png": "Latency by stage",
     "memory.png": "Memory",
 }
-SHOWN_SAMPLES = slice(0, None, 2)  # of the sample images
 BOX_COLUMNS = {"right": 6, "wrong": 6, "missed": 5}
 
 
@@ -111,8 +111,8 @@ def how_measured(report: Report) -> list[str]:
     return text.splitlines()
 
 
-def sample_detections(report: Report) -> list[list[tuple[str, ReportImage]]]:
-    """Return for a few validation images the label of every candidate with its detections."""
+def sample_detections(report: Report) -> list[list[tuple[str, ReportImage, Mapping[str, str]]]]:
+    """Return for a few validation images the label of every candidate with its detections and heat maps by level."""
     groups = []
     for path, _ in report.context.sample[SHOWN_SAMPLES]:
         group = []
@@ -121,7 +121,7 @@ def sample_detections(report: Report) -> list[list[tuple[str, ReportImage]]]:
             if found:
                 boxes = {name: torch.tensor(found[name]).reshape(-1, n) for name, n in BOX_COLUMNS.items()}
                 errors = ImageErrors(str(path), tuple(found["shape"]), **boxes)
-                group.append((row.label, worst_image(errors, report.context.data.names)))
+                group.append((row.label, worst_image(errors, report.context.data.names), found["heat"]))
         groups += [group] if group else []
     return groups
 

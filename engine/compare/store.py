@@ -14,7 +14,7 @@ from data.labels.labels import load_annotations
 from utils.files import ROOT, atomic_path, make_folder
 
 LOGGER = logging.getLogger(__name__)
-VERSION = 3  # raise it when the content of stored results changes
+VERSION = 4  # raise it when the content of stored results changes
 HEX = 16
 # Source files that can change the result of a training or a measurement; plots and reports are left out.
 TRAINING_CODE = ("models", "data", "utils", "engine/cli", "engine/devices", "engine/evaluate", "engine/train")

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data.formats.yolo import ImageRecord
+from data.images import read
 from engine.cli.config import Hyperparameters, TrainConfig, ValConfig
 from engine.cli.plugins import load_plugins
 from engine.compare.measure import machine
@@ -27,12 +28,11 @@ from engine.compare.measure.detector import (
     visit,
     warm_up,
 )
+from engine.compare.worker.samples import SampleDetections, heat_map_urls
 from engine.compare.worker.setting import Setting
-from engine.evaluate.accumulator import ImageOutcome
 from engine.evaluate.coco import coco_installed
 from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, prepare, split_annotations
 from engine.evaluate.outputs import CocoSink
-from engine.evaluate.worst_images import image_errors
 from engine.export.config import ExportConfig
 from engine.export.exporter import export
 from engine.export.wrapper import reparameterized_copy
@@ -245,7 +245,7 @@ class CandidateJobs:
 
         Args:
             options: of val.py.
-            sample: images whose detections are returned, too.
+            sample: images of which some are returned with their detections and heat maps.
             scratch: folder for COCO's files.
         """
         config, described, runtime = prepare(
@@ -258,6 +258,9 @@ class CandidateJobs:
         sinks = (bootstrap, detections, coco) if coco else (bootstrap, detections)
         result = evaluate(runtime, loader, EvalOptions(names=described.names, sinks=sinks))
         loader.close()
+        assert isinstance(runtime, PyTorchRuntime)  # candidates are checkpoints
+        for path, found in detections.found.items():
+            found["heat"] = heat_map_urls(runtime, read(path), config.imgsz)
         metrics = coco.write(Path(scratch) / "predictions.json") if coco else None
         counts = objects_by_area(annotations.records)
         by_class = zip(result.classes.tolist(), result.ap50.tolist(), result.ap.tolist())
@@ -275,22 +278,6 @@ class CandidateJobs:
             },
             "samples": detections.found,
         }
-
-
-class SampleDetections:
-    """Collect correct and wrong detections and missed labels of a few images; a sink of `EvalOptions`."""
-
-    def __init__(self, sample: SampleFiles) -> None:
-        self.found: dict[str, dict[str, Any]] = {}
-        self._paths = {str(path) for path, _ in sample}
-
-    def __call__(self, outcome: ImageOutcome) -> None:
-        """Add one image, if it is one of the sample."""
-        path = str(Path(outcome.path).resolve())
-        if path in self._paths:
-            found = image_errors(outcome)
-            boxes = {name: getattr(found, name).tolist() for name in ("right", "wrong", "missed")}
-            self.found[path] = {"shape": found.shape, **boxes}
 
 
 def levels_read(model: DetectionModel) -> list[list[int]]:

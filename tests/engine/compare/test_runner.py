@@ -134,6 +134,7 @@ def test_compare_trains_every_model_with_every_head(place, tmp_path):
     page = (found.folder / "report.html").read_text()
     assert "hyp.scratch-low.yaml, SGD, lr0 0.01, 2 epochs at 64 pixels, batch 4" in page
     assert page.count('<use href="#sample0"/>') == 4  # every candidate's detections on the same image
+    assert page.count('alt="EigenCAM of tiny (free), P3"') == page.count('alt="EigenCAM of tiny (free), P4"') == 2
 
 
 def test_require_candidates_gives_all_reasons():
