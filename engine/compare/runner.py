@@ -8,7 +8,7 @@ import multiprocessing
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -48,7 +48,7 @@ class Comparison:
     """
 
     folder: Path
-    rows: tuple[CandidateResult, ...]
+    rows: tuple[CandidateResult, ...] = field(repr=False)
     pick: Pick
 
 

@@ -69,18 +69,18 @@ class EvalResult:
     mr: float
     map50: float
     map: float
-    classes: np.ndarray
-    p: np.ndarray
-    r: np.ndarray
-    ap50: np.ndarray
-    ap: np.ndarray
-    nt: np.ndarray
-    class_maps: np.ndarray
+    classes: np.ndarray = field(repr=False)
+    p: np.ndarray = field(repr=False)
+    r: np.ndarray = field(repr=False)
+    ap50: np.ndarray = field(repr=False)
+    ap: np.ndarray = field(repr=False)
+    nt: np.ndarray = field(repr=False)
+    class_maps: np.ndarray = field(repr=False)
     images: int
     losses: tuple[float, float, float]
     speeds: tuple[float, float, float]
-    curves: Curves
-    confusion: np.ndarray | None = None
+    curves: Curves = field(repr=False)
+    confusion: np.ndarray | None = field(default=None, repr=False)
     coco: tuple[float, ...] | None = None
 
     @property

@@ -21,6 +21,7 @@ from utils.errors import ConfigError
 from utils.files import increment_path, make_folder
 
 SAVE_DIR = "runs/detect/exp"
+REPR_LINES = 16  # images that a notebook or debugger shows; print() shows all
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
 CENTERS = ("xcenter", "ycenter", "width", "height")
 
@@ -75,7 +76,10 @@ class Results:
         return "\n".join([*lines, f"Speed: {speed} per image at shape {self.s}"])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__} of {self.n} image(s)\n{self}"
+        *images, speed = str(self).split("\n")
+        if len(images) > REPR_LINES:
+            images[REPR_LINES:] = [f"... and {len(images) - REPR_LINES} more images"]
+        return "\n".join([f"{type(self).__name__} of {self.n} image(s)", *images, speed])
 
     def print(self) -> None:
         """Print the counts per class, one line per image, and the speed."""

@@ -16,9 +16,11 @@ MAX_MODULES = 12
 MAX_BODY = 50
 MAX_FILE = 500
 MAX_SCRIPT = 50
+INSTALLED_COMMAND = "yolov5_backbones"  # puts the project's folder first, before any other `utils`
 # Modules that may import project modules inside a function, and why.
 LAZY = {
     "hubconf": "torch.hub lists the entry points without importing torch",
+    INSTALLED_COMMAND: "the project's folder has to be first on the path",
     "models.backbones": "a backbone family is imported when its name is used",
     "models.backbones.__main__": "--help does not import torch",
     "engine.compare.worker.process": "output goes to a log before torch is imported",
@@ -223,7 +225,8 @@ def _forbidden_in(module: str, parsed: ast.AST) -> Iterator[str]:
             name = ast.unparse(node.func)
             shell = any(k.arg == "shell" and getattr(k.value, "value", False) for k in node.keywords)
             unpickles = name in UNPICKLERS and not _within(module, "models.checkpoint")
-            if name in FORBIDDEN_CALLS or name.startswith("sys.path.") or shell or unpickles:
+            changes_path = name.startswith("sys.path.") and module != INSTALLED_COMMAND
+            if name in FORBIDDEN_CALLS or changes_path or shell or unpickles:
                 yield f"{line}: {name}"
         elif isinstance(node, (ast.Assign, ast.AugAssign)):
             targets = node.targets if isinstance(node, ast.Assign) else [node.target]

@@ -220,6 +220,9 @@ def test_text(model, files, capsys):
     assert speed.startswith("Speed: ") and speed.endswith("NMS per image at shape (1, 3, 160, 128)")
     assert str(results).splitlines()[0] == first
     assert str(nothing).splitlines()[0] == "image 1/1: 60x80 no detections"
+    assert repr(results) == f"Results of 2 image(s)\n{results}"
+    many = repr(model([files[0]] * 99, size=160)).splitlines()  # a notebook shows it: one screen
+    assert len(many) == 19 and many[-2:] == ["... and 83 more images", many[-1]] and many[-1].startswith("Speed: ")
     assert nothing.pred[0].shape == (0, 6) and nothing.crop(save=False) == []
 
 
