@@ -69,7 +69,7 @@ def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str 
     """
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         made: Iterable[Thumbnails] = pool.map(_thumbnail, records)
-        bar = tqdm(made, total=len(records), desc=f"comparing {name}", unit="image", disable=not progress)
+        bar = tqdm(made, total=len(records), desc=f"comparing {name}", unit="image", leave=False, disable=not progress)
         return np.array(list(bar), np.uint8).reshape(-1, SIDE, SIDE)
 
 

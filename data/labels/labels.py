@@ -301,8 +301,8 @@ def _verified(
         entries = [known.get(str(path)) for path in paths]
         todo = [i for i, entry in enumerate(entries) if entry is None or entry.stamp != stamps[i]]
         fresh = pool.map(lambda i: verify(paths[i], stamps[i], listed[paths[i]]), todo)
-        bar = tqdm(fresh, total=len(todo), desc=f"verifying {name}", disable=not progress or not todo)
-        for i, entry in zip(todo, bar):
+        bar = tqdm(fresh, f"verifying {name}", len(todo), leave=False, disable=not progress or not todo)
+        for entry, i in zip(bar, todo):  # the bar first: it ends by asking for one more
             entries[i] = entry
     finally:
         pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest

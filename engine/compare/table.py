@@ -375,7 +375,7 @@ def as_text(table: Table, columns: int) -> str:
     ]
     out = [table.title, *aligned([line[:shown] for line in lines], texts)]
     if len(widths) > shown:
-        out.append(f"(also in the report: {', '.join(table.header[shown:])})")
+        out.append(f"(also in the report: {'; '.join(table.header[shown:])})")
     return "\n".join(out)
 
 

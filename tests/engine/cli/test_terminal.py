@@ -28,6 +28,7 @@ def shown(script: str, options: str, folder: Path) -> str:
 def test_train_val_and_detect_fit_80_columns(tmp_path: Path) -> None:
     write_project(tmp_path)
     text = shown("train.py", TRAIN, tmp_path)
+    assert "verifying" not in text, "its bar is gone when it ends"
     assert re.search(r"^slot +from +n +params +output +module$", text, re.M)
     assert re.search(r"^ +5 +\[2, 3, 4\] .* predictions +Detect \[3, \[\[10, 13.*\.\.\.$", text, re.M), (
         "arguments are cut"

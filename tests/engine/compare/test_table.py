@@ -167,7 +167,7 @@ def test_text_is_aligned(rows):
 def test_text_leaves_out_columns_beyond_the_terminal(rows):
     lines = table.as_text(table.training(rows), 60).splitlines()
     assert max(map(len, lines[:4])) <= 60 and lines[1].endswith("peak, MB")
-    assert lines[4] == "(also in the report: model only, MB, kept for backward, MB, batch, precision)"
+    assert lines[4] == "(also in the report: model only, MB; kept for backward, MB; batch; precision)"
     narrow = table.as_text(table.failures(rows), 10).splitlines()
     assert narrow[2].endswith("a|b.yaml:3: no")
 
