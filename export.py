@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from engine.cli.parser import run_main
 from engine.export.config import ExportConfig
 from utils.errors import ExportError
+from utils.log import print_error
 
 if TYPE_CHECKING:
     from engine.export.benchmark import BenchmarkReport
@@ -15,15 +16,11 @@ if TYPE_CHECKING:
 
 
 def work(config: ExportConfig) -> int:
-    """Export, or measure, as the options say (imports the engine here: `--help` is instant).
-
-    Returns:
-        0, or 1 when an exported file failed its verification or could not be made.
-    """
+    """Export, or measure, as the options say; return 1 when a file failed its verification or could not be made."""
     try:
         report = _job(config)
     except ExportError as error:
-        print(f"export.py: error: {error}", file=sys.stderr)
+        print_error("export.py", error)
         return 1
     return 1 if report.failures else 0
 

@@ -29,10 +29,11 @@ def main() -> int:
         return 0
     if name not in COMMANDS:
         from utils.errors import did_you_mean, shown
+        from utils.log import MISTAKE, print_error
 
         allowed = f"allowed: {', '.join(COMMANDS)}{did_you_mean(name, COMMANDS)}"
-        print(f"{PROG}: error: unknown command {shown(name)}; {allowed}", file=sys.stderr)
-        return 2
+        print_error(PROG, f"unknown command {shown(name)}; {allowed}")
+        return MISTAKE
     del sys.argv[1]
     runpy.run_module(COMMANDS[name], run_name="__main__", alter_sys=True)
     return 0

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from utils.errors import did_you_mean, printable
-from utils.log import configure_logging, run_command
+from utils.errors import did_you_mean
+from utils.log import MISTAKE, configure_logging, print_error, run_command
 
 
 class DataParser(argparse.ArgumentParser):
@@ -18,7 +18,8 @@ class DataParser(argparse.ArgumentParser):
         if unknown != message:
             names = [text for action in self._actions for text in action.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names)
-        self.exit(2, printable(f"{self.prog}: error: {message} (--help lists all options)\n"))
+        print_error(self.prog, f"{message} (--help lists all options)")
+        self.exit(MISTAKE)
 
 
 def run(parser: DataParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:

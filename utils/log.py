@@ -117,6 +117,11 @@ def status_of(error: BaseException) -> int:
     return MISTAKE if isinstance(error, UserError) else FAILURE if isinstance(error, TrainingError) else INTERNAL_ERROR
 
 
+def print_error(prog: str, message: object) -> None:
+    """Print the line of an error on standard error; on a terminal it wraps between words."""
+    print(fitted(printable(f"{prog}: error: {message}"), sys.stderr), file=sys.stderr)
+
+
 def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) -> int:
     """Do the work of a command; an exception becomes one line on standard error.
 
@@ -138,10 +143,10 @@ def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) 
             print(f"{prog}: interrupted", file=sys.stderr)
         return status_of(error)
     except (UserError, TrainingError) as error:
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print_error(prog, error)
         return status_of(error)
     except Exception as error:  # noqa: BLE001 (whatever is raised, the user gets one line and the traceback in a file)
-        print(_internal_error(prog, error, debug), file=sys.stderr)
+        print(fitted(_internal_error(prog, error, debug), sys.stderr), file=sys.stderr)
         return status_of(error)
 
 

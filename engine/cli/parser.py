@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
-from utils.errors import ConfigError, UserError, did_you_mean, printable
+from utils.errors import ConfigError, UserError, did_you_mean
 from utils.log import (
     MISTAKE,
     configure_logging,
     end_silently,
     is_main_process,
+    print_error,
     run_command,
     set_error_folder,
     world_size,
@@ -40,7 +41,8 @@ class Parser(argparse.ArgumentParser):
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
         if not is_main_process():
             end_silently(2)  # rank zero was given the same
-        self.exit(2, printable(f"{self.prog}: error: {message}\n"))
+        print_error(self.prog, message)
+        self.exit(MISTAKE)
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -140,7 +142,7 @@ def run_main(
     except UserError as error:
         if not is_main_process():
             end_silently(MISTAKE)
-        print(f"{prog}: error: {error}", file=sys.stderr)
+        print_error(prog, error)
         return MISTAKE
     set_error_folder(Path(getattr(options, "project", "runs")))
     return run_command(prog, lambda: work(options), debug)

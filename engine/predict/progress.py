@@ -68,7 +68,8 @@ class _Video:
         self._names = names
         self._head = f"video {frame.number}/{frame.total} {frame.origin}"
         self._total = -(-frame.frames // stride) or None
-        self._bar = tqdm(total=self._total, desc=self._head, unit=" frames", disable=None, leave=False)
+        short = f"video {frame.number}/{frame.total} {frame.path.name[-20:]}"  # leaves room for the remaining time
+        self._bar = tqdm(total=self._total, desc=short, unit=" frames", disable=None, leave=False)
         self._start = self._line = time.monotonic()
         self._frames = 0
         self._with_boxes = 0

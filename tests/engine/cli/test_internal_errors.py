@@ -37,7 +37,7 @@ SCRIPTS: dict[str, tuple[Callable[[list[str]], int], str, str]] = {
     "compare.py": (_main(CompareConfig, compare_script.work), "engine.compare.runner.compare", "runs/compare"),
     "data.check": (lambda a: check.main(["x.yaml", *a]), "data.check.check._check", "runs"),
     "data.convert": (lambda a: convert.main(["x", "y", "--to", "coco", *a]), "data.convert._convert", "runs"),
-    "models.backbones": (backbones_command.main, "models.backbones.__main__.table", "runs"),
+    "models.backbones": (backbones_command.main, "models.backbones.__main__.describe", "runs"),
 }
 
 

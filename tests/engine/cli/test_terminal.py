@@ -43,3 +43,12 @@ def test_train_val_and_detect_fit_80_columns(tmp_path: Path) -> None:
     assert re.search(r"^ +all( +\d+){2}( +\d\.\d{3}){4}$", text, re.M)
     text = shown("detect.py", f"{weights} --source set/images/val --project found", tmp_path)
     assert "image 1/" in text
+
+
+def test_errors_fit_80_columns(tmp_path: Path) -> None:
+    for options in ("--imgsz 64 --epoch-number 3 --nothing-of-this-kind", f"--cfg {'missing-' * 8}.yaml"):
+        status, text = run_in_terminal([sys.executable, str(ROOT / "train.py"), *options.split()], tmp_path)
+        assert status == 2
+        first, *rest = visible_lines(text.rstrip())
+        assert first.startswith("train.py: error:") and rest and all(line.startswith("  ") for line in rest), text
+        assert all(len(line) <= 80 or len(line.split()) == 1 for line in (first, *rest)), text
