@@ -144,7 +144,7 @@ class _ImageWriter:
         """Write a text file below the root."""
         target = self.root / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8")
+        target.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
 
     def bar(self, records: Sequence[ImageRecord], split: str) -> Iterable[ImageRecord]:
         """Iterate over the records with a progress bar."""

@@ -271,6 +271,17 @@ def _opened(path: Path) -> Iterator[list[_Member]]:
                 for i in tar
                 if i.isfile()
             ]
+            _check_end(tar)
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError or EOFError for an archive cut between two members, or before the checksum of gzip."""
+    stream = cast("IO[bytes]", tar.fileobj)
+    stream.seek(tar.offset)
+    if len(stream.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("truncated: no end marker")
+    while stream.read(1 << 20):
+        pass
 
 
 def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> None:

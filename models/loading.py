@@ -14,7 +14,7 @@ from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.checkpoint.state_dict import LoadReport, load_state, shorten
 from models.transfer import matching_rows, split_key
 from models.yolo import DetectionModel
-from utils.errors import CheckpointError, SpecError
+from utils.errors import CheckpointError, SpecError, shown
 
 WEIGHT_ARGUMENTS = ("weights", "pretrained", "partial_weights")
 
@@ -85,9 +85,11 @@ def _skeleton(checkpoint: Checkpoint) -> DetectionModel:
 def load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
     """Load every entry, or raise one CheckpointError that lists everything that does not fit."""
     report = load_state(model, checkpoint.state, partial=True, where=str(checkpoint.path))
-    problems = [f"missing '{key}'" for key in report.missing]
-    problems += [f"'{key}' has shape {list(shape)}, needs {list(target)}" for key, shape, target in report.mismatched]
-    problems += [f"unknown '{key}'" for key, _ in report.unexpected]
+    problems = [f"missing {shown(key)}" for key in report.missing]
+    problems += [
+        f"{shown(key)} has shape {list(shape)}, needs {list(target)}" for key, shape, target in report.mismatched
+    ]
+    problems += [f"unknown {shown(key)}" for key, _ in report.unexpected]
     if problems:
         raise CheckpointError(
             f"{checkpoint.path}: {len(problems)} weights do not fit the model described in it: {shorten(problems, 8)}"

@@ -45,6 +45,11 @@ def printable(text: str) -> str:
     return hide_passwords(text)
 
 
+def one_line(text: object) -> str:
+    """Return a text of a library or file name with spaces for its line breaks."""
+    return re.sub(r"\s*\n\s*", " ", str(text).strip("\r\n"))
+
+
 class _Shown(reprlib.Repr):
     """Hides passwords before a string is cut: a cut may remove the `@` by which they are found."""
 
@@ -74,13 +79,18 @@ def listed(names: Sequence[object], most: int = 12) -> str:
 class UserError(ValueError):
     """A mistake in user input (file, name, value), reported in one line: where, what was found, what is allowed."""
 
+    lines = False  # whether a message has a line for each of several mistakes
+
     def __init__(self, message: object = "") -> None:
-        text = printable(str(message)[: 2 * MAX_MESSAGE])
+        text = str(message)[: 2 * MAX_MESSAGE]
+        text = printable(text if self.lines else one_line(text))
         super().__init__(text if len(text) <= MAX_MESSAGE else f"{text[:MAX_MESSAGE]} ...")
 
 
 class SpecError(UserError):
-    """A model YAML that does not describe a network."""
+    """A model YAML that does not describe a network; a line for each mistake."""
+
+    lines = True
 
 
 class DataError(UserError):

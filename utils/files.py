@@ -10,6 +10,8 @@ import re
 import shutil
 import stat
 import tempfile
+import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,9 @@ LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 PART = ".part-"
 """In the names of temporary files of `atomic_path`."""
+
+NAME_MAX, PATH_MAX = 255, 4095
+"""Bytes of a file name and of a path that Linux takes; other systems take no more."""
 
 MAX_TEXT = 2**26
 """Bytes of a text file that are read."""
@@ -142,6 +147,28 @@ def expand_user(path: str | Path, error: type[UserError] = ConfigError) -> Path:
         return Path(path).expanduser()
     except RuntimeError as cause:
         raise error(f"{path}: there is no such user") from cause
+
+
+def name_problem(path: str) -> str:
+    """Return why no file can have this path, '' if one can."""
+    raw = path.encode("utf-8", "surrogatepass")
+    if "\0" in path:
+        return "holds a NUL character"
+    if max(map(len, raw.split(b"/"))) > NAME_MAX or len(raw) > PATH_MAX:
+        return f"is too long for a file name ({NAME_MAX} bytes between slashes, {PATH_MAX} in all)"
+    return ""
+
+
+def url_file_name(url: str) -> str:
+    """Return the file name at the end of a URL, '' without one.
+
+    Raises:
+        DataError: not a URL.
+    """
+    try:
+        return Path(urllib.parse.unquote(urllib.parse.urlsplit(url).path)).name
+    except ValueError as cause:
+        raise DataError(f"{url}: {cause}") from cause
 
 
 def check_regular(path: str | Path, error: type[UserError] = DataError) -> os.stat_result:
@@ -271,7 +298,8 @@ def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Pa
     except UserError:
         raise
     except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL at all
-        raise DataError(f"{url}: cannot be fetched ({getattr(error, 'reason', None) or error}); {hint}") from error
+        reason = None if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None)
+        raise DataError(f"{url}: cannot be fetched ({reason or error}); {hint}") from error
     return dest
 
 

@@ -81,7 +81,9 @@ def read_coco(path: Path) -> CocoFile:
     unlisted = []
     for i, item in enumerate(content["annotations"]):
         if not isinstance(item, dict) or not all(_is_id(item.get(key)) for key in ("image_id", "category_id")):
-            raise DataError(f"{path}: annotations[{i}]: a mapping with image_id, category_id and bbox is needed")
+            raise DataError(
+                f"{path}: annotations[{i}] is {shown(item)}; a mapping with image_id, category_id and bbox is needed"
+            )
         if item["category_id"] not in categories:
             known = ", ".join(f"{number} ({shown(name)})" for number, name in list(categories.items())[:10])
             raise DataError(

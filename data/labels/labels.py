@@ -148,13 +148,17 @@ def load_annotations(
         raise DataError(f"{where}: none of {report.images} images can be used: {entries[0].found.notes[-1]}")
     if require_labels and report.boxes == 0:
         annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
+        first = f"; first problem: {report.messages[0]}" if report.messages else ""
         if annotated:
-            raise DataError(f"{where}: no labels for {report.images} images in {', '.join(annotated)}")
+            raise DataError(f"{where}: no labels for {report.images} images in {', '.join(annotated)}{first}")
+        unlabelled = [path for path, entry in zip(paths, entries) if entry.status == "missing"]
+        if not unlabelled:
+            raise DataError(f"{where}: no labels in {report.images} images: their label files are empty{first}")
         looked = sorted({str(label_path(path).parent) for path in paths})
         more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
         raise DataError(
             f"{where}: no labels in {report.images} images; looked for .txt files in {', '.join(looked[:3])}{more}"
-            f"{_other_labels(paths[0])}"
+            f"{_other_labels(unlabelled[0])}{first}"
         )
     records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
     _check_classes(records, num_classes, listed)

@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import tempfile
-import urllib.parse
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -24,7 +23,7 @@ from data.lists import read_list
 from data.sources.frames import DEFAULT_FPS, Frame, Source
 from data.sources.streams import ScreenSource, StreamSource
 from utils.errors import DataError, did_you_mean
-from utils.files import check_regular, download, expand_user, folder_names, read_text
+from utils.files import check_regular, download, expand_user, folder_names, read_text, url_file_name
 
 LOGGER = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def open_source(text: str, vid_stride: int = 1) -> Source:
     if text.split()[0].lower() == "screen" and not os.path.exists(text):
         return ScreenSource(text, vid_stride)
     if _URL.match(text):
-        suffix = Path(urllib.parse.urlsplit(text).path).suffix.lower()
+        suffix = Path(url_file_name(text)).suffix.lower()
         if text.lower().startswith("http") and suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
             return DownloadedSource(text, vid_stride)
         return StreamSource([text], vid_stride)
@@ -230,9 +229,8 @@ class DownloadedSource(FileSource):
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="detect-")
-        name = Path(urllib.parse.unquote(Path(urllib.parse.urlsplit(url).path).name)).name
         try:
-            file = download(url, Path(self._folder.name) / name)
+            file = download(url, Path(self._folder.name) / url_file_name(url))
         except DataError:
             self._folder.cleanup()
             raise

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Self, TypeVar, cast
 from engine.cli.keywords import settled
 from models.build.spec import HEADS
 from utils.errors import ConfigError, did_you_mean, hide_passwords, shown
+from utils.files import name_problem
 from utils.yaml_lines import LineDict, key_text, load_yaml, plain
 
 T = TypeVar("T")
@@ -110,11 +111,15 @@ class Options:
             if "missing" in m and value != default:
                 problems.append(f"{name}: not available: {m['missing']}")
             for item in value if isinstance(value, (list, tuple)) else [value]:
+                if isinstance(item, str) and "://" not in item and (problem := name_problem(item)):
+                    problems.append(f"{name}: {shown(item)} {problem}")
                 if isinstance(item, bool) or not isinstance(item, (int, float)):
                     continue
                 low, high = m.get("low", -LARGEST), m.get("high", LARGEST)
                 if not low <= item <= high:  # NaN is in no range
                     problems.append(f"{name}: {shown(item)} is out of range; allowed: {low} to {high}")
+            if f.name in ("project", "name") and value.encode(errors="ignore").decode() != value:
+                problems.append(f"{name}: {shown(value)} is not UTF-8")  # TensorBoard takes no other folder
             if "choices" in m and value not in m["choices"]:
                 problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
         if problems:

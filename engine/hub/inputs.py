@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-import urllib.parse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image, ImageOps
 from data.images import read
 from data.sources.frames import Frame
 from utils.errors import ConfigError
-from utils.files import download
+from utils.files import download, url_file_name
 
 ALLOWED = (
     "allowed are a path, a URL, a (H, W, 3) uint8 RGB array, a PIL image, a (3, H, W) tensor in 0..1, "
@@ -72,7 +71,7 @@ def _image(item: object, where: str) -> tuple[NDArray[np.uint8], str]:
 def _file(text: str) -> tuple[NDArray[np.uint8], str]:
     if not text.lower().startswith(("http://", "https://")):
         return read(Path(text).expanduser()), Path(text).name
-    name = Path(urllib.parse.unquote(urllib.parse.urlsplit(text).path)).name or "image"
+    name = url_file_name(text) or "image"
     with tempfile.TemporaryDirectory(prefix="hub-") as folder:
         return read(download(text, Path(folder) / name)), name
 

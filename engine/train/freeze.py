@@ -49,7 +49,7 @@ def names_to_freeze(model: DetectionModel, selection: Sequence[str]) -> set[str]
     """
     numbers = [int(word) for word in selection if word.isdecimal()]
     if len(numbers) == len(selection):
-        rows = list(range(numbers[0])) if len(numbers) == 1 else numbers
+        rows = list(range(min(numbers[0], len(model.model) + 1))) if len(numbers) == 1 else numbers
         beyond = [n for n in rows if n >= len(model.model)]
         hint = _stages_hint(model, rows) if len(numbers) == 1 else ""
         if beyond:

@@ -137,6 +137,8 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
     with damage_reported(path):
         saved = TrainConfig.from_keywords(**checkpoint.train["options"])
         Hyperparameters.from_mapping(checkpoint.train["hyp"], where=str(path))
+        if saved.optimizer in (None, "auto"):
+            raise ValueError(f"train.options: optimizer is {saved.optimizer}")
         if not -1 <= checkpoint.epoch < saved.epochs:
             raise ValueError(f"epoch {checkpoint.epoch} of {saved.epochs}")
     if saved.plugin and not config.plugin:

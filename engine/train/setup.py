@@ -342,7 +342,8 @@ def data_digest(*splits: Annotations) -> str:
     digest = hashlib.sha256()
     for split in splits:
         for record in split.records:
-            digest.update(f"{record.path.name} {record.height} {record.width} {len(record.labels)}".encode())
+            text = f"{record.path.name} {record.height} {record.width} {len(record.labels)}"
+            digest.update(text.encode("utf-8", "surrogatepass"))
             digest.update(np.ascontiguousarray(record.labels).tobytes())
     return digest.hexdigest()
 

@@ -22,7 +22,7 @@ from models.build.layer_rules import LAYERS, Built, Row, Rule
 from models.build.rows import IMAGE, Route, Rows
 from models.build.spec import HEADS, LayerSpec, ModelSpec
 from models.common import Conv
-from utils.errors import SpecError, UserError, did_you_mean, shown
+from utils.errors import SpecError, UserError, did_you_mean, one_line, shown
 from utils.yaml_lines import plain
 
 LOGGER = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ class _Builder:
                 f"{where}: row {last.row} ({last.module}): {' or '.join(names)} must be the last row and appear once"
             )
         if self.problems:
-            raise SpecError("\n".join(self.problems))
+            raise SpecError("\n".join(map(one_line, self.problems)))
         largest = max((level.stride for route in self.routes for level in route.levels), default=1)
         readers = [route.gives_levels for route in self.routes if IMAGE in route.sources]
         # Backbones pad their own input; if they are the only readers of the image, any size is valid.

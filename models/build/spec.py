@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, TypeVar, cast
 
-from utils.errors import SpecError, did_you_mean, shown
+from utils.errors import SpecError, did_you_mean, one_line, shown
 from utils.files import find_file
 from utils.yaml_lines import load_yaml, plain
 
@@ -219,7 +219,7 @@ def read_model_spec(source: str | Path | Mapping[str, Any]) -> tuple[ModelSpec, 
 
 def _raise(problems: Problems) -> None:
     if problems:
-        raise SpecError("\n".join(problems))
+        raise SpecError("\n".join(map(one_line, problems)))
 
 
 def _read_mapping(data: Mapping[str, Any], path: str) -> tuple[ModelSpec, Problems]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import glob
 import zipfile
 from pathlib import Path
 
@@ -16,7 +17,8 @@ def existing_file(path: Path) -> Path:
         CheckpointError: the file does not exist or cannot be opened, or is of another kind (says which).
     """
     if path.is_dir():
-        inside = sorted(p.name for p in path.rglob("*.pt"))[:3]
+        places = ("*.pt", "weights/*.pt", "*/weights/*.pt")
+        inside = sorted(name for place in places for name in glob.glob(place, root_dir=path))[:3]
         hint = f"; it contains {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{path}: a folder; a checkpoint file is needed{hint}")
     if not path.is_file():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import cv2
@@ -195,6 +196,15 @@ def test_split_keeps_near_duplicates_together_and_is_seeded(tmp_path: Path) -> N
     assert found["one"] == found["again"] != found["other"]
     assert [len(part) for part in found["one"].values()] == pytest.approx([18, 6, 6], abs=2)
     assert all(number ^ 1 in part for part in found["one"].values() for number in part)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are Unicode")
+@pytest.mark.parametrize("to", ["yolo", "coco", "voc"])
+def test_image_names_need_not_be_utf8(tmp_path: Path, source: Path, to: str) -> None:
+    for folder, suffix in (("images", ".png"), ("labels", ".txt")):
+        os.rename(source.parent / f"{folder}/train/a{suffix}", source.parent / f"{folder}/train/a\udcff{suffix}")
+    convert(source, tmp_path / "out", to)
+    assert [len(record.labels) for record in records(tmp_path / "out/data.yaml", "train")] == [2, 0, 2, 1]
 
 
 def test_converted_set_without_val_says_so(tmp_path: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:

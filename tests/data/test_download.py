@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import zipfile
 from pathlib import Path
@@ -163,6 +164,15 @@ def test_archive_that_cannot_be_decoded(tmp_path: Path, at: int, value: int) -> 
     data[data.find(b"PK\x01\x02") + at] = value
     path.write_bytes(data)
     with pytest.raises(DataError, match="cannot be unpacked"):
+        download.unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("left", [512, -3])  # of a .tar: its member without the end marker; of .tar.gz: no checksum
+def test_truncated_tar_is_refused(tmp_path: Path, left: int) -> None:
+    data = archive("tar", {"a.txt": b"", "b.txt": b""})
+    path = tmp_path / ("x.tar" if left > 0 else "x.tgz")
+    path.write_bytes(data[:left] if left > 0 else gzip.compress(data)[:left])
+    with pytest.raises(DataError, match=r"cannot be unpacked: (truncated|Compressed file ended)"):
         download.unpack(path, tmp_path / "out")
 
 

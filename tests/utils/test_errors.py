@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from utils.errors import DataError, UserError, hide_passwords, listed, printable, shown
+from utils.errors import DataError, SpecError, UserError, hide_passwords, listed, printable, shown
 
 
 @pytest.mark.parametrize(
@@ -58,6 +58,11 @@ def test_shown_of_short_values_is_repr() -> None:
 def test_user_errors_are_printable_and_bounded() -> None:
     assert str(DataError("rtsp://u:p@h\x1b")) == "rtsp://***@h\\x1b"
     assert len(str(UserError("x" * 10**6))) < 5000
+
+
+def test_messages_are_one_line() -> None:
+    assert str(DataError("x: cannot be read: first\n  - second\r\n")) == "x: cannot be read: first - second"
+    assert str(SpecError("a:1: x\na:2: y")) == "a:1: x\na:2: y"  # a line for each mistake of a model YAML
 
 
 def test_listed_is_bounded() -> None:

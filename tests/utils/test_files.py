@@ -22,6 +22,7 @@ from utils.files import (
     new_folder,
     newest_weights,
     read_text,
+    url_file_name,
 )
 
 
@@ -153,6 +154,12 @@ def test_read_text_refuses_special_files(tmp_path, kind):
 
 class _Reply(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/gone":
+            self.send_error(404)
+            return
+        if self.path == "/status":
+            self.wfile.write(b"HTTP/1.1 none\r\n\r\n")
+            return
         self.send_response(200)
         self.send_header("Content-Length", "10" if self.path != "/odd" else "ten")
         self.end_headers()
@@ -162,7 +169,7 @@ class _Reply(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_download_refuses_a_truncated_file(tmp_path):
+def test_download_refuses_truncated_and_odd_replies(tmp_path):
     server = http.server.HTTPServer(("127.0.0.1", 0), _Reply)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -172,6 +179,10 @@ def test_download_refuses_a_truncated_file(tmp_path):
         assert download(f"{base}/odd", tmp_path / "odd").read_bytes() == b"0123456789"
         with pytest.raises(DataError, match="4 of 10 bytes|cannot be fetched"):
             download(f"{base}/cut", tmp_path / "cut")
+        with pytest.raises(DataError, match=r"cannot be fetched \(HTTP Error 404: Not Found\)"):
+            download(f"{base}/gone", tmp_path / "gone")
+        with pytest.raises(DataError, match="cannot be fetched .*by hand"):  # on one line
+            download(f"{base}/status", tmp_path / "status")
     finally:
         server.shutdown()
         server.server_close()
@@ -185,6 +196,12 @@ def test_download_of_an_odd_address_is_one_line(tmp_path, url):
     with pytest.raises(DataError) as caught:
         download(url, tmp_path / "x")
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_url_file_name():
+    assert url_file_name("http://h/a/b%20c.jpg?x=1") == "b c.jpg" and url_file_name("http://h") == ""
+    with pytest.raises(DataError, match=r"http://\[::1: Invalid"):
+        url_file_name("http://[::1")
 
 
 def test_new_folder_appears_when_it_is_complete(tmp_path):

@@ -129,7 +129,9 @@ def test_box_over_the_border_by_rounding_is_clipped(tmp_path: Path) -> None:
         ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \('a'\)"),
         ({"images": [image(1, "a.jpg"), image(1, "b.jpg")]}, r"images: id 1 is given twice"),
         ({"images": [{"id": 1}]}, r"images\[0\] is \{'id': 1\}; a mapping with 'id' and 'file_name'"),
-        ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, r"annotations\[0\]: a mapping with image_id"),
+        ({"annotations": [{"bbox": [1, 2, 3, 4]}]}, r"annotations\[0\] is .*; a mapping with image_id"),
+        ({"annotations": [{"image_id": 1, "category_id": [1]}]}, r"annotations\[0\] is .*'category_id': \[1\]"),
+        ({"annotations": [box(1, 7, 6, float("inf"), 12, 8)]}, "no labels for .*; first problem: .*annotation 106"),
     ],
 )
 def test_damaged_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:

@@ -56,6 +56,9 @@ def test_load_annotations_without_labels(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"no labels in 2 images; looked .* {tmp_path}/labels/train"):
         load(source)
     assert load(source, require_labels=False).report.boxes == 0
+    source = make_set(tmp_path / "empty", {"a": "", "b": ""})
+    with pytest.raises(DataError, match=r"no labels in 2 images: their label files are empty$"):
+        load(source)
 
 
 def test_load_annotations_without_usable_images(tmp_path: Path) -> None:

@@ -99,6 +99,10 @@ def test_parser_errors_are_one_line(argv, words, capsys):
         (["--bucket", "x", "--bbox_interval", "3"], ["--bucket: not available", "--bbox-interval: not available"]),
         (["--epochs", "0"], ["--epochs: 0 is out of range"]),
         (["--label-smoothing", "0.9"], ["out of range", "0.5"]),
+        (["--weights", "x" * 300], ["--weights: 'xxx", "is too long for a file name"]),
+        (["--plugin", "p.py", "y/" * 2100], ["--plugin: 'y/y", "is too long for a file name"]),
+        (["--project", "a\0b"], ["--project: 'a\\x00b' holds a NUL character"]),
+        (["--name", "\udcff"], ["--name: '\\udcff' is not UTF-8"]),
     ],
 )
 def test_refused_options(argv, words, capsys):
@@ -106,6 +110,10 @@ def test_refused_options(argv, words, capsys):
     text = capsys.readouterr().err
     assert (status, config) == (2, None)
     assert text.count("\n") == 1 and all(w in text for w in words), text
+
+
+def test_long_addresses_and_odd_names_are_allowed():
+    DetectConfig.from_keywords(source=f"https://h/x.jpg?key={'a' * 900}", name="日本語\u3000x", weights=["\udcff.pt"])
 
 
 def test_passwords_of_addresses_are_not_stored():

@@ -39,6 +39,7 @@ def test_rows_of_a_plain_model(selection: list[str], rows: set[int]) -> None:
     ("selection", "message"),
     [
         (["99"], r"no row 11; the model has rows 0 to 10"),
+        ([str(2**63)], r"no row 11; the model has rows 0 to 10"),
         (["1", "backbone"], "give row numbers, or words"),
         (["backbone:8"], "the backbone has 7 rows; allowed: 0 to 7"),
         (["backbone:x"], "the number of stages is missing"),

@@ -106,6 +106,7 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "hyp missing": lambda tree: tree["train"].pop("hyp"),
     "generator missing": lambda tree: tree["train"]["rng"].pop("torch"),
     "options are a number": _set("train", "options", value=3),
+    "options are empty": _set("train", "options", value={}),
     "hyp is a list": _set("train", "hyp", value=[1]),
     "weight of another shape": _set("train", "model", "model.0.bn.bias", value=torch.zeros(3)),
     "weight is not finite": _set("train", "model", "model.0.bn.bias", value=torch.full((8,), float("nan"))),

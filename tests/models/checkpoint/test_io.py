@@ -215,7 +215,7 @@ def test_read_checkpoint_of_a_missing_file_suggests_similar_names(tmp_path):
 def test_read_checkpoint_of_a_folder_lists_its_checkpoints(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "best.pt").touch()
-    with pytest.raises(CheckpointError, match=r"a folder; a checkpoint file is needed; it contains best\.pt"):
+    with pytest.raises(CheckpointError, match=r"a folder; a checkpoint file is needed; it contains weights/best\.pt"):
         read_checkpoint(tmp_path)
 
 
