@@ -14,6 +14,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -144,7 +145,7 @@ class _ImageWriter:
         """Write a text file below the root."""
         target = self.root / place
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(text, encoding="utf-8", errors="backslashreplace")  # names that are not UTF-8
+        target.write_text(text, encoding="utf-8")
 
     def bar(self, records: Sequence[ImageRecord], split: str) -> Iterable[ImageRecord]:
         """Iterate over the records with a progress bar."""
@@ -234,6 +235,7 @@ def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
     if len({Path(name).stem.lower() for name in names.values()}) < len(unique):
         common = os.path.commonpath([path.parent for path in unique])
         names = {path: os.path.relpath(path, common).replace(os.sep, "_") for path in unique}
+    names = {path: re.sub("[\ud800-\udfff]", "_", name) for path, name in names.items()}  # bytes that are not UTF-8
     if not spaces:
         names = {path: "_".join(name.split()) for path, name in names.items()}
     taken: set[str] = set()

@@ -22,6 +22,9 @@ MAX_NODES = 200_000
 MAX_DEPTH = 50
 """Nesting of mappings and lists."""
 
+MAX_DIGITS = 1000
+"""Characters of an integer; Python cannot show one of more than 4,300 decimal digits."""
+
 YamlValue: TypeAlias = Any
 """A value of a YAML file: None, bool, int, float, str, LineList or LineDict; its users check the type."""
 
@@ -131,6 +134,8 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> object:
         if kind == "bool":
             return _WORDS[text.lower()]
         if kind == "int":
+            if len(text) > MAX_DIGITS:
+                raise ValueError
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         if kind == "float":
             return _FLOATS[text.lower()] if text.lower() in _FLOATS else float(text)

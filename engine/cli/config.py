@@ -121,7 +121,7 @@ class Options:
             if f.name in ("project", "name") and value.encode(errors="ignore").decode() != value:
                 problems.append(f"{name}: {shown(value)} is not UTF-8")  # TensorBoard takes no other folder
             if "choices" in m and value not in m["choices"]:
-                problems.append(f"{name}: '{value}' is not one of {', '.join(map(str, m['choices']))}")
+                problems.append(f"{name}: {shown(value)} is not one of {', '.join(map(str, m['choices']))}")
         if problems:
             raise ConfigError("; ".join(problems))
 
@@ -420,7 +420,7 @@ class Hyperparameters:
                 problems.append(f"{place}: unknown hyperparameter '{key}'{did_you_mean(key, names)}")
             elif key == "optimizer":
                 if value not in (None, *OPTIMIZERS):
-                    problems.append(f"{place}: optimizer is '{value}'; allowed: {', '.join(OPTIMIZERS)}")
+                    problems.append(f"{place}: optimizer is {shown(value)}; allowed: {', '.join(OPTIMIZERS)}")
             elif key == "class_weights":
                 problems += [f"{place}: {problem}" for problem in _problems_of_class_weights(value)]
             elif value is None and key in ("anchors", "optimizer", "class_weights"):
@@ -450,7 +450,9 @@ def _problems_of_class_weights(value: object) -> list[str]:
     if value is None or value in ("none", "balanced"):
         return []
     if not isinstance(value, (list, dict)):
-        return [f"class_weights is '{value}'; allowed: none, balanced, a list of numbers, or numbers by class name"]
+        return [
+            f"class_weights is {shown(value)}; allowed: none, balanced, a list of numbers, or numbers by class name"
+        ]
     numbers = value.values() if isinstance(value, dict) else value
     wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < math.inf]
-    return [f"class_weights holds '{n}'; finite numbers from 0 on are needed" for n in wrong]
+    return [f"class_weights holds {shown(n)}; finite numbers from 0 on are needed" for n in wrong]
