@@ -230,19 +230,19 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
     candidates = [given, ROOT / given, *([place / given for place in places] if bare else [])]
     for candidate in dict.fromkeys(candidates):
         for path in (candidate, candidate.with_name(candidate.name + ".yaml") if candidate.name else candidate):
-            if _is_there(path, error):
+            if exists_as_file(path, error):
                 if path != given:
                     LOGGER.info("%s: using %s", name, path)
                 return path
     near = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
-    if _is_folder(given.parent):
+    if is_listable(given.parent):
         near += [p.name for p in given.parent.iterdir() if p.is_file()]
     names = [f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places] if bare else ["the project"]
     looked = ", ".join(["the current folder", *names]) if not given.is_absolute() else str(given.parent)
     raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, near)}")
 
 
-def _is_there(path: Path, error: type[UserError]) -> bool:
+def exists_as_file(path: Path, error: type[UserError]) -> bool:
     """Whether a path exists as a file; `error` where that cannot be found out, or it is a FIFO, device or socket."""
     try:
         mode = os.stat(path).st_mode
@@ -253,8 +253,9 @@ def _is_there(path: Path, error: type[UserError]) -> bool:
     return not stat.S_ISDIR(mode) and bool(check_regular(path, error))
 
 
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and os.access(path, os.R_OK | os.X_OK)
+def is_listable(path: Path) -> bool:
+    """Whether a path is a folder that this user may list."""
+    return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
 def newest_file(folder: str | Path, pattern: str) -> Path | None:

@@ -22,6 +22,9 @@ MAX_NODES = 200_000
 MAX_DEPTH = 50
 """Nesting of mappings and lists."""
 
+MAX_BYTES = 2**23
+"""Of a file; the parser takes about a second per 2**20 bytes."""
+
 MAX_DIGITS = 1000
 """Characters of an integer; Python cannot show one of more than 4,300 decimal digits."""
 
@@ -174,7 +177,7 @@ def load_yaml(path: str | Path, error: type[UserError] = ConfigError) -> LineDic
     Raises:
         error: missing, empty or unreadable file, a syntax error, a key given twice or too many values, with file:line.
     """
-    text = read_text(path, error)
+    text = read_text(path, error, MAX_BYTES)
     try:
         data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as cause:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from engine.runtimes.pytorch import PyTorchRuntime
 from engine.runtimes.torchscript import TorchScriptRuntime
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError, did_you_mean
-from utils.files import newest_weights
+from utils.files import exists_as_file, is_listable, newest_weights
 
 LOGGER = logging.getLogger(__name__)
 CHECKPOINT_SUFFIXES = (".pt", ".pth")
@@ -50,7 +51,7 @@ def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> l
 
 def _of_run_folder(name: str) -> str:
     """Return `weights/best.pt` of a training run's folder, any other name as it is."""
-    best = next((path for path in (Path(name, "weights/best.pt"), Path(name, "best.pt")) if path.is_file()), None)
+    best = next((path for path in (Path(name, "weights/best.pt"), Path(name, "best.pt")) if os.path.isfile(path)), None)
     if best is None:
         return name
     LOGGER.info("%s: using %s", name, best)
@@ -134,7 +135,7 @@ def _kind(name: str) -> str:
         CheckpointError: no runtime for this kind of file.
     """
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         if not any(path.glob("*.xml")):
             raise CheckpointError(
                 f"{name}: a folder without weights/best.pt (a training run) or an .xml file (OpenVINO); {EXPORT_HINT}"
@@ -142,8 +143,8 @@ def _kind(name: str) -> str:
         return ".xml"
     suffix = path.suffix.lower()
     if suffix in OPENERS:
-        if not path.is_file():
-            near = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        if not exists_as_file(path, CheckpointError):
+            near = [p.name for p in path.parent.iterdir()] if is_listable(path.parent) else []
             raise CheckpointError(f"{name}: no such file{did_you_mean(path.name, near)}")
         return suffix
     if path.is_file() and suffix not in CHECKPOINT_SUFFIXES:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import glob
+import os
 import zipfile
 from pathlib import Path
 
 from utils.errors import CheckpointError
+from utils.files import exists_as_file, is_listable
 
 
 def existing_file(path: Path) -> Path:
@@ -16,12 +18,12 @@ def existing_file(path: Path) -> Path:
     Raises:
         CheckpointError: the file does not exist or cannot be opened, or is of another kind (says which).
     """
-    if path.is_dir():
+    if os.path.isdir(path):
         places = ("*.pt", "weights/*.pt", "*/weights/*.pt")
         inside = sorted(name for place in places for name in glob.glob(place, root_dir=path))[:3]
         hint = f"; it contains {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{path}: a folder; a checkpoint file is needed{hint}")
-    if not path.is_file():
+    if not exists_as_file(path, CheckpointError):
         near = difflib.get_close_matches(path.name, _names_beside(path), n=3, cutoff=0.4)
         hint = f"; similar names in that folder: {', '.join(near)}" if near else ""
         raise CheckpointError(f"{path}: no such file{hint}")
@@ -37,7 +39,7 @@ def existing_file(path: Path) -> Path:
 
 
 def _names_beside(path: Path) -> list[str]:
-    return [p.name for p in path.parent.iterdir() if p.is_file()] if path.parent.is_dir() else []
+    return [p.name for p in path.parent.iterdir() if p.is_file()] if is_listable(path.parent) else []
 
 
 def _other_kind(path: Path, head: bytes) -> str:

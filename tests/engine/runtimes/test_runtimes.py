@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import onnx
@@ -239,6 +240,7 @@ def refused(tmp_path, case):
     )
     script = torchscript_file(tmp_path / "plain.torchscript", {})
     nms = onnx_file(tmp_path / "nms.onnx", texts={"nms": "True"})
+    os.mkfifo(fifo := str(tmp_path / "fifo.onnx"))
     path = {name: str(tmp_path / name) for name in ("bad.onnx", "bad.torchscript", "bad.xyz", "empty", "goood.onnx")}
     return {
         "corrupt onnx": (lambda: open_runtime([path["bad.onnx"]], CPU), "ONNX Runtime cannot open it"),
@@ -248,6 +250,7 @@ def refused(tmp_path, case):
         "empty folder": (lambda: open_runtime([path["empty"]], CPU), r"a folder without weights/best\.pt"),
         "unknown kind": (lambda: open_runtime([path["bad.xyz"]], CPU), "cannot be run; allowed: .pt, .pth, .onnx"),
         "missing": (lambda: open_runtime([path["goood.onnx"]], CPU), "no such file; did you mean 'good.onnx'"),
+        "FIFO": (lambda: open_runtime([fifo], CPU), r"fifo\.onnx: cannot be read: is a FIFO"),
         "ensemble": (lambda: open_runtime([good, good], CPU), "is run alone"),
         "augment": (lambda: open_runtime([good], CPU, augment=True), "--augment: needs a .pt file"),
         "dnn without onnx": (lambda: open_runtime(["x.pt"], CPU, dnn=True), "--dnn: OpenCV runs one ONNX file"),

@@ -212,6 +212,12 @@ def test_read_checkpoint_of_a_missing_file_suggests_similar_names(tmp_path):
         read_checkpoint(tmp_path / "no" / "such.pt")
 
 
+def test_read_checkpoint_does_not_open_a_fifo(tmp_path):
+    os.mkfifo(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match=r"x\.pt: cannot be read: is a FIFO"):
+        read_checkpoint(tmp_path / "x.pt")
+
+
 def test_read_checkpoint_of_a_folder_lists_its_checkpoints(tmp_path):
     (tmp_path / "weights").mkdir()
     (tmp_path / "weights" / "best.pt").touch()
