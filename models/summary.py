@@ -242,7 +242,7 @@ def _table_line(module: nn.Module, route: Route) -> tuple[str, ...]:
     levels = " ".join(f"{level.channels}@{level.stride}" for level in route.levels)
     return (
         f"{route.slot}-{route.slot + 4}" if route.gives_levels else str(route.slot),
-        str(sources[0] if len(sources) == 1 else list(sources)),
+        _shown(sources[0] if len(sources) == 1 else tuple(sources)),
         str(route.repeats),
         str(sum(p.numel() for p in module.parameters())),
         levels or "predictions",

@@ -60,6 +60,11 @@ LEARNED_NOTHING = 0.01
 """Fitness of the best epoch below which a training has learned nothing that can be used."""
 
 
+def counted_epochs(number: int) -> str:
+    """Return `1 epoch` or `3 epochs`."""
+    return f"{number} epoch{'' if number == 1 else 's'}"
+
+
 def duration(seconds: float) -> str:
     """Return a time as people read it, such as `1 h 02 min 05 s`."""
     minutes, rest = divmod(round(seconds), 60)
@@ -198,7 +203,7 @@ class Trainer:
                         break
                     self._exit_if_requested(epoch + 1)
             resumed = f" (of {done}; resumed after {start})" if start else ""
-            LOGGER.info("%d epochs%s in %s", done - start, resumed, duration(time.time() - begin))
+            LOGGER.info("%s%s in %s", counted_epochs(done - start), resumed, duration(time.time() - begin))
             return self._finish(done)
 
     def _open_run(self) -> None:
@@ -330,10 +335,10 @@ class Trainer:
             self.logs.finish()
             if metrics is not None and metrics.nt.sum() and self.early_stopping.best_fitness < LEARNED_NOTHING:
                 LOGGER.warning(
-                    "The detector has learned nothing yet (mAP50 %.4f). Likely reasons: too few steps (%d epochs of %d "
+                    "The detector has learned nothing yet (mAP50 %.4f). Likely reasons: too few steps (%s of %d "
                     "batches: more --epochs, --weights of a trained model); labels that do not fit the images (look at "
                     "train_batch0.jpg, run python -m data.check); objects too small at %d pixels (a larger --imgsz)",
-                    metrics.map50, epochs, len(self.data.loader), self.config.imgsz,
+                    metrics.map50, counted_epochs(epochs), len(self.data.loader), self.config.imgsz,
                 )  # fmt: skip
             LOGGER.info("Results saved to %s", folder)
         best_or_none = best if best.is_file() else None

@@ -364,6 +364,7 @@ def test_table_of_layers() -> None:
     first = "0-4 -1 1 11409856 64@4 128@8 320@16 512@32 RIFormer {arch: s12, normalize: False}"
     assert table[1].split() == first.split()
     assert table[4].split() == ["7", "-1", "1", "0", "128@16", "nn.Upsample", "[None,", "2,", "nearest]"]
+    assert table[5].split()[:4] == ["8", "[-1,", "P4]", "1"]
     assert table[6].split()[:7] == ["9", "-1", "1", "115456", "128@16", "C3", "[448,"]
     assert table[-1].split()[:8] == ["20", "[13,", "16,", "19]", "1", "10824", "predictions", "Detect"]
 

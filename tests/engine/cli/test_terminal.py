@@ -36,7 +36,7 @@ def test_train_val_and_detect_fit_80_columns(tmp_path: Path) -> None:
     assert re.search(r"^ +Epoch +GPU_mem +box_loss +obj_loss +cls_loss +Instances +Size$", text, re.M)
     assert re.search(r"^ +0/0 .* 100%\|.*\| 00:00$", text, re.M), "the bar with the remaining time"
     assert re.search(r"^ +all( +\d+){2}( +\d\.\d{3}){4}$", text, re.M), "P, R, mAP50 and mAP50-95 on a line"
-    assert re.search(r"^1 epochs in \d+ s$", text, re.M)
+    assert re.search(r"^1 epoch in \d+ s$", text, re.M)
     assert "The detector has learned nothing yet" in text and "\n  " in text[text.index("learned nothing") :]
     weights = "--weights runs/exp/weights/best.pt --device cpu"
     text = shown("val.py", f"{weights} --data data.yaml --workers 0 --save-json --project val", tmp_path)

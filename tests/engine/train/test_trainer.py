@@ -223,7 +223,7 @@ def test_console_fits_80_columns(project, capsys, caplog, head):
 
 def test_training_that_learned_nothing_says_why(project, caplog):
     train(config(project, epochs=1))
-    assert "learned nothing yet" in caplog.text and "too few steps (1 epochs of 3 batches" in caplog.text
+    assert "learned nothing yet" in caplog.text and "too few steps (1 epoch of 3 batches" in caplog.text
 
 
 def test_time_after_a_resume_counts_the_epochs_of_this_session(project, monkeypatch, caplog):
