@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING, Any
 
 from engine.cli.config import DetectConfig
-from engine.cli.parser import run_main
+from engine.cli.parser import resume_collection, run_main
 
 if TYPE_CHECKING:
     from engine.predict.predictor import DetectReport
@@ -14,8 +15,10 @@ if TYPE_CHECKING:
 
 def work(config: DetectConfig) -> int:
     """Detect as the options say; 1 when some input could not be read (imports the engine here: `--help` is instant)."""
+    gc.disable()  # until all is imported
     from engine.predict.predictor import detect
 
+    resume_collection()
     return 1 if detect(config).failures else 0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from engine.cli.config import ValConfig
-from engine.cli.parser import run_main
+from engine.cli.parser import resume_collection, run_main
 
 if TYPE_CHECKING:
     import numpy as np
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 
 def work(config: ValConfig) -> None:
     """Validate as the options say."""
+    gc.disable()  # until all is imported
     _job(config)
 
 
@@ -30,12 +33,17 @@ def run(**options: Any) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]
 
 def _job(config: ValConfig) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]:
     """Do what the task asks for; the engine is imported here so that `--help` is instant."""
-    from engine.evaluate.evaluator import validate
-    from engine.evaluate.size_sweep import speed, study
+    from engine.evaluate.chart_process import ChartProcess
 
-    if config.task == "study":
-        return study(config)
-    return speed(config) if config.task == "speed" else validate(config)
+    plots = not config.noplots and config.task not in ("speed", "study")
+    with ChartProcess() if plots else nullcontext() as charts:  # starts before torch is imported
+        from engine.evaluate.evaluator import validate
+        from engine.evaluate.size_sweep import speed, study
+
+        resume_collection()
+        if config.task == "study":
+            return study(config)
+        return speed(config) if config.task == "speed" else validate(config, charts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Charts from arrays: curves, confusion matrix, training history, label statistics, study of sizes.
 
 Each function writes one PNG or JPEG file atomically. Figures are drawn on their own canvas: no window system,
-no state shared with the caller's matplotlib, no font but the one that matplotlib brings.
+no state shared with the caller's matplotlib, no font but the one that matplotlib brings. Imports no torch, so that the
+process of `engine.evaluate.chart_process` starts quickly.
 """
 
 from __future__ import annotations
@@ -9,16 +10,15 @@ from __future__ import annotations
 import csv
 import io
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from utils.boxes import xywh2xyxy
 from utils.errors import DataError
 from utils.files import atomic_path
-from utils.metrics import Curves, smooth
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,24 +34,36 @@ DRAWN_BOXES = 1000
 MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
 
-def new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float, layout: Literal["constrained"] | None = "constrained") -> Figure:
     """Return an empty figure (size in inches) on the Agg canvas."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
     return figure
 
 
 def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
-    """Write the figure; names in scripts that the font lacks become boxes, without a warning per letter."""
+    """Write the figure as PNG or JPEG, by the suffix."""
+    from PIL import Image
+
+    figure.set_dpi(dpi)
+    with _no_glyph_warnings():
+        figure.canvas.draw()  # once; `savefig` draws twice
     data = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
-        figure.savefig(data, format=Path(path).suffix[1:], dpi=dpi)
+    image = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])  # type: ignore[attr-defined]
+    image.save(data, "PNG" if Path(path).suffix == ".png" else "JPEG", compress_level=1, quality=90)
     with atomic_path(path) as part:
         part.write_bytes(data.getvalue())
+
+
+@contextmanager
+def _no_glyph_warnings() -> Iterator[None]:
+    """Names in scripts that the font lacks become boxes, without a warning per letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
 
 
 def _name(names: Names, number: int) -> str:
@@ -64,28 +76,35 @@ def _name(names: Names, number: int) -> str:
 
 
 def plot_precision_recall(
-    path: str | Path, curves: Curves, ap50: np.ndarray, classes: Sequence[int], names: Names
+    path: str | Path, recall: np.ndarray, precision: np.ndarray, ap50: np.ndarray, classes: Sequence[int], names: Names
 ) -> None:
     """Precision over recall at IoU 0.5.
 
     Args:
         path: file to write.
-        curves: of nc classes.
+        recall: (k,) in ascending order.
+        precision: (nc, k) of each class.
         ap50: (nc,) average precision at IoU 0.5.
         classes: nc class numbers.
         names: class names by number.
     """
-    figure = new_figure(9, 6)
+    figure = new_figure(9, 6, None)
     axes = figure.add_subplot()
     labels = [f"{_name(names, c)} {value:.3f}" for c, value in zip(classes, ap50)]
     mean = f"all classes {np.mean(ap50) if len(ap50) else 0:.3f} mAP@0.5"
-    _class_lines(axes, curves.at_recall, curves.precision_at_recall, labels, mean)
+    _class_lines(axes, recall, precision, labels, mean)
     _unit_axes(axes, "Recall", "Precision", "Precision-recall curve")
     save_figure(figure, path)
 
 
 def plot_confidence_curve(
-    path: str | Path, score: np.ndarray, values: np.ndarray, quantity: str, classes: Sequence[int], names: Names
+    path: str | Path,
+    score: np.ndarray,
+    values: np.ndarray,
+    mean: np.ndarray,
+    quantity: str,
+    classes: Sequence[int],
+    names: Names,
 ) -> None:
     """Precision, recall or F1 over the score threshold.
 
@@ -93,13 +112,13 @@ def plot_confidence_curve(
         path: file to write.
         score: (k,) thresholds.
         values: (nc, k) the quantity of each class.
+        mean: (k,) its smoothed mean, whose maximum is named.
         quantity: its name, for the axis.
         classes: nc class numbers.
         names: class names by number.
     """
-    figure = new_figure(9, 6)
+    figure = new_figure(9, 6, None)
     axes = figure.add_subplot()
-    mean = smooth(values.mean(0), 0.05) if len(values) else np.zeros_like(score)
     best = int(mean.argmax())
     labels = [_name(names, c) for c in classes]
     text = f"all classes {mean[best]:.2f} at {score[best]:.3f}"
@@ -116,7 +135,11 @@ def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[
         axes.plot(x, line, "--" if few and k >= 10 else "-", linewidth=1, color=color, label=label if few else None)
     mean = lines.mean(0) if len(lines) else np.zeros_like(x)
     axes.plot(x, mean, linewidth=3, color=MEAN_COLOR if not few else "black", label=mean_label)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
+    # A constrained layout would measure every tick twice, which takes longer than to draw them.
+    with _no_glyph_warnings():
+        room = legend.get_window_extent().width / axes.figure.bbox.width
+    axes.set_position((0.07, 0.08, max(0.9 - room, 0.2), 0.86))
 
 
 def _unit_axes(axes: Axes, x: str, y: str, title: str) -> None:
@@ -289,11 +312,10 @@ def _box_polygons(axes: Axes, labels: np.ndarray) -> None:
     """Draw the first boxes around a common center, so that their shapes can be compared."""
     from matplotlib.collections import LineCollection
 
-    centered = labels[:DRAWN_BOXES].copy()
-    centered[:, 1:3] = 0.5
-    x1, y1, x2, y2 = xywh2xyxy(centered[:, 1:]).T
+    shown = labels[:DRAWN_BOXES]
+    (x1, y1), (x2, y2) = 0.5 - shown[:, 3:].T / 2, 0.5 + shown[:, 3:].T / 2
     corners = np.stack((x1, y1, x2, y1, x2, y2, x1, y2, x1, y1), 1).reshape(-1, 5, 2)
-    colors = [f"C{k % 10}" for k in centered[:, 0].astype(int)]
+    colors = [f"C{k % 10}" for k in shown[:, 0].astype(int)]
     axes.add_collection(LineCollection(list(corners), colors=colors, linewidths=0.6, alpha=0.6))
     axes.set(xlim=(0, 1), ylim=(1, 0), aspect="equal", xticks=[], yticks=[])
     axes.set_title(f"shapes of {len(corners)} boxes", fontsize=11)

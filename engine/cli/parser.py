@@ -6,6 +6,7 @@ Imports no torch, so `--help` is instant.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -113,6 +114,17 @@ def _check_together(prog: str, options: Options) -> None:
             "--evolve: does not run under torchrun; start python train.py --evolve once, then the same command with "
             "--resume_evolve FOLDER and another --device for each further process"
         )
+
+
+def resume_collection() -> None:
+    """Resume garbage collection where a command paused it for its imports.
+
+    The collector would look at the objects of modules again and again, which takes an eighth of the start and finds
+    nothing, since they live as long as the process; so it does not look at them later either.
+    """
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def run_main(

@@ -20,6 +20,7 @@ from engine.cli.plugins import load_plugins
 from engine.devices.distributed import World
 from engine.evaluate import plots as eval_images
 from engine.evaluate.accumulator import EvalResult, ImageOutcome, Tally, log_table, merge, summarize, table_head
+from engine.evaluate.chart_process import ChartProcess, call
 from engine.evaluate.outputs import CocoSink, TextSink, run_folder
 from engine.evaluate.whole_images import WholeImages
 from engine.predict.inference import NmsSettings
@@ -60,6 +61,7 @@ class EvalOptions:
         hybrid: let the labels take part in the NMS as certain boxes; the figures then say nothing.
         folder: where images go; needed for `plots`.
         plots: draw curves, the confusion matrix, and the first batches.
+        charts: the process that draws the curves; None = this one.
         verbose: log the speed and a line per class.
         sinks: called with the outcome of every image at the end, in their order.
     """
@@ -72,6 +74,7 @@ class EvalOptions:
     hybrid: bool = False
     folder: Path | None = None
     plots: bool = False
+    charts: ChartProcess | None = None
     verbose: bool = False
     sinks: tuple[Callable[[ImageOutcome], None], ...] = ()
 
@@ -140,9 +143,12 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
     if options.verbose:
         LOGGER.info("Speed per image: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
     if options.plots and options.folder is not None:
+        draw = options.charts.draw if options.charts is not None else call
+        eval_images.draw_charts(options.folder, result, options.names, draw)
         for number, (batch, found) in sorted(tally.shown.items()):
             eval_images.draw_batch(options.folder, number, batch, found, options.names)
-        eval_images.draw_charts(options.folder, result, options.names)
+        if options.charts is not None:
+            options.charts.finish()
     return result
 
 
@@ -211,7 +217,7 @@ def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], o
 # ---- val.py ---------------------------------------------------------------------------------------------------------
 
 
-def validate(config: ValConfig) -> EvalResult:
+def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResult:
     """Validate as the options of val.py say (all tasks but `study`).
 
     The run folder appears when everything is done; a run that fails or is interrupted leaves nothing behind.
@@ -243,6 +249,7 @@ def validate(config: ValConfig) -> EvalResult:
             hybrid=config.save_hybrid,
             folder=run.folder,
             plots=not (speed or config.noplots),
+            charts=charts,
             verbose=config.verbose or len(names) < FEW_CLASSES,
             sinks=tuple(sink for sink in (text, coco) if sink is not None),
         )

@@ -10,10 +10,12 @@ import numpy as np
 import torch
 
 from engine.evaluate.accumulator import EvalResult
+from engine.evaluate.chart_process import Draw, call
 from utils.boxes import xyxy2xywhn
 from utils.draw import image_grid
 from utils.errors import DataError
 from utils.files import atomic_path
+from utils.metrics import smooth
 from utils.plots import plot_confidence_curve, plot_confusion_matrix, plot_precision_recall
 from utils.structures import Batch
 
@@ -48,18 +50,25 @@ def detection_targets(found: Sequence[torch.Tensor], shape: tuple[int, int]) -> 
     return torch.cat((image[:, None].float(), together[:, 5:6], boxes, together[:, 4:5]), 1)
 
 
-def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str]) -> None:
-    """Write PR_curve.png, P_curve.png, R_curve.png, F1_curve.png and confusion_matrix.png."""
+def draw_charts(folder: Path, result: EvalResult, names: Mapping[int, str], draw: Draw = call) -> None:
+    """Write PR_curve.png, P_curve.png, R_curve.png, F1_curve.png and confusion_matrix.png.
+
+    Args:
+        draw: calls a function of `utils.plots` with its arguments, at once or in another process.
+    """
     classes, curves = result.classes.tolist(), result.curves
-    plot_precision_recall(folder / "PR_curve.png", curves, result.ap50, classes, names)
+    path, points = folder / "PR_curve.png", (curves.at_recall, curves.precision_at_recall)
+    draw(plot_precision_recall, path, *points, result.ap50, classes, names)
     for letter, word, values in (
         ("F1", "F1", curves.f1),
         ("P", "Precision", curves.precision),
         ("R", "Recall", curves.recall),
     ):
-        plot_confidence_curve(folder / f"{letter}_curve.png", curves.confidence, values, word, classes, names)
+        mean = smooth(values.mean(0)) if len(values) else np.zeros_like(curves.confidence)
+        path = folder / f"{letter}_curve.png"
+        draw(plot_confidence_curve, path, curves.confidence, values, mean, word, classes, names)
     if result.confusion is not None:
-        plot_confusion_matrix(folder / "confusion_matrix.png", result.confusion, names)
+        draw(plot_confusion_matrix, folder / "confusion_matrix.png", result.confusion, names)
 
 
 def write_image(path: Path, image: np.ndarray) -> None:

@@ -30,18 +30,18 @@ def imported(script: str, folder: Path, options: Mapping[str, object]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("script", "options", "expected"),
+    ("script", "options"),
     [
-        ("val", {"data": "set.yaml", "batch_size": 2, "workers": 1, "noplots": True}, ""),
-        ("val", {"data": "set.yaml", "batch_size": 2, "workers": 0}, "matplotlib"),
-        ("detect", {"source": "images/val"}, ""),
+        ("val", {"data": "set.yaml", "batch_size": 2, "workers": 1, "noplots": True}),
+        ("val", {"data": "set.yaml", "batch_size": 2, "workers": 0}),
+        ("detect", {"source": "images/val"}),
     ],
 )
-def test_val_and_detect_import_matplotlib_for_charts_only(tmp_path, script, options, expected):
+def test_val_and_detect_import_no_heavy_package(tmp_path, script, options):  # charts: in another process
     write_data(tmp_path)
     weights = detectors.save(detectors.build("yolov5"), tmp_path / "tiny.pt")
     options = {"weights": [str(weights)], "imgsz": [64] if script == "detect" else 64, "device": "cpu", **options}
-    assert imported(script, tmp_path, options) == expected
+    assert imported(script, tmp_path, options) == ""
     assert any((tmp_path / f"runs/{script}/exp").iterdir()) != ("noplots" in options)
 
 

@@ -24,12 +24,20 @@ def result(seed=0, labels=60) -> APResult:
 
 def precision_recall(path, seed=0, labels=60):
     r = result(seed, labels)
-    curves.plot_precision_recall(path, r.curves, r.ap[:, 0], r.classes, NAMES)
+    curves.plot_precision_recall(path, r.curves.at_recall, r.curves.precision_at_recall, r.ap[:, 0], r.classes, NAMES)
 
 
 def f1(path, seed=0, labels=60):
     r = result(seed, labels)
-    curves.plot_confidence_curve(path, r.curves.confidence, r.curves.f1, "F1", r.classes, NAMES)
+    curves.plot_confidence_curve(
+        path,
+        r.curves.confidence,
+        r.curves.f1,
+        r.curves.f1.mean(0) if len(r.classes) else 0 * r.curves.confidence,
+        "F1",
+        r.classes,
+        NAMES,
+    )
 
 
 def confusion(path, seed=0, labels=60):
@@ -88,7 +96,9 @@ def test_many_classes_stay_readable(tmp_path):
     names = {k: f"class {k}" for k in range(120)}
     curves.plot_confusion_matrix(tmp_path / "matrix.png", np.eye(121), names, normalize=False)
     score = np.linspace(0, 1, 50)
-    curves.plot_confidence_curve(tmp_path / "curve.png", score, np.tile(score, (120, 1)), "Recall", range(120), names)
+    curves.plot_confidence_curve(
+        tmp_path / "curve.png", score, np.tile(score, (120, 1)), score, "Recall", range(120), names
+    )
     for name in ("matrix.png", "curve.png"):
         assert max(cv2.imread(str(tmp_path / name)).shape) < 1000
 
