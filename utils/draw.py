@@ -179,7 +179,7 @@ def image_grid(
 
     Args:
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
-        targets: (M, 6) labels: image number, class, center x, center y, width, height as parts of the sides; or
+        targets: (M, 6) labels: image number, class, normalized cxcywh; or
             (M, 7) detections with the score as last column.
         paths: file names to write on the images.
         names: class names; None = numbers.

@@ -155,7 +155,7 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
         path: file to write.
         matrix: (nc + 1, nc + 1) counts; rows predicted, columns true, background last.
         names: class names by number.
-        normalize: show parts of the column sums instead of counts.
+        normalize: show fractions of the column sums instead of counts.
     """
     count = len(matrix)
     shown = matrix / np.maximum(matrix.sum(0), 1e-9) if normalize else matrix
@@ -164,7 +164,9 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
     axes = figure.add_subplot()
     image = axes.imshow(np.where(shown < 0.005, np.nan, shown), cmap="Blues", vmin=0, vmax=None if shown.any() else 1)
     figure.colorbar(image, ax=axes, shrink=0.8)
-    axes.set(xlabel="True", ylabel="Predicted", title="Confusion matrix" + (" (parts of columns)" if normalize else ""))
+    axes.set(
+        xlabel="True", ylabel="Predicted", title="Confusion matrix" + (" (normalized by column)" if normalize else "")
+    )
     if count <= MATRIX_NAMES:
         labels = [*(_name(names, k) for k in range(count - 1)), "background"]
         small = 10 if count <= 20 else 6
@@ -246,7 +248,7 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
 
     Args:
         path: file to write.
-        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
+        labels: (n, 5) class, normalized cxcywh.
         names: class names by number.
     """
     labels = np.asarray(labels, np.float64).reshape(-1, 5)
@@ -258,8 +260,8 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
         _joint_histogram(axes, labels[:, columns[0]], labels[:, columns[1]])
         axes.set(xlabel=words[0], ylabel=words[1])
     centers.invert_yaxis()  # as in an image: y grows downwards
-    centers.set_title("centers (parts of the sides)", fontsize=11)
-    sizes.set_title("sizes (parts of the sides)", fontsize=11)
+    centers.set_title("centers (normalized)", fontsize=11)
+    sizes.set_title("sizes (normalized)", fontsize=11)
     save_figure(figure, path)
 
 
@@ -268,7 +270,7 @@ def plot_label_correlogram(path: str | Path, labels: np.ndarray) -> None:
 
     Args:
         path: file to write.
-        labels: (n, 5) class, center x, center y, width, height as parts of the sides.
+        labels: (n, 5) class, normalized cxcywh.
     """
     values = np.asarray(labels, np.float64).reshape(-1, 5)[:, 1:]
     names = ("x", "y", "width", "height")

@@ -132,7 +132,10 @@ def line_chart(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     axes.grid(color="0.92")
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.2)
+    small = {"handlelength": 1.0, "handletextpad": 0.4, "columnspacing": 0.8}  # beside the longest title
+    axes.legend(
+        fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=3, borderaxespad=0.1, **small
+    )
     content = io.BytesIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(content, format="svg", metadata={"Date": None})
@@ -156,6 +159,14 @@ class ReportImage:
     address: str
     error: str
     boxes: tuple[tuple[str, str, float, float, float, float], ...]
+
+    def font_size(self, scale: float = 1.0) -> float:
+        """Return the height of the texts in pixels of the image; a larger `scale` is for images shown small."""
+        return scale * max(self.found.shape) / 45
+
+    def fits(self, text: str, left: float, scale: float = 1.0) -> bool:
+        """Whether a text that begins at `left` (pixels) ends within the image; letters are 0.65 of their height."""
+        return left + 0.65 * self.font_size(scale) * len(text) <= self.found.shape[1]
 
 
 def worst_image(found: ImageErrors, names: Mapping[int, str]) -> ReportImage:

@@ -171,6 +171,14 @@ def test_write_report_contains_all_sections(run):
     assert not list(run.glob(".report*")), "no partial file is left"
 
 
+def test_a_text_that_would_cross_the_right_border_ends_at_its_box(run):
+    missed = torch.tensor([(1.0, 100, 10, 190, 50), (1.0, 195, 60, 205, 90)])  # in an image of 200 pixels
+    cut = ImageErrors(str(run / "labels.jpg"), (100, 200), torch.zeros(0, 6), torch.zeros(0, 6), missed)
+    source = write_report(run, facts(run, worst=(cut,))).read_text(encoding="utf-8")
+    texts = re.findall(r'<text x="([\d.]+)" y="[\d.]+" dx="(\S+)" dy="1em" text-anchor="(\w+)">bar<', source)
+    assert texts == [("100.0", ".15em", "start"), ("200.0", "-.15em", "end")]
+
+
 def test_write_report_loads_nothing(run):
     page = Page(write_report(run, facts(run)).read_text(encoding="utf-8"))
     for name, value in page.attributes:
