@@ -176,17 +176,18 @@ def _print(options: argparse.Namespace) -> None:
         return
     if options.imgsz < 32:
         raise UserError(f"--imgsz {options.imgsz}: allowed are integers from 32 on")
+    lines: list[str] = []
     patterns = [name for name in options.names if set("*?") & set(name)]
     for pattern in patterns:
         found = search(pattern)
-        print(fitted("\n".join(aligned([("name", "params (M)", "weights"), *found], left=(0, 2))), sys.stdout))
-        print(f"{len(found)} found; python -m models.backbones {found[0][0]} prints levels and cost of one")
+        lines += aligned([("name", "params (M)", "weights"), *found], left=(0, 2))
+        lines.append(f"{len(found)} found; python -m models.backbones {found[0][0]} prints levels and cost of one")
     names = [name for name in options.names if name not in patterns]
     if names or not patterns:
         rows = [describe(name, options.imgsz) for name in names or list_backbones()]
-        print(fitted("\n".join(aligned([HEADER, *rows], left=(0, 1, 5))), sys.stdout))
-    for name in names:
-        print("\n".join(weights_of(name)))
+        lines += aligned([HEADER, *rows], left=(0, 1, 5))
+    lines += [line for name in names for line in weights_of(name)]
+    print(fitted("\n".join(lines), sys.stdout))
 
 
 if __name__ == "__main__":
