@@ -274,7 +274,7 @@ def _check(arguments: argparse.Namespace) -> None:
         part.write_text("\n\n".join(section.text() for section in sections) + "\n", encoding="utf-8")
     draw(folder / "check.png", splits, config.names, anchors, imgsz)
     text = "\n\n".join(section.text(SHOWN) for section in sections)
-    print(fitted(f"{text}\n\nAll of it: {folder / 'check.txt'}; charts: {folder / 'check.png'}", sys.stdout))
+    print(fitted(printable(f"{text}\n\nAll of it: {folder / 'check.txt'}; charts: {folder / 'check.png'}"), sys.stdout))
     wrong = sum(len(section.findings) for section in sections if section.strict)
     if arguments.strict and wrong:
         raise DataError(f"{arguments.data}: {wrong} findings; {folder / 'check.txt'} lists them")

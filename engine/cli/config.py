@@ -118,7 +118,9 @@ class Options:
                 low, high = m.get("low", -LARGEST), m.get("high", LARGEST)
                 if not low <= item <= high:  # NaN is in no range
                     problems.append(f"{name}: {shown(item)} is out of range; allowed: {low} to {high}")
-            if f.name in ("project", "name") and value.encode(errors="ignore").decode() != value:
+            if f.name in ("project", "name") and "://" in value:
+                problems.append(f"{name}: {shown(value)} is a URL; a folder is needed")
+            elif f.name in ("project", "name") and value.encode(errors="ignore").decode() != value:
                 problems.append(f"{name}: {shown(value)} is not UTF-8")  # TensorBoard takes no other folder
             if "choices" in m and value not in m["choices"]:
                 problems.append(f"{name}: {shown(value)} is not one of {', '.join(map(str, m['choices']))}")

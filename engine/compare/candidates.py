@@ -192,8 +192,8 @@ def _key(path: Path, trained: bool, config: CompareConfig) -> str:
         return digest([digest(path.read_bytes()), plugins])
     try:
         content = plain(load_yaml(path))
-    except UserError:
-        return digest([path.read_bytes().hex(), plugins])
+    except UserError as error:  # reported when the candidate is built
+        return digest([str(error), plugins])
     return digest([content, [stat_key(file) for file in _named_files(content)], plugins])
 
 

@@ -73,7 +73,10 @@ def damage_state(tree: dict[str, Any], rng: random.Random) -> str:
 def damage_file(folder: Path, rng: random.Random) -> str:
     """Change a file beside the checkpoint; return what was changed."""
     name = rng.choice(["results.csv", "results.csv", "opt.yaml", "hyp.yaml", "report.html", "loggers.json"])
-    path, kind = folder / name, rng.choice(["empty", "cut", "binary", "future", "long", "gone", "folder", "link"])
+    path, kind = (
+        folder / name,
+        rng.choice(["empty", "cut", "binary", "future", "long", "repeat", "gone", "folder", "link"]),
+    )
     data = path.read_bytes() if path.is_file() else b""
     path.unlink(missing_ok=True)
     if kind == "folder":
@@ -83,7 +86,7 @@ def damage_file(folder: Path, rng: random.Random) -> str:
     elif kind != "gone":
         future = data + ",".join(f"{v:20.5g}" for v in [99] + [0] * 13).encode()
         path.write_bytes({"cut": data[: len(data) // 2], "binary": rng.randbytes(300), "future": future,
-                          "long": data + b"1," * 90_000, "empty": b""}[kind])  # fmt: skip
+                          "long": data + b"1," * 90_000, "empty": b"", "repeat": data * 3}[kind])  # fmt: skip
     return f"{kind} {name}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import cv2
@@ -155,6 +156,12 @@ def dataset(tmp_path: Path) -> Path:
         label.write_text(text)
     (tmp_path / "d.yaml").write_text("path: .\ntrain: images/train\nval: images/val\nnames: [fish, shark, whale]\n")
     return tmp_path / "d.yaml"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names of other systems are Unicode")
+def test_name_of_the_output_folder_need_not_be_utf8(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(dataset), "--imgsz", "320", "--out", str(dataset.parent / "a\udcff")]) == 0
+    assert "a\\udcff/check.txt" in capsys.readouterr().out
 
 
 def test_command_reports_counts_and_findings(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,6 +102,7 @@ def test_parser_errors_are_one_line(argv, words, capsys):
         (["--weights", "x" * 300], ["--weights: 'xxx", "is too long for a file name"]),
         (["--plugin", "p.py", "y/" * 2100], ["--plugin: 'y/y", "is too long for a file name"]),
         (["--project", "a\0b"], ["--project: 'a\\x00b' holds a NUL character"]),
+        (["--project", "http://u:secret@h/x"], ["--project: 'http://***@h/x' is a URL"]),
         (["--name", "\udcff"], ["--name: '\\udcff' is not UTF-8"]),
     ],
 )

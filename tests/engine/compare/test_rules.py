@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.config import load_data_config
-from engine.compare import store
+from engine.compare import candidates, store
 from engine.compare.candidates import resolve, unique_labels, write_spec
 from engine.compare.config import CompareConfig
 from engine.compare.context import resolve_recipe
@@ -42,6 +42,12 @@ def spread(middle: float, low: float | None = None, high: float | None = None, s
 
 
 # ---- rounds ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file whose first byte cannot be read")
+def test_candidate_that_cannot_be_read_is_reported_later():
+    config = CompareConfig.from_keywords(cfg=["x"])
+    assert candidates._key(Path("/proc/self/mem"), False, config) != candidates._key(Path("gone.yaml"), False, config)
 
 
 def test_turns_are_interleaved():
