@@ -173,7 +173,9 @@ def _other_labels(image: Path) -> str:
     found = find_folder(base, expected.name, most=2000)
     if found == image.parent:
         return f"; they are beside the images: move them there, or rename the folder 'images' of {image.parent}"
-    if found is not None:
+    head, labels, tail = f"{found}{os.sep}".rpartition(f"{os.sep}labels{os.sep}")
+    of_others = labels and os.path.isdir(f"{head}{os.sep}images{os.sep}{tail}")
+    if found is not None and not of_others:
         return f"; {found / expected.name} is there: rename {found} to {expected.parent}, or move its files there"
     xml = find_folder(base, f"{image.stem}.xml", most=2000)
     if xml is not None:

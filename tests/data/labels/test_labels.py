@@ -203,6 +203,15 @@ def test_classes_counted_from_one_are_explained(tmp_path: Path) -> None:
     assert "count from 1" not in str(caught.value)
 
 
+def test_labels_of_another_split_are_not_named(tmp_path: Path) -> None:
+    source = make_set(tmp_path, {"a": None})
+    for folder in ("labels/val", "images/val"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "labels/val/a.txt").write_text(GOOD)
+    with pytest.raises(DataError, match=r"looked for \.txt files in [^ ;]*labels/train$"):
+        load(source)
+
+
 @pytest.mark.parametrize(
     ("place", "advice"),
     [
