@@ -26,6 +26,7 @@ import PIL.Image
 import PIL.ImageOps
 from numpy.typing import NDArray
 
+from data import jpeg
 from utils.errors import DataError
 from utils.files import check_regular
 
@@ -47,11 +48,8 @@ MAX_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS") or 178_956_970)
 """Most pixels of an image (Pillow's limit); the environment variable MAX_IMAGE_PIXELS changes it."""
 
 _ORIENTATION = 0x0112  # EXIF tag
-_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
 _CUT = "truncated: the JPEG data ends before the image does"
-_START_OF_SCAN = 0xDA
-_MARKERS_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD9)})
 
 
 def read(path: str | Path) -> NDArray[np.uint8]:
@@ -70,11 +68,11 @@ def read(path: str | Path) -> NDArray[np.uint8]:
     return decode(_bytes(path), str(path))
 
 
-def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+def decode(data: bytes, name: str) -> NDArray[np.uint8]:
     """Decode the bytes of one image file.
 
     Args:
-        data: (n,) uint8, the whole file.
+        data: the whole file.
         name: what to call it in an error.
 
     Returns:
@@ -83,26 +81,29 @@ def decode(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
     Raises:
         DataError: see `read`.
     """
-    if data.size == 0:
+    if not data:
         raise DataError(f"{name}: empty file (0 bytes); an image is needed")
-    head = data[:16].tobytes()
-    if head.startswith(_JPEG_START) and not _jpeg_is_whole(data.data):
+    if data.startswith(jpeg.START) and not jpeg.is_whole(data):
         raise DataError(f"{name}: {_CUT}")
-    if head[:2] in (b"PF", b"Pf"):
+    if data[:2] in (b"PF", b"Pf"):
         raise DataError(f"{name}: {_FLOATS}")
-    header = _check_pixels(io.BytesIO(data.tobytes()), name)
-    damaged_png = header is None and head.startswith(b"\x89PNG")  # OpenCV may allocate gigabytes for a chunk
+    damaged_png = False
+    if not _is_plain_jpeg(data):
+        header = _check_pixels(io.BytesIO(data), name)
+        damaged_png = header is None and data.startswith(b"\x89PNG")  # OpenCV may allocate gigabytes for a chunk
     image = None
-    if not damaged_png and head[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
+    if not damaged_png and data[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
         try:
-            image = cv2.imdecode(data, cv2.IMREAD_COLOR)
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
         except cv2.error:
             image = None
     return np.asarray(image, np.uint8) if image is not None else _decode_with_pillow(data, name)
 
 
 def probe(path: str | Path) -> tuple[int, int]:
-    """Size of an image as `read` gives it; a JPEG is decoded at an eighth of its size for it, others in full.
+    """Size of an image as `read` gives it.
+
+    The markers of a common JPEG are enough; another JPEG is decoded at an eighth of its size, other formats in full.
 
     Returns:
         (height, width) in pixels, upright.
@@ -111,14 +112,15 @@ def probe(path: str | Path) -> tuple[int, int]:
         DataError: see `read`.
     """
     data = _bytes(path)
-    size = _jpeg_size(data, str(path)) if data[:2].tobytes() == _JPEG_START else None
+    size = _jpeg_size(data, str(path)) if data.startswith(jpeg.START) else None
     return size or decode(data, str(path)).shape[:2]
 
 
-def _bytes(path: str | Path) -> NDArray[np.uint8]:
+def _bytes(path: str | Path) -> bytes:
     check_regular(path)
     try:
-        return np.fromfile(path, np.uint8)
+        with open(path, "rb", buffering=0) as stream:
+            return stream.read()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from error
 
@@ -162,9 +164,9 @@ def _check_pixels(stream: IO[bytes], name: str) -> PIL.Image.Image | None:
 _RAISE = f"at most {MAX_PIXELS} pixels are read (environment variable MAX_IMAGE_PIXELS)"
 
 
-def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]:
+def _decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
     try:
-        with PIL.Image.open(io.BytesIO(data.tobytes())) as image:
+        with PIL.Image.open(io.BytesIO(data)) as image:
             upright = PIL.ImageOps.exif_transpose(image)
             if upright.mode == "F":
                 raise DataError(f"{name}: {_FLOATS}")
@@ -183,35 +185,24 @@ def _decode_with_pillow(data: NDArray[np.uint8], name: str) -> NDArray[np.uint8]
         raise DataError(f"{name}: cannot be decoded: {reason}") from error
 
 
-def _jpeg_size(data: NDArray[np.uint8], name: str) -> tuple[int, int] | None:
+def _is_plain_jpeg(data: bytes) -> bool:
+    """Whether a file is a JPEG of the most common form, of no more pixels than allowed."""
+    size = jpeg.plain_size(data)
+    return size is not None and size[0] * size[1] <= MAX_PIXELS
+
+
+def _jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     """(height, width) of a JPEG, upright; None where only a full decode can tell."""
-    image = _check_pixels(io.BytesIO(data.tobytes()), name)
-    if image is None or image.format not in ("JPEG", "MPO") or not _jpeg_is_whole(data.data):
+    plain = jpeg.plain_size(data)
+    if plain is not None and not plain[2] and plain[0] * plain[1] <= MAX_PIXELS:
+        return plain[:2]
+    image = _check_pixels(io.BytesIO(data), name)
+    if image is None or image.format not in ("JPEG", "MPO") or not jpeg.is_whole(data):
         return None
     try:
         turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
-        small = cv2.imdecode(data, cv2.IMREAD_REDUCED_GRAYSCALE_8)
+        if plain is None and cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
+            return None
     except Exception:  # noqa: BLE001 -- Pillow raises anything on damaged metadata; a full decode decides
         return None
-    if small is None:
-        return None
     return (image.width, image.height) if turned else (image.height, image.width)
-
-
-def _jpeg_is_whole(data: memoryview) -> bool:
-    """Whether an end marker follows the start of the image's scan (one in an embedded preview does not count)."""
-    size = len(data)
-    if bytes(data[size - 2 : size]) == _JPEG_END:
-        return True
-    at = 2
-    while at + 4 <= size and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # fill byte
-            at += 1
-        elif marker in _MARKERS_WITHOUT_LENGTH:
-            at += 2
-        elif marker == _START_OF_SCAN:
-            return bytes(data[at:size]).find(_JPEG_END) >= 0
-        else:
-            at += 2 + (data[at + 2] << 8 | data[at + 3])
-    return False

@@ -206,7 +206,7 @@ def read_text(path: str | Path, error: type[UserError] = DataError, limit: int =
     if size > limit:
         raise error(f"{path}: {size} bytes; at most {limit} are read")
     try:
-        with open(path, "rb") as stream:
+        with open(path, "rb", buffering=0) as stream:
             return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as cause:
         raise error(f"{path}: cannot be read as text: is not a text file in UTF-8 (byte {cause.start})") from cause

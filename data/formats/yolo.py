@@ -52,7 +52,7 @@ class LabelFile:
 def label_path(image: str | Path) -> Path:
     """Where the labels of an image are: the last folder `images` becomes `labels`, the suffix `.txt`."""
     head, found, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
-    return Path(f"{head}{os.sep}labels{os.sep}{tail}" if found else image).with_suffix(".txt")
+    return Path(os.path.splitext(f"{head}{os.sep}labels{os.sep}{tail}" if found else image)[0] + ".txt")
 
 
 def number(text: str) -> float:
@@ -82,7 +82,10 @@ def read_labels(path: str | Path, size: tuple[int, int] | None = None) -> LabelF
     Raises:
         DataError: the first wrong row, by file and line.
     """
-    rows = [(i, line.split()) for i, line in enumerate(read_text(path).splitlines(), 1) if line.strip()]
+    text = read_text(path)
+    if (plain := _plain_labels(text)) is not None:
+        return LabelFile(plain)
+    rows = [(i, line.split()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
     values: list[list[float]] = []
     for i, words in rows:
         try:
@@ -111,6 +114,24 @@ def read_labels(path: str | Path, size: tuple[int, int] | None = None) -> LabelF
             hint = "; a confidence at the end (--save-conf) is not part of a label" if len(row) == 6 else ""
             raise DataError(f"{places[i]}: {len(row)} columns; 5 (class x y w h) or a polygon are needed{hint}")
     return checked(labels, polygons, places, size=size, notes=notes)
+
+
+_ROW = r"[ \t]*\d{1,7}(?:[ \t]+(?:0?\.\d+|[01](?:\.0*)?)){4}[ \t]*"
+_PLAIN = re.compile(rf"(?:{_ROW}(?:\r?\n|\Z))+", re.ASCII)
+
+
+def _plain_labels(text: str) -> NDArray[np.float32] | None:
+    """Parse a file of boxes with nothing to report: values from 0 to 1, areas above 0, no repetition.
+
+    Returns:
+        (n, 5) float32, what `checked` would return; None for any other file.
+    """
+    if not _PLAIN.fullmatch(text):
+        return None
+    labels = np.fromstring(text, np.float64, sep=" ").astype(np.float32).reshape(-1, 5)
+    if not labels[:, 3:].all() or len(set(labels.view("V20").ravel().tolist())) < len(labels):
+        return None
+    return labels
 
 
 def _is_pose(rows: Sequence[Sequence[float]]) -> bool:

@@ -15,18 +15,17 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from data.formats.detect_format import AnnotatedSource, Listed, Source, find_folder, images, plain, recognize
-from data.formats.voc import UnknownClassError
 from data.formats.yolo import ImageRecord, LabelFile, label_path, read_labels
-from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES, probe
+from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES
 from data.labels import cache as label_cache
+from data.labels.scan import scan
+from data.labels.table import STATUSES, ImageRecords, Table
 from data.lists import read_list
 from utils.errors import DataError
 from utils.files import check_regular, read_text
@@ -40,15 +39,10 @@ __all__ = [
     "list_images",
     "load_annotations",
     "read_labels",
-    "verify",
 ]
 
 LOGGER = logging.getLogger(__name__)
 
-MIN_SIDE = 10
-"""Images with a shorter side (pixels) are left out."""
-
-_CHUNK = 512  # images whose size and time one thread looks up at a time
 _SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
 
 
@@ -105,7 +99,7 @@ class LabelReport:
 class Annotations:
     """The usable images of a split, sorted by path, and the report."""
 
-    records: tuple[ImageRecord, ...]
+    records: Sequence[ImageRecord]
     report: LabelReport
 
 
@@ -141,17 +135,18 @@ def load_annotations(
         raise DataError(f"{', '.join(map(str, sources))}: no images found; allowed are files that end in {kinds}{hint}")
     paths = sorted(listed, key=str)  # the order of the strings, as in YOLOv5
     cache = _cache_path(known, paths[0], cache_folder)
-    entries = _verified(paths, listed, cache, progress)
-    report = _report(entries, repeated, notes)
+    table = scan(paths, listed, cache, progress)
+    report = _report(table, repeated, notes)
     where = ", ".join(map(str, sources))
     if report.corrupt == report.images:
-        raise DataError(f"{where}: none of {report.images} images can be used: {entries[0].found.notes[-1]}")
+        raise DataError(f"{where}: none of {report.images} images can be used: {table.notes[0][-1]}")
     if require_labels and report.boxes == 0:
         annotated = [str(source) for source in known if isinstance(source, AnnotatedSource)]
         first = f"; first problem: {report.messages[0]}" if report.messages else ""
         if annotated:
             raise DataError(f"{where}: no labels for {report.images} images in {', '.join(annotated)}{first}")
-        unlabelled = [path for path, entry in zip(paths, entries) if entry.status == "missing"]
+        missing = np.flatnonzero(table.numbers[:, 2] == STATUSES.index("missing"))
+        unlabelled = [paths[i] for i in missing.tolist()]
         if not unlabelled:
             raise DataError(f"{where}: no labels in {report.images} images: their label files are empty{first}")
         looked = sorted({str(label_path(path).parent) for path in paths})
@@ -160,7 +155,8 @@ def load_annotations(
             f"{where}: no labels in {report.images} images; looked for .txt files in {', '.join(looked[:3])}{more}"
             f"{_other_labels(unlabelled[0])}{first}"
         )
-    records = tuple(_record(path, entry, single_cls) for path, entry in zip(paths, entries) if entry.usable)
+    usable = np.flatnonzero(table.usable)
+    records = ImageRecords((paths[i] for i in usable.tolist()), table.take(usable), single_cls)
     _check_classes(records, num_classes, listed)
     return Annotations(records, report)
 
@@ -220,10 +216,11 @@ def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str
 
 def _shared_labels(found: Mapping[Path, Listed]) -> Iterator[str]:
     """Yield a message for each YOLO label file that several images share, such as a photo and its mask."""
-    owners: dict[Path, list[Path]] = {}
+    owners: dict[str, list[Path]] = {}  # by text, which compares several times faster than a Path
     for path, listed in found.items():
-        if listed.label.suffix == ".txt":
-            owners.setdefault(listed.label, []).append(path)
+        label = str(listed.label)
+        if label.endswith(".txt"):
+            owners.setdefault(label, []).append(path)
     for label, paths in owners.items():
         if len(paths) > 1 and os.path.exists(label):
             yield f"{label}: its labels are used for {len(paths)} images: {', '.join(map(str, sorted(paths)))}"
@@ -294,98 +291,29 @@ def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path
     return Path(folder if folder is not None else base.parent) / f"{name}.cache.npz"
 
 
-def _verified(
-    paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool
-) -> list[label_cache.Entry]:
-    """One entry per path: from the cache where size and time of image and label are unchanged, else verified again."""
-    known = label_cache.read(cache)
-    name = cache.name.split(".")[0]
-    pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    try:
-        parts = [paths[i : i + _CHUNK] for i in range(0, len(paths), _CHUNK)]
-        stamps = [stamp for part in pool.map(lambda part: _stamps(part, listed), parts) for stamp in part]
-        entries = [known.get(str(path)) for path in paths]
-        todo = [i for i, entry in enumerate(entries) if entry is None or entry.stamp != stamps[i]]
-        fresh = pool.map(lambda i: verify(paths[i], stamps[i], listed[paths[i]]), todo)
-        bar = tqdm(fresh, f"verifying {name}", len(todo), leave=False, disable=not progress or not todo)
-        for entry, i in zip(bar, todo):  # the bar first: it ends by asking for one more
-            entries[i] = entry
-    finally:
-        pool.shutdown(cancel_futures=True)  # so that an interruption does not wait for the rest
-    checked = [entry for entry in entries if entry is not None]
-    if todo or len(known) != len(paths):
-        label_cache.write(cache, [str(path) for path in paths], checked)
-    return checked
-
-
-def _stamps(paths: Sequence[Path], listed: Mapping[Path, Listed]) -> list[tuple[int, int, int, int]]:
-    return [label_cache.stamp(path, listed[path].label) for path in paths]
-
-
-def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> label_cache.Entry:
-    """Check one image and its labels.
-
-    Args:
-        image: the image.
-        stamp: what `label_cache.stamp` gives for it.
-        listed: where its labels are.
-
-    Returns:
-        The entry; problems of the image are messages in it, never exceptions.
-
-    Raises:
-        UnknownClassError: a class that the dataset does not name.
-    """
-    found = LabelFile(np.zeros((0, 5), np.float32))
-    status = "missing"
-    height = width = 0
-    try:
-        if stamp[0] == -1:
-            raise DataError(f"{image}: no such file{f' (listed in {listed.origin})' if listed.origin else ''}")
-        height, width = probe(image)
-        if min(height, width) < MIN_SIDE:
-            raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
-        if stamp[2] != -1:
-            found = listed.read((height, width))
-            status = "labelled" if len(found.labels) else "empty"
-    except UnknownClassError:
-        raise
-    except DataError as error:
-        status = "corrupt"
-        found = LabelFile(found.labels, notes=(f"{error} (left out)",))
-    return label_cache.Entry(stamp, height, width, status, found)
-
-
-def _report(entries: Sequence[label_cache.Entry], repeated: int, notes: tuple[str, ...]) -> LabelReport:
-    counts = {name: sum(entry.status == name for entry in entries) for name in label_cache.STATUSES}
-    usable = [entry.found for entry in entries if entry.usable]
+def _report(table: Table, repeated: int, notes: tuple[str, ...]) -> LabelReport:
+    counts = dict(zip(STATUSES, np.bincount(table.numbers[:, 2], minlength=len(STATUSES)).tolist()))
+    boxes, _, duplicates, crowd, difficult = table.numbers[table.usable, 3:].sum(0).tolist()
     return LabelReport(
-        images=len(entries),
+        images=len(table),
         duplicate_images=repeated,
-        duplicate_rows=sum(found.duplicates for found in usable),
-        boxes=sum(len(found.labels) for found in usable),
-        messages=(*notes, *(message for entry in entries for message in entry.found.notes)),
-        crowd=sum(found.crowd for found in usable),
-        difficult=sum(found.difficult for found in usable),
+        duplicate_rows=duplicates,
+        boxes=boxes,
+        messages=(*notes, *(message for _, found in sorted(table.notes.items()) for message in found)),
+        crowd=crowd,
+        difficult=difficult,
         **counts,
     )
 
 
-def _record(path: Path, entry: label_cache.Entry, single_cls: bool) -> ImageRecord:
-    labels = entry.found.labels
-    if single_cls:
-        labels = np.concatenate((np.zeros_like(labels[:, :1]), labels[:, 1:]), 1)
-    return ImageRecord(path, entry.height, entry.width, labels, entry.found.segments)
-
-
-def _check_classes(records: Sequence[ImageRecord], num_classes: int, listed: Mapping[Path, Listed]) -> None:
-    if np.concatenate([record.labels[:, 0] for record in records]).max(initial=0) < num_classes:
+def _check_classes(records: ImageRecords, num_classes: int, listed: Mapping[Path, Listed]) -> None:
+    if records.labels[:, 0].max(initial=0) < num_classes:
         return
     record = next(record for record in records if record.labels[:, 0].max(initial=0) >= num_classes)
     number = int(record.labels[record.labels[:, 0] >= num_classes][0, 0])
     file = listed[record.path].label
     line = f":{_line_of_class(file, number)}" if file.suffix == ".txt" else ""
-    used = np.unique(np.concatenate([record.labels[:, 0] for record in records])).astype(int)
+    used = np.unique(records.labels[:, 0]).astype(int)
     from_one = used[0] > 0 and used[-1] == num_classes
     hint = "; no label has class 0: if they count from 1, begin the list with a name that no object has: [unused, ...]"
     raise DataError(

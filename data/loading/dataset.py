@@ -21,6 +21,7 @@ from data.augment.config import AugmentConfig
 from data.augment.mosaic import LabeledImage
 from data.augment.warp import Labels
 from data.labels.labels import ImageRecord
+from data.labels.table import ImageRecords
 from data.letterbox import Fit, Image, fit, place
 from data.loading.image_cache import RECENT_BYTES, ImageStore, bytes_kept, enlarged
 from data.loading.order import WINDOW, Index, Key, SampleKey, as_key, epoch_order, window_at
@@ -67,6 +68,8 @@ class DetectionDataset:
     close_mosaic_from: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._records = ImageRecords.of(self.records)  # which worker processes share
+        self.records = self._records
         self._images = ImageStore(
             self.records,
             self.imgsz,
@@ -97,7 +100,7 @@ class DetectionDataset:
     @property
     def labels(self) -> list[NDArray[np.float32]]:
         """Per image (n, 5) class, cxcywh, normalized."""
-        return [record.labels for record in self.records]
+        return [self._records.labels_of(i) for i in range(len(self._records))]
 
     @property
     def window_size(self) -> int:
@@ -106,7 +109,7 @@ class DetectionDataset:
         All of them where one process can keep the whole set decoded; in a larger set a window, so that each image is
         decoded about once per epoch. A small set needs the variety: few windows make successive steps see few images.
         """
-        needed = sum(bytes_kept((r.height, r.width), self.imgsz) for r in self.records)
+        needed = int(bytes_kept(self.sizes, self.imgsz).sum())
         return max(len(self.records), 1) if needed <= RECENT_BYTES else WINDOW
 
     @property
@@ -118,10 +121,10 @@ class DetectionDataset:
         """Whether samples of an epoch hold one image each, because it is one of the last ones."""
         return self.close_mosaic_from is not None and epoch >= self.close_mosaic_from
 
-    @cached_property
+    @property
     def sizes(self) -> NDArray[np.int64]:
         """(n, 2) heights and widths of the image files, in pixels."""
-        return np.array([(r.height, r.width) for r in self.records], np.int64).reshape(-1, 2)
+        return self._records.sizes
 
     @cached_property
     def visiting_order(self) -> Index:

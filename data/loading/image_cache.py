@@ -16,10 +16,12 @@ from typing import Any
 import cv2
 import numpy as np
 import psutil
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data.images import CACHE_SUFFIX, read
 from data.labels.labels import ImageRecord
+from data.labels.table import ImageRecords
 from data.letterbox import Image
 from data.sizes import HW, fit_long_side
 from utils.errors import ConfigError, DataError
@@ -61,7 +63,7 @@ class ImageStore:
     ) -> None:
         if mode not in (None, "ram", "disk"):
             raise ConfigError(f"cache: {mode!r}; allowed are 'ram', 'disk' and nothing")
-        self._records = records
+        self._records = ImageRecords.of(records)
         self._imgsz = imgsz
         self._shrinking = cv2.INTER_AREA if smooth else cv2.INTER_LINEAR
         self._folder = folder
@@ -84,7 +86,8 @@ class ImageStore:
         return image
 
     def _size(self, index: int) -> HW:
-        return self._records[index].height, self._records[index].width
+        height, width = self._records.sizes[index].tolist()
+        return height, width
 
     def _read(self, index: int) -> Image:
         size = self._size(index)
@@ -107,7 +110,7 @@ class ImageStore:
     # ---- memory
 
     def _fits_in_memory(self) -> bool:
-        needed = sum(bytes_kept(self._size(i), self._imgsz) for i in range(len(self._records)))
+        needed = int(bytes_kept(self._records.sizes, self._imgsz).sum())
         free = available_memory()
         if needed * SAFETY > free:
             LOGGER.warning(
@@ -204,10 +207,10 @@ def _cgroup_available() -> int | None:
     return int(limit) - used + int(pages.get("inactive_file", 0)) if limit.isdigit() else None
 
 
-def bytes_kept(size: HW, imgsz: int) -> int:
-    """Memory of an image of (height, width) once its longer side is no more than `imgsz`."""
-    height, width = fit_long_side(*size, imgsz) if max(size) > imgsz else size
-    return height * width * 3
+def bytes_kept(sizes: NDArray[np.int64], imgsz: int) -> NDArray[np.int64]:
+    """Memory (n,) of images of heights and widths (n, 2) once their longer sides are no more than `imgsz`."""
+    longest = sizes.max(1, initial=1, keepdims=True)
+    return np.where(longest > imgsz, -(-sizes * imgsz // longest), sizes).prod(1) * 3
 
 
 def _for_all(work: Callable[[int], Image | None], count: int, title: str) -> list[Any]:

@@ -25,10 +25,7 @@ def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes:
 
 def label_counts(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
     """Labels of each class, (num_classes,) float64; `labels` as in `labels_to_class_weights`."""
-    counts = np.zeros(num_classes)
-    for rows in labels:
-        counts += np.bincount(rows[:, 0].astype(np.int64), minlength=num_classes)
-    return counts
+    return np.bincount(_classes(labels), minlength=num_classes).astype(np.float64)
 
 
 def balanced_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
@@ -98,5 +95,12 @@ def labels_to_image_weights(
     Returns:
         (len(labels),) float64.
     """
-    counts = [np.bincount(rows[:, 0].astype(np.int64), minlength=num_classes) for rows in labels]
-    return np.asarray(counts, np.float64).reshape(-1, num_classes) @ np.asarray(class_weights, np.float64)
+    weights = np.asarray(class_weights, np.float64).reshape(num_classes)
+    # No (images, classes) matrix: that takes gigabytes in a large set.
+    owners = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
+    return np.bincount(owners, weights[_classes(labels)], minlength=len(labels)).astype(np.float64)
+
+
+def _classes(labels: Sequence[NDArray[np.floating]]) -> NDArray[np.int64]:
+    """(N,) class of every label."""
+    return np.concatenate([np.zeros(0, np.float32), *(rows[:, 0] for rows in labels)]).astype(np.int64)

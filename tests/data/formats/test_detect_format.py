@@ -11,7 +11,7 @@ import pytest
 
 from data.config import load_data_config
 from data.formats.detect_format import AnnotatedSource, recognize
-from data.labels import labels
+from data.labels import scan
 from tests.helpers.annotation_files import (
     CATEGORIES,
     box,
@@ -86,8 +86,8 @@ def test_cache_follows_annotations_and_names(tmp_path: Path, monkeypatch: pytest
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8)])
     load(file)
     verified: list[Path] = []
-    original = labels.verify
-    monkeypatch.setattr(labels, "verify", lambda *args: (verified.append(args[0]), original(*args))[1])
+    original = scan.verify
+    monkeypatch.setattr(scan, "verify", lambda *args: (verified.append(args[0]), original(*args))[1])
     load(file)
     assert not verified
     renamed = recognize(file, ["cat", "dog", "ant"])

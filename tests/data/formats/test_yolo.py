@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.formats import yolo
 from data.labels.labels import label_path, read_labels
 from tests.helpers.label_files import GOOD, load, make_set
 
@@ -163,3 +164,41 @@ def test_polygons_are_not_taken_for_pose_rows(tmp_path: Path) -> None:
         row = " ".join(f"{value:.6f}" for value in np.roll(points, int(rng.integers(count)), 0).reshape(-1))
         (tmp_path / "a.txt").write_text(f"0 {row}\n")
         assert len(read_labels(tmp_path / "a.txt").segments) == 1, (i, row)
+
+
+PLAIN = [
+    "0 0.5 0.5 0.2 0.4\n",
+    "1 0.5 0.5 0.2 0.4\n0 0.25 0.75 0.1 0.1",
+    "3 .5 0.5 1 1.0\r\n12 0.1 0.1 0.1 0.123456789\r\n",
+    " 7\t0.5  0.5 0.2 1. \n9999999 0 0 1 1\n",
+]
+LEFT_TO_CHECKS = [
+    "", "\n", "0 0.5 0.5 0.2 0.2\n\n", "0 0.5 0.5 0.2 0\n", "0 0.5 0.5 0.2 0.00000\n", "0 0.5 0.5 0.2 1e-1\n",
+    "0 -0.0 0.5 0.2 0.2\n", "0 0.5 0.5 0.2 1.000001\n", "0 0.5 0.5 0.2\n", "0 0.5 0.5 0.2 0.2 0.9\n",
+    "0.0 0.5 0.5 0.2 0.2\n",
+    "0 0.1 0.1 0.1 0.1\n0 0.1 0.1 0.1 0.10\n", "0 0.1 0.1 0.1 0.1\n0 0.1 0.1 0.1 0.10000000001\n", "0 0.5 0.5 0.2 .\n",
+    "0 0.5 0.5 0.2 0.2\n0 0.1 0.1 0.3 0.1 0.3 0.4\n", "20000000 0.5 0.5 0.2 0.2\n",
+    "0 0.5 0.5 0.2 0.0" + "0" * 60 + "1\n",
+    "\u0660 0.5 0.5 0.2 0.2\n", "0 0.5 0.5 0.2 0_1\n", "0 0.5 0.5 0.2 nan\n", "0 0.5 0.5 0.2 0.2\x0c\n",
+    "0 0.1 0.1\n0.1 0.1\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", PLAIN)
+def test_plain_files_skip_the_checks_with_the_same_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    monkeypatch.setattr(yolo, "checked", lambda *_, **__: pytest.fail("checked"))
+    found = yolo.read_labels(tmp_path / "a.txt")
+    monkeypatch.undo()
+    monkeypatch.setattr(yolo, "_plain_labels", lambda _: None)
+    exact = yolo.read_labels(tmp_path / "a.txt")
+    np.testing.assert_array_equal(found.labels, exact.labels)
+    assert found.labels.dtype == exact.labels.dtype
+    assert (found.segments, found.duplicates, found.notes) == (exact.segments, exact.duplicates, exact.notes)
+
+
+@pytest.mark.parametrize("text", LEFT_TO_CHECKS)
+def test_anything_else_is_left_to_the_checks(text: str) -> None:
+    assert yolo._plain_labels(text) is None

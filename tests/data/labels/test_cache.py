@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from data.labels import cache as label_cache
-from data.labels import labels
+from data.labels import labels, scan
 from data.labels.labels import load_annotations
+from data.labels.table import Entry
 from tests.helpers.label_files import GOOD, image, load, make_set
 
 
@@ -43,13 +44,13 @@ MIXED = {
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the images that are verified while the test runs."""
     names: list[str] = []
-    original = labels.verify
+    original = scan.verify
 
-    def verify(image: Path, *rest: object) -> label_cache.Entry:
+    def verify(image: Path, *rest: object) -> Entry:
         names.append(image.stem)
         return original(image, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(labels, "verify", verify)
+    monkeypatch.setattr(scan, "verify", verify)
     return names
 
 
@@ -126,7 +127,7 @@ def test_cache_forgets_what_is_gone(tmp_path: Path) -> None:
     remove_image(tmp_path)
     load(source)
     cache = tmp_path / "labels" / "train.cache.npz"
-    assert {Path(name).stem for name in label_cache.read(cache)} == set(MIXED) - {"a"}
+    assert {Path(name).stem for name in label_cache.read(cache)[0]} == set(MIXED) - {"a"}
 
 
 @pytest.mark.parametrize("damage", ["garbage", "cut", "version", "empty", "pickle"])
@@ -197,6 +198,6 @@ def test_every_damaged_byte_of_the_cache_is_noticed(tmp_path: Path) -> None:
     data = cache.read_bytes()
     for at in range(0, len(data), 37):
         cache.write_bytes(data[:at] + bytes([data[at] ^ 16]) + data[at + 1 :])
-        assert not label_cache.read(cache)
+        assert not label_cache.read(cache)[0]
     cache.write_bytes(data)
-    assert len(label_cache.read(cache)) == 2
+    assert len(label_cache.read(cache)[0]) == 2
