@@ -120,14 +120,15 @@ def render(canvas: Canvas, warp: Warp) -> Image:
     Returns:
         (H, W, 3) uint8 of the warp's shape; linear interpolation inside tiles, gray where there is none.
     """
-    out = np.full((*warp.shape, 3), FILL, np.uint8)
+    # OpenCV warps four channels more than twice as fast as three, to the same values.
+    out = np.full((*warp.shape, 4), FILL, np.uint8)
     for tile in canvas.tiles:
         place = _tile_matrix(tile, warp.matrix)
         if warp.matrix[0, 1] == warp.matrix[1, 0] == 0 and not warp.matrix[2, :2].any():
             _paint_upright(out, tile, warp.matrix, place)
         else:
             _paint_slanted(out, tile, place)
-    return out
+    return cv2.cvtColor(out, cv2.COLOR_BGRA2BGR)
 
 
 def _tile_matrix(tile: Tile, matrix: Matrix) -> Matrix:
@@ -156,7 +157,8 @@ def _paint_upright(out: Image, tile: Tile, matrix: Matrix, place: Matrix) -> Non
     # Index i is the continuous point i + 0.5, on both sides.
     forward = np.array(((a, 0, tx + 0.5 * a - 0.5 - left), (0, d, ty + 0.5 * d - 0.5 - top)))
     size = (right - left, bottom - top)
-    cv2.warpAffine(tile.image, forward, size, dst=part, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    image = cv2.cvtColor(tile.image, cv2.COLOR_BGR2BGRA)
+    cv2.warpAffine(image, forward, size, dst=part, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
 
 
 def _paint_whole(part: Image, tile: Tile, place: Matrix, corner: tuple[int, int]) -> bool:
@@ -165,11 +167,12 @@ def _paint_whole(part: Image, tile: Tile, place: Matrix, corner: tuple[int, int]
     height, width = tile.image.shape[:2]
     if a == d == 1.0 and tx.is_integer() and ty.is_integer():
         x, y = corner[0] - int(tx), corner[1] - int(ty)
-        part[...] = tile.image[y : y + part.shape[0], x : x + part.shape[1]]
+        cv2.cvtColor(tile.image[y : y + part.shape[0], x : x + part.shape[1]], cv2.COLOR_BGR2BGRA, dst=part)
         return True
     whole = (tx, ty) == corner and abs(a * width - part.shape[1]) < 1e-6 and abs(d * height - part.shape[0]) < 1e-6
     if whole:
-        cv2.resize(tile.image, (part.shape[1], part.shape[0]), dst=part, interpolation=cv2.INTER_LINEAR)
+        image = cv2.resize(tile.image, (part.shape[1], part.shape[0]), interpolation=cv2.INTER_LINEAR)
+        cv2.cvtColor(image, cv2.COLOR_BGR2BGRA, dst=part)
     return whole
 
 
@@ -188,7 +191,8 @@ def _paint_slanted(out: Image, tile: Tile, place: Matrix) -> None:
     if left >= right or top >= bottom:
         return
     # One repeated pixel around it closes the seams that interpolation between two tiles would fill.
-    image = cv2.copyMakeBorder(tile.image[y1:y2, x1:x2], 1, 1, 1, 1, cv2.BORDER_REPLICATE)
+    image = cv2.cvtColor(tile.image[y1:y2, x1:x2], cv2.COLOR_BGR2BGRA)
+    image = cv2.copyMakeBorder(image, 1, 1, 1, 1, cv2.BORDER_REPLICATE)
     to_image = np.array(((1, 0, x1 - 0.5), (0, 1, y1 - 0.5), (0, 0, 1)))  # index in `image` to continuous pixel
     to_index = np.array(((1, 0, -0.5 - left), (0, 1, -0.5 - top), (0, 0, 1)))
     forward = to_index @ place @ to_image

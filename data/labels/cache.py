@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.labels.table import Table, pack
+from data.labels.table import ImageTable, pack
 from utils.errors import UserError
 from utils.files import atomic_path, is_writable
 
@@ -39,7 +39,7 @@ def short_hash(texts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 
-def write(path: Path, images: Sequence[str], table: Table) -> None:
+def write(path: Path, images: Sequence[str], table: ImageTable) -> None:
     """Write the cache in one step (the last of several writers wins); a folder that is not writable is only logged."""
     header = {"version": VERSION, "images": list(images), "messages": table.notes}
     arrays = {
@@ -62,7 +62,7 @@ def write(path: Path, images: Sequence[str], table: Table) -> None:
         LOGGER.info("%s: labels are not cached: %s", path, error)
 
 
-def read(path: Path) -> tuple[list[str], Table]:
+def read(path: Path) -> tuple[list[str], ImageTable]:
     """Return the images and their table; empty when there is no cache that can be used."""
     if not os.path.isfile(path):
         return [], pack(())
@@ -81,13 +81,15 @@ def read(path: Path) -> tuple[list[str], Table]:
 _DIGEST = hashlib.sha256().digest_size
 
 
-def _table(arrays: dict[str, NDArray[Any]]) -> tuple[list[str], Table]:
+def _table(arrays: dict[str, NDArray[Any]]) -> tuple[list[str], ImageTable]:
     header = json.loads(arrays["header"].tobytes())
     if header.get("version") != VERSION:
         raise ValueError(f"version {header.get('version')}, not {VERSION}")
     notes = {int(i): tuple(found) for i, found in header["messages"].items()}
     stamps, numbers, labels = arrays["stamps"], arrays["numbers"], arrays["labels"]
-    return header["images"], Table(stamps, numbers, labels, arrays["segment_lengths"], arrays["segment_points"], notes)
+    return header["images"], ImageTable(
+        stamps, numbers, labels, arrays["segment_lengths"], arrays["segment_points"], notes
+    )
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from data.formats.yolo import ImageRecord, LabelFile, label_path, read_labels
 from data.images import CACHE_SUFFIX, IMAGE_SUFFIXES
 from data.labels import cache as label_cache
 from data.labels.scan import scan
-from data.labels.table import STATUSES, ImageRecords, Table
+from data.labels.table import STATUSES, ImageRecords, ImageTable
 from data.lists import read_list
 from utils.errors import DataError
 from utils.files import check_regular, read_text
@@ -291,7 +291,7 @@ def _cache_path(sources: Sequence[Source], first_image: Path, folder: str | Path
     return Path(folder if folder is not None else base.parent) / f"{name}.cache.npz"
 
 
-def _report(table: Table, repeated: int, notes: tuple[str, ...]) -> LabelReport:
+def _report(table: ImageTable, repeated: int, notes: tuple[str, ...]) -> LabelReport:
     counts = dict(zip(STATUSES, np.bincount(table.numbers[:, 2], minlength=len(STATUSES)).tolist()))
     boxes, _, duplicates, crowd, difficult = table.numbers[table.usable, 3:].sum(0).tolist()
     return LabelReport(

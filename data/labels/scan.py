@@ -24,7 +24,7 @@ from data.formats.voc import UnknownClassError
 from data.formats.yolo import LabelFile
 from data.images import probe
 from data.labels import cache as label_cache
-from data.labels.table import Entry, Rows, Table, join, pack
+from data.labels.table import Entry, ImageTable, Rows, join, pack
 from utils.errors import DataError, TrainingError
 
 MIN_SIDE = 10
@@ -36,7 +36,7 @@ MANY = 2000
 _CHUNK = 256  # images of one task
 
 
-def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool = False) -> Table:
+def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool = False) -> ImageTable:
     """Return what is known about images: from the cache where size and time of both files are unchanged, else verified.
 
     Args:
@@ -79,7 +79,7 @@ def _stamps(listed: Mapping[Path, Listed], part: Sequence[Path]) -> NDArray[np.i
     return np.array([label_cache.stamp(image, listed[image].label) for image in part], np.int64)
 
 
-def _verify_all(listed: Mapping[Path, Listed], part: Sequence[Path]) -> Table:
+def _verify_all(listed: Mapping[Path, Listed], part: Sequence[Path]) -> ImageTable:
     return pack([verify(image, label_cache.stamp(image, listed[image].label), listed[image]) for image in part])
 
 

@@ -149,14 +149,15 @@ class DetectionDataset:
         return self.batch_shapes[self._place_in_order[index] // self.batch_size]
 
     def _image(self, index: int) -> LabeledImage:
-        record = self.records[index]
-        size = fit_long_side(record.height, record.width, self.imgsz)
-        return LabeledImage(self._images[index], size, record.labels, record.segments)
+        records = self._records  # a record of its own would take longer to make
+        height, width = records.sizes[index].tolist()
+        size = fit_long_side(height, width, self.imgsz)
+        return LabeledImage(self._images[index], size, records.labels_of(index), records.segments_of(index))
 
     def _fit(self, index: int, image: LabeledImage) -> tuple[Fit, ImageShapes]:
         """Place of a single image in its sample, and the geometry back to the file."""
         f = fit(image.size, self.shape_of(index), scaleup=self.augment is not None)
-        height, width = self.records[index].height, self.records[index].width
+        height, width = self.sizes[index].tolist()
         ratio = (f.ratio[1] * (image.size[0] / height), f.ratio[0] * (image.size[1] / width))
         return f, ImageShapes((height, width), ratio, f.pad)
 
@@ -167,7 +168,7 @@ class DetectionDataset:
         height, width = source.size
         labels = mosaic.place_labels(source.labels, (f.ratio[1] * height, f.ratio[0] * width), f.pad)
         image = place(enlarged(source.image, source.size), f)
-        return Sample(image, _normalized(labels, f.shape), str(self.records[index].path), shapes, index)
+        return Sample(image, _normalized(labels, f.shape), self._records.name_of(index), shapes, index)
 
     def _training_sample(self, key: SampleKey, config: AugmentConfig) -> Sample:
         rng = sample_rng(self.seed, key.epoch, key.index + key.repeat * len(self.records))
@@ -182,7 +183,7 @@ class DetectionDataset:
         else:
             image, labels, shapes = self._single(key.index, flips, rng)
         image = hsv_gains(image, config.hsv_h, config.hsv_s, config.hsv_v, rng)
-        path = str(self.records[key.index].path)
+        path = self._records.name_of(key.index)
         return Sample(image, _normalized(labels, image.shape[:2]), path, shapes, key.index)
 
     def _mosaic(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.formats.yolo import ImageRecord, LabelFile
-from data.labels.table import Entry, ImageRecords, Table, join, pack
+from data.labels.table import Entry, ImageRecords, ImageTable, join, pack
 
 ROWS = np.arange(60, dtype=np.float32).reshape(-1, 5) / 60
 
@@ -27,7 +27,7 @@ FILES = [
 ENTRIES = [Entry((i, 1, 2, 3), 10 + i, 20, "labelled" if i % 2 == 0 else "corrupt", f) for i, f in enumerate(FILES)]
 
 
-def equal(first: Table, second: Table) -> bool:
+def equal(first: ImageTable, second: ImageTable) -> bool:
     for name in ("stamps", "numbers", "labels", "lengths", "points"):
         np.testing.assert_array_equal(getattr(first, name), getattr(second, name), name)
         assert getattr(first, name).dtype == getattr(second, name).dtype
