@@ -34,7 +34,7 @@ from engine.train.ema import ModelEma
 from engine.train.optimizer import build_optimizer, parameter_groups
 from engine.train.setup import build_loss
 from models.yolo import DetectionModel
-from utils.device import select_device, synchronize
+from utils.device import keep_freed_memory, select_device, synchronize
 from utils.files import ROOT
 from utils.structures import to_unit
 
@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--name", default="training", help="name of the two result files")
     args = parser.parse_args()
     device = select_device(args.device)
+    keep_freed_memory()  # as train.py does
     known = VARIANTS | (ON_CUDA if device.type == "cuda" else {})
     names = args.variants or list(known)
     model = fresh_model(args.model, device)

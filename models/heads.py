@@ -161,7 +161,8 @@ class Detect(Head):
 
     def _raw(self, x: Tensor) -> Tensor:
         b, _, h, w = x.shape
-        return x.reshape(b, self.na, self.no, h, w).permute(0, 1, 3, 4, 2).contiguous()  # (B, A, H, W, O)
+        raw = x.reshape(b, self.na, self.no, h, w).permute(0, 1, 3, 4, 2)  # (B, A, H, W, O)
+        return raw if self.training else raw.contiguous()  # the loss reads few of the values where they are
 
     def _decode_level(self, level: Tensor, i: int) -> Tensor:
         b, a, h, w, o = level.shape

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import platform
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -119,6 +121,21 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return not words.isdisjoint(BF16_FLAGS)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed blocks instead of returning them to the system; glibc only.
+
+    By default blocks of megabytes are returned when they are freed, and each new one is then mapped and filled with
+    zeros page by page: up to a tenth of the time of a training step on a CPU. Child processes inherit the setting.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for parameter in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -42,7 +42,7 @@ from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.loading import load_exactly, require_rgb, spec_without_weights, transfer_weights
 from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
-from utils.device import amp_dtype
+from utils.device import amp_dtype, keep_freed_memory
 from utils.errors import CheckpointError, ConfigError
 from utils.files import increment_path, make_folder
 from utils.log import LINE_WIDTH, is_main_process, set_error_folder
@@ -140,6 +140,7 @@ class TrainingParts:
 
 def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.device, world: World) -> TrainingParts:
     """Build all parts of a training; user errors are raised before the run folder is created."""
+    keep_freed_memory()
     given = config
     if not resumed:
         config = with_recipe(with_files(config))

@@ -233,9 +233,9 @@ class DetectionLoss(LossModule):
         """
         device = raw[0].device
         cell, place, last, label, boxes = _to(_indices(raw, matches), device)
-        objectness = torch.cat([level[..., 4].reshape(-1) for level in raw]).float()  # (sum of B * A * Y * X,)
-        cells = cell.split(matches.counts)
-        rows = torch.cat([level.reshape(-1, level.shape[-1])[own] for level, own in zip(raw, cells)]).float()
+        read = [_Read.apply(level, own) for level, own in zip(raw, cell.split(matches.counts))]
+        objectness = torch.cat([scores for scores, _ in read]).float()  # (sum of B * A * Y * X,)
+        rows = torch.cat([rows for _, rows in read]).float()
         target, anchor_wh, weight = boxes.split((4, 2, 1), 1)
         xy, wh = (rows[:, :4].sigmoid() * 2).chunk(2, 1)
         iou = bbox_iou(torch.cat((xy - 0.5, wh**2 * anchor_wh), 1), target, CIoU=True)
@@ -274,6 +274,28 @@ class DetectionLoss(LossModule):
         """Move the levels' weights towards the inverse of their objectness losses (L,)."""
         moved = self.balance * BALANCE_DECAY + (1 - BALANCE_DECAY) / obj
         self.balance = moved / moved[self.balanced_level]
+
+
+class _Read(torch.autograd.Function):
+    """Objectness (B * A * Y * X,) and the rows (M, O) of some cells of a level (B, A, Y, X, O).
+
+    Its gradient is written to one tensor of the level's own memory format; that of two indexing operators would be two
+    such tensors, their sum, and copies to the format of the convolution.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, level: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
+        places = torch.unravel_index(cell, level.shape[:4])
+        ctx.save_for_backward(*places)
+        ctx.shape, ctx.strides = level.shape, level.stride()
+        return level[..., 4].reshape(-1), level[places]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
+        objectness, rows = gradients
+        out = objectness.new_empty_strided(ctx.shape, ctx.strides).zero_()
+        out[..., 4] = objectness.view(ctx.shape[:4])
+        return out.index_put_(ctx.saved_tensors, rows, accumulate=True), None
 
 
 class _Indices(NamedTuple):

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from utils import device as devices
 from utils.device import amp_dtype, cpu_has_bf16, select_device
 from utils.errors import ConfigError
+from utils.files import ROOT
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -79,3 +84,27 @@ def test_a_processor_that_computes_in_bfloat16(text, wanted, tmp_path, monkeypat
         assert cpu_has_bf16() is wanted
     finally:
         cpu_has_bf16.cache_clear()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from utils.device import keep_freed_memory
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.empty(64 * 2**20, np.uint8).fill(1)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc only")
+def test_freed_memory_is_reused() -> None:
+    found = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], cwd=ROOT, capture_output=True, check=True).stdout)
+        for how in ("keep", "default")
+    }
+    assert found["keep"] < 10 < found["default"]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from models.losses.anchor_based import DetectionLoss, LossConfig, build_targets
+from models.losses.anchor_based import DetectionLoss, LossConfig, _Read, build_targets
 from utils.errors import UserError
 
 ANCHORS = [[10, 13, 16, 30, 33, 23], [30, 61, 62, 45, 59, 119], [116, 90, 156, 198, 373, 326]]
@@ -251,3 +251,26 @@ def test_focal_gradients_of_certain_outputs_are_finite(gamma, size):
     loss = criterion(fl_gamma=gamma)(raw, torch.tensor([[0, 1, 0.5, 0.5, 0.2, 0.3]]))
     loss.total.backward()
     assert torch.isfinite(loss.total).all() and all(torch.isfinite(level.grad).all() for level in raw)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_values_are_read_with_the_gradient_of_indexing(channels_last: bool) -> None:
+    maps = torch.randn(2, 3 * 7, 4, 5, dtype=torch.float64)
+    maps = maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    cell = torch.tensor([0, 119, 7, 7, 60])  # one of them twice
+
+    def level(x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, 3, 7, 4, 5).permute(0, 1, 3, 4, 2)
+
+    given = maps.clone(memory_format=torch.preserve_format).requires_grad_()
+    scores, rows = _Read.apply(level(given), cell)
+    plain = maps.clone().requires_grad_()
+    assert torch.equal(scores, level(plain)[..., 4].reshape(-1))
+    assert torch.equal(rows, level(plain).reshape(-1, 7)[cell])
+    weights = torch.randn_like(scores), torch.randn_like(rows)
+    ((scores * weights[0]).sum() + (rows * weights[1]).sum()).backward()
+    same = level(plain)
+    ((same[..., 4].reshape(-1) * weights[0]).sum() + (same.reshape(-1, 7)[cell] * weights[1]).sum()).backward()
+    assert given.grad is not None and given.grad.stride() == given.stride()  # no copy to another memory format
+    torch.testing.assert_close(given.grad, plain.grad)
+    assert torch.autograd.gradcheck(lambda x: _Read.apply(level(x), cell), (given,))
