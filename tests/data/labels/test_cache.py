@@ -11,33 +11,10 @@ import numpy as np
 import pytest
 
 from data.labels import cache as label_cache
-from data.labels import labels, scan
+from data.labels import scan
 from data.labels.labels import load_annotations
 from data.labels.table import Entry
-from tests.helpers.label_files import GOOD, image, load, make_set
-
-
-def same(first: labels.Annotations, second: labels.Annotations) -> bool:
-    assert first.report == second.report
-    assert len(first.records) == len(second.records)
-    for a, b in zip(first.records, second.records):
-        assert (a.path, a.height, a.width) == (b.path, b.height, b.width)
-        np.testing.assert_array_equal(a.labels, b.labels)
-        assert a.labels.dtype == b.labels.dtype and len(a.segments) == len(b.segments)
-        for p, q in zip(a.segments, b.segments):
-            np.testing.assert_array_equal(p, q)
-    return True
-
-
-MIXED = {
-    "a": GOOD,
-    "b": "2 0.1 0.2 0.5 0.2 0.5 0.8\n0 0.5 0.5 0.5 0.5\n",
-    "c": None,
-    "d": "0 2 2 2 2\n",
-    "e": "",
-    "f": "1 0.1 0.1 0.1 0.1\n" * 2,
-    "g": "0 0.1 0.1 0.2 0.1 0.2 0.2 0.1 0.2\n",
-}
+from tests.helpers.label_files import GOOD, MIXED, image, load, make_set, same
 
 
 @pytest.fixture

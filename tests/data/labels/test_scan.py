@@ -13,9 +13,8 @@ from data.formats.voc import UnknownClassError
 from data.labels import scan
 from data.labels.labels import load_annotations
 from data.labels.table import Entry
-from tests.data.labels.test_cache import MIXED, same
 from tests.helpers.annotation_files import voc_object, voc_set
-from tests.helpers.label_files import load, make_set
+from tests.helpers.label_files import MIXED, load, make_set, same
 from utils.errors import TrainingError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
