@@ -6,6 +6,7 @@ order, in a folder of links to the project, with a small dataset in the place of
 
 from __future__ import annotations
 
+import csv
 import re
 import shlex
 import shutil
@@ -117,6 +118,26 @@ def test_weights_page_lists_every_published_file() -> None:
         if f"| `{w.file}` | {f'`{w.sha256}`' if w.sha256 else ''} |" not in text
     ]
     assert not missing
+
+
+def test_results_in_the_readme_are_those_of_the_file() -> None:
+    with open(ROOT / "benchmarks/results/compare.csv", encoding="utf-8") as stream:
+        measured = [row for row in csv.DictReader(stream) if row["status"] == "measured"]
+    expected = set()
+    for row in measured:
+        accuracy = [f"{float(row[name]):.3f}" for name in ("map", "map_range_low", "map_range_high", "map50")]
+        time = [f"{float(row[f'pytorch_deployed_b1_ms{end}']):.1f}" for end in ("", "_low", "_high")]
+        expected.add(
+            f"| {row['backbone']} | {row['head']} | {accuracy[0]} | {accuracy[1]} to {accuracy[2]} | {accuracy[3]} | "
+            f"{time[0]} ({time[1]} to {time[2]}) | {int(row['parameters']) / 1e6:.2f} |"
+        )
+    assert set(re.findall(r"^\| \S+ \| (?:anchor|free) \| .*$", (ROOT / "README.md").read_text(), re.M)) == expected
+
+
+def test_images_are_small_and_shown() -> None:
+    text = "".join(page.read_text() for page in PAGES)
+    for path in (ROOT / "docs/images").glob("*.[jp][pn]g"):
+        assert path.stat().st_size < 200_000 and f"images/{path.name}" in text
 
 
 # ---- running the blocks ---------------------------------------------------------------------------------------------
