@@ -102,8 +102,8 @@ def folder_names(folder: str | Path) -> list[str]:
         return sorted(os.listdir(folder))
     except (FileNotFoundError, NotADirectoryError):
         return []
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or half of a surrogate pair
+        raise DataError(f"{folder}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
 
 
 def is_vacant(path: Path) -> bool:

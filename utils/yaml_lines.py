@@ -142,6 +142,7 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> object:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         if kind == "float":
             return _FLOATS[text.lower()] if text.lower() in _FLOATS else float(text)
+        text.encode()  # an escape may give half of a surrogate pair, which no file can hold
     except (KeyError, ValueError):
         raise _ConstructorError(None, None, f"{shown(text)} is not of type {kind}", node.start_mark) from None
     return text

@@ -16,6 +16,7 @@ from utils.files import (
     atomic_path,
     download,
     find_file,
+    folder_names,
     increment_path,
     is_vacant,
     make_folder,
@@ -196,6 +197,12 @@ def test_download_of_an_odd_address_is_one_line(tmp_path, url):
     with pytest.raises(DataError) as caught:
         download(url, tmp_path / "x")
     assert "secret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a\0", "\ud800", "x" * 300])
+def test_folder_with_a_name_that_none_can_have(name):
+    with pytest.raises(DataError, match="cannot be read"):
+        folder_names(name)
 
 
 def test_url_file_name():

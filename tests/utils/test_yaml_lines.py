@@ -101,6 +101,7 @@ MERGE_BOMB = "m0: &m0 {a0: 1}\n" + "".join(
         ("".join(f"{' ' * k}k:\n" for k in range(2000)), "levels of nesting"),
         ("a: " + "9" * 5000, "is not of type int"),
         ("a: 0x" + "f" * 5000, "is not of type int"),
+        ('a: ["b\\ud800"]', "is not of type str"),
         ("a: !!bool maybe\n", "'maybe' is not of type bool"),
         ("a: !!int abc\n", "'abc' is not of type int"),
         ("a: !!timestamp 2024-02-30\n", "is not allowed"),
