@@ -148,6 +148,7 @@ SHORTER = (
     (r"--tile \d+", "--tile 64"),
     (r"--evolve \d+", "--evolve 2"),
     (r"--batch-size \d+", "--batch-size 8"),
+    (r"--batch 1 8", "--batch 2"),
     (r"--seeds [\d ]+", "--seeds 0 "),
     (r"(python train\.py (?!--resume)(?!.*--epochs).*)", r"\1 --epochs 1"),
     (r"(python (?:train|compare)\.py (?!--resume)(?!.*--imgsz).*)", r"\1 --imgsz 64"),

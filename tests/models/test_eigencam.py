@@ -67,6 +67,14 @@ def test_any_floating_type_gives_float32(dtype):
     torch.testing.assert_close(heat, eigen_cam(blob()[0]), rtol=0, atol=2e-2)
 
 
+@pytest.mark.gpu
+def test_float16_on_cuda_gives_the_heat_of_the_cpu():
+    features, _ = blob()
+    heat = eigen_cam(features.cuda().half())
+    assert heat.is_cuda and heat.dtype == torch.float32
+    torch.testing.assert_close(heat.cpu(), eigen_cam(features), rtol=0, atol=2e-2)
+
+
 @pytest.mark.parametrize("head", ["anchor", "free"])
 @pytest.mark.parametrize("cfg", ["yolov5n.yaml", "yolov5-riformer.yaml", "yolov5-timm-vit.yaml"])
 def test_heat_maps_have_the_size_of_the_images(cfg, head):
