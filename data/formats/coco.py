@@ -218,9 +218,14 @@ def _load(path: Path) -> dict[str, Any]:
     text = read_text(path, limit=2**33)
     try:
         content = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # an escape may give half of a surrogate pair, which no file can hold
+            json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits; thousands of brackets
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # an integer of thousands of digits; thousands of brackets; no Unicode
         raise DataError(f"{path}: not valid JSON: {error}") from error
     table = content if isinstance(content, dict) else {}
     lists = {"annotations": [], **table}

@@ -126,6 +126,7 @@ def test_box_over_the_border_by_rounding_is_clipped(tmp_path: Path) -> None:
         ({"annotations": None}, r"lists annotations are missing"),
         ({"images": {}}, r"is no COCO detection file: lists images are missing"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories: id 1 .* given twice"),
+        ({"categories": [{"id": 7, "name": "a\ud800"}]}, "not valid JSON: .*surrogates not allowed"),
         ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \('a'\)"),
         ({"images": [image(1, "a.jpg"), image(1, "b.jpg")]}, r"images: id 1 is given twice"),
         ({"images": [{"id": 1}]}, r"images\[0\] is \{'id': 1\}; a mapping with 'id' and 'file_name'"),
