@@ -10,6 +10,7 @@ import colorsys
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import PurePath
 
 import cv2
@@ -48,8 +49,9 @@ def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGE
         unicode_text: whether other characters than ASCII can be drawn; if not, they are transliterated.
         longest: number of characters after which the text is cut.
     """
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
+    if not (text.isascii() and text.isprintable()):
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        text = "".join(" " if unicodedata.category(c).startswith("C") else c for c in text)
     if not unicode_text and not text.isascii():
         plain = unicodedata.normalize("NFKD", text.replace("ß", "ss"))
         text = "".join(c for c in plain if not unicodedata.combining(c)).encode("ascii", "replace").decode("ascii")
@@ -96,6 +98,7 @@ def draw_boxes(
     return out
 
 
+@lru_cache(4096)
 def _plate_size(text: str, scale: float) -> tuple[int, int]:
     """Return width and height of a text with its background; zero for no text."""
     if not text:
@@ -140,21 +143,26 @@ def _caption_places(
     Returns:
         Upper left corner of each caption; None without text, or where no place is free.
     """
-    taken = np.array([reserved] if reserved else np.zeros((0, 4)), np.int64).reshape(-1, 4)
+    (left, top, right, bottom), (width, height) = boxes.T, np.array(sizes, np.int64).reshape(-1, 2).T
+    rows = np.stack((top - height, top, bottom, bottom - height, *(top + n * height for n in (1, -2, 2, -3, 3))), 1)
+    columns = np.stack((left, right - width, right, left - width), 1)
+    starts = np.stack(np.broadcast_arrays(columns[:, None], rows[:, :, None]), 3).reshape(-1, 36, 2)  # (n, 36, xy)
+    room = np.stack((shape[1] - width, shape[0] - height), 1)[:, None]
+    starts = np.clip(starts, 0, np.maximum(room, 0))
+    ends = starts + np.stack((width, height), 1)[:, None]
+    taken = np.zeros((len(boxes) + 1, 4), np.int64)
+    count = 0
+    if reserved:
+        taken[0], count = reserved, 1
     places: list[tuple[int, int] | None] = [None] * len(boxes)
-    for index in reversed(range(len(boxes))):
-        (left, top, right, bottom), (width, height) = boxes[index], sizes[index]
-        if not width:
-            continue
-        rows = [top - height, top, bottom, bottom - height, *(top + n * height for n in (1, -2, 2, -3, 3))]
-        corners = np.array([(x, y) for y in rows for x in (left, right - width, right, left - width)])
-        corners = np.clip(corners, 0, np.maximum((shape[1] - width, shape[0] - height), 0))
-        candidates = np.concatenate((corners, corners + np.array((width, height))), 1)[:, None]
-        meets = (candidates[..., :2] < taken[:, 2:]).all(2) & (taken[:, :2] < candidates[..., 2:]).all(2)
-        (free,) = np.nonzero(~np.any(meets, axis=1))
-        if len(free):
-            places[index] = (int(corners[free[0], 0]), int(corners[free[0], 1]))
-            taken = np.concatenate((taken, candidates[free[0]]))
+    for index in np.flatnonzero(width)[::-1].tolist():
+        start, end, others = starts[index], ends[index], taken[:count]
+        meets = ((start[:, None] < others[:, 2:]) & (others[:, :2] < end[:, None])).all(2).any(1)
+        first = int(meets.argmin())
+        if not meets[first]:
+            places[index] = (int(start[first, 0]), int(start[first, 1]))
+            taken[count, :2], taken[count, 2:] = start[first], end[first]
+            count += 1
     return places
 
 

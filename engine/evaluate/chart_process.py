@@ -21,6 +21,7 @@ from utils.errors import DataError, UserError
 from utils.files import ROOT
 
 Draw = Callable[..., None]
+PIPE_BYTES = 2**20  # where the system allows it: all charts of a few classes, so that `draw` does not wait
 
 # Ctrl-C is for the command, which then ends this process. `-c`, because multiprocessing would import the user's script.
 _CODE = f"""
@@ -78,7 +79,9 @@ class ChartProcess:
     """Draws charts in another process; a context manager that ends it, finished or not."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_BYTES
+        )
 
     def __enter__(self) -> ChartProcess:
         return self
