@@ -475,5 +475,5 @@ def test_cuda_gives_the_figures_of_the_cpu(data_file, weights, half):
 
 def test_validate_is_the_function_behind_the_command(command, monkeypatch):
     seen = []
-    monkeypatch.setattr("engine.evaluate.evaluator.validate", lambda config: seen.append(config) or "done")
+    monkeypatch.setattr("engine.evaluate.evaluator.validate", lambda config, _: seen.append(config) or "done")
     assert command() == "done" and isinstance(seen[0], ValConfig) and validate is not None
