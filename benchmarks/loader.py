@@ -41,6 +41,7 @@ from data.loading.dataset import DetectionDataset
 from data.loading.image_cache import ImageStore
 from data.loading.loader import DetectionLoader
 from data.loading.order import WINDOW
+from utils.device import keep_freed_memory
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
 
@@ -130,7 +131,9 @@ def decodes_per_image(records: Sequence[ImageRecord], imgsz: int, recipe: Augmen
 
 def measure(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     """Measure all settings in interleaved rounds."""
-    records = load_annotations([args.data], MANY_CLASSES, cache_folder=folder, progress=False).records * args.repeat
+    keep_freed_memory()  # as train.py does
+    found = load_annotations([args.data], MANY_CLASSES, cache_folder=folder, progress=False).records
+    records = list(found) * args.repeat
     recipe = AugmentConfig.from_hyp(load_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"))
     loaders = {}
     for cache in args.cache:

@@ -11,7 +11,7 @@ import torch
 from models.fuse import reparameterize
 from models.loading import load_detector, require_rgb
 from models.yolo import DetectionModel
-from utils.device import out_of_memory, to_device
+from utils.device import keep_freed_memory, out_of_memory, to_device
 from utils.errors import CheckpointError
 from utils.structures import to_unit
 
@@ -98,6 +98,8 @@ class PyTorchRuntime:
         autocast: torch.dtype | None,
         augment: bool,
     ) -> None:
+        if device.type == "cpu":
+            keep_freed_memory()
         self.models = list(models)
         for model in self.models:
             require_rgb(model)
