@@ -47,6 +47,7 @@ CACHE_SUFFIX = ".image-cache"
 MAX_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS") or 178_956_970)
 """Most pixels of an image (Pillow's limit); the environment variable MAX_IMAGE_PIXELS changes it."""
 
+_PNG = b"\x89PNG\r\n\x1a\n"
 _ORIENTATION = 0x0112  # EXIF tag
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
 _CUT = "truncated: the JPEG data ends before the image does"
@@ -90,7 +91,7 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
     damaged_png = False
     if not _is_plain_jpeg(data):
         header = _check_pixels(io.BytesIO(data), name)
-        damaged_png = header is None and data.startswith(b"\x89PNG")  # OpenCV may allocate gigabytes for a chunk
+        damaged_png = data.startswith(_PNG) and (header is None or not _png_chunks_fit(data))
     image = None
     if not damaged_png and data[4:8] != b"ftyp":  # AVIF and HEIF: OpenCV ignores their orientation
         try:
@@ -98,6 +99,17 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
         except cv2.error:
             image = None
     return np.asarray(image, np.uint8) if image is not None else _decode_with_pillow(data, name)
+
+
+def _png_chunks_fit(data: bytes) -> bool:
+    """Whether no chunk of a PNG claims more bytes than the file has; OpenCV would allocate them, gigabytes even."""
+    place = len(_PNG)
+    while place + 8 <= len(data):
+        length = int.from_bytes(data[place : place + 4], "big")
+        if length > len(data):
+            return False
+        place += 12 + length
+    return True
 
 
 def probe(path: str | Path) -> tuple[int, int]:

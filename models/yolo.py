@@ -87,6 +87,10 @@ class DetectionModel(nn.Module):
         self.inplace = True
         self.hyp: dict[str, Any] = {}
 
+    def check_size(self, shape: tuple[int, int]) -> None:
+        """Raise SpecError, with the row, where images of (height, width) are too small for a module."""
+        dry_run(self.model, self.spec, shape)
+
     @property
     def head(self) -> Head:
         """Return the detection head, which is the last row."""

@@ -20,18 +20,24 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Ass
 
 
 @torch.no_grad()
-def dry_run(rows: Rows, spec: ModelSpec) -> None:
+def dry_run(rows: Rows, spec: ModelSpec, shape: tuple[int, int] | None = None) -> None:
     """Run every row once on the meta device, where tensors have shapes only.
 
     Parameters, BatchNorm statistics and random generators stay as they are. A backbone that cannot run there is skipped
     with a debug message, and its declared levels are used.
+
+    Args:
+        rows: of the model.
+        spec: for the messages.
+        shape: (height, width) of the image in pixels, multiples of the model's; None = `SIDE`.
 
     Raises:
         SpecError: file, line and row of a module that fails in `forward`, or of a backbone whose maps are not the
             declared ones.
     """
     side = -(-SIDE // rows.size_multiple) * rows.size_multiple
-    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, side, side, device="meta")}
+    height, width = shape or (side, side)
+    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, height, width, device="meta")}
     for module, route in zip(rows, rows.routes, strict=True):
         maps = [slots[source] for source in route.sources]
         where = f"{spec.where(route.layer.line)}: row {route.layer.row} ({route.layer.module})"
@@ -42,7 +48,8 @@ def dry_run(rows: Rows, spec: ModelSpec) -> None:
             if not route.gives_levels:
                 shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
                 raise SpecError(
-                    f"{where}: cannot run on a map of {shapes} (channels, height, width): {reason}"
+                    f"{where}: cannot run on a map of {shapes} (channels, height, width), from images of "
+                    f"{height} x {width} pixels: {reason}"
                 ) from error
             LOGGER.debug("%s: not run on the meta device: %s", where, reason)
             found = [_empty(maps[0], route, i) for i in range(len(route.levels))]

@@ -169,6 +169,13 @@ def broken_png() -> bytes:
     return bytes(data)
 
 
+def long_chunk(length: int) -> bytes:
+    """A PNG whose image data claims `length` bytes."""
+    data = encode("L", "PNG")
+    place = data.index(b"IDAT") - 4
+    return data[:place] + length.to_bytes(4, "big") + data[place + 4 :]
+
+
 BROKEN = {
     "empty file": b"",
     "no known image format": b"just a line of text\n",
@@ -188,6 +195,12 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, reason: str, func
     with pytest.raises(DataError, match=reason) as caught:
         function(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [2**31, 2**20])
+def test_opencv_allocates_no_chunk_larger_than_the_file(tmp_path: Path, monkeypatch, length: int) -> None:
+    monkeypatch.setattr("cv2.imdecode", lambda *_: pytest.fail("decoded by OpenCV"))
+    assert read(put(tmp_path, "x.png", long_chunk(length))).shape == (HEIGHT, WIDTH, 3)
 
 
 def test_probe_decodes_no_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
