@@ -87,9 +87,9 @@ class DetectionModel(nn.Module):
         self.inplace = True
         self.hyp: dict[str, Any] = {}
 
-    def check_size(self, shape: tuple[int, int]) -> None:
-        """Raise SpecError, with the row, where images of (height, width) are too small for a module."""
-        dry_run(self.model, self.spec, shape)
+    def check_size(self, imgsz: int) -> None:
+        """Raise SpecError, with the row, where square images of `imgsz` pixels are too small for a module."""
+        dry_run(self.model, self.spec, imgsz)
 
     @property
     def head(self) -> Head:

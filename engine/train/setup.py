@@ -151,9 +151,11 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     declared = len(data.names)
     if config.single_cls:
         data = replace(data, names={0: "item"} if declared != 1 else data.names)
-    model = build_model(config, hyp, data, resumed).to(device)
+    model = build_model(config, hyp, data, resumed)
     grid = grid_of(model)
     config = replace(config, data=str(data.file.absolute()), imgsz=_round_to_grid(config.imgsz, grid))
+    model.check_size(multi_scale_sizes(config.imgsz, grid)[0] if config.multi_scale else config.imgsz)
+    model.to(device)
     if device.type == "cpu" and not resumed:
         _hint_short_run(config)
     annotations = _load_annotations(config, data, declared, world)
@@ -172,10 +174,8 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     unfrozen = resumed is not None and 0 < config.freeze_epochs <= resumed.epoch + 1
     frozen = _freeze(model, config, set() if unfrozen else frozen_names)
     loader, val_loader = _loaders(config, hyp, world, annotations, grid)
-    shape = _smallest_shape(loader, config, grid)
-    model.check_size(shape)
     if not (config.sync_bn and world.size > 1):
-        _check_single_images(model, frozen, loader, config, shape)
+        _check_single_images(model, frozen, loader, config, grid)
     model_parts = _model_parts(model, frozen, grid, config, hyp, class_factors, device, world)
     weights = labels_to_class_weights(labels, len(data.names))
     data_parts = DataParts(dict(data.names), loader, val_loader, labels, weights, digest, data.file.resolve())
@@ -228,18 +228,15 @@ def _build_optimizer(model: DetectionModel, config: TrainConfig, hyp: Hyperparam
     return build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
 
 
-def _smallest_shape(loader: DetectionLoader, config: TrainConfig, grid: int) -> tuple[int, int]:
-    """Return (height, width) of the smallest images that training will use."""
-    shape = loader.smallest_batch_shape()
-    return multi_scale_shape(*shape, multi_scale_sizes(config.imgsz, grid)[0], grid) if config.multi_scale else shape
-
-
 def _check_single_images(
-    model: DetectionModel, frozen: Frozen, loader: DetectionLoader, config: TrainConfig, shape: tuple[int, int]
+    model: DetectionModel, frozen: Frozen, loader: DetectionLoader, config: TrainConfig, grid: int
 ) -> None:
     """Leave out a last batch of one image, or refuse batches of one, where a BatchNorm needs more than one value."""
     if loader.smallest_batch() > 1:
         return
+    shape = loader.smallest_batch_shape()
+    if config.multi_scale:
+        shape = multi_scale_shape(*shape, multi_scale_sizes(config.imgsz, grid)[0], grid)
     model.train()
     eval_frozen(model, frozen)
     if not needs_two_images(model, shape):

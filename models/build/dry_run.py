@@ -15,12 +15,12 @@ from models.build.spec import ModelSpec
 from utils.errors import SpecError
 
 LOGGER = logging.getLogger(__name__)
-SIDE = 640  # pixels, rounded up to the model's multiple
+SIDE = 640  # pixels
 FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, AssertionError, ArithmeticError, KeyError)
 
 
 @torch.no_grad()
-def dry_run(rows: Rows, spec: ModelSpec, shape: tuple[int, int] | None = None) -> None:
+def dry_run(rows: Rows, spec: ModelSpec, imgsz: int = SIDE) -> None:
     """Run every row once on the meta device, where tensors have shapes only.
 
     Parameters, BatchNorm statistics and random generators stay as they are. A backbone that cannot run there is skipped
@@ -29,15 +29,14 @@ def dry_run(rows: Rows, spec: ModelSpec, shape: tuple[int, int] | None = None) -
     Args:
         rows: of the model.
         spec: for the messages.
-        shape: (height, width) of the image in pixels, multiples of the model's; None = `SIDE`.
+        imgsz: side of the square image in pixels, rounded up to the model's multiple.
 
     Raises:
         SpecError: file, line and row of a module that fails in `forward`, or of a backbone whose maps are not the
             declared ones.
     """
-    side = -(-SIDE // rows.size_multiple) * rows.size_multiple
-    height, width = shape or (side, side)
-    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, height, width, device="meta")}
+    side = -(-imgsz // rows.size_multiple) * rows.size_multiple
+    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, side, side, device="meta")}
     for module, route in zip(rows, rows.routes, strict=True):
         maps = [slots[source] for source in route.sources]
         where = f"{spec.where(route.layer.line)}: row {route.layer.row} ({route.layer.module})"
@@ -49,7 +48,7 @@ def dry_run(rows: Rows, spec: ModelSpec, shape: tuple[int, int] | None = None) -
                 shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
                 raise SpecError(
                     f"{where}: cannot run on a map of {shapes} (channels, height, width), from images of "
-                    f"{height} x {width} pixels: {reason}"
+                    f"{side} pixels: {reason}"
                 ) from error
             LOGGER.debug("%s: not run on the meta device: %s", where, reason)
             found = [_empty(maps[0], route, i) for i in range(len(route.levels))]

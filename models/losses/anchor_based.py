@@ -233,7 +233,7 @@ class DetectionLoss(LossModule):
         """
         device = raw[0].device
         cell, place, last, label, boxes = _to(_indices(raw, matches), device)
-        read = [_Read.apply(level, own) for level, own in zip(raw, cell.split(matches.counts))]
+        read = [_Read.apply(level, own) for level, own in zip(raw, cell.split(matches.counts, 1))]
         objectness = torch.cat([scores for scores, _ in read]).float()  # (sum of B * A * Y * X,)
         rows = torch.cat([rows for _, rows in read]).float()
         target, anchor_wh, weight = boxes.split((4, 2, 1), 1)
@@ -277,7 +277,7 @@ class DetectionLoss(LossModule):
 
 
 class _Read(torch.autograd.Function):
-    """Objectness (B * A * Y * X,) and the rows (M, O) of some cells of a level (B, A, Y, X, O).
+    """Objectness (B * A * Y * X,) and the rows (M, O) of the cells (4, M) of a level (B, A, Y, X, O).
 
     Its gradient is written to one tensor of the level's own memory format; that of two indexing operators would be two
     such tensors, their sum, and copies to the format of the convolution.
@@ -285,25 +285,25 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, level: torch.Tensor, cell: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:  # noqa: ANN401
-        places = torch.unravel_index(cell, level.shape[:4])
-        ctx.save_for_backward(*places)
+        ctx.save_for_backward(cell)
         ctx.shape, ctx.strides = level.shape, level.stride()
-        return level[..., 4].reshape(-1), level[places]
+        return level[..., 4].reshape(-1), level[cell.unbind()]
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:  # noqa: ANN401
         objectness, rows = gradients
         out = objectness.new_empty_strided(ctx.shape, ctx.strides).zero_()
         out[..., 4] = objectness.view(ctx.shape[:4])
-        return out.index_put_(ctx.saved_tensors, rows, accumulate=True), None
+        (cell,) = ctx.saved_tensors
+        return out.index_put_(cell.unbind(), rows, accumulate=True), None
 
 
 class _Indices(NamedTuple):
     """What the loss reads and writes for M matches.
 
     Attributes:
-        cell: (M,) row of the match among the (B, A, Y, X) cells of its level.
-        place: (M,) the same among the cells of all levels.
+        cell: (4, M) image, anchor, row and column of the match in its level.
+        place: (M,) its number among the (B, A, Y, X) cells of all levels.
         last: (M,) for each match the last one with the same place: a write with repeated indices then has one outcome
             on every device.
         label: (M,) class.
@@ -325,11 +325,11 @@ def _indices(raw: Sequence[torch.Tensor], matches: _Matches) -> _Indices:
     start = sizes.repeat_interleave(torch.tensor(counts))
     share = torch.tensor([1 / max(count, 1) for count in counts]).repeat_interleave(torch.tensor(counts))
     anchors, height, width = shapes.to(rows.image.device).unbind(1)
-    cell = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx
-    place = cell + start.to(cell.device)
+    place = ((rows.image * anchors + rows.anchor) * height + rows.gy) * width + rows.gx + start.to(anchors.device)
     ordered, order = place.sort(stable=True)
     last = order[torch.searchsorted(ordered, place, right=True) - 1]
     boxes = torch.cat((rows.box, rows.anchor_wh, share.to(rows.box.device)[:, None]), 1)
+    cell = torch.stack((rows.image, rows.anchor, rows.gy, rows.gx))
     return _Indices(cell, place, last, rows.cls, boxes)
 
 
@@ -337,8 +337,8 @@ def _to(indices: _Indices, device: torch.device) -> _Indices:
     """Copy indices to `device` from page-locked memory; other copies would wait for the GPU's queue."""
     if indices.cell.device == device:
         return indices
-    places, boxes = torch.stack(indices[:4]), indices.boxes  # (4, M), (M, 7)
+    places, boxes = torch.cat((indices.cell, torch.stack(indices[1:4]))), indices.boxes  # (7, M), (M, 7)
     if device.type == "cuda":
         places, boxes = places.pin_memory(), boxes.pin_memory()
     places, boxes = places.to(device, non_blocking=True), boxes.to(device, non_blocking=True)
-    return _Indices._make((*places, boxes))
+    return _Indices._make((places[:4], *places[4:], boxes))

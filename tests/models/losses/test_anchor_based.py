@@ -257,7 +257,8 @@ def test_focal_gradients_of_certain_outputs_are_finite(gamma, size):
 def test_values_are_read_with_the_gradient_of_indexing(channels_last: bool) -> None:
     maps = torch.randn(2, 3 * 7, 4, 5, dtype=torch.float64)
     maps = maps.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    cell = torch.tensor([0, 119, 7, 7, 60])  # one of them twice
+    flat = torch.tensor([0, 119, 7, 7, 60])  # one of them twice
+    cell = torch.stack(torch.unravel_index(flat, (2, 3, 4, 5)))
 
     def level(x: torch.Tensor) -> torch.Tensor:
         return x.reshape(2, 3, 7, 4, 5).permute(0, 1, 3, 4, 2)
@@ -266,11 +267,11 @@ def test_values_are_read_with_the_gradient_of_indexing(channels_last: bool) -> N
     scores, rows = _Read.apply(level(given), cell)
     plain = maps.clone().requires_grad_()
     assert torch.equal(scores, level(plain)[..., 4].reshape(-1))
-    assert torch.equal(rows, level(plain).reshape(-1, 7)[cell])
+    assert torch.equal(rows, level(plain).reshape(-1, 7)[flat])
     weights = torch.randn_like(scores), torch.randn_like(rows)
     ((scores * weights[0]).sum() + (rows * weights[1]).sum()).backward()
     same = level(plain)
-    ((same[..., 4].reshape(-1) * weights[0]).sum() + (same.reshape(-1, 7)[cell] * weights[1]).sum()).backward()
+    ((same[..., 4].reshape(-1) * weights[0]).sum() + (same.reshape(-1, 7)[flat] * weights[1]).sum()).backward()
     assert given.grad is not None and given.grad.stride() == given.stride()  # no copy to another memory format
     torch.testing.assert_close(given.grad, plain.grad)
     assert torch.autograd.gradcheck(lambda x: _Read.apply(level(x), cell), (given,))
