@@ -195,7 +195,7 @@ def worker_losses_reported() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if isinstance(error, TrainingError) or "DataLoader worker" not in str(error):
             raise
         reason = " ".join(str(error).split())
         raise TrainingError(f"a loader worker ended ({reason}); out of memory? fewer --workers may help") from error

@@ -194,7 +194,8 @@ class Trainer:
         if is_main_process():
             self._open_run()
         done, begin = start, time.time()
-        with self.logs, closing(self.data.loader), closing(self.data.val_loader), worker_losses_reported():
+        loaders = closing(self.data.loader), closing(self.data.val_loader)  # a loss may be noticed at their end, too
+        with worker_losses_reported(), self.logs, loaders[0], loaders[1], worker_losses_reported():
             with self.stop:
                 for epoch in range(start, self.config.epochs):
                     stop = self._epoch(epoch)
