@@ -222,10 +222,7 @@ def _load(path: Path) -> dict[str, Any]:
             json.dumps(content, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from error
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # an integer of thousands of digits; thousands of brackets; no Unicode
+    except (ValueError, RecursionError) as error:  # too many digits, half of a surrogate pair; too many brackets
         raise DataError(f"{path}: not valid JSON: {error}") from error
     table = content if isinstance(content, dict) else {}
     lists = {"annotations": [], **table}

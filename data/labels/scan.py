@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from data.formats.yolo import LabelFile
 from data.images import probe
 from data.labels import cache as label_cache
 from data.labels.table import Entry, ImageTable, Rows, join, pack
+from data.loading.processes import end_with_parent, processors
 from utils.errors import DataError, TrainingError
 
 MIN_SIDE = 10
@@ -146,6 +146,7 @@ _inherited: list[tuple[Callable[[Sequence[Path]], Any], Sequence[Sequence[Path]]
 
 
 def _start_process(work: Callable[[Sequence[Path]], Any], parts: Sequence[Sequence[Path]]) -> None:
+    end_with_parent()
     _inherited[:] = [(work, parts)]
     gc.freeze()  # a collection would write to, and so copy, what is shared with the parent
     cv2.setNumThreads(0)  # threads of the parent are not there
@@ -155,11 +156,3 @@ def _start_process(work: Callable[[Sequence[Path]], Any], parts: Sequence[Sequen
 def _work_on(part: int) -> Any:  # noqa: ANN401
     work, parts = _inherited[0]
     return work(parts[part])
-
-
-def processors() -> int:
-    """Return the number of processors that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
 from data.loading.order import WINDOW, Index, Key, as_key, epoch_order, shard, weighted_keys, weighted_order
-from data.loading.processes import end_with_parent
+from data.loading.processes import end_with_parent, processors
 from utils.errors import TrainingError, UserError
 from utils.seed import sample_rng
 from utils.structures import Batch
@@ -78,7 +78,7 @@ class DetectionLoader:
         if self.dataset.rect and self.dataset.batch_size != self.batch_size:
             raise ValueError(f"rectangular batches of {self.dataset.batch_size}, not of {self.batch_size}")
         self.epoch = self.skip = 0
-        share = _processors() // _neighbors(self.world_size)
+        share = processors() // _neighbors(self.world_size)
         self.workers = min(self.workers, share, len(self)) if len(self) > 1 else 0
         self._tasks = _TaskList()
         self._loader: DataLoader[Any] | None = None
@@ -250,13 +250,6 @@ def _start_worker(_: int) -> None:
 def _delay_termination(*_: object) -> None:
     """Ignore a scheduler's SIGTERM for `GRACE_SECONDS`, while the main process saves its state."""
     signal.alarm(GRACE_SECONDS)
-
-
-def _processors() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
 
 
 def _neighbors(world_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Child processes that end with their parent."""
+"""Child processes: how many there may be, and that they end with their parent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def end_with_parent() -> None:
     whose parent was killed in between never ends. Python's pipe between the two exists before the start.
     """
     threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def processors() -> int:
+    """Return the number of processors that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def _wait_for_parent() -> None:

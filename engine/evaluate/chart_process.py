@@ -6,6 +6,7 @@ The process imports matplotlib while the command imports torch, and draws while 
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import subprocess
@@ -13,12 +14,15 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from utils.errors import DataError, UserError
 from utils.files import ROOT
+
+if sys.platform == "linux":
+    import fcntl
 
 Draw = Callable[..., None]
 PIPE_BYTES = 2**20  # where the system allows it: all charts of a few classes, so that `draw` does not wait
@@ -45,13 +49,13 @@ def serve(functions: Mapping[str, Any]) -> None:
     """Draw the charts that come through standard input, and print the first error, if any.
 
     A chart is a line of JSON: function and arguments. The end is an empty object, not the end of the file: worker
-    processes of the loader inherit the other end of the pipe.
+    processes of the loader inherit the other end of the pipe. The file ends where the command was killed.
 
     Args:
         functions: by name.
     """
     problem = ""
-    while task := json.loads(sys.stdin.readline(), object_hook=_decoded):
+    while (line := sys.stdin.readline()) and (task := json.loads(line, object_hook=_decoded)):
         try:
             functions[task["function"]](*task["arguments"])
         except (UserError, OSError) as error:
@@ -79,9 +83,15 @@ class ChartProcess:
     """Draws charts in another process; a context manager that ends it, finished or not."""
 
     def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pipesize=PIPE_BYTES
-        )
+        self._process = subprocess.Popen([sys.executable, "-c", _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):  # more than the system allows: `draw` may wait
+                fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
+
+    @property
+    def _stdin(self) -> IO[bytes]:
+        assert self._process.stdin is not None, "opened as a pipe"
+        return self._process.stdin
 
     def __enter__(self) -> ChartProcess:
         return self
@@ -116,9 +126,8 @@ class ChartProcess:
             raise DataError(problem)
 
     def _send(self, task: Mapping[str, Any]) -> None:
-        assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(task, default=_encoded).encode() + b"\n")
-            self._process.stdin.flush()
+            self._stdin.write(json.dumps(task, default=_encoded).encode() + b"\n")
+            self._stdin.flush()
         except BrokenPipeError:
             raise RuntimeError(f"the process that draws charts ended with status {self._process.wait()}") from None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -54,3 +57,14 @@ def _child(work: Callable[[Path], None], folder: Path, rank: int, count: int, po
     )  # fmt: skip
     next_group()
     work(folder)
+
+
+def ends(pid: int, seconds: float) -> bool:
+    """Whether a process that is no child of this one ends in time; one that nobody waits for stays a zombie."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+            return True
+        time.sleep(0.1)
+    os.kill(pid, signal.SIGKILL)
+    return False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from data.labels.labels import load_annotations
 from data.labels.table import Entry
 from tests.helpers.annotation_files import voc_object, voc_set
 from tests.helpers.label_files import MIXED, load, make_set, same
+from tests.helpers.processes import ends
 from utils.errors import TrainingError
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
@@ -53,3 +56,26 @@ def test_errors_of_a_process(tmp_path: Path, by_processes: None, monkeypatch: py
     monkeypatch.setattr(scan, "verify", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(TrainingError, match="was killed; out of memory"):
         load(make_set(tmp_path, MIXED))
+
+
+def _scan_slowly(source: Path, pids: Path) -> None:
+    def verify(*_: object) -> None:
+        (pids / str(os.getpid())).touch()
+        time.sleep(0.2)
+        if len(list(pids.iterdir())) == 3:
+            os.kill(parent, signal.SIGKILL)
+
+    parent = os.getpid()
+    scan.verify = verify  # type: ignore[assignment]
+    load(source)
+
+
+@needs_fork
+def test_processes_end_with_a_killed_parent(tmp_path: Path, by_processes: None) -> None:
+    source, pids = make_set(tmp_path, MIXED), tmp_path / "pids"
+    pids.mkdir()
+    process = multiprocessing.get_context("fork").Process(target=_scan_slowly, args=(source, pids))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert all([ends(int(path.name), seconds=20) for path in pids.iterdir()])

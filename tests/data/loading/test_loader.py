@@ -10,7 +10,6 @@ import signal
 import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -21,6 +20,7 @@ from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from data.loading.order import as_key, epoch_order
 from tests.helpers.image_files import write_set
+from tests.helpers.processes import ends
 from utils.errors import DataError, TrainingError
 from utils.structures import Sample
 
@@ -34,7 +34,7 @@ def records(tmp_path_factory):
 
 @pytest.fixture
 def two_processors(monkeypatch):
-    monkeypatch.setattr("data.loading.loader._processors", lambda: 8)
+    monkeypatch.setattr("data.loading.loader.processors", lambda: 8)
 
 
 def dataset(records, **options):
@@ -161,7 +161,7 @@ def test_close_ends_the_workers(records, two_processors):
 
 
 def test_workers_are_limited(records, monkeypatch):
-    monkeypatch.setattr("data.loading.loader._processors", lambda: 4)
+    monkeypatch.setattr("data.loading.loader.processors", lambda: 4)
     limits = [(8, 1, 1, 4), (3, 1, 1, 3), (8, 2, 1, 2), (8, 1, 22, 0), (8, 1, 11, 2)]
     for workers, world_size, batch_size, expected in limits:
         found = DetectionLoader(dataset(records), batch_size, workers=workers, world_size=world_size).workers
@@ -182,7 +182,7 @@ def test_window_is_decoded_once_by_one_worker(records, two_processors, monkeypat
     monkeypatch.setattr("data.loading.dataset.WINDOW", 8)
     assert len(dataset(records)._window(as_key((3, 1)))) == 8
     monkeypatch.undo()
-    monkeypatch.setattr("data.loading.loader._processors", lambda: 8)
+    monkeypatch.setattr("data.loading.loader.processors", lambda: 8)
     monkeypatch.setattr("data.loading.dataset.RECENT_BYTES", 0)
     loader = DetectionLoader(dataset(records * 50), 16, workers=2, shuffle=True)
     assert loader._batches_per_task() == 4
@@ -281,14 +281,4 @@ def test_worker_ends_although_its_parent_was_killed_during_its_start(records, tm
     process.join(60)
     assert process.exitcode == -signal.SIGKILL
     pid = int((tmp_path / "pid").read_text())
-    assert _ends(pid, seconds=20)
-
-
-def _ends(pid, seconds):
-    """Wait until a process that is not a child of this one has ended; one that nobody waits for stays a zombie."""
-    for _ in range(10 * seconds):
-        if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
-            return True
-        time.sleep(0.1)
-    os.kill(pid, signal.SIGKILL)
-    return False
+    assert ends(pid, seconds=20)

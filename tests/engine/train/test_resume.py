@@ -155,7 +155,7 @@ def test_killed_loader_worker_ends_the_training_in_one_line(project, monkeypatch
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(TrainStep, "backward", backward)
-    monkeypatch.setattr("data.loading.loader._processors", lambda: 2)
+    monkeypatch.setattr("data.loading.loader.processors", lambda: 2)
     with pytest.raises(TrainingError, match="a loader worker ended .*fewer --workers") as error:
         train(config(project, workers=2, epochs=30))
     assert str(error.value).count("a loader worker ended") == 1
