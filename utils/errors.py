@@ -46,7 +46,7 @@ def printable(text: str) -> str:
 
 
 def one_line(text: object) -> str:
-    """Return a text of a library or file name with spaces for its line breaks."""
+    """Replace the line breaks of a text, such as a library's message or a file name, by spaces."""
     return re.sub(r"\s*\n\s*", " ", str(text).strip("\r\n"))
 
 

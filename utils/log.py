@@ -64,7 +64,7 @@ def configure_logging(verbose: bool = True) -> None:
 
 
 def aligned(rows: Iterable[Sequence[object]], left: Container[int] = (0,)) -> list[str]:
-    """Return the rows of a table as lines: columns whose numbers are in `left` to the left, the others to the right."""
+    """Format rows as lines with aligned columns: left-aligned for the indices in `left`, else right-aligned."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(*texts)]
     lines = []
@@ -76,13 +76,13 @@ def aligned(rows: Iterable[Sequence[object]], left: Container[int] = (0,)) -> li
 
 
 def display_width(text: str) -> int:
-    """Return the columns of a text on a terminal: wide characters take two, combining ones none."""
+    """Return the width of a text in terminal columns: wide characters take two, combining ones none."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
 
 
 def fitted(text: str, stream: TextIO) -> str:
-    """Return the text with lines that are longer than those of a terminal wrapped between words.
+    """Wrap lines that are longer than the terminal is wide, between words.
 
     Commands (`python ...` on a line of its own) stay whole, to be copied. Text for files and pipes stays as it is.
     """

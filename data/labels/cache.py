@@ -1,4 +1,4 @@
-"""The label cache: what is known about the images of a split in one .npz file, without pickle.
+"""The label cache: sizes and labels of the images of a split in one .npz file, without pickle.
 
 An entry counts as long as size and modification time of its image and label file are unchanged; entries are kept one
 by one, so a changed file costs the verification of that file only. A SHA-256 digest follows the archive. A cache

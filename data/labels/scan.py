@@ -37,12 +37,12 @@ _CHUNK = 256  # images of one task
 
 
 def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool = False) -> ImageTable:
-    """Return what is known about images: from the cache where size and time of both files are unchanged, else verified.
+    """Return the table of images: from the cache where size and time of both files are unchanged, else verified.
 
     Args:
         paths: the images.
         listed: where the labels of each are.
-        cache: file of what is known from before; written again where something has changed.
+        cache: file of earlier results; written again where something has changed.
         progress: show a bar on standard error.
 
     Raises:

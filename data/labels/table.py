@@ -1,4 +1,4 @@
-"""What is known about images, in columns: a dataset of any size is a few arrays, which worker processes share.
+"""Sizes and labels of images in columns: a dataset of any size is a few arrays, which worker processes share.
 
 A Python object per image would be copied by every worker sooner or later, since reading an object writes its reference
 count, and with it the page of memory that the processes share until then.
@@ -24,7 +24,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What is known about one image.
+    """Size, labels and status of one image.
 
     Attributes:
         stamp: size and modification time (ns) of the image, then of its label file; -1 = missing, -2 =

@@ -64,7 +64,7 @@ def serve(functions: Mapping[str, Any]) -> None:
 
 
 def _encoded(value: Path | np.ndarray) -> object:
-    """Return what JSON has in place of a path or an array."""
+    """Return the JSON form of a path or an array."""
     if isinstance(value, Path):
         return str(value)
     content = io.BytesIO()
@@ -103,11 +103,11 @@ class ChartProcess:
         self._process.communicate()
 
     def draw(self, function: Callable[..., None], *arguments: Any) -> None:
-        """Draw a chart, not at once.
+        """Queue a chart, which the other process draws.
 
         Args:
             function: of `utils.plots`.
-            arguments: paths, arrays, and what JSON has.
+            arguments: paths, arrays, and values that JSON can represent.
         """
         self._send({"function": function.__name__, "arguments": arguments})
 
