@@ -210,8 +210,7 @@ class Trainer:
     def _open_run(self) -> None:
         """Write resolved options and hyperparameters (opt.yaml, hyp.yaml), open the loggers, plot the labels."""
         run = self.run
-        if run.resumed is not None:
-            remove_partial_files(run.folder)
+        remove_partial_files(run.folder)  # of a killed process, with --resume and --exist-ok
         options, hyp = run.config.to_dict(), run.hyp.to_dict()
         typed = {k: v for k, v in run.given.to_dict().items() if k in ("cfg", "data", "hyp", "weights") and v}
         dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder), "given": typed})

@@ -121,11 +121,10 @@ def check_kills(folder: Path, settings: list[str], processes: int = 1) -> None:
         killed += (hit := kill_when(command, started, rng.uniform(0, 0.1) * span))
         print(f"{' '.join(settings)}: epoch {epoch}: {'killed' if hit else 'ended before'}, last.pt: {last.is_file()}")
         assert_whole(folder)
-        if last.is_file():
-            state = torch.load(last, weights_only=True).get("train")
-            if state is not None:
-                finish([*launcher(processes), str(ROOT / "train.py"), f"--resume={last}", "--device=cpu"])
-        else:
+        state = torch.load(last, weights_only=True).get("train") if last.is_file() else None
+        if state is not None:
+            finish([*launcher(processes), str(ROOT / "train.py"), f"--resume={last}", "--device=cpu"])
+        else:  # killed before the first checkpoint, or after the last one
             finish(command)
         assert [row[0] for row in rows(run)] == list(range(EPOCHS))
         assert_whole(folder)

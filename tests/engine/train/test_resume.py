@@ -137,11 +137,16 @@ def test_damaged_training_state_is_refused_in_one_line(last, damage):
     assert (last.parents[1] / "results.csv").read_text() == csv
 
 
-def test_resume_removes_what_a_killed_process_left(last):
+@pytest.mark.parametrize("again", ["resume", "exist_ok"])
+def test_training_in_the_same_folder_removes_what_a_killed_process_left(project, last, again):
     left, own = last.parent / ".last.part-ab12_cd3.pt", last.parent / ".editor.settings"
     left.touch()
     own.touch()
-    train(TrainConfig.from_keywords(resume=str(last)))
+    if again == "resume":
+        train(TrainConfig.from_keywords(resume=str(last)))
+    else:
+        train(config(project, epochs=1, name=last.parents[1].name, exist_ok=True))
+        assert last.is_file()
     assert not left.exists()
     assert own.exists()
 
