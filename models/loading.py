@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
     if folded and any(key.endswith("running_mean") for key in model.state_dict()):
         model.eval().fuse()
     load_exactly(model, checkpoint)
+    model.spec = replace(model.spec, path=str(path))
     model.names = dict(checkpoint.names)
     stored = checkpoint.metadata.get("best_conf")
     model.best_conf = float(stored) if isinstance(stored, (int, float)) else None

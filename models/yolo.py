@@ -19,6 +19,7 @@ from models.build.spec import load_model_spec, read_model_spec
 from models.fuse import fuse_conv_bn
 from models.heads import Head
 from models.summary import ModelInfo, layer_table, recorded_maps, save_maps, summarize, time_table
+from utils.errors import SpecError
 
 LOGGER = logging.getLogger(__name__)
 # Test-time augmentation: (scale, horizontal flip).
@@ -87,9 +88,25 @@ class DetectionModel(nn.Module):
         self.inplace = True
         self.hyp: dict[str, Any] = {}
 
-    def check_size(self, imgsz: int) -> None:
-        """Raise SpecError, with the row, where square images of `imgsz` pixels are too small for a module."""
-        dry_run(self.model, self.spec, imgsz)
+    def check_size(self, height: int, width: int, augment: bool = False, advice: str = "a larger --imgsz") -> None:
+        """Check that images of a size are large enough for every row.
+
+        Args:
+            height, width: of the images in pixels, rounded up to the model's multiple.
+            augment: check the scales of test-time augmentation, too.
+            advice: what to try, for the message.
+
+        Raises:
+            SpecError: names the row.
+        """
+        multiple = max(int(self.stride.max()), self.model.size_multiple)
+        for scale in (1.0, *(scale for scale, _ in AUGMENTATIONS[1:] if augment)):
+            sides = (math.ceil(side * scale / multiple) * multiple for side in (height, width))
+            try:
+                dry_run(self.model, self.spec, *sides)
+            except SpecError as error:
+                dry_run(self.model, self.spec)  # a row that runs at no size is reported as such
+                raise SpecError(f"{error}; try {advice}") from error
 
     @property
     def head(self) -> Head:

@@ -136,6 +136,12 @@ class DetectionDataset:
         """(height, width) of each rectangular batch, in visiting order."""
         return rect_batch_shapes(self.sizes, self.batch_size, self.imgsz, self.stride, self.pad)
 
+    def smallest_shapes(self) -> set[HW]:
+        """Return (height, width) of the lowest and of the narrowest batch."""
+        if not self.rect:
+            return {(self.imgsz, self.imgsz)}
+        return {min(self.batch_shapes), min(self.batch_shapes, key=lambda shape: shape[::-1])}
+
     @cached_property
     def _place_in_order(self) -> Index:
         place_of = np.empty(len(self.records), np.int64)

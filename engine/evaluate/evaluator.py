@@ -26,7 +26,7 @@ from engine.evaluate.whole_images import WholeImages
 from engine.predict.inference import NmsSettings
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.runtimes.base import RawRuntime, Runtime
-from engine.runtimes.pytorch import chosen_sides
+from engine.runtimes.pytorch import check_size, chosen_sides
 from engine.runtimes.registry import choose_weights, open_runtime, split_device
 from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
@@ -231,6 +231,7 @@ def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResul
     loader: DetectionLoader | WholeImages
     if tiles := tile_settings(config):
         nms = NmsSettings(config.conf_thres, config.iou_thres, None, config.single_cls, True, config.max_det)
+        check_size(runtime, config.imgsz, config.imgsz)
         runtime = TiledRuntime(runtime, tiles, (config.imgsz, config.imgsz), nms)
         loader = WholeImages(annotations.records)
     else:
@@ -326,6 +327,8 @@ def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, 
     dataset = DetectionDataset(
         annotations.records, config.imgsz, rect=rect, batch_size=batch_size, stride=runtime.stride, pad=pad
     )
+    for shape in dataset.smallest_shapes():
+        check_size(runtime, *shape)
     return DetectionLoader(dataset, batch_size, workers=config.workers)
 
 

@@ -144,7 +144,12 @@ class Job:
         shape = input_shape(config, model)
         images = find_images(config.data, checkpoint.metadata)
         calibration = find_images(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else images
+        model.check_size(shape.height, shape.width)
         inputs = verification_inputs(images, shape)
+        for height, width in {shape.example[2:], *(batch.shape[2:] for batch in inputs)}:
+            model.check_size(
+                height, width, advice="without --dynamic, which is traced and verified at small sizes, too"
+            )
         deployed = reparameterized_copy(model)
         with out_of_memory(shape.example, MEMORY_ADVICE):
             verification = Verification(model, deployed, inputs, images.origin, device)

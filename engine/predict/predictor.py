@@ -32,7 +32,7 @@ from engine.predict.progress import Progress
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.predict.writers import FileNames, Outputs, open_outputs, write_image
 from engine.runtimes.base import Runtime
-from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
+from engine.runtimes.pytorch import PyTorchRuntime, check_size, chosen_sides
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
 from models.checkpoint.io import strip
 from models.eigencam import heat_maps
@@ -95,7 +95,9 @@ def detect(config: DetectConfig) -> DetectReport:
         raise ConfigError("--visualize: shows whole images; leave --tile out")
     with open_source(resolve_source(config.source), config.vid_stride) as source:
         sides = chosen_sides(config.imgsz, config.is_given("imgsz"), getattr(runtime, "models", ()))
-        predictor = Predictor(runtime, config, names, input_size(sides, runtime))
+        size = input_size(sides, runtime)
+        check_size(runtime, *size)
+        predictor = Predictor(runtime, config, names, size)
         report = predictor.run(source)
     if config.update:
         for path in weights:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from engine.runtimes.base import Runtime
 from models.fuse import reparameterize
 from models.loading import load_detector, require_rgb
 from models.yolo import DetectionModel
@@ -119,8 +120,12 @@ class PyTorchRuntime:
         """Return decoded rows (B, N, 5 + nc) and the raw levels of the first model without augmentation."""
         pixels = to_unit(to_device(images, self.device), self.dtype).contiguous(memory_format=torch.channels_last)
         autocast = torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, out_of_memory(pixels.shape, "a smaller --batch-size, a smaller --imgsz, or --half"):
-            outputs = [model(pixels, augment=self.augment) for model in self.models]
+        try:
+            with autocast, out_of_memory(pixels.shape, "a smaller --batch-size, a smaller --imgsz, or --half"):
+                outputs = [model(pixels, augment=self.augment) for model in self.models]
+        except RuntimeError:
+            check_size(self, *pixels.shape[2:])  # raises where the size is the reason
+            raise
         decoded = torch.cat([rows for rows, _ in outputs], 1) if len(outputs) > 1 else outputs[0][0]
         return decoded.float(), list(outputs[0][1])
 
@@ -128,6 +133,13 @@ class PyTorchRuntime:
         """See `Runtime`; a CPU has nothing to warm up."""
         if self.device.type != "cpu":
             self(torch.zeros(shape, dtype=torch.uint8, device=self.device))
+
+
+def check_size(runtime: Runtime, height: int, width: int) -> None:
+    """Raise SpecError where images of height x width pixels are too small for a row of a checkpoint's model."""
+    if isinstance(runtime, PyTorchRuntime):
+        for model in runtime.models:
+            model.check_size(height, width, runtime.augment)
 
 
 def grid_of(model: DetectionModel) -> int:

@@ -51,5 +51,9 @@ class TorchScriptRuntime(ExportedRuntime):
         LOGGER.info("%s: TorchScript, PyTorch %s, %s", path, torch.__version__, device)
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:
-        out = self.module(images.to(self.dtype))
+        try:
+            out = self.module(images.to(self.dtype))
+        except RuntimeError as error:  # its last line is the reason, the others are the interpreter's traceback
+            line = str(error).strip().splitlines()[-1]
+            raise CheckpointError(f"{self.where}: TorchScript cannot run it: {line}") from error
         return out[0] if isinstance(out, (tuple, list)) else out

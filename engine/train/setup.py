@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -154,7 +155,7 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model = build_model(config, hyp, data, resumed)
     grid = grid_of(model)
     config = replace(config, data=str(data.file.absolute()), imgsz=_round_to_grid(config.imgsz, grid))
-    model.check_size(multi_scale_sizes(config.imgsz, grid)[0] if config.multi_scale else config.imgsz)
+    _check_sizes(model, {(config.imgsz, config.imgsz)}, config, grid)
     model.to(device)
     if device.type == "cpu" and not resumed:
         _hint_short_run(config)
@@ -174,6 +175,8 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     unfrozen = resumed is not None and 0 < config.freeze_epochs <= resumed.epoch + 1
     frozen = _freeze(model, config, set() if unfrozen else frozen_names)
     loader, val_loader = _loaders(config, hyp, world, annotations, grid)
+    _check_sizes(model, loader.dataset.smallest_shapes(), config, grid)
+    _check_sizes(model, val_loader.dataset.smallest_shapes(), replace(config, multi_scale=False), grid)
     if not (config.sync_bn and world.size > 1):
         _check_single_images(model, frozen, loader, config, grid)
     model_parts = _model_parts(model, frozen, grid, config, hyp, class_factors, device, world)
@@ -226,6 +229,13 @@ def _build_optimizer(model: DetectionModel, config: TrainConfig, hyp: Hyperparam
     assert config.optimizer is not None, "with_recipe sets it"
     LOGGER.info("%s, lr0 %g\n%s", config.optimizer, hyp.lr0, describe_groups(groups))
     return build_optimizer(config.optimizer, groups, hyp.lr0, hyp.momentum)
+
+
+def _check_sizes(model: DetectionModel, shapes: Iterable[tuple[int, int]], config: TrainConfig, grid: int) -> None:
+    """Raise SpecError where batches of one of these heights and widths are too small for a row."""
+    smallest = multi_scale_sizes(config.imgsz, grid)[0]
+    for shape in shapes:
+        model.check_size(*(multi_scale_shape(*shape, smallest, grid) if config.multi_scale else shape))
 
 
 def _check_single_images(

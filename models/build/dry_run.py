@@ -20,23 +20,24 @@ FAILURES = (RuntimeError, ValueError, TypeError, IndexError, AttributeError, Ass
 
 
 @torch.no_grad()
-def dry_run(rows: Rows, spec: ModelSpec, imgsz: int = SIDE) -> None:
+def dry_run(rows: Rows, spec: ModelSpec, height: int = SIDE, width: int = SIDE) -> None:
     """Run every row once on the meta device, where tensors have shapes only.
 
-    Parameters, BatchNorm statistics and random generators stay as they are. A backbone that cannot run there is skipped
-    with a debug message, and its declared levels are used.
+    Parameters, BatchNorm statistics and random generators stay as they are. A backbone that cannot run there at any
+    size is skipped with a debug message, and its declared levels are used.
 
     Args:
         rows: of the model.
         spec: for the messages.
-        imgsz: side of the square image in pixels, rounded up to the model's multiple.
+        height, width: of the image in pixels, rounded up to the model's multiple.
 
     Raises:
         SpecError: file, line and row of a module that fails in `forward`, or of a backbone whose maps are not the
             declared ones.
     """
-    side = -(-imgsz // rows.size_multiple) * rows.size_multiple
-    slots: dict[int, Tensor] = {IMAGE: torch.empty(2, spec.channels or 3, side, side, device="meta")}
+    height, width = (-(-side // rows.size_multiple) * rows.size_multiple for side in (height, width))
+    dtype = next((p.dtype for p in rows.parameters()), torch.float32)
+    slots = {IMAGE: torch.empty(2, spec.channels or 3, height, width, device="meta", dtype=dtype)}
     for module, route in zip(rows, rows.routes, strict=True):
         maps = [slots[source] for source in route.sources]
         where = f"{spec.where(route.layer.line)}: row {route.layer.row} ({route.layer.module})"
@@ -44,11 +45,11 @@ def dry_run(rows: Rows, spec: ModelSpec, imgsz: int = SIDE) -> None:
             found = _run(module, route, maps)
         except FAILURES as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            if not route.gives_levels:
+            if not route.gives_levels or _runs_larger(module, route, maps[0]):
                 shapes = ", ".join(str(tuple(x.shape[1:])) for x in maps)
                 raise SpecError(
                     f"{where}: cannot run on a map of {shapes} (channels, height, width), from images of "
-                    f"{side} pixels: {reason}"
+                    f"{height} x {width} pixels: {reason}"
                 ) from error
             LOGGER.debug("%s: not run on the meta device: %s", where, reason)
             found = [_empty(maps[0], route, i) for i in range(len(route.levels))]
@@ -71,6 +72,18 @@ def call_on_meta(module: nn.Module, x: Tensor | list[Tensor]) -> Any:  # noqa: A
 def _run(module: nn.Module, route: Route, maps: list[Tensor]) -> Sequence[Tensor]:
     out = call_on_meta(module, maps if route.takes_list else padded(maps[0], route.pad_to))
     return list(out) if route.gives_levels else [out]
+
+
+def _runs_larger(module: nn.Module, route: Route, source: Tensor) -> bool:
+    """Whether a backbone that failed with `source`, (B, C, H, W), runs with the larger map of a square of `SIDE`."""
+    side = SIDE // route.in_stride
+    if min(source.shape[2:]) >= side:
+        return False
+    try:
+        _run(module, route, [source.new_empty(*source.shape[:2], side, side)])
+    except FAILURES:
+        return False
+    return True
 
 
 def _shape(source: Tensor, route: Route, index: int) -> tuple[int, int, int, int]:

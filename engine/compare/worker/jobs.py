@@ -113,6 +113,7 @@ class CandidateJobs:
         """
         model = self.build().eval()
         side = rounded_size(imgsz, grid_of(model))
+        model.check_size(side, side)
         info, deployed = model.info(side), reparameterized_copy(model).info(side)
         return {
             "parts": {p.name: {"parameters": p.parameters, "gflops": finite(p.gflops)} for p in info.parts},

@@ -41,15 +41,37 @@ def test_module_that_fails_in_forward_is_named(tmp_path, rows, keys, found):
 
 def test_kernel_larger_than_the_map_of_small_images_is_named(tmp_path):
     model = DetectionModel(write(tmp_path, "  - [-1, 1, Conv, [8, 3, 16]]\n  - [-1, 1, Conv, [8, 8, 1, 0]]\n"))
-    model.check_size(128)
-    with pytest.raises(SpecError, match=r"m.yaml:4: row 1 \(Conv\): cannot run .* images of 64 pixels"):
-        model.check_size(64)
+    model.check_size(128, 128)
+    with pytest.raises(
+        SpecError, match=r"m.yaml:4: row 1 \(Conv\): cannot run .* images of 64 x 128 pixels: .*larger --imgsz"
+    ):
+        model.check_size(64, 128)
+
+
+def test_small_scale_of_test_time_augmentation_is_named(tmp_path):
+    model = DetectionModel(write(tmp_path, "  - [-1, 1, Conv, [8, 3, 16]]\n  - [-1, 1, Conv, [8, 8, 1, 0]]\n"))
+    with pytest.raises(SpecError, match="images of 112 x 112 pixels"):  # 0.83 * 128, in multiples of 16
+        model.check_size(128, 128, augment=True)
+
+
+def test_size_of_a_model_in_another_precision_is_checked(tmp_path):
+    model = DetectionModel(write(tmp_path, "  - [-1, 1, Conv, [8, 3, 16]]\n  - [-1, 1, Conv, [8, 8, 1, 0]]\n"))
+    model.double().check_size(128, 128)
+
+
+def test_row_that_runs_at_no_size_gets_no_advice():
+    rows = [[-1, 1, "Conv", [8, 3, 32]], [-1, 1, "nn.MaxPool2d", [99, 1]]]
+    model = DetectionModel({"nc": 2, "backbone": rows, "head": [[[-1], 1, "AnchorFreeDetect", ["nc"]]]})
+    with pytest.raises(SpecError, match=r"model: row 1 .* 640 x 640 pixels: ") as error:
+        model.check_size(64, 64)
+    assert "--imgsz" not in str(error.value)
 
 
 class Scaled(Backbone):
     """A backbone that returns maps of another stride than it declares, or fails on the meta device."""
 
     fails = False
+    smallest = 0
 
     def __init__(self, channels: int = 8, stride: int = 8) -> None:
         super().__init__()
@@ -60,6 +82,8 @@ class Scaled(Backbone):
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
         if self.fails and image.is_meta:
             raise NotImplementedError("no meta kernel")
+        if min(image.shape[2:]) < self.smallest:
+            raise RuntimeError("too small")
         return (self.norm(self.conv(image)),)
 
 
@@ -93,6 +117,14 @@ def test_backbone_without_meta_kernels_is_skipped_with_a_debug_message(tmp_path,
     with caplog.at_level(logging.DEBUG):
         DetectionModel(write(tmp_path, "  - [-1, 1, Scaled, []]\n  - [-1, 1, Conv, [8, 3, 2]]\n"))
     assert "row 0 (Scaled): not run on the meta device: no meta kernel" in caplog.text
+
+
+def test_backbone_that_needs_larger_images_is_named(tmp_path, scaled, monkeypatch):
+    monkeypatch.setattr(Scaled, "smallest", 128)
+    model = DetectionModel(write(tmp_path, "  - [-1, 1, Scaled, []]\n"))
+    model.check_size(128, 160)
+    with pytest.raises(SpecError, match=r"m.yaml:3: row 0 \(Scaled\): cannot run .* 160 x 96 pixels: .*larger --imgsz"):
+        model.check_size(160, 96)
 
 
 def test_failed_backbone_row_gives_one_error(tmp_path):
