@@ -4,26 +4,28 @@ r"""Whole commands in this checkout and in others, side by side: time, processor
         --peer before=../checkout-of-a-commit --peer yolov5=../yolov5
 
 Each command runs in a fresh process per checkout and round, the checkouts in turn, after a round that is not counted
-(it fills file, label and bytecode caches). The tables give medians. Memory is that of the largest process of a command.
-A peer is any checkout whose scripts take the same flags, such as YOLOv5.
+(it fills file, label and bytecode caches). The tables give medians, and the peak memory (resident set) of the process
+and of its largest child, such as a loader worker. A peer is any checkout whose scripts take the same flags, such as
+YOLOv5; the rows of `benchmarks/kernels` import modules of a checkout and are for other commits of this project.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -31,7 +33,9 @@ import torch
 from benchmarks.report import machine, markdown_table, write_results
 from utils.files import ROOT
 
+KERNELS = ROOT / "benchmarks/kernels"
 OURS = "this"
+SAMPLE_S = 0.05  # between two looks at the memory of a command
 MAX_OTHERS = 0.1  # share of the processors that other programs may use
 
 
@@ -42,15 +46,20 @@ class Row:
     Attributes:
         name: shown in the table, and chosen by `--rows`.
         command: script and options, run in the folder of a checkout; `{weights}` and others are filled in (`values`).
-        value: pattern whose first group is the result, a number in the output; without it the result is the wall time
-            of the process in seconds.
+        program: file of `benchmarks/kernels` that gets the command as arguments and imports modules of the checkout.
+        unit: of the result. Without a program it is the wall time of the process, otherwise what the program prints.
     """
 
     name: str
     command: str
-    value: str = ""
+    program: str = ""
+    unit: str = "s"
 
 
+TRAIN = (
+    "train.py --cfg models/yolov5n.yaml --weights '' --data {data} --imgsz 320 --batch-size 16 --epochs 2 "
+    "--workers 2 --noautoanchor --project {out}"
+)
 VAL = "val.py --weights {weights} --data {data} --imgsz %d --project {out}"
 DETECT = "detect.py --weights {weights} --source {%s} --imgsz 640 --project {out}"
 ROWS = (
@@ -59,16 +68,48 @@ ROWS = (
     Row("detect folder", DETECT % "images"),
     Row("detect video", DETECT % "video"),
     Row("detect one image", DETECT % "image"),
+    Row("train 320, 2 epochs", TRAIN),
+    Row("training step, float32", "channels_last", "step.py", "ms"),
+    Row("training step, bfloat16", "'bf16, channels_last'", "step.py", "ms"),
+    Row("forward yolov5s 640, 1 image", "1", "forward.py", "ms"),
+    Row("forward yolov5s 640, 8 images", "8", "forward.py", "ms"),
+    Row("loader, files, per image", "{images} none", "loader.py", "ms"),
+    Row("loader, memory, per image", "{images} ram", "loader.py", "ms"),
+    Row("first scan of 20,000 labels", "{images}", "scan.py"),
 )
 
 
-@dataclass(frozen=True)
-class Run:
-    """What one process took: the row's result, processor seconds with its children, MiB of its largest process."""
+class Run(NamedTuple):
+    """What one process took: the row's result, processor seconds with its children, peak MiB of it and of a child."""
 
     result: float
     cpu_s: float
     peak_mib: float
+    child_mib: float
+
+
+class PeakMemory(threading.Thread):
+    """Peak memory of a process and of the largest of its descendants, sampled until `stop`."""
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.process = psutil.Process(pid)
+        self.own = self.child = 0
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        while not self.ended.wait(SAMPLE_S):
+            with contextlib.suppress(psutil.Error):
+                self.own = max(self.own, self.process.memory_info().rss)
+            with contextlib.suppress(psutil.Error):
+                for child in self.process.children(recursive=True):
+                    self.child = max(self.child, child.memory_info().rss)
+
+    def stop(self) -> tuple[float, float]:
+        """Return the peaks in MiB."""
+        self.ended.set()
+        self.join()
+        return self.own / 2**20, self.child / 2**20
 
 
 def run(row: Row, folder: Path, values: Mapping[str, str], extra: Sequence[str]) -> Run:
@@ -78,29 +119,32 @@ def run(row: Row, folder: Path, values: Mapping[str, str], extra: Sequence[str])
         SystemExit: the command failed, or its output has no result.
     """
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    program = ["-c", (KERNELS / row.program).read_text(encoding="utf-8")] if row.program else []
     with tempfile.TemporaryDirectory() as out, tempfile.TemporaryFile("w+", errors="replace") as log:
-        words = [word.format(**values, out=out) for word in shlex.split(row.command)]
+        words = [*program, *(word.format(**values, out=out) for word in shlex.split(row.command))]
         start = time.perf_counter()
         process = subprocess.Popen(
             [sys.executable, *words, *extra], cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
+        memory = PeakMemory(process.pid)
+        memory.start()
         _, status, usage = os.wait4(process.pid, 0)
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
+        peaks = memory.stop()
         log.seek(0)
         text = log.read()
     if process.returncode:
         raise SystemExit(f"{row.name} in {folder}: status {process.returncode}: {text.strip().splitlines()[-1:]}")
-    if row.value:
-        match = re.search(row.value, text)
+    if row.program:
+        match = re.search(r"^result: (\S+)$", text, re.MULTILINE)
         if match is None:
-            raise SystemExit(f"{row.name} in {folder}: no result '{row.value}' in its output")
+            raise SystemExit(f"{row.name} in {folder}: {row.program} printed no result")
         seconds = float(match[1])
-    unit = 2**20 if sys.platform == "darwin" else 2**10
-    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / unit)
+    return Run(seconds, usage.ru_utime + usage.ru_stime, *peaks)
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet(limit: float, busy: bool) -> Iterator[dict[str, float]]:
     """Raise SystemExit when other programs use the machine, before or during the block, unless `busy`.
 
@@ -142,18 +186,23 @@ def measure(
     return runs, seen
 
 
-def summary(runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
+def summary(rows: Sequence[Row], runs: Mapping[str, Mapping[str, Sequence[Run]]]) -> str:
     """Return the Markdown table of medians; ratios are those of this checkout to the peer."""
     lines = []
-    for row, by_name in runs.items():
-        ours = median(found.result for found in by_name[OURS])
-        for name, several in by_name.items():
-            theirs = median(found.result for found in several)
-            cpu, memory = (median(column) for column in zip(*((found.cpu_s, found.peak_mib) for found in several)))
-            span = f"{min(found.result for found in several):.2f} to {max(found.result for found in several):.2f}"
-            ratio = "" if name == OURS else f"{ours / theirs:.2f}"
-            lines.append((row, name, f"{theirs:.2f}", span, f"{cpu:.2f}", f"{memory:.0f}", ratio))
-    return markdown_table(("command", "checkout", "s", "range", "CPU s", "peak MiB", "this / peer"), lines)
+    for row in rows:
+        ours = median(found.result for found in runs[row.name][OURS])
+        for name, several in runs[row.name].items():
+            results = [found.result for found in several]
+            digits = 2 if row.unit == "s" else 1
+            value, low, high = (f"{number:.{digits}f}" for number in (median(results), min(results), max(results)))
+            cpu, peak, child = (
+                median(column) for column in zip(*((found.cpu_s, found.peak_mib, found.child_mib) for found in several))
+            )
+            ratio = "" if name == OURS else f"{ours / median(results):.2f}"
+            sizes = f"{cpu:.2f}", f"{peak:.0f}", f"{child:.0f}" if child else ""
+            lines.append((row.name, name, f"{value} {row.unit}", f"{low} to {high}", *sizes, ratio))
+    head = ("command", "checkout", "median", "range", "CPU s", "peak MiB", "largest child, MiB", "this / peer")
+    return markdown_table(head, lines)
 
 
 def commit_of(folder: Path) -> str:
@@ -222,7 +271,8 @@ def main() -> None:
     if "images" in values:
         values.setdefault("image", str(min(path for path in Path(values["images"]).iterdir() if path.is_file())))
     checkouts = {OURS: ROOT, **{name: Path(folder).resolve() for name, folder in options.peer}}
-    runs, load = measure(chosen(options, values), checkouts, values, options)
+    rows = chosen(options, values)
+    runs, load = measure(rows, checkouts, values, options)
     affinity = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     about = machine(torch.device("cpu")) | {"processors": len(affinity) or os.cpu_count()}
     commits = {name: commit_of(folder) for name, folder in checkouts.items()}
@@ -231,14 +281,14 @@ def main() -> None:
     )
     text += f"one-minute load before {load['load']:.2f}, other programs {load['others']:.0%} of the processors.\n"
     text += "Checkouts: " + ", ".join(f"{name} {commit}" for name, commit in commits.items()) + ".\n\n"
-    text += summary(runs) + "\n"
+    text += summary(rows, runs) + "\n"
     results = {
         "machine": about,
         "load": load,
         "rounds": options.rounds,
         "checkouts": commits,
         "rows": {
-            row: {name: [vars(found) for found in several] for name, several in by_name.items()}
+            row: {name: [found._asdict() for found in several] for name, several in by_name.items()}
             for row, by_name in runs.items()
         },
     }

@@ -1,9 +1,12 @@
-"""Tests of benchmarks: all import, and the summary that recipes.py writes."""
+"""Tests of benchmarks: all import, the summary of recipes.py, the processes of side_by_side.py."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
+import pytest
+
+from benchmarks import side_by_side
 from benchmarks.recipes import PLAN, family_yaml, summary
 from models.yolo import DetectionModel
 from utils.files import ROOT
@@ -29,3 +32,31 @@ def test_every_benchmark_imports() -> None:
     assert len(names) > 10
     for name in names:
         import_module(f"benchmarks.{name}")
+
+
+CHECKOUT = """
+import subprocess, sys
+block = b"x" * (int(sys.argv[1]) << 20)
+subprocess.run([sys.executable, "-c", "import time; block = b'x' * (30 << 20); time.sleep(0.5)"], check=True)
+"""
+
+
+def test_side_by_side_measures_the_process_and_its_child(tmp_path, monkeypatch) -> None:
+    (tmp_path / "val.py").write_text(CHECKOUT)
+    found = side_by_side.run(side_by_side.Row("val", "val.py {size}"), tmp_path, {"size": "90"}, ())
+    assert 0.5 < found.result < 30
+    assert 90 < found.peak_mib < 150
+    assert 30 < found.child_mib < 80
+    with pytest.raises(SystemExit, match="val in .*: status 1"):
+        side_by_side.run(side_by_side.Row("val", "val.py"), tmp_path, {}, ["not a number"])
+
+    kernels = tmp_path / "kernels"
+    kernels.mkdir()
+    monkeypatch.setattr(side_by_side, "KERNELS", kernels)
+    (tmp_path / "speed.py").write_text("VALUE = 12.5")
+    (kernels / "speed.py").write_text("import sys, speed\nprint('result:', speed.VALUE + float(sys.argv[1]))")
+    row = side_by_side.Row("speed", "2", "speed.py", "ms")
+    run = side_by_side.run(row, tmp_path, {}, ())
+    assert run.result == 14.5, "the module of the checkout"
+    table = side_by_side.summary([row], {"speed": {"this": [run], "peer": [run._replace(result=29.0)]}})
+    assert "| speed | peer | 29.0 ms | 29.0 to 29.0 |" in table and "| 0.50 |" in table
