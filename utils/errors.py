@@ -13,6 +13,9 @@ MAX_MESSAGE = 4000
 MAX_HIDDEN = 10_000
 """Characters in which `shown` looks for passwords: a longer value is cut in its middle before."""
 
+HIDDEN = "***"
+"""What `hide_passwords` writes."""
+
 _KEY = r"[\w.\-]{0,24}(?:pass?|psw|pwd|token|key|secret|auth|sig|sign|signature|credential|session|login|user|usr)"
 _SCHEME = r"((?:://|(?<![a-z])(?:https?|rtsps?|rtmp\w?|ftps?|tcp|udp|srt|rtp):/(?!/)))"  # pathlib writes http:/host
 _SECRETS = tuple(
@@ -20,7 +23,7 @@ _SECRETS = tuple(
     for pattern, end in (
         (rf"{_SCHEME}[^\s/?#]*@", "@"),  # user and password
         (rf"{_SCHEME}(?!\*{{3}}@)[^\s/@]*:(?!\d{{1,5}}/)[^\s@]*@", "@"),  # a password that holds a slash
-        (rf"((?:[?&;,/_#]|(?<=\*)){_KEY}[\w.\-]{{0,24}}=)[^&\s;,'\"]*", ""),
+        (rf"((?:[?&;,/_#]|(?<=\*)){_KEY}[\w.\-]{{0,24}}=)(?:[^&\s;,'\":]|:(?!\s|$))*", ""),
     )
 )
 

@@ -73,6 +73,12 @@ HYP_RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def _plain(value: Any) -> Any:  # noqa: ANN401 (of the kind that was given)
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return hide_passwords(str(value)) if isinstance(value, (str, Path)) else value
+
+
 class Options:
     """Checks that all option dataclasses share.
 
@@ -129,9 +135,7 @@ class Options:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for YAML and checkpoints; passwords in URLs are hidden."""
-        out = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
-        out = {k: list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v for k, v in out.items()}
-        return {k: hide_passwords(v) if isinstance(v, str) else v for k, v in out.items()}
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def command_words(self, script: str) -> list[str]:
         """Return the command line of the options that were given; passwords in URLs are hidden."""

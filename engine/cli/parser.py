@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from engine.cli.config import FLAG, MANY, OPTIONAL, Options, TrainConfig
-from utils.errors import ConfigError, UserError, did_you_mean
+from utils.errors import ConfigError, UserError, did_you_mean, hide_passwords
 from utils.log import (
     MISTAKE,
     configure_logging,
@@ -144,7 +144,9 @@ def run_main(
     parser = build_parser(config, prog, description)
     absent = object()
     values = argparse.Namespace(**{f.name: absent for f in fields(config)})  # type: ignore[arg-type]
-    parser.parse_args(_respelled(config, sys.argv[1:] if argv is None else argv), values)
+    argv = sys.argv[1:] if argv is None else argv
+    sys.argv = [hide_passwords(word) for word in sys.argv]  # which reports and trackers record
+    parser.parse_args(_respelled(config, argv), values)
     configure_logging()
     debug = vars(values).pop("debug", False)
     try:

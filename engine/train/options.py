@@ -157,6 +157,7 @@ def _resumed_options(config: TrainConfig, saved: TrainConfig, path: Path, traini
     own_place: dict[str, Any] = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     changed: dict[str, Any] = {}
     problems = []
+    hidden = config.to_dict()  # as passwords are saved
     for name in sorted(config.given - {"resume", "plugin", "exist_ok", "local_rank"}):
         value, before = getattr(config, name), getattr(saved, name)
         if name in ("cfg", "weights", "hyp") and value != before:
@@ -165,7 +166,11 @@ def _resumed_options(config: TrainConfig, saved: TrainConfig, path: Path, traini
         if name in ("project", "name"):
             if Path(value).resolve() != Path(own_place[name]).resolve():
                 problems.append(f"{flag} {value}: the run stays in {folder}")
-        elif value == before or value == UNRESOLVED.get(name) or (name == "imgsz" and rounded_size(value) == before):
+        elif (
+            before in (value, hidden[name])
+            or value == UNRESOLVED.get(name)
+            or (name == "imgsz" and rounded_size(value) == before)
+        ):
             continue  # the saved options are resolved ones
         elif name == "epochs" and value < before:
             problems.append(f"{flag} {value}: the run has {before}; only a larger number can be given")

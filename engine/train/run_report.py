@@ -24,7 +24,7 @@ from engine.loggers.run_logger import best_epoch
 from engine.report.html import EmbeddedImage, image_files, line_chart, render, worst_image, write_text
 from models.yolo import DetectionModel
 from utils.device import describe_device
-from utils.errors import DataError
+from utils.errors import DataError, hide_passwords
 from utils.files import ROOT
 from utils.plots import read_history
 
@@ -100,7 +100,7 @@ def collect_facts(
         names=model.names,
         options=config.to_dict(),
         hyp=hyp.to_dict(),
-        layers=model.layer_table(),
+        layers=hide_passwords(model.layer_table()),
         model=str(model.info(config.imgsz)),
         device=describe_device(device),
         result=result,
@@ -168,7 +168,7 @@ def environment(device: str) -> dict[str, str]:
     """Return time, command, versions, machine and commit of the run, as far as known."""
     found = {
         "finished": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": hide_passwords(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])),
         "device": device,
         "system": f"{platform.platform()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),

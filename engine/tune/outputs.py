@@ -84,8 +84,9 @@ def unranked_note(best: TrialRow | None) -> str:
 
 
 def command_of(plan: Plan, folder: Path) -> str:
-    """Return the command line that joins the hyperparameter search."""
-    return shlex.join(["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder)])
+    """Return the command line that joins the hyperparameter search; options with passwords have to be completed."""
+    secret = [word for name, text in plan.secret_options().items() for word in (f"--{name.replace('_', '-')}", text)]
+    return shlex.join(["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder), *secret])
 
 
 def first_command(plan: Plan) -> str:

@@ -113,8 +113,7 @@ def _start(config: TrainConfig) -> EvolveResult:
     if asked.is_given("evolve_population"):
         points |= population(config.evolve_population, optimizer, space)
     space = widened(list(points.values()), space)
-    usable = config.to_dict() | {"backbone_weights": config.backbone_weights}  # each trial fetches them
-    options = {k: v for k, v in usable.items() if k not in NO_OPTIONS}
+    options = {k: v for k, v in config.to_dict().items() if k not in NO_OPTIONS}
     plan = Plan(options, hyp.to_dict(), space, int(config.evolve))
     folder, is_new = _new_folder(asked)
     set_error_folder(folder)
@@ -151,19 +150,26 @@ def _resume(config: TrainConfig, text: str) -> EvolveResult:
     path = studies.find(text)
     study, plan = studies.load(path)
     given = {f.name: getattr(config, f.name) for f in fields(TrainConfig) if config.is_given(f.name)}
+    hidden = config.to_dict()  # as passwords are stored
     problems = [
         f"--{name.replace('_', '-')} is {value}, the study was started with {plan.options.get(name)}"
         for name, value in given.items()
-        if name not in (*NO_OPTIONS, *OWN_CHOICE) and value != plan.options.get(name)
+        if name not in (*NO_OPTIONS, *OWN_CHOICE) and plan.options.get(name) not in (value, hidden[name])
     ]
     if problems:
         raise ConfigError(
             f"--resume_evolve {text}: {'; '.join(problems)}: leave it out, or start another hyperparameter search"
         )
+    secret = plan.secret_options()
+    if missing := [f"--{name.replace('_', '-')} {url}" for name, url in secret.items() if given.get(name, url) == url]:
+        raise ConfigError(
+            f"--resume_evolve {text}: passwords are not stored in a study; give again, with the password: "
+            f"{' '.join(missing)}"
+        )
     if config.evolve is not None and config.evolve != plan.target:
         plan = replace(plan, target=int(config.evolve))
         study.set_user_attr("target", plan.target)
-    own = {name: given[name] for name in OWN_CHOICE if name in given}
+    own = {name: given[name] for name in (*OWN_CHOICE, *secret) if name in given}
     return SearchRun(study, plan, TrainConfig.from_keywords(**{**plan.options, **own}), path.parent).run()
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from engine.tune.space import Point, SearchRow, Space
-from utils.errors import ConfigError
+from utils.errors import HIDDEN, ConfigError
 from utils.files import atomic_path, newest_file, remove_partial_files
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Plan:
     """What all trials of a study share; stored in it.
 
     Attributes:
-        options: those of the trainings, plain values.
+        options: those of the trainings, plain values; passwords in URLs are hidden.
         hyp: hyperparameters that are not varied, and the order of all.
         space: what is varied.
         target: requested number of trials.
@@ -56,6 +56,10 @@ class Plan:
     hyp: dict[str, Any]
     space: Space
     target: int
+
+    def secret_options(self) -> dict[str, str]:
+        """Return the options whose values hold hidden passwords: each process that joins needs them again."""
+        return {name: text for name, text in self.options.items() if isinstance(text, str) and HIDDEN in text}
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
@@ -108,7 +109,7 @@ def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
             raise CheckpointError(f"weights: '{text}' are for {row.backbone}, not {backbone}; allowed: {allowed}")
         return _fetch(row)
     if "://" in text:
-        return _download(text, text.split("?")[0].rstrip("/").rsplit("/", 1)[-1] or "weights.pth", None)
+        return _download(text, PurePosixPath(urlsplit(text).path).name or "weights.pth", None)
     path = Path(text).expanduser()
     if path.is_file():
         return path

@@ -20,6 +20,7 @@ from utils.errors import DataError, SpecError, UserError, hide_passwords, listed
         ("http:/user:secret@h/x.pt: no such file", "http:/***@h/x.pt: no such file"),  # as pathlib writes it
         ("http://h/v.cgi?loginuse=admin&loginpas=a1", "http://h/v.cgi?loginuse=***&loginpas=***"),
         ("http://h/x?X-Amz-Signature=a1&api-key=b2", "http://h/x?X-Amz-Signature=***&api-key=***"),
+        ("http://h/x?token=a:b: no such file", "http://h/x?token=***: no such file"),
         ("rtsp://h/1#psw=a1", "rtsp://h/1#psw=***"),
         ("rtsp://host/a@b", "rtsp://host/a@b"),
         ("C:/a@b.jpg", "C:/a@b.jpg"),

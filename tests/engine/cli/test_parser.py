@@ -121,6 +121,9 @@ def test_passwords_of_addresses_are_not_stored():
     config = TrainConfig.from_keywords(cfg="x", backbone_weights="https://u:secret@h/w.pth?token=secret", seed=3)
     assert config.to_dict()["backbone_weights"] == "https://***@h/w.pth?token=***"
     assert config.command_words("train.py")[-1] == "https://***@h/w.pth?token=***"
+    assert DetectConfig.from_keywords(weights=["https://h/w.pt?key=a"]).to_dict()["weights"] == [
+        "https://h/w.pt?key=***"
+    ]
     assert config.backbone_weights.count("secret") == 2 and config.to_dict()["seed"] == 3
 
 

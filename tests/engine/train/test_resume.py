@@ -58,6 +58,16 @@ def test_resume_refuses_what_may_not_differ(last, options, message):
         resolve_run(given)
 
 
+def test_passwords_are_compared_as_they_are_saved(last):
+    content = torch.load(last, weights_only=True)
+    content["train"]["options"]["backbone_weights"] = "https://h/w.pth?token=***"
+    torch.save(content, last)
+    options = {"resume": str(last), "backbone_weights": "https://h/w.pth?token=secret"}
+    assert resolve_run(TrainConfig.from_keywords(**options))[1] is not None
+    with pytest.raises(ConfigError, match="--backbone-weights 'https://h/v.pth"):
+        resolve_run(TrainConfig.from_keywords(**options | {"backbone_weights": "https://h/v.pth?token=secret"}))
+
+
 def test_workers_given_at_the_default_value_apply(last):
     assert resolve_run(TrainConfig.from_keywords(resume=str(last)))[0].workers == 0
     assert resolve_run(TrainConfig.from_keywords(resume=str(last), workers=8))[0].workers == 8

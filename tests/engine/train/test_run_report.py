@@ -278,7 +278,9 @@ def test_commit(tmp_path):
     assert git_commit(tmp_path) == f"{head} (changed)"
 
 
-def test_environment_names_versions_and_device():
+def test_environment_names_versions_and_device(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/a/mine.py", "https://h/w.pth?token=secret"])  # a program that calls train.run
     found = environment("some device")
+    assert found["command"] == "mine.py 'https://h/w.pth?token=***'"
     assert found["device"] == "some device" and found["numpy"] == np.__version__
     assert bool(found.get("commit")) == (ROOT / ".git").exists()

@@ -389,6 +389,28 @@ def test_mistakes_are_one_line(finished, trainings, monkeypatch, options, words)
     assert before == {p: p.read_bytes() for p in finished.rglob("*") if p.is_file()} and not trainings.hyps
 
 
+def test_passwords_are_given_again_and_not_stored(tmp_path, trainings, caplog):
+    caplog.set_level("INFO")
+    url, hidden = "https://h/w.pth?token=SECRET", "https://h/w.pth?token=***"
+    trainings.events[1] = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        evolve(config(tmp_path, backbone_weights=url))
+    folder = tmp_path / "runs/exp"
+    assert f"--resume_evolve {folder} --backbone-weights '{hidden}'" in caplog.text
+    trainings.events.clear()
+    for given in ({}, {"backbone_weights": hidden}):
+        with pytest.raises(ConfigError) as caught:
+            evolve(TrainConfig.from_keywords(resume_evolve=str(folder), **given))
+        assert str(caught.value).endswith(f"give again, with the password: --backbone-weights {hidden}")
+    with pytest.raises(ConfigError, match="the study was started with https://h/w.pth"):
+        evolve(TrainConfig.from_keywords(resume_evolve=str(folder), backbone_weights="https://h/v.pth?token=SECRET"))
+    result = evolve(TrainConfig.from_keywords(resume_evolve=str(folder), backbone_weights=url))
+    assert result.trials == 3
+    assert {made.backbone_weights for made in trainings.configs.values()} == {url}
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert folder / "study.db" in files and not [path for path in files if b"SECRET" in path.read_bytes()]
+
+
 def test_torchrun_is_refused(tmp_path, monkeypatch):
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
