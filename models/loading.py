@@ -12,7 +12,7 @@ import torch
 
 from models.backbones import is_backbone_name
 from models.checkpoint.io import Checkpoint, read_checkpoint
-from models.checkpoint.state_dict import LoadReport, load_state, shorten
+from models.checkpoint.state_dict import LoadReport, load_state, shorten, upgraded
 from models.transfer import matching_rows, split_key
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError, SpecError, shown
@@ -86,7 +86,8 @@ def _skeleton(checkpoint: Checkpoint) -> DetectionModel:
 
 def load_exactly(model: DetectionModel, checkpoint: Checkpoint) -> None:
     """Load every entry, or raise one CheckpointError that lists everything that does not fit."""
-    report = load_state(model, checkpoint.state, partial=True, where=str(checkpoint.path))
+    state = upgraded(model, checkpoint.state)
+    report = load_state(model, state, partial=True, where=str(checkpoint.path))
     problems = [f"missing {shown(key)}" for key in report.missing]
     problems += [
         f"{shown(key)} has shape {list(shape)}, needs {list(target)}" for key, shape, target in report.mismatched
@@ -119,14 +120,15 @@ def transfer_weights(
         CheckpointError: the two networks have too little in common, unless `partial`.
     """
     where = str(checkpoint.path)
-    pairs = matching_rows(_skeleton(checkpoint), model, where, partial)
+    trained = _skeleton(checkpoint)
+    pairs = matching_rows(trained, model, where, partial)
 
     def target(key: str) -> str | None:
         row, name = split_key(key)
         own_key = f"model.{pairs[row]}.{name}" if row in pairs else ""
         return None if any(part in own_key for part in exclude) else own_key
 
-    return load_state(model, checkpoint.state, partial=True, key_map=target, where=where)
+    return load_state(model, upgraded(trained, checkpoint.state), partial=True, key_map=target, where=where)
 
 
 def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:

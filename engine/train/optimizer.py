@@ -125,18 +125,25 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum
     return kind(groups, lr=lr, betas=(momentum, 0.999), fused=fused)
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], merged: Sequence[int] = ()) -> None:
     """Load the buffers of an optimizer state, which may come from another device.
 
     Settings of the groups stay: they follow from the options and the schedule, and the implementation (fused or not)
     from the device. Fused SGD gets zero momentum where the state has none.
+
+    Args:
+        optimizer: changed in place.
+        state: of the checkpoint.
+        merged: how many consecutive parameters of the state became each parameter, concatenated along the first
+            dimension; empty if both have the same parameters.
 
     Raises:
         ValueError: buffers that do not fit the parameters.
     """
     own = optimizer.state_dict()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for index, buffers in state["state"].items():
+    stored = _merge_buffers(state["state"], merged) if merged else dict(state["state"])
+    for index, buffers in stored.items():
         if not set(buffers) == BUFFERS[type(optimizer)]:
             raise ValueError(f"optimizer.state[{index}] has {', '.join(map(str, buffers))[:80]}")
         for name, value in buffers.items():
@@ -144,8 +151,22 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
             bad = isinstance(value, torch.Tensor) and (value.shape != shape or not torch.isfinite(value).all())
             if bad or not isinstance(value, (torch.Tensor, type(None))):
                 raise ValueError(f"optimizer.state[{index}].{name} does not fit its parameter")
-    optimizer.load_state_dict({"state": dict(state["state"]), "param_groups": own["param_groups"]})
+    optimizer.load_state_dict({"state": stored, "param_groups": own["param_groups"]})
     _fill_momentum(optimizer)
+
+
+def _merge_buffers(stored: Mapping[int, Mapping[str, Any]], merged: Sequence[int]) -> dict[int, dict[str, Any]]:
+    owner = [index for index, count in enumerate(merged) for _ in range(count)]
+    parts: dict[int, list[Mapping[str, Any]]] = {}
+    for index in sorted(stored):
+        parts.setdefault(owner[index], []).append(stored[index])
+    return {
+        index: {
+            name: value if name == "step" or len(found) == 1 else torch.cat([part[name] for part in found])
+            for name, value in found[0].items()
+        }
+        for index, found in parts.items()
+    }
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:

@@ -47,6 +47,7 @@ from engine.train.state import check_structure, damage_reported
 from engine.train.step import TrainStep, restore_statistics
 from engine.train.stopping import EarlyStopping, StopNow, StopRequest
 from models.checkpoint.io import strip
+from models.checkpoint.state_dict import entries_merged, upgraded
 from utils.device import cpu_has_bf16, describe_device, select_device
 from utils.files import remove_partial_files
 from utils.log import LINE_WIDTH, is_main_process
@@ -432,10 +433,14 @@ class Trainer:
         others, rank = state.get("others", []), self.world.rank
         if rank > 0:
             state = {**state, **(others[rank - 1] if rank <= len(others) else {"rng": own["rng"]})}
+        merged = entries_merged(self.model, state["model"])
+        state = {**state, "model": upgraded(self.model, state["model"])}
         check_structure(state, own)
         self.ema.updates = int(state["ema_updates"])
         self.model.load_state_dict(state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        parameters = (parameter for group in self.optimizer.param_groups for parameter in group["params"])
+        load_optimizer(self.optimizer, state["optimizer"], [merged[names[parameter]] for parameter in parameters])
         self.stepper.load_state_dict(state)
         self.progress.load_state_dict(state)
         self.early_stopping.load_state_dict(state)

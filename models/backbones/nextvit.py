@@ -45,7 +45,7 @@ from models.backbones.layers import (
     require_integers,
     require_rates,
 )
-from models.backbones.nextvit_attention import HEAD_DIM, MIXERS, NORM_EPS, with_linear_attention
+from models.backbones.nextvit_attention import HEAD_DIM, MIXERS, NORM_EPS, AttentionOptions, with_linear_attention
 
 MIX_BLOCK_RATIO = 0.75
 NCB_MLP_RATIO = 3
@@ -202,9 +202,7 @@ class _BlockOptions:
     arch: NextViTArchitecture
     mixer: str
     drop_rate: float
-    attn_drop_rate: float
-    qkv_bias: bool
-    qk_scale: float | None
+    attention: AttentionOptions
 
 
 class NCB(nn.Module):
@@ -246,15 +244,7 @@ class NTB(nn.Module):
         mhca_channels = out_channels - mhsa_channels
         self.patch_embed = _projection(in_channels, mhsa_channels, stride)
         self.norm1: nn.Module = nn.BatchNorm2d(mhsa_channels, eps=NORM_EPS)
-        self.e_mhsa = MIXERS[options.mixer](
-            mhsa_channels,
-            arch.reductions[stage],
-            options.attn_drop_rate,
-            options.drop_rate,
-            head_dim=arch.head_dim,
-            qkv_bias=options.qkv_bias,
-            qk_scale=options.qk_scale,
-        )
+        self.e_mhsa = MIXERS[options.mixer](mhsa_channels, arch.reductions[stage], options.attention)
         self.mhsa_drop_path = DropPath(drop_path * ratio)
         self.projection = _projection(mhsa_channels, mhca_channels, 1)
         self.mhca = MHCA(mhca_channels, arch.head_dim)
@@ -359,12 +349,14 @@ class NextViT(Backbone):
         require(mixer in MIXERS, f"NextViT: mixer is {mixer!r}; allowed: {', '.join(MIXERS)}")
         require_rates("NextViT", drop_path_rate=drop_path_rate, drop_rate=drop_rate, attn_drop_rate=attn_drop_rate)
         eps = norm_eps("NextViT", norm_cfg, {"type": "BN"}, NORM_EPS)
+        self.mixer = MIXERS[mixer]
         self.use_checkpoint = use_checkpoint
         self.stage_sizes = self.arch.depths
         first, second, channels = self.arch.stem_channels
         widths, steps = (in_channels, first, second, channels, channels), (2, 1, 1, 2)
         self.stem = nn.Sequential(*(StemConv(widths[i], widths[i + 1], stride) for i, stride in enumerate(steps)))
-        options = _BlockOptions(self.arch, mixer, drop_rate, attn_drop_rate, qkv_bias, qk_scale)
+        attention = AttentionOptions(attn_drop_rate, drop_rate, self.arch.head_dim, qkv_bias, qk_scale)
+        options = _BlockOptions(self.arch, mixer, drop_rate, attention)
         self.features = nn.ModuleList(_blocks(channels, drop_path_rate, options))
         self._set_levels()
         norms = [nn.BatchNorm2d(c) for c in self.arch.out_channels] if with_extra_norm else []
@@ -414,7 +406,7 @@ class NextViT(Backbone):
 
         Converts timm's layout, 1x1 convolutions in place of the linear layers of E-MHSA, and fused `qk` or `qkv`.
         """
-        state = with_linear_attention(state)
+        state = with_linear_attention(state, self.mixer)
         if not any(key.startswith("stages.0.blocks.") for key in state):
             return state
         starts = [0, *accumulate(self.arch.depths)]

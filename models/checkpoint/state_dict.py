@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -96,6 +96,25 @@ def tensors_in(value: object) -> dict[str, Tensor]:
         return {}
     entries = {key: entry for key, entry in value.items() if isinstance(key, str) and isinstance(entry, Tensor)}
     return entries or next((inner for key in WRAPPED_STATES if (inner := tensors_in(value.get(key)))), {})
+
+
+def upgraded(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict of an earlier version of `module` with today's keys; one of today unchanged.
+
+    A submodule whose layers were merged since defines `upgrade_state(state, prefix)`, which replaces its old entries by
+    their concatenation along the first dimension, in place.
+    """
+    state = dict(state)
+    for name, part in module.named_modules():
+        if hasattr(part, "upgrade_state"):
+            part.upgrade_state(state, f"{name}." if name else "")
+    return state
+
+
+def entries_merged(module: nn.Module, keys: Iterable[str]) -> dict[str, int]:
+    """Return how many entries of a state dict with these keys become one in `upgraded`, by the key of the result."""
+    ones = upgraded(module, {key: torch.ones(1) for key in keys})
+    return {key: value.numel() for key, value in ones.items()}
 
 
 def load_state(

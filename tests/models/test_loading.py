@@ -11,7 +11,7 @@ from models.backbones import published
 from models.checkpoint.io import read_checkpoint, write_checkpoint
 from models.loading import load_detector, spec_without_weights, transfer_weights
 from models.yolo import DetectionModel
-from tests.helpers.checkpoints import content, detector
+from tests.helpers.checkpoints import XCA_SPEC, content, detector, separate_queries_and_keys
 from tests.helpers.pickles import official_module, save, stand_in
 from utils.errors import CheckpointError
 
@@ -88,6 +88,36 @@ def test_load_detector_reports_every_mismatch(tmp_path):
     message = str(caught.value)
     assert "3 weights do not fit" in message and "missing 'model.0.conv.weight'" in message
     assert "'model.1.bn.bias' has shape [9], needs [8]" in message and "unknown 'model.7.conv.weight'" in message
+
+
+@pytest.mark.parametrize("deploy", [False, True])
+def test_checkpoints_with_separate_queries_and_keys_load_exactly(tmp_path, deploy):
+    """As written before the layers q and k of cross-covariance attention became one."""
+    spec = deepcopy(XCA_SPEC)
+    spec["backbone"][0][3]["deploy"] = deploy
+    model = detector(spec=spec)
+    state = model.state_dict()
+    old = separate_queries_and_keys(state)
+    assert len(old) == len(state) + 2 * 3 and not any(".qk." in key for key in old)
+    path = write_checkpoint(tmp_path / "a.pt", {**content(model), "state": old})
+    rebuilt = load_detector(path).state_dict()
+    assert rebuilt.keys() == state.keys() and all(torch.equal(rebuilt[key], state[key]) for key in state)
+    target = detector(seed=1, spec=spec)
+    report = transfer_weights(target, read_checkpoint(path), exclude=())
+    assert report.transferred == report.total == len(state) and not report.unexpected
+    assert all(torch.equal(target.state_dict()[key], state[key]) for key in state)
+
+
+def test_load_detector_reports_queries_without_keys(tmp_path):
+    model = detector(spec=XCA_SPEC)
+    old = separate_queries_and_keys(model.state_dict())
+    del old["model.0.features.1.e_mhsa.k.weight"]
+    path = write_checkpoint(tmp_path / "a.pt", {**content(model), "state": old})
+    with pytest.raises(CheckpointError) as caught:
+        load_detector(path)
+    message = str(caught.value)
+    assert "2 weights do not fit" in message and "missing 'model.0.features.1.e_mhsa.qk.weight'" in message
+    assert "unknown 'model.0.features.1.e_mhsa.q.weight'" in message
 
 
 def test_load_detector_reports_every_error_of_the_spec(tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,12 +14,16 @@ import pytest
 import torch
 
 from engine.cli.config import TrainConfig
+from engine.train.optimizer import lr_scales, parameter_groups
 from engine.train.options import resolve_run
 from engine.train.step import TrainStep
 from engine.train.trainer import train
 from models.checkpoint.io import read_checkpoint, write_checkpoint
-from tests.helpers.training import config, interrupt_at, rows
+from models.yolo import DetectionModel
+from tests.helpers.checkpoints import XCA_SPEC, separate_queries_and_keys
+from tests.helpers.training import assert_equal_runs, config, interrupt_at, rows
 from utils.errors import CheckpointError, ConfigError, TrainingError
+from utils.yaml_lines import dump_yaml
 
 
 @pytest.fixture
@@ -96,6 +101,42 @@ def test_plugins_named_by_a_checkpoint_are_not_executed(last, tmp_path):
         resolve_run(TrainConfig.from_keywords(resume=str(last)))
     found, _ = resolve_run(TrainConfig.from_keywords(resume=str(last), plugin=[str(good)]))
     assert found.plugin == [str(good)] and not (tmp_path / "PWNED").exists()
+
+
+def _older_layout(last: Path) -> None:
+    """Rewrite last.pt as older versions did: q and k of cross-covariance attention apart, in weights and optimizer."""
+    tree = torch.load(last, weights_only=True)
+    training, options = tree["train"], TrainConfig.from_keywords(**tree["train"]["options"])
+    model = DetectionModel(tree["spec"])
+    groups = parameter_groups(model, 0.0, lr_scales(model, options.backbone_lr, options.layer_decay))
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    stored, separate = training["optimizer"]["state"], []
+    for index, parameter in enumerate(parameter for group in groups for parameter in group["params"]):
+        count = 2 if ".e_mhsa.qk." in names[parameter] else 1
+        buffers = {k: v.chunk(count) if v.ndim else (v,) * count for k, v in stored.get(index, {}).items()}
+        separate += [{key: parts[number].clone() for key, parts in buffers.items()} for number in range(count)]
+    assert len(separate) == sum(len(group["params"]) for group in groups) + 6  # weights and biases of three blocks
+    training["optimizer"]["state"] = {index: buffers for index, buffers in enumerate(separate) if buffers}
+    training["model"] = separate_queries_and_keys(training["model"])
+    torch.save({**tree, "state": separate_queries_and_keys(tree["state"])}, last)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"optimizer": "AdamW", "layer_decay": 0.7}, {"freeze": ["backbone:2"]}],
+    ids=["sgd", "adamw", "frozen"],
+)
+def test_runs_with_separate_queries_and_keys_resume_bit_equal(project, monkeypatch, options):
+    dump_yaml(project / "tiny.yaml", XCA_SPEC)
+    whole = train(config(project, epochs=3, name="whole", **options))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, epoch=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(project, epochs=3, name="cut", **options))
+    last = project / "runs/cut/weights/last.pt"
+    _older_layout(last)
+    resumed = train(TrainConfig.from_keywords(resume=str(last)))
+    assert_equal_runs(whole.folder, resumed.folder)
 
 
 def _set(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:

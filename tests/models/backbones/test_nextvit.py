@@ -17,7 +17,8 @@ from models.backbones import create_backbone
 from models.backbones.base import FeatureLevel
 from models.backbones.layers import DropPath
 from models.backbones.nextvit import ARCHITECTURES, NCB, NTB, NextViT
-from models.backbones.nextvit_attention import EMHSA, MIXERS, XCA, EMHSA2d
+from models.backbones.nextvit_attention import EMHSA, MIXERS, XCA, AttentionOptions, EMHSA2d
+from models.checkpoint.state_dict import load_state
 from utils.errors import SpecError
 
 TINY = {"depths": [1, 1, 2, 1], "conv_channels": [32, 32, 64, 64], "out_channels": [32, 64, 96, 128]}
@@ -54,7 +55,7 @@ def image(shape: tuple[int, ...] = (2, 3, 64, 96)) -> Tensor:
 # ---- mixers ---------------------------------------------------------------------------------------------------------
 
 
-def reference_mixer(mixer: EMHSA, x: Tensor) -> Tensor:
+def reference_mixer(mixer: EMHSA | XCA, x: Tensor) -> Tensor:
     """The three mixers written out head by head and window by window, float64."""
     batch, channels, height, width = x.shape
     r = mixer.reduction
@@ -78,7 +79,8 @@ def reference_mixer(mixer: EMHSA, x: Tensor) -> Tensor:
             return t @ layer.weight[rows].T + layer.bias[rows]
 
         if isinstance(mixer, XCA):
-            q, k, v = project(mixer.q, pooled), project(mixer.k, pooled), project(mixer.v, tokens)
+            k_rows = slice(channels + rows.start, channels + rows.stop)
+            q, k, v = project(mixer.qk, pooled), project(mixer.qk, pooled, k_rows), project(mixer.v, tokens)
             q, k = q / q.norm(dim=1, keepdim=True), k / k.norm(dim=1, keepdim=True)
             weights = torch.einsum("bmi,bmj->bij", q, k) * mixer.temperature[n]
             heads.append(torch.einsum("bij,blj->bli", weights.softmax(2), v))
@@ -93,7 +95,7 @@ def reference_mixer(mixer: EMHSA, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("reduction", [1, 2, 4])
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixers_compute_what_they_say(name: str, reduction: int, size: tuple[int, int]) -> None:
-    mixer = MIXERS[name](64, reduction, 0.0, 0.0)
+    mixer = MIXERS[name](64, reduction, AttentionOptions())
     randomize(mixer)
     mixer = mixer.double().eval()
     x = torch.randn(2, 64, *size, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -103,22 +105,21 @@ def test_mixers_compute_what_they_say(name: str, reduction: int, size: tuple[int
 
 def test_mixers_share_their_weights() -> None:
     """Published weights fit each mixer; only cross-covariance attention has something new."""
-    keys = {name: set(build(mixer=name).state_dict()) for name in MIXERS}
-    assert keys["emhsa"] == keys["emhsa2d"]
-    new = keys["xca"] - keys["emhsa"]
-    assert len(new) == 3 and all(key.endswith(".e_mhsa.temperature") for key in new)
-    assert keys["emhsa"] < keys["xca"]
+    published = build().state_dict()
+    for name in MIXERS:
+        model = build(mixer=name)
+        new = model.state_dict().keys() ^ model.convert_official(published).keys()
+        assert len(new) == (3 if name == "xca" else 0) and all(key.endswith(".e_mhsa.temperature") for key in new)
 
 
 def test_published_pooling_drops_the_tail_and_mixes_rows() -> None:
-    mixer = EMHSA(32, 2, 0.0, 0.0)
+    mixer = EMHSA(32, 2, AttentionOptions())
     x = torch.arange(15.0).view(1, 1, 3, 5).expand(1, 32, 3, 5)
     assert mixer.pooled(x)[0, 0].tolist() == [1.5, 5.5, 9.5]  # token 4 of row 0 is averaged with row 1; 12 to 14 go
-    assert EMHSA2d(32, 2, 0.0, 0.0).pooled(x)[0, 0].tolist() == [3.0, 5.0, 6.5, 10.5, 12.5, 14.0]
+    assert EMHSA2d(32, 2, AttentionOptions()).pooled(x)[0, 0].tolist() == [3.0, 5.0, 6.5, 10.5, 12.5, 14.0]
 
 
-# ---- re-parameterized model
-# --------------------------------------------------------------------------------------------------
+# ---- re-parameterized model -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -328,24 +329,30 @@ def test_training_mode_equals_timm(rates: dict[str, float]) -> None:
         torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("fused", ["q k v", "qk v", "qkv"])
-def test_convolutional_attention_weights_load(fused: str) -> None:
-    model = build()
-    state = {}
-    for key, value in model.state_dict().items():
-        layer = key.split(".")[-2]
-        if ".e_mhsa." not in key or layer not in "qkv":
+@pytest.mark.parametrize("mixer", MIXERS)
+@pytest.mark.parametrize("layers", [("q", "k", "v"), ("qk", "v"), ("qkv",)], ids=str)
+def test_published_layouts_load_into_each_mixer(mixer: str, layers: tuple[str, ...]) -> None:
+    """1x1 convolutions, with queries, keys and values apart or together."""
+    model = build(mixer=mixer)
+    separate, state = build().state_dict(), {}
+    for key, value in separate.items():
+        head, _, name = key.rpartition(".e_mhsa.")
+        layer, _, kind = name.rpartition(".")
+        if not head or layer not in "qkv":
             state[key] = value
-            continue
-        name = next(name for name in fused.split() if layer in name)
-        if layer == name[0]:
-            parts = torch.cat([model.state_dict()[key.replace(f".{layer}.", f".{part}.")] for part in name])
-            state[key.replace(f".{layer}.", f".{name}.")] = parts[..., None, None] if key.endswith("weight") else parts
-    assert (fused == "q k v") or len(state) < len(model.state_dict())
-    found = model.convert_official(state)
-    assert found.keys() == model.state_dict().keys()
-    for key, value in model.state_dict().items():
-        assert torch.equal(found[key], value), key
+        elif together := next((name for name in layers if name[0] == layer), None):
+            parts = torch.cat([separate[f"{head}.e_mhsa.{part}.{kind}"] for part in together])
+            state[f"{head}.e_mhsa.{together}.{kind}"] = parts[..., None, None] if kind == "weight" else parts
+    assert len(state) == len(separate) - 3 * 2 * (3 - len(layers))  # weights and biases of three blocks
+    report = load_state(model, model.convert_official(state), allow_new=model.NEW_KEYS)
+    assert not report.unexpected and all(key.endswith("temperature") for key in report.missing)
+    loaded = model.state_dict()
+    for block, kind in itertools.product((1, 3, 4), ("weight", "bias")):
+        found, expected = (
+            torch.cat([weights[f"features.{block}.e_mhsa.{name}.{kind}"] for name in names])
+            for weights, names in ((loaded, MIXERS[mixer].PROJECTIONS), (separate, "qkv"))
+        )
+        assert torch.equal(found, expected), (block, kind)
 
 
 def test_published_arguments() -> None:
