@@ -19,7 +19,7 @@ from data.download import DownloadRecipe, fetch, parse_recipe, recipe_from_url
 from data.formats.detect_format import AnnotatedSource, Source, class_names, recognize
 from data.shapes import ShapesRecipe, ensure, parse_shapes
 from utils.errors import DataError, did_you_mean, listed, shown
-from utils.files import ROOT, expand_user, find_file, folder_names
+from utils.files import ROOT, expand_user, find_file, folder_names, name_problem
 from utils.yaml_lines import LineDict, LineList, load_yaml, text_of
 
 LOGGER = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict
             problems.append(f"{file}:{line}: images: unknown split {shown(key)}{hint}")
         elif not _is_path(folder):
             problems.append(
-                f"{file}:{line}: images is {shown(value)}; a folder, or a mapping 'split: folder', is needed"
+                f"{file}:{line}: images is {_shown_path(folder)}; a folder, or a mapping 'split: folder', is needed"
             )
     if problems:
         return {}
@@ -268,7 +268,12 @@ def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict
 
 
 def _is_path(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip()) and "\0" not in value and len(value) < 4096
+    return isinstance(value, str) and bool(value.strip()) and not name_problem(value)
+
+
+def _shown_path(value: object) -> str:
+    problem = name_problem(value) if isinstance(value, str) else ""
+    return f"{shown(value)}, which {problem}" if problem else shown(value)
 
 
 def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tuple[str, ...]:
@@ -278,8 +283,8 @@ def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tup
     entries = [text_of(value, i) for i in range(len(value))] if isinstance(value, LineList) else [value]
     if not all(_is_path(entry) for entry in entries):
         problems.append(
-            f"{file}:{data.lines[split]}: {split} is {shown(value)}; a folder, a .txt list, a COCO .json or several"
-            " are needed"
+            f"{file}:{data.lines[split]}: {split} is {_shown_path(value)}; a folder, a .txt list, a COCO .json or"
+            " several are needed"
         )
         return ()
     return tuple(str(expand_user(entry.strip(), DataError)) for entry in entries)
@@ -288,7 +293,7 @@ def _entries(data: LineDict, split: str, file: Path, problems: list[str]) -> tup
 def _roots(data: LineDict, file: Path, problems: list[str]) -> tuple[Path, ...]:
     value = "" if data.get("path") in (None, "") else text_of(data, "path")
     if value != "" and not _is_path(value):
-        problems.append(f"{file}:{data.lines['path']}: path is {shown(value)}; a folder is needed")
+        problems.append(f"{file}:{data.lines['path']}: path is {_shown_path(value)}; a folder is needed")
         value = ""
     folder = expand_user(value, DataError)
     candidates = [Path(os.path.abspath(base / folder)) for base in (file.parent, ROOT, Path.cwd())]

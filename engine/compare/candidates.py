@@ -14,8 +14,9 @@ from engine.evaluate.evaluator import check_classes
 from models.backbones import BACKBONES, ROW_CLASSES, TIMM_PREFIX, is_backbone_name, list_backbones, row_names
 from models.backbones.timm_measure import is_timm_name, timm_package
 from models.build.spec import FOLDERS
+from models.checkpoint.file_kinds import find_checkpoint
 from models.checkpoint.io import read_checkpoint
-from utils.errors import CheckpointError, ConfigError, DataError, UserError, did_you_mean
+from utils.errors import ConfigError, DataError, UserError, did_you_mean
 from utils.files import ROOT, find_file
 from utils.yaml_lines import dump_yaml, load_yaml, plain
 
@@ -177,7 +178,7 @@ def _is_plugin(name: str) -> bool:
 
 
 def _checkpoint(given: str, data: DataConfig) -> Path:
-    path = find_file(given, error=CheckpointError)
+    path = find_checkpoint(given)
     try:
         check_classes(read_checkpoint(path).names, data, str(given))
     except DataError as error:

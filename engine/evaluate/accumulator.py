@@ -59,7 +59,7 @@ class EvalResult:
         class_maps: (nc,) mAP50-95 per class; the mean for classes without labels.
         images: number of images.
         losses: box, objectness and class loss (0 where no criterion was given).
-        speeds: milliseconds per image of preparation, inference, NMS.
+        speeds: milliseconds per image of preprocess, inference, NMS.
         curves: precision, recall and F1 over the score.
         confusion: (nc + 1, nc + 1) counts, or None when no images were wanted.
         coco: COCO's twelve figures (mAP50-95 and mAP50 first), where they were asked for.
@@ -99,7 +99,7 @@ class Tally:
         nc: number of classes.
         batches: per image the number of its batch.
         losses: (3,) box, objectness and class loss by number of the batch.
-        seconds: spent on preparation, inference, NMS.
+        seconds: spent on preprocess, inference, NMS.
         outcomes: of the images, where somebody wants to see them.
         shown: batches to draw by their number, with the detections (n, 6) of each image.
     """
@@ -157,15 +157,15 @@ def merge(parts: Sequence[Tally]) -> Tally:
         setattr(whole, name, [rows[i] for i in order] if rows else [])
     whole.losses = dict(sorted(item for part in parts for item in part.losses.items()))
     whole.shown = {number: batch for part in parts for number, batch in part.shown.items()}
-    preparation, inference, nms_time = np.sum([part.seconds for part in parts], 0).tolist()
-    whole.seconds = preparation, inference, nms_time
+    preprocess, inference, nms_time = np.sum([part.seconds for part in parts], 0).tolist()
+    whole.seconds = preprocess, inference, nms_time
     return whole
 
 
 def summarize(tally: Tally) -> EvalResult:
     """Compute the metrics of the accumulated detections; zeros where a mean is empty."""
     share = 1000 / max(tally.images, 1)
-    preparation, inference, nms_time = tally.seconds
+    preprocess, inference, nms_time = tally.seconds
     losses = sum(tally.losses.values(), torch.zeros(3)) / max(len(tally.losses), 1)
     box, obj, cls = losses.tolist()
     metrics, counts = tally.average_precision()
@@ -188,7 +188,7 @@ def summarize(tally: Tally) -> EvalResult:
         class_maps=class_maps,
         images=tally.images,
         losses=(box, obj, cls),
-        speeds=(preparation * share, inference * share, nms_time * share),
+        speeds=(preprocess * share, inference * share, nms_time * share),
         curves=metrics.curves,
         confusion=tally.confusion.matrix if tally.confusion is not None else None,
     )

@@ -141,7 +141,7 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
     result = summarize(tally)
     log_table(result, options.names, options.verbose)
     if options.verbose:
-        LOGGER.info("Speed per image: %.1f ms preparation, %.1f ms inference, %.1f ms NMS", *result.speeds)
+        LOGGER.info("Speed per image: %.1f ms preprocess, %.1f ms inference, %.1f ms NMS", *result.speeds)
     if options.plots and options.folder is not None:
         draw = options.charts.draw if options.charts is not None else call
         eval_images.draw_charts(options.folder, result, options.names, draw)

@@ -37,7 +37,7 @@ def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, 
     """Accuracy and time of each model over input sizes.
 
     Writes `study_<data>_<weights>.txt` (a line per size: P, R, mAP50, mAP50-95, three losses, milliseconds per image
-    of preparation, inference and NMS) and `study.png` into the run folder.
+    of preprocess, inference and NMS) and `study.png` into the run folder.
 
     Args:
         config: options; `imgsz` is not used.

@@ -15,8 +15,9 @@ from engine.cli.plugins import load_plugins
 from engine.train.optimizer import auto_settings
 from engine.train.state import damage_reported
 from models.build.spec import FOLDERS, HEADS, HeadForm, read_model_spec
+from models.checkpoint.file_kinds import find_checkpoint
 from models.checkpoint.io import Checkpoint, read_checkpoint
-from utils.errors import CheckpointError, ConfigError, UserError, shown
+from utils.errors import CheckpointError, ConfigError, shown
 from utils.files import find_file, newest_file
 
 LOGGER = logging.getLogger(__name__)
@@ -28,13 +29,13 @@ UNRESOLVED = {"batch_size": -1}
 def with_files(config: TrainConfig) -> TrainConfig:
     """Return the options with the absolute paths of the files that `--cfg`, `--weights` and `--hyp` name."""
 
-    def path(name: str, *folders: str, error: type[UserError] = ConfigError) -> str:
-        return str(find_file(name, *folders, error=error).absolute()) if name else ""
+    def path(name: str, *folders: str) -> str:
+        return str(find_file(name, *folders).absolute()) if name else ""
 
     return replace(
         config,
         cfg=path(config.cfg, *FOLDERS),
-        weights=path(config.weights, error=CheckpointError),
+        weights=str(find_checkpoint(config.weights).absolute()) if config.weights else "",
         hyp=path(config.hyp, "data/hyps"),
     )
 
@@ -61,7 +62,7 @@ def head_form(config: TrainConfig) -> HeadForm:
     if config.cfg:
         spec = read_model_spec(find_file(config.cfg, *FOLDERS))[0]
     elif config.weights:
-        spec = read_model_spec(read_checkpoint(find_file(config.weights, error=CheckpointError)).spec)[0]
+        spec = read_model_spec(read_checkpoint(find_checkpoint(config.weights)).spec)[0]
     else:
         raise ConfigError(NO_MODEL)
     return HEADS[config.head] if config.head else spec.head_form

@@ -150,7 +150,8 @@ class _Builder:
         last = self.spec.layers[-1] if self.spec.layers else None
         names = [form.module for form in HEADS.values()]
         heads = [layer for layer in self.spec.layers if layer.module in names]
-        if last is not None and last.repeats and (last.module not in names or len(heads) != 1):
+        known = last is not None and (last.module in LAYERS or is_backbone_name(last.module))
+        if last is not None and known and last.repeats and (last.module not in names or len(heads) != 1):
             where = self.spec.where(last.line)
             self.problems.append(
                 f"{where}: row {last.row} ({last.module}): {' or '.join(names)} must be the last row and appear once"

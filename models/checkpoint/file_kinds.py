@@ -5,11 +5,38 @@ from __future__ import annotations
 import difflib
 import glob
 import os
+import re
 import zipfile
 from pathlib import Path
 
 from utils.errors import CheckpointError
-from utils.files import exists_as_file, is_listable
+from utils.files import exists_as_file, find_file, is_listable
+
+RELEASE = re.compile(r"(yolov5[nsmlx]6?)(?:-(seg|cls))?\.pt")
+TASKS = {"seg": "segmentation", "cls": "classification"}
+
+
+def release_hint(name: str) -> str:
+    """Return the end of a message about a missing file that has the name of a YOLOv5 release file, '' for others."""
+    match = RELEASE.fullmatch(name)
+    if not match:
+        return ""
+    detector, task = match.groups()
+    if task:
+        return f"; {TASKS[task]} is not supported; the detector of that size is {detector}.pt (docs/weights.md)"
+    return "; it is a release file of YOLOv5, which is not downloaded: docs/weights.md says where it is"
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Find a checkpoint as `find_file` does.
+
+    Raises:
+        CheckpointError: no such file.
+    """
+    try:
+        return find_file(name, error=CheckpointError)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{release_hint(Path(name).name)}") from error
 
 
 def existing_file(path: Path) -> Path:
@@ -24,9 +51,10 @@ def existing_file(path: Path) -> Path:
         hint = f"; it contains {', '.join(inside)}" if inside else ""
         raise CheckpointError(f"{path}: a folder; a checkpoint file is needed{hint}")
     if not exists_as_file(path, CheckpointError):
-        near = difflib.get_close_matches(path.name, _names_beside(path), n=3, cutoff=0.4)
+        names = [name for name in _names_beside(path) if Path(name).suffix == path.suffix]
+        near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.4)
         hint = f"; similar names in that folder: {', '.join(near)}" if near else ""
-        raise CheckpointError(f"{path}: no such file{hint}")
+        raise CheckpointError(f"{path}: no such file{hint}{release_hint(path.name)}")
     try:
         with open(path, "rb") as stream:
             head = stream.read(512)

@@ -258,6 +258,8 @@ def test_duplicate_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ("nc: 1000000", "nc is 1000000"),
         ("names: [a]\npath: ~nosuchuser/x", "no such user"),
         ("names: [a]\npath: 'a\\0b'", "path is"),
+        (f"names: [a]\npath: {'x' * 300}", r"path is 'x+\.\.\.x+', which is too long for a file name"),
+        (f"names: [a]\nval: {'x' * 300}", r"val is 'x+\.\.\.x+', which is too long for a file name"),
         ("names: [a]\nval: " + "x" * 5000, "val is 'xxx"),
         ("names: [a]\nimages: {train: 'a\\0b'}", "not valid YAML|images is"),
     ],

@@ -128,7 +128,7 @@ def same_results(a: EvalResult, b: EvalResult) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 5], ids="{} ranks".format)
-def test_parts_of_a_validation_give_the_figures_of_the_whole(images, tmp_path, monkeypatch, size) -> None:
+def test_parts_of_a_validation_give_the_metrics_of_the_whole(images, tmp_path, monkeypatch, size) -> None:
     runtime, criterion = judge()
     monkeypatch.setattr("engine.evaluate.plots.draw_charts", lambda *_: None)
     seen: dict[str, list[str]] = {"whole": [], "parts": []}
@@ -380,7 +380,7 @@ def test_values_and_files_of_rank_zero_reach_the_others(found) -> None:
             torch.testing.assert_close(one["copied"][name], value, rtol=0, atol=0, msg=name)
 
 
-def test_a_mistake_of_rank_zero_ends_all_and_is_told_once(found) -> None:
+def test_a_mistake_of_rank_zero_ends_all_and_is_reported_once(found) -> None:
     assert found[0]["ended"] == "DataError('a mistake')"
     assert found[1]["ended"] == "SystemExit(2)" and "entered" not in found[1]
 

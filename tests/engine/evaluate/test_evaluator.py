@@ -126,7 +126,7 @@ FIGURES = [
 
 
 @pytest.mark.parametrize(("answers", "map50", "mean_ap", "recall", "text"), FIGURES)
-def test_figures_of_known_answers(data_file, answers, map50, mean_ap, recall, text):
+def test_metrics_of_known_answers(data_file, answers, map50, mean_ap, recall, text):
     result = judged(data_file, answers)
     assert result.images == 6 and result.nt.tolist() == [5, 5, 5]
     assert result.classes.tolist() == [0, 1, 2] and len(result.class_maps) == 3
@@ -240,7 +240,7 @@ def test_augmentation_adds_rows(weights):
     assert augmented.shape[1] > plain.shape[1] and augmented.shape[2] == 8
 
 
-def test_half_on_a_cpu_is_said_to_be_ignored(weights, caplog):
+def test_half_on_a_cpu_is_logged_as_ignored(weights, caplog):
     runtime = PyTorchRuntime([weights], torch.device("cpu"), half=True)
     assert runtime.dtype == torch.float32 and "ignored on a CPU" in caplog.text
 
@@ -324,7 +324,7 @@ def test_saved_labels_are_found_again(data_file, tmp_path):
         np.testing.assert_allclose(rows[np.argsort(rows[:, 0])], expected[np.argsort(expected[:, 0])], atol=2e-3)
 
 
-def test_hybrid_labels_write_files_and_lift_the_figures(command, tmp_path):
+def test_hybrid_labels_write_files_and_raise_the_metrics(command, tmp_path):
     plain, hybrid = command(), command(save_hybrid=True)
     assert hybrid.map50 > plain.map50 + 0.5
     assert not (tmp_path / "runs/exp/labels").exists() and (tmp_path / "runs/exp2/labels/p0.txt").is_file()
@@ -370,7 +370,9 @@ def test_the_newest_run_is_taken(tmp_path, caplog):
 MISTAKES = [
     # options, words of the message
     ({"task": "test"}, r"set\.yaml: --task test: has no split 'test:'; it has train, val"),
-    ({"weights": ["nowhere.pt"]}, r"nowhere\.pt: no such file"),
+    ({"weights": ["nowhere.pt"]}, r"nowhere\.pt: no such file$"),
+    ({"weights": ["yolov5s.pt"]}, r"yolov5s\.pt: no such file; it is a release file of YOLOv5"),
+    ({"weights": ["yolov5n-cls.pt"]}, r"classification is not supported; the detector of that size is yolov5n\.pt"),
     ({"data": "nowhere.yaml"}, r"nowhere\.yaml: no such file"),
     ({"dnn": True}, "--dnn"),
     ({"device": "cuda:99"}, "--device"),
@@ -456,7 +458,7 @@ def test_label_files_of_equal_names_do_not_meet():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True])
-def test_cuda_gives_the_figures_of_the_cpu(data_file, weights, half):
+def test_cuda_gives_the_metrics_of_the_cpu(data_file, weights, half):
     results = []
     for device in (torch.device("cpu"), torch.device("cuda", 0)):
         runtime = PyTorchRuntime([weights], device, half=half)

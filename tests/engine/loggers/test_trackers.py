@@ -112,7 +112,7 @@ def test_wandb(folder, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clearml", "comet"])
-def test_stand_ins_are_told_everything(name, folder, monkeypatch):
+def test_stand_ins_receive_everything(name, folder, monkeypatch):
     """Neither runs without its server here: this holds the calls, not the packages, to what is wanted."""
     module = "comet_ml" if name == "comet" else name
     package = MagicMock(spec_set=["Task", "start", "ExperimentConfig", "__spec__"])

@@ -50,10 +50,12 @@ class Pooled(Backbone):
         ({"hyp": "nowhere/hyp.scratch-low.yaml"}, ConfigError, r"nowhere/hyp\.scratch-low\.yaml: no such file"),
         ({"data": "/nowhere/shapes.yaml"}, DataError, r"/nowhere/shapes\.yaml: no such file"),
         ({"weights": "nowhere/best.pt", "cfg": ""}, CheckpointError, r"nowhere/best\.pt: no such file"),
+        ({"weights": "yolov5s6.pt"}, CheckpointError, r"no such file .*; it is a release file of YOLOv5.*docs/weights"),
+        ({"weights": "yolov5m-seg.pt"}, CheckpointError, r"no such file.*segmentation is not supp.* yolov5m\.pt"),
     ],
-    ids=["cfg", "hyp", "data", "weights"],
+    ids=["cfg", "hyp", "data", "weights", "release", "segmentation"],
 )
-def test_file_in_a_mistyped_folder_is_refused(project, monkeypatch, options, error, message):
+def test_missing_file_is_refused(project, monkeypatch, options, error, message):
     monkeypatch.chdir(project)
     with pytest.raises(error, match=message):
         train(config(project, **options))

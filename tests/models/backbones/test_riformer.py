@@ -95,7 +95,7 @@ def test_drop_path_rises_linearly_and_works_on_samples() -> None:
 
 
 @pytest.mark.parametrize("value", [1e-5, 0.5])
-def test_layer_scale_starts_where_it_is_told(value: float) -> None:
+def test_layer_scale_starts_at_the_given_value(value: float) -> None:
     model = RIFormer(TINY, layer_scale_init_value=value)
     scales = [p for name, p in model.named_parameters() if "layer_scale" in name]
     assert len(scales) == 2 * sum(TINY["layers"])
@@ -152,7 +152,7 @@ def test_norms_are_those_of_the_publication() -> None:
         ({"strides": []}, "strides are []"),
     ],
 )
-def test_wrong_arguments_are_told(arguments: dict[str, object], sentence: str) -> None:
+def test_invalid_arguments_are_reported(arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(SpecError) as caught:
         RIFormer(**arguments)
     assert sentence in str(caught.value)

@@ -219,7 +219,7 @@ class NoForward(Backbone):
         (NoForward, "it defines neither forward_features(image) nor forward(image)"),
     ],
 )
-def test_a_wrong_class_is_told_what_it_lacks(clean_table: None, cls: type[Backbone], sentence: str) -> None:
+def test_an_invalid_class_raises_what_it_lacks(clean_table: None, cls: type[Backbone], sentence: str) -> None:
     register_backbone("wrong")(cls)
     with pytest.raises(SpecError) as caught:
         create_backbone("wrong")

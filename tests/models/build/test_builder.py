@@ -296,6 +296,8 @@ CASES = [
     ("[nc, anchors]", "[nc]", "my.yaml:10: row 5 (Detect): 1 arguments are given; it takes [nc, anchors]"),
     ("  - [[4, 2], 1, Detect, [nc, anchors]]\n", "",
      "my.yaml:9: row 4 (Concat): Detect or AnchorFreeDetect must be the last row and appear once"),
+    ("Detect, [nc, anchors]", "Segment, [nc, anchors, 32, 256]",
+     "my.yaml:10: row 5 (Segment): unknown module 'Segment'; segmentation is not supported: use Detect"),
     (CONV0, "[-1, 1, Conv, [8, 999, 2]]", "my.yaml:4: row 0 (Conv): argument 2 (k) is 999; allowed: numbers up to 127"),
     (CONV0, "[-1, 1, Conv, [99999]]",
      "my.yaml:4: row 0 (Conv): argument 1 (c2) is 99999; allowed: numbers up to 16384"),
@@ -326,7 +328,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("old", "new", "said"), CASES)
-def test_a_mistake_is_told_with_line_and_row(old: str, new: str, said: str, tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_line_and_row(old: str, new: str, said: str, tmp_path: Path) -> None:
     assert old in FILE
     found = mistakes(tmp_path, FILE.replace(old, new, 1))
     assert found[0].startswith(said)
@@ -340,7 +342,7 @@ def test_a_backbone_takes_three_channels(tmp_path: Path) -> None:
     )
 
 
-def test_mistakes_of_form_and_of_meaning_are_told_together(tmp_path: Path) -> None:
+def test_mistakes_of_form_and_of_meaning_are_reported_together(tmp_path: Path) -> None:
     text = FILE.replace("nc: 3", "nc: 3\nwidth: 1").replace("[16, 3, 2]", "[16, 3, x]")
     text = text.replace(", 2, nearest", ", 2, nea").replace("[nc, anchors]", "[nc]").replace("[8, 3, 2]", "8")
     lines = [line.split(":")[1] for line in mistakes(tmp_path, text)]

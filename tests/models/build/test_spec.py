@@ -131,12 +131,12 @@ CASES = [
 
 
 @pytest.mark.parametrize(("old", "new", "said"), CASES)
-def test_a_mistake_is_told_with_its_line(old: str, new: str, said: list[str], tmp_path: Path) -> None:
+def test_a_mistake_is_reported_with_its_line(old: str, new: str, said: list[str], tmp_path: Path) -> None:
     assert old in GOOD
     assert errors(tmp_path, GOOD.replace(old, new, 1)) == said
 
 
-def test_all_mistakes_of_a_file_are_told_together(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_file_are_reported_together(tmp_path: Path) -> None:
     text = GOOD.replace("nc: 3", "nc: -3").replace(ROW, "[-1, 3, C3]").replace("[nc, anchors]]", "nc]")
     assert [line.split(":")[1] for line in errors(tmp_path, text)] == ["1", "10", "14"]
 
