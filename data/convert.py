@@ -34,7 +34,7 @@ from data.formats.yolo import ImageRecord, to_pixels
 from data.labels.labels import load_annotations
 from data.split import check_fractions, split_records
 from utils.errors import DataError, shown
-from utils.files import is_vacant, new_folder
+from utils.files import is_vacant, new_folder, unique_names
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
@@ -224,29 +224,18 @@ def label_rows(record: ImageRecord) -> str:
 
 
 def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:
-    """Return a unique file name for each image: its own, or with its folders as prefix.
+    """Return a unique file name for each image, see `unique_names`.
 
     Args:
         paths: the images.
         spaces: whether names may hold spaces; VOC's lists may not.
     """
-    unique = list(dict.fromkeys(paths))
-    names = {path: path.name for path in unique}
-    if len({Path(name).stem.lower() for name in names.values()}) < len(unique):
-        common = os.path.commonpath([path.parent for path in unique])
-        names = {path: os.path.relpath(path, common).replace(os.sep, "_") for path in unique}
-    names = {path: re.sub("[\ud800-\udfff]", "_", name) for path, name in names.items()}  # bytes that are not UTF-8
-    if not spaces:
-        names = {path: "_".join(name.split()) for path, name in names.items()}
-    taken: set[str] = set()
-    for path, name in names.items():
-        wanted, count = Path(name), 1
-        while wanted.stem.lower() in taken:
-            count += 1
-            wanted = Path(f"{Path(name).stem}_{count}{Path(name).suffix}")
-        taken.add(wanted.stem.lower())
-        names[path] = wanted.name
-    return names
+
+    def clean(name: str) -> str:
+        name = re.sub("[\ud800-\udfff]", "_", name)  # bytes that are not UTF-8
+        return name if spaces else "_".join(name.split())
+
+    return unique_names(paths, clean)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -104,6 +104,39 @@ def folder_names(folder: str | Path) -> list[str]:
         return []
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or half of a surrogate pair
         raise DataError(f"{folder}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def unique_names(paths: Iterable[Path], clean: Callable[[str], str] = str) -> dict[Path, str]:
+    """Return a file name for each path: its own, with its folders as prefix where two stems are equal, else numbered.
+
+    No two stems are equal, in upper and lower case neither, so that other suffixes can be given.
+
+    Args:
+        paths: absolute, or all of them relative.
+        clean: changes a name before it is compared.
+    """
+    unique = list(dict.fromkeys(paths))
+    names = {path: path.name for path in unique}
+    if len({Path(name).stem.lower() for name in names.values()}) < len(unique):
+        common = os.path.commonpath([path.parent for path in unique])
+        names = {path: os.path.relpath(path, common).replace(os.sep, "_") for path in unique}
+    taken: set[str] = set()
+    for path, name in names.items():
+        first = wanted = Path(clean(name))
+        count = 1
+        while wanted.stem.lower() in taken:
+            count += 1
+            wanted = Path(f"{first.stem}_{count}{first.suffix}")
+        taken.add(wanted.stem.lower())
+        names[path] = wanted.name
+    return names
+
+
+def warn_of_earlier_files(folder: Path, made: Container[Path] = ()) -> None:
+    """Log the number of files that earlier runs left in the folder of a run (`--exist-ok`), except those in `made`."""
+    count = sum(path.is_file() and path not in made for path in folder.rglob("*"))
+    if count:
+        LOGGER.warning("--exist-ok: %s: %d file(s) of earlier runs stay unless overwritten", folder, count)
 
 
 def is_vacant(path: Path) -> bool:

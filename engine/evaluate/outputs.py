@@ -20,7 +20,7 @@ from data.labels.labels import Annotations
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
 from utils.boxes import xyxy2xywhn
-from utils.files import atomic_path, increment_path, make_folder
+from utils.files import atomic_path, increment_path, make_folder, unique_names, warn_of_earlier_files
 
 LOGGER = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def run_folder(wanted: Path, exist_ok: bool = False) -> Iterator[Run]:
 
 
 def _move_into(source: Path, target: Path) -> None:
-    for path in sorted(p for p in source.rglob("*") if p.is_file()):
-        place = target / path.relative_to(source)
+    places = {path: target / path.relative_to(source) for path in source.rglob("*") if path.is_file()}
+    for path, place in places.items():
         make_folder(place.parent)
         os.replace(path, place)
+    warn_of_earlier_files(target, set(places.values()))
 
 
 def _umask() -> int:
@@ -102,19 +103,11 @@ class TextSink:
     def write(self, folder: Path) -> None:
         """Write one file per image, an empty one where nothing was found."""
         make_folder(folder)
-        for path, name in unique_names(list(self.lines)).items():
-            with atomic_path(folder / f"{name}.txt") as part:
-                part.write_text("".join(line + "\n" for line in self.lines[path]))
+        names = unique_names(map(Path, self.lines))
+        for path, lines in self.lines.items():
+            with atomic_path(folder / f"{Path(names[Path(path)]).stem}.txt") as part:
+                part.write_text("".join(line + "\n" for line in lines))
         LOGGER.info("%d label files", len(self.lines))
-
-
-def unique_names(paths: Sequence[str]) -> dict[str, str]:
-    """Return a unique stem per path: its own, or with the folders as prefix where two images share it."""
-    stems = [Path(path).stem for path in paths]
-    if len(set(stems)) == len(stems):
-        return dict(zip(paths, stems))
-    common = os.path.commonpath([os.path.dirname(path) for path in paths])
-    return {path: os.path.relpath(path, common).replace(os.sep, "_").rpartition(".")[0] for path in paths}
 
 
 # ---- COCO -----------------------------------------------------------------------------------------------------------

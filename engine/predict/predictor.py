@@ -39,7 +39,7 @@ from models.eigencam import heat_maps
 from utils.device import Profile, describe_device, select_device
 from utils.draw import feature_map_image, heat_map_sheet
 from utils.errors import ConfigError
-from utils.files import ROOT, increment_path, make_folder
+from utils.files import ROOT, increment_path, make_folder, warn_of_earlier_files
 from utils.log import set_error_folder
 from utils.structures import to_unit
 
@@ -272,9 +272,7 @@ class Predictor:
             return Outputs()
         self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
         set_error_folder(self.folder)
-        stale = sum(path.is_file() for path in self.folder.rglob("*"))
-        if stale:
-            LOGGER.warning("--exist-ok: %s: %d file(s) of earlier runs stay unless overwritten", self.folder, stale)
+        warn_of_earlier_files(self.folder)
         return open_outputs(c, self.folder, self.style, self._file_names)
 
     def _write_features(self, frame: Frame, image: torch.Tensor) -> None:

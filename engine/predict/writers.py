@@ -67,14 +67,15 @@ class FileNames:
         """Return the stem of the frame's input, with `_2` ... appended if another input has it; always the same.
 
         Upper and lower case count as equal, as in many file systems. Frames of a video `clip` are named
-        `clip_<frame>`: no other input gets a name of that form.
+        `clip_<frame>`: no other input gets a name of that form, a second video `clip` becomes `clip-2`.
         """
         if frame.number not in self._given:
             name = frame.path.stem if frame.kind != "live" else frame.path.name
             stem, count = name, 1
+            mark = "-" if name.lower() in self._videos else "_"
             while self._collides(stem, frame.kind != "image"):
                 count += 1
-                stem = f"{name}_{count}"
+                stem = f"{name}{mark}{count}"
             if count > 1:
                 LOGGER.info("%s: another input has the name %s; %s is used", frame.origin, name, stem)
             self._taken.add(stem.lower())

@@ -49,7 +49,7 @@ from engine.train.stopping import EarlyStopping, StopNow, StopRequest
 from models.checkpoint.io import strip
 from models.checkpoint.state_dict import entries_merged, upgraded
 from utils.device import cpu_has_bf16, describe_device, select_device
-from utils.files import remove_partial_files
+from utils.files import remove_partial_files, warn_of_earlier_files
 from utils.log import LINE_WIDTH, is_main_process
 from utils.metrics import fitness
 from utils.yaml_lines import dump_yaml
@@ -212,6 +212,8 @@ class Trainer:
         """Write resolved options and hyperparameters (opt.yaml, hyp.yaml), open the loggers, plot the labels."""
         run = self.run
         remove_partial_files(run.folder)  # of a killed process, with --resume and --exist-ok
+        if run.resumed is None:
+            warn_of_earlier_files(run.folder, {run.folder / "opt.yaml", run.folder / "hyp.yaml"})
         options, hyp = run.config.to_dict(), run.hyp.to_dict()
         typed = {k: v for k, v in run.given.to_dict().items() if k in ("cfg", "data", "hyp", "weights") and v}
         dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder), "given": typed})

@@ -17,7 +17,7 @@ from data.labels.labels import load_annotations
 from engine.cli.config import ValConfig
 from engine.cli.parser import run_main
 from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, input_side, validate
-from engine.evaluate.outputs import TextSink, run_folder, unique_names
+from engine.evaluate.outputs import TextSink, run_folder
 from engine.evaluate.size_sweep import study
 from engine.runtimes.base import RawRuntime
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -438,7 +438,7 @@ def test_a_broken_run_leaves_nothing(tmp_path, error):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_run_folders_count_up_or_are_shared(tmp_path):
+def test_run_folders_count_up_or_are_shared(tmp_path, caplog):
     for text, exist_ok in (("a", False), ("b", False), ("c", True)):
         with run_folder(tmp_path / "exp", exist_ok) as run:
             (run.folder / f"{text}.txt").write_text(text)
@@ -448,12 +448,26 @@ def test_run_folders_count_up_or_are_shared(tmp_path):
         "exp/a.txt", "exp/c.txt", "exp/labels/same.txt", "exp2/b.txt", "exp2/labels/same.txt",
     ]  # fmt: skip
     assert (tmp_path / "exp/labels/same.txt").read_text() == "c"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"--exist-ok: {tmp_path / 'exp'}: 1 file(s) of earlier runs stay unless overwritten"
+    ]
     assert (tmp_path / "exp").stat().st_mode & 0o077
 
 
-def test_label_files_of_equal_names_do_not_meet():
-    assert unique_names(["/d/a/1.jpg", "/d/b/2.png"]) == {"/d/a/1.jpg": "1", "/d/b/2.png": "2"}
-    assert unique_names(["/d/a/1.jpg", "/d/b/1.jpg"]) == {"/d/a/1.jpg": "a_1", "/d/b/1.jpg": "b_1"}
+@pytest.mark.parametrize(
+    ("paths", "stems"),
+    [
+        (["/d/a/1.jpg", "/d/b/2.png"], ["1", "2"]),
+        (["/d/a/1.jpg", "/d/b/1.jpg"], ["a_1", "b_1"]),
+        (["/d/1.jpg", "/d/1.png"], ["1", "1_2"]),
+        (["/d/a_b/1.jpg", "/d/a/b_1.jpg", "/d/a/1.jpg"], ["a_b_1", "a_b_1_2", "a_1"]),
+    ],
+)
+def test_label_files_of_equal_names_do_not_meet(tmp_path, caplog, paths, stems):
+    caplog.set_level("INFO")
+    TextSink(lines={path: [path] for path in paths}).write(tmp_path)
+    assert [(tmp_path / f"{stem}.txt").read_text() for stem in stems] == [f"{path}\n" for path in paths]
+    assert len(list(tmp_path.iterdir())) == len(paths) and f"{len(paths)} label files" in caplog.text
 
 
 @pytest.mark.gpu

@@ -125,12 +125,14 @@ def test_equal_names_from_two_folders_do_not_overwrite(runtime, tmp_path, caplog
     save(tmp_path / "two/a.png", rectangles((64, 64), (0, 10, 10, 40, 40)))
     save(tmp_path / "two/a.jpg", rectangles((64, 64), (0, 10, 10, 40, 40)))
     with caplog.at_level("INFO"):
-        report = run(tmp_path / "*/a.*", save_txt=True, save_crop=True)
+        report = run(tmp_path / "*/a.*", save_txt=True, save_crop=True, save_csv=True)
     assert sorted(p.name for p in report.folder.glob("a*")) == ["a.png", "a_2.jpg", "a_3.png"]
     assert cv2.imread(str(report.folder / "a.png")).shape == ONE.shape
     assert sorted(p.name for p in (report.folder / "labels").iterdir()) == ["a.txt", "a_2.txt", "a_3.txt"]
     assert sorted(p.name for p in (report.folder / "crops/red").iterdir()) == ["a.jpg", "a_2.jpg", "a_3.jpg"]
     assert "another input has the name a; a_2 is used" in caplog.text
+    rows = (report.folder / "predictions.csv").read_text(encoding="utf-8").splitlines()[1:]
+    assert [row.split(",")[0] for row in rows] == ["one/a.png", "one/a.png", "two/a.jpg", "two/a.png"]
 
 
 BOX_A, BOX_B = [48, 24, 240, 120], [300, 120, 420, 216]
@@ -188,6 +190,25 @@ def test_videos_keep_size_fps_and_order(runtime, tmp_path):
     lines = (report.folder / "predictions.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines[1:]] == [f"v.mp4_{i}" for i in range(1, 13)]
     assert not list(report.folder.glob(".*"))  # no temporary file is left
+
+
+def test_frames_of_videos_and_images_share_no_name(runtime, tmp_path, caplog):
+    """Two videos of one name, and an image that is named like a frame of the first."""
+    caplog.set_level("INFO")
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        make_video(tmp_path / folder / "clip.avi", frames=2)
+    save(tmp_path / "x/clip_1.jpg", rectangles((64, 64), (0, 10, 10, 40, 40)))
+    report = run(tmp_path / "*/*", save_txt=True, save_csv=True, save_crop=True)
+    assert report.frames == 5
+    stems = ["clip-2_1", "clip-2_2", "clip_1", "clip_1_2", "clip_2"]
+    assert sorted(path.stem for path in (report.folder / "labels").iterdir()) == stems
+    assert sorted(path.stem for path in (report.folder / "crops/red").iterdir()) == stems
+    assert sorted(path.name for path in report.folder.glob("clip*")) == ["clip-2.mp4", "clip.mp4", "clip_1_2.jpg"]
+    rows = (report.folder / "predictions.csv").read_text(encoding="utf-8").splitlines()[1:]
+    images = {"x/clip.avi_1", "x/clip.avi_2", "x/clip_1.jpg", "y/clip.avi_1", "y/clip.avi_2"}
+    assert {row.split(",")[0] for row in rows} == images
+    assert f"5 label file(s) in {report.folder}" in caplog.text
 
 
 def test_video_stride_keeps_the_true_speed(runtime, tmp_path):

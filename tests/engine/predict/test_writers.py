@@ -58,6 +58,8 @@ def test_label_text(tmp_path, corners, scores, expected):
         (["in/clip.avi", "in/clip_1.jpg", "in/clip_x.jpg"], ["clip", "clip_1_2", "clip_x"]),  # frames are clip_<frame>
         (["in/clip_1.jpg", "in/clip.avi"], ["clip_1", "clip_2"]),
         (["a.jpg", "b/a.jpg", "a_2.jpg"], ["a", "a_2", "a_2_2"]),
+        (["x/clip.avi", "y/clip.avi", "clip.jpg"], ["clip", "clip-2", "clip-3"]),
+        (["clip_1.jpg", "clip.avi", "clip_2.jpg"], ["clip_1", "clip_2", "clip_2-2"]),
     ],
 )
 def test_file_names_are_unique_within_a_run(inputs, expected):

@@ -53,6 +53,19 @@ def test_refusals(selection: list[str], message: str) -> None:
         names_to_freeze(build("yolov5"), selection)
 
 
+def test_rows_beyond_a_backbone_of_one_row_are_explained(caplog: pytest.LogCaptureFixture) -> None:
+    """`--freeze 10` is all of the backbone of YOLOv5's own models, and reaches into the neck of others."""
+    model = build("riformer")
+    hint = "the whole backbone (RIFormer) is row 0, the others are neck and head: to freeze its stem and first K stages"
+    with pytest.raises(ConfigError, match="no row 9; the model has rows 0 to 8; .*backbone:K, K = 0 to 4") as error:
+        names_to_freeze(model, ["10"])
+    assert hint in str(error.value)
+    assert rows_of(names_to_freeze(model, ["1"])) == {0} and not caplog.records
+    assert rows_of(names_to_freeze(model, ["5"])) == {0, 1, 4}  # rows 2 and 3 have no parameters
+    assert [record.getMessage().partition("; ")[0] for record in caplog.records] == ["--freeze 5: freezes rows 0 to 4"]
+    assert hint in caplog.text
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stages_of_a_backbone(family: str) -> None:
     model = build(family)

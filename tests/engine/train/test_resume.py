@@ -202,6 +202,15 @@ def test_training_in_the_same_folder_removes_what_a_killed_process_left(project,
     assert own.exists()
 
 
+def test_files_of_an_earlier_training_are_reported(project, caplog):
+    options = {"epochs": 1, "exist_ok": True, "save_period": 1}
+    folder = train(config(project, **options)).folder
+    assert "--exist-ok" not in caplog.text
+    before = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("opt.yaml", "hyp.yaml")]
+    assert train(config(project, **options)).folder == folder
+    assert f"--exist-ok: {folder}: {len(before)} file(s) of earlier runs stay unless overwritten" in caplog.text
+
+
 def test_killed_loader_worker_ends_the_training_in_one_line(project, monkeypatch):
     original = TrainStep.backward
 
