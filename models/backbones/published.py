@@ -16,8 +16,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ from torch import Tensor
 from models.backbones.base import Backbone
 from models.checkpoint.state_dict import LoadReport, load_state, read_state_dict, shorten
 from utils.errors import CheckpointError, UserError, did_you_mean
-from utils.files import download
+from utils.files import download, url_file_name
 from utils.log import is_main_process
 from utils.yaml_lines import load_yaml
 
@@ -109,7 +108,7 @@ def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
             raise CheckpointError(f"weights: '{text}' are for {row.backbone}, not {backbone}; allowed: {allowed}")
         return _fetch(row)
     if "://" in text:
-        return _download(text, PurePosixPath(urlsplit(text).path).name or "weights.pth", None)
+        return _download(text, url_file_name(text) or "weights.pth", None)
     path = Path(text).expanduser()
     if path.is_file():
         return path

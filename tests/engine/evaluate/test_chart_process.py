@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import torch
 from engine.evaluate.accumulator import Tally, summarize
 from engine.evaluate.chart_process import ChartProcess
 from engine.evaluate.plots import draw_charts
+from tests.helpers.processes import ends
 from utils.errors import DataError
 from utils.files import ROOT
 from utils.metrics import ConfusionMatrix
@@ -41,6 +43,28 @@ def test_an_error_in_the_block_ends_the_process():
     with pytest.raises(KeyError), ChartProcess() as charts:
         raise KeyError
     assert charts._process.poll() is not None
+
+
+DRAW = """
+import numpy, pathlib, time, utils.plots
+for number in range(5):
+    charts.draw(utils.plots.plot_confusion_matrix, pathlib.Path(f"{number}.png"), numpy.eye(3), {0: "a", 1: "b"})
+while not pathlib.Path("0.png").exists():
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("work", ["", DRAW], ids=["at its start", "while it draws"])
+def test_it_ends_with_a_killed_command(tmp_path, work):
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r})\n"
+        "from engine.evaluate.chart_process import ChartProcess\n"
+        f"charts = ChartProcess()\nprint(charts._process.pid)\n{work}\n"
+        "sys.stdout.flush()\nos.kill(os.getpid(), 9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL
+    assert ends(int(done.stdout), seconds=20)
 
 
 def test_importing_it_imports_no_torch_and_no_matplotlib():
