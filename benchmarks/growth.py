@@ -1,10 +1,11 @@
-"""Cost of large datasets: first and cached label scan, first batch, memory per loader worker.
+"""Cost of large datasets, folders and images: label scan, first batch, memory of workers, files of detect.py, P6.
 
     python -m benchmarks.growth [--images 5000 20000 100000] [--classes 80 2000] [--side 320] [--workers 2]
 
 A dataset is synthetic: links to 64 JPEGs of noise, 1 to 15 boxes an image. Each row is a process of its own. Processor
 time counts all processes. A worker's own memory is what it does not share (unique set size), measured after the first
-epoch over 1,024 images, which are drawn from the whole dataset.
+epoch over 1,024 images, which are drawn from the whole dataset. A second table has the forward pass of the fused
+yolov5n6 (levels P3 to P6), one image, float32, at growing sizes.
 
 Results: benchmarks/results/growth.json and .md.
 """
@@ -15,6 +16,7 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,10 @@ from data.labels.labels import load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from data.loading.weights import labels_to_class_weights, labels_to_image_weights
+from data.sources.files import find_files
+from models.fuse import fuse_conv_bn
+from models.yolo import DetectionModel
+from utils.device import keep_freed_memory
 from utils.files import ROOT
 from utils.yaml_lines import load_yaml
 
@@ -79,6 +85,7 @@ def measure(source: str, classes: int, side: int, workers: int) -> dict[str, Any
         return result
 
     timed("first_scan", lambda: load_annotations([source], classes, progress=False))
+    found["files"] = len(timed("find_files", lambda: find_files(Path(source))).files)
     records = timed("cached_scan", lambda: load_annotations([source], classes, progress=False)).records
     recipe = AugmentConfig.from_hyp(load_yaml(ROOT / "data/hyps/hyp.scratch-low.yaml"))
     dataset = DetectionDataset(records, side, augment=recipe)
@@ -97,20 +104,41 @@ def measure(source: str, classes: int, side: int, workers: int) -> dict[str, Any
     return found
 
 
+def measure_forward(side: int) -> dict[str, Any]:
+    """Measure a forward pass at side x side pixels in this process."""
+    keep_freed_memory()  # as val.py and detect.py do
+    torch.manual_seed(0)
+    model = fuse_conv_bn(DetectionModel(ROOT / "models/hub/yolov5n6.yaml").eval()).to(memory_format=torch.channels_last)
+    image = torch.rand(1, 3, side, side).contiguous(memory_format=torch.channels_last)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(12):
+            start = time.process_time()
+            model(image)
+            seconds.append(time.process_time() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {"side": side, "processor_seconds": statistics.median(seconds[2:]), "peak_rss_mb": peak}
+
+
 def _first(loader: DetectionLoader) -> Any:
     batches = iter(loader)
     next(batches)
     return batches
 
 
+def in_process(*options: object) -> dict[str, Any]:
+    """Run this benchmark with options of its own process and return what it prints."""
+    command = [sys.executable, "-m", "benchmarks.growth", *map(str, options)]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
 def row(images: int, classes: int, args: argparse.Namespace) -> dict[str, Any]:
     """Make a dataset and measure it in a new process."""
     with tempfile.TemporaryDirectory() as folder:
         source = make(Path(folder), images, classes)
-        command = [sys.executable, "-m", "benchmarks.growth", "--measure", str(source), "--classes", str(classes)]
-        command += ["--side", str(args.side), "--workers", str(args.workers)]
-        done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    return {"images": images, "classes": classes, **json.loads(done.stdout.splitlines()[-1])}
+        options = ("--measure", source, "--classes", classes, "--side", args.side, "--workers", args.workers)
+        return {"images": images, "classes": classes, **in_process(*options)}
 
 
 def main() -> None:
@@ -120,14 +148,21 @@ def main() -> None:
     parser.add_argument("--classes", type=int, nargs="+", default=[80, 2000])
     parser.add_argument("--side", type=int, default=320)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--forward", type=int, nargs="+", default=[640, 960, 1280], help="sides of the second table")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
+    parser.add_argument("--measure-forward", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.measure:
-        print(json.dumps(measure(args.measure, args.classes[0], args.side, args.workers)))
+    if args.measure or args.measure_forward:
+        found = (
+            measure(args.measure, args.classes[0], args.side, args.workers)
+            if args.measure
+            else measure_forward(args.measure_forward)
+        )
+        print(json.dumps(found))
         return
     sizes = [(count, args.classes[0]) for count in args.images] + [(args.images[-1], c) for c in args.classes[1:]]
     rows = [row(images, classes, args) for images, classes in sizes]
-    steps = ("first_scan", "cached_scan", "image_weights", "first_batch")
+    steps = ("first_scan", "cached_scan", "image_weights", "first_batch", "find_files")
     times = [f"{name.replace('_', ' ')}, s (processor s)" for name in steps]
     head = ("images", "classes", *times, "own MB of a worker", "MB of the main process")
     lines = []
@@ -135,8 +170,17 @@ def main() -> None:
         times = [f"{r[name]['seconds']:.2f} ({r[name]['processor_seconds']:.2f})" for name in steps]
         own = " / ".join(f"{value:.0f}" for value in r["worker_uss_mb"])
         lines.append((r["images"], r["classes"], *times, own, f"{r['main_rss_mb']:.0f}"))
-    results = {"machine": machine(torch.device("cpu")), "side": args.side, "workers": args.workers, "rows": rows}
-    write_results("growth", results, f"# Large datasets\n\n{markdown_table(head, lines)}\n")
+    forward = [in_process("--measure-forward", side) for side in args.forward]
+    sides = []
+    for f in forward:
+        ms = 1000 * f["processor_seconds"]
+        per_pixel = ms / (f["side"] / 1000) ** 2
+        sides.append((f["side"], f"{ms:.0f}", f"{per_pixel:.0f}", f"{f['peak_rss_mb']:.0f}"))
+    about = {"machine": machine(torch.device("cpu")), "side": args.side, "workers": args.workers}
+    forward_head = ("side", "yolov5n6 forward, processor ms", "per million pixels", "peak MB")
+    text = f"# Large datasets\n\n{markdown_table(head, lines)}\n\n# Large images\n\n"
+    text += markdown_table(forward_head, sides) + "\n"
+    write_results("growth", {**about, "rows": rows, "forward": forward}, text)
 
 
 if __name__ == "__main__":

@@ -267,12 +267,19 @@ def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = C
                 if path != given:
                     LOGGER.info("%s: using %s", name, path)
                 return path
-    near = [p.name for place in places if place.is_dir() for p in place.rglob("*.yaml")]
+    below = [p for place in places if place.is_dir() for p in place.rglob("*.yaml")]
+    same = next((_from_root(p) for p in below if p.name == given.name), None)
+    near = [p.name for p in below]
     if is_listable(given.parent):
         near += [p.name for p in given.parent.iterdir() if p.is_file()]
-    names = [f"{p.relative_to(ROOT) if p.is_relative_to(ROOT) else p}/" for p in places] if bare else ["the project"]
+    names = [f"{_from_root(p)}/" for p in places] if bare else ["the project"]
     looked = ", ".join(["the current folder", *names]) if not given.is_absolute() else str(given.parent)
-    raise error(f"{name}: no such file (looked in {looked}){did_you_mean(given.name, near)}")
+    hint = f"; did you mean {same}?" if same else did_you_mean(given.name, near)
+    raise error(f"{name}: no such file (looked in {looked}){hint}")
+
+
+def _from_root(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def exists_as_file(path: Path, error: type[UserError]) -> bool:

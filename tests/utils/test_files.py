@@ -102,6 +102,8 @@ def test_did_you_mean(found, expected):
 
 def test_find_file_does_not_search_by_the_last_part(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"; did you mean models/hub/yolov5n6\.yaml\?"):
+        find_file("models/yolov5n6.yaml", "models", "models/hub")
     for name in ("mien/yolov5n.yaml", "/nowhere/yolov5n.yaml", "./yolov5n.yaml/x"):
         with pytest.raises(ConfigError, match="no such file"):
             find_file(name, "models")
