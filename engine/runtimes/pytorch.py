@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from engine.runtimes.base import Runtime
 from models.fuse import reparameterize
 from models.loading import load_detector, require_rgb
-from models.yolo import DetectionModel
+from models.yolo import AUGMENTATIONS, DetectionModel
 from utils.device import keep_freed_memory, out_of_memory, to_device
 from utils.errors import CheckpointError
 from utils.structures import to_unit
@@ -124,7 +125,9 @@ class PyTorchRuntime:
             with autocast, out_of_memory(pixels.shape, "a smaller --batch-size, a smaller --imgsz, or --half"):
                 outputs = [model(pixels, augment=self.augment) for model in self.models]
         except RuntimeError:
-            check_size(self, *pixels.shape[2:])  # raises where the size is the reason
+            height, width = pixels.shape[2:]
+            for model in self.models:
+                model.check_size(height, width, self.augment)  # raises where the size is the reason
             raise
         decoded = torch.cat([rows for rows, _ in outputs], 1) if len(outputs) > 1 else outputs[0][0]
         return decoded.float(), list(outputs[0][1])
@@ -136,10 +139,27 @@ class PyTorchRuntime:
 
 
 def check_size(runtime: Runtime, height: int, width: int) -> None:
-    """Raise SpecError where images of height x width pixels are too small for a row of a checkpoint's model."""
+    """Raise SpecError where images of height x width pixels are too small for a kernel of a checkpoint's model.
+
+    The pass that finds out takes most of a second, so it is left out where the coarsest map holds each kernel. What
+    fails for another reason is found when the model is called.
+    """
     if isinstance(runtime, PyTorchRuntime):
         for model in runtime.models:
-            model.check_size(height, width, runtime.augment)
+            smallest = min(height, width) * (min(scale for scale, _ in AUGMENTATIONS) if runtime.augment else 1)
+            if smallest < largest_kernel(model) * grid_of(model):
+                model.check_size(height, width, runtime.augment)
+
+
+def largest_kernel(model: nn.Module) -> int:
+    """Return the cells, at most, that a map needs on each side for the kernels of a model, beyond their padding."""
+    sizes = [1]
+    for module in model.modules():
+        if isinstance(kernel := getattr(module, "kernel_size", None), int | tuple):
+            padding, dilation = getattr(module, "padding", 0), getattr(module, "dilation", 1)
+            pairs = [x if isinstance(x, tuple) else (x, x) for x in (kernel, padding, dilation)]
+            sizes += [d * (k - 1) + 1 - 2 * (p if isinstance(p, int) else 0) for k, p, d in zip(*pairs)]
+    return max(sizes)
 
 
 def grid_of(model: DetectionModel) -> int:

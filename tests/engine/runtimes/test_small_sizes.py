@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from engine.cli.config import DetectConfig, TrainConfig, ValConfig
 from engine.compare.worker.jobs import CandidateJobs
@@ -15,7 +16,7 @@ from engine.export.config import ExportConfig
 from engine.export.exporter import export
 from engine.hub.model import load
 from engine.predict.predictor import detect
-from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.pytorch import PyTorchRuntime, check_size, largest_kernel
 from engine.runtimes.registry import open_runtime
 from engine.train.trainer import train
 from models.build.rows import Rows
@@ -33,6 +34,8 @@ backbone:
 head:
   - [[-1], 1, AnchorFreeDetect, [nc]]
 """
+
+BACKBONE = [[-1, 1, "Conv", [8, 6, 2, 2]], [-1, 1, "Conv", [8, 3, 16]], [-1, 1, "SPPF", [8, 5]]]
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,38 @@ def test_training(files, tmp_path, options, shape):
     with pytest.raises(SpecError, match=named(*shape, file=r"m\.yaml:5")):
         train(TrainConfig.from_keywords(**options, project=str(tmp_path / "runs")))
     assert not (tmp_path / "runs").exists()
+
+
+def test_sizes_that_hold_each_kernel_need_no_pass(files, monkeypatch):
+    """The pass imports much of PyTorch, so val.py and detect.py leave it out where they can."""
+    checked: list[tuple[int, int]] = []
+    monkeypatch.setattr(DetectionModel, "check_size", lambda _self, height, width, *_: checked.append((height, width)))
+    runtime = open_runtime([str(files / "m.pt")], CPU)
+    for shape in ((224, 640), (256, 256), (640, 224)):  # 8 cells of 32 pixels
+        check_size(runtime, *shape)
+    runtime.augment = True
+    check_size(runtime, 256, 256)
+    assert checked == [(224, 640), (640, 224), (256, 256)]
+    model = DetectionModel({"nc": 1, "backbone": BACKBONE, "head": [[[-1], 1, "AnchorFreeDetect", ["nc"]]]}).eval()
+    check_size(PyTorchRuntime.from_model(model, CPU), 64, 64)
+    assert len(checked) == 3
+
+
+@pytest.mark.parametrize(
+    ("module", "cells"),
+    [
+        (nn.Conv2d(3, 8, 3, padding=1), 1),
+        (nn.Conv2d(3, 8, (5, 1), padding=(1, 0)), 3),
+        (nn.Conv2d(3, 8, 3, dilation=4), 9),
+        (nn.Conv2d(3, 8, 7, padding="same"), 7),  # at most
+        (nn.MaxPool2d(5, 1, 2), 1),
+        (nn.MaxPool2d(5, 1, 1, dilation=2), 7),
+        (nn.AvgPool2d((2, 4)), 4),
+        (nn.Linear(3, 8), 1),
+    ],
+)
+def test_largest_kernel(module, cells):
+    assert largest_kernel(nn.Sequential(nn.SiLU(), module)) == cells
 
 
 def test_other_errors_stay(files, monkeypatch):
