@@ -14,11 +14,11 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.build.dry_run import call_on_meta
 from models.build.rows import Route, Rows
 from models.common import Conv
 from utils.device import synchronize
@@ -151,11 +151,9 @@ def _count(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module])
     def total() -> int:
         return matmuls.get_total_flops() + norms.flops
 
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    on_meta = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
     with evaluating(model), torch.no_grad(), matmuls, norms, _counting(modules, total) as counts:
-        functional_call(model, on_meta, (torch.empty(tuple(shape), device="meta", dtype=dtype),))
+        call_on_meta(model, torch.empty(tuple(shape), device="meta", dtype=dtype))
     return total(), counts
 
 

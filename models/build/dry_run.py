@@ -65,8 +65,11 @@ def call_on_meta(module: nn.Module, x: Tensor | list[Tensor]) -> Any:  # noqa: A
         module: on any device.
         x: its input, meta tensors (B, C, H, W).
     """
-    state = {name: value.to("meta") for name, value in (*module.named_parameters(), *module.named_buffers())}
-    return functional_call(module, state, (x,))
+    state: dict[str, Tensor] = {}
+    for prefix, part in module.named_modules():  # a shared module once: functional_call would restore it wrongly
+        own = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        state |= {name: v.to("meta") for name, v in (*part.named_parameters(**own), *part.named_buffers(**own))}
+    return functional_call(module, state, (x,), tie_weights=False)
 
 
 def _run(module: nn.Module, route: Route, maps: list[Tensor]) -> Sequence[Tensor]:

@@ -112,6 +112,34 @@ def test_statistics_and_random_state_stay(tmp_path, scaled):
     assert not any(p.is_meta for p in model.parameters())
 
 
+class Shared(Scaled):
+    """A backbone with a module of two names, a parameter of two modules, and one of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = self.conv
+        self.mix, self.tied = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.tied.weight = self.mix.weight
+        self.first = self.second = nn.Parameter(torch.rand(8, 1, 1))
+
+    def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
+        (x,) = super().forward_features(image)
+        return (self.tied(self.mix(x * self.first)) + self.same(image) * self.second,)
+
+
+def test_shared_modules_and_parameters_stay(tmp_path, scaled):
+    register_backbone(Shared)
+    torch.manual_seed(3)
+    expected = Shared().state_dict()
+    torch.manual_seed(3)
+    model = DetectionModel(write(tmp_path, "  - [-1, 1, Shared, []]\n"))
+    assert model.info(64).gflops > 0
+    found = model.model[0].state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
+    assert model.eval()(torch.zeros(1, 3, 64, 64))[0].isfinite().all()
+
+
 def test_backbone_without_meta_kernels_is_skipped_with_a_debug_message(tmp_path, scaled, monkeypatch, caplog):
     monkeypatch.setattr(Scaled, "fails", True)
     with caplog.at_level(logging.DEBUG):
