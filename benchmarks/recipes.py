@@ -13,14 +13,20 @@ import argparse
 import csv
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
+
+from torch import nn
 
 import train
 import val
+from models.heads import AnchorFreeDetect
 from utils.files import ROOT
 from utils.plots import read_history
+from utils.yaml_lines import dump_yaml, load_yaml, plain
 
 RESULTS = ROOT / "benchmarks/results/recipes.csv"
 COLUMNS = ("run", "seed", "epoch", "val_map50", "val_map", "test_map50", "test_map")
@@ -28,11 +34,16 @@ BEST = {"val_map50": "metrics/mAP_0.5", "val_map": "metrics/mAP_0.5:0.95"}
 
 
 class Run(NamedTuple):
-    """Trainings with equal options: the dataset, the options, the seeds."""
+    """Trainings with equal options: the dataset, the options, the seeds.
+
+    `hyp` are changes of the hyperparameter file. With `uniform` the bins of the anchor-free head start equal.
+    """
 
     data: str
     options: dict[str, object]
     seeds: tuple[int, ...] = (0, 1, 2)
+    hyp: Mapping[str, float] = MappingProxyType({})
+    uniform: bool = False
 
 
 def factorial(epochs: int) -> dict[str, dict[str, object]]:
@@ -64,13 +75,52 @@ FAMILIES = {
 """Small backbones of 1.5 to 4.3 M parameters with the neck: the first row of `models/yolov5-timm.yaml`."""
 
 
-def family_yaml(name: str, folder: Path) -> Path:
-    """Write the model YAML of a family and return its path."""
-    text = (ROOT / "models/yolov5-timm.yaml").read_text(encoding="utf-8")
+REPLACED = {
+    **{name: ("models/yolov5-timm.yaml", FAMILIES["convnext"], row) for name, row in FAMILIES.items()},
+    "reg8": ("models/yolov5n-free.yaml", "AnchorFreeDetect, [nc]", "AnchorFreeDetect, [nc, {reg_max: 8}]"),
+}
+"""Model YAMLs that are written for a run: the file, and what is replaced in it by what."""
+
+
+def written_yaml(name: str, folder: Path) -> Path:
+    """Write a model YAML of `REPLACED` and return its path."""
+    source, old, new = REPLACED[name]
+    text = (ROOT / source).read_text(encoding="utf-8")
+    if text.count(old) != 1:
+        raise ValueError(f"{source}: '{old}' must appear once")
     path = folder / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace(FAMILIES["convnext"], FAMILIES[name]), encoding="utf-8")
+    path.write_text(text.replace(old, new), encoding="utf-8")
     return path
+
+
+def written_hyp(name: str, source: str, changes: Mapping[str, float], folder: Path) -> Path:
+    """Write a hyperparameter file with other values and return its path."""
+    values = plain(load_yaml(ROOT / "data/hyps" / source))
+    unknown = changes.keys() - values.keys()
+    if unknown:
+        raise ValueError(f"{source}: no {min(unknown)}")
+    path = folder / f"hyp.{name}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dump_yaml(path, {**values, **changes})
+    return path
+
+
+@contextmanager
+def uniform_start() -> Iterator[None]:
+    """Let every distribution of the anchor-free head start with equal bins."""
+    reset = AnchorFreeDetect.reset_biases
+
+    def uniform(head: AnchorFreeDetect) -> None:
+        reset(head)
+        for branch in head.box:
+            nn.init.zeros_(branch[-1].bias)  # type: ignore[index]
+
+    AnchorFreeDetect.reset_biases = uniform  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AnchorFreeDetect.reset_biases = reset  # type: ignore[method-assign]
 
 
 def family_runs() -> dict[str, Run]:
@@ -83,10 +133,23 @@ def family_runs() -> dict[str, Run]:
     }
 
 
+FREE = {"cfg": "models/yolov5n.yaml", "head": "free", "hyp": "hyp.auto.yaml", "epochs": 60}
+SMALL = {**FREE, "imgsz": 96}
+SCREENING = {
+    "bccd-cosine": Run("bccd", {**FREE, "cos_lr": True}, (0,)),
+    "bccd-mixup": Run("bccd", FREE, (0,), {"mixup": 0.1}),
+    "bccd-scale": Run("bccd", FREE, (0,), {"scale": 0.9}),
+    "bccd-reg8": Run("bccd", {**FREE, "cfg": "reg8"}, (0,)),
+}
+"""Elements of the recipe and of the head, each with one seed, against `bccd-free-auto`."""
+
 PLAN = {
     **{f"bccd-{name}": Run("bccd", options) for name, options in factorial(60).items()},
     **{f"aquarium-{name}": Run("aquarium", options) for name, options in factorial(40).items()},
     **family_runs(),
+    "bccd96-ramp": Run("bccd", SMALL),
+    "bccd96-uniform": Run("bccd", SMALL, uniform=True),
+    **SCREENING,
 }
 COMMON: dict[str, object] = {
     "imgsz": 320, "batch_size": 16, "workers": 0, "cache": "ram", "amp": "bf16", "noplots": True
@@ -97,12 +160,15 @@ def measure(name: str, run: Run, seed: int, data: Path, folder: Path) -> list[ob
     """Train, or continue a training that was stopped, and validate; return a row of `COLUMNS`."""
     last = folder / f"{name}-s{seed}/weights/last.pt"
     options = {**COMMON, **run.options, "data": data, "seed": seed, "project": folder, "name": f"{name}-s{seed}"}
-    if options["cfg"] in FAMILIES:
-        options["cfg"] = family_yaml(str(options["cfg"]), folder)
-    result = train.run(resume=last) if last.is_file() else train.run(**options, exist_ok=True)
+    if options["cfg"] in REPLACED:
+        options["cfg"] = written_yaml(str(options["cfg"]), folder)
+    if run.hyp:
+        options["hyp"] = written_hyp(name, str(options["hyp"]), run.hyp, folder)
+    with uniform_start() if run.uniform else nullcontext():
+        result = train.run(resume=last) if last.is_file() else train.run(**options, exist_ok=True)
     history = read_history(result.folder / "results.csv")
     best = int((0.1 * history[BEST["val_map50"]] + 0.9 * history[BEST["val_map"]]).argmax())
-    test = val.run(weights=result.best, data=data, imgsz=COMMON["imgsz"], task="test", project=folder, name="test")
+    test = val.run(weights=result.best, data=data, imgsz=options["imgsz"], task="test", project=folder, name="test")
     values = [*(history[column][best] for column in BEST.values()), test.map50, test.map]
     return [name, seed, int(history["epoch"][best]), *(round(float(value), 4) for value in values)]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
 
 from benchmarks import side_by_side
-from benchmarks.recipes import PLAN, family_yaml, summary
+from benchmarks.recipes import PLAN, REPLACED, summary, uniform_start, written_hyp, written_yaml
+from engine.cli.config import Hyperparameters
 from models.yolo import DetectionModel
 from utils.files import ROOT
 
@@ -20,11 +22,24 @@ def test_summary_has_mean_and_range_over_seeds() -> None:
 
 def test_every_family_of_the_plan_builds(tmp_path) -> None:
     names = {str(run.options["cfg"]) for run in PLAN.values()} - {"models/yolov5n.yaml"}
-    assert len(names) == 5
+    assert names == REPLACED.keys() and len(names) == 6
     for name in names:
-        model = DetectionModel(family_yaml(name, tmp_path), nc=3)
+        model = DetectionModel(written_yaml(name, tmp_path), nc=3)
         assert model.stride.tolist() == [8, 16, 32]
         assert sum(p.numel() for p in model.parameters()) < 5e6
+
+
+def test_changed_hyperparameters_and_a_uniform_start(tmp_path) -> None:
+    path = written_hyp("mixup", "hyp.auto.yaml", {"mixup": 0.1}, tmp_path)
+    values = Hyperparameters.from_yaml(path)
+    assert values.mixup == 0.1 and values == replace(Hyperparameters.from_yaml("data/hyps/hyp.auto.yaml"), mixup=0.1)
+    with pytest.raises(ValueError, match="no mixupp"):
+        written_hyp("mixup", "hyp.auto.yaml", {"mixupp": 0.1}, tmp_path)
+    model = DetectionModel("models/yolov5n-free.yaml", nc=3)
+    with uniform_start():
+        uniform = DetectionModel("models/yolov5n-free.yaml", nc=3)
+    assert all(branch[-1].bias.any() for branch in model.model[-1].box)
+    assert not any(branch[-1].bias.any() for branch in uniform.model[-1].box)
 
 
 def test_every_benchmark_imports() -> None:
