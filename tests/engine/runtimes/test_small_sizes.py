@@ -159,6 +159,14 @@ def test_largest_kernel(module, cells):
     assert largest_kernel(nn.Sequential(nn.SiLU(), module)) == cells
 
 
+@pytest.mark.gpu
+def test_half_precision(files):
+    runtime = open_runtime([str(files / "m.pt")], torch.device("cuda", 0), half=True)
+    with pytest.raises(SpecError, match=named(64, 64)):
+        runtime(torch.zeros(1, 3, 64, 64))
+    assert runtime(torch.zeros(1, 3, 128, 128)).isfinite().all()
+
+
 def test_other_errors_stay(files, monkeypatch):
     """A RuntimeError for another reason than the size is no user error."""
     runtime = open_runtime([str(files / "m.pt")], CPU)

@@ -95,6 +95,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     if not on_device and target != "cuda":
         record.host[name, place] += 1
         return func(*args, **kwargs)
+    if target == "meta":  # shapes only
+        return func(*tree_map_only(CudaTensor, lambda t: t.held, args), **kwargs)
     copies = name in ("aten::_to_copy", "aten::copy_", "aten::_copy_from")
     if on_device and not copies:
         _check_same_device(func, name, args, given)
