@@ -15,7 +15,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from engine.compare.pareto import Limits, Pick, Point, unranked_reason
-from engine.compare.results import STAGES, CandidateResult, Latency, measured
+from engine.compare.results import FORM_NAMES, STAGES, CandidateResult, Latency, measured
 from engine.compare.table import significant
 from utils.plots import new_figure, save_figure
 
@@ -238,7 +238,7 @@ def plot_latency(path: Path, rows: Sequence[CandidateResult]) -> None:
     panels: list[Panel] = []
     for form, runtime, batch in keys:
         bars = [_latency_bar(row.latency(runtime, batch, form)) for row in shown]
-        panels.append((f"{runtime}, {form} form, batch {batch}", "milliseconds per image", bars))
+        panels.append((f"{runtime}, {FORM_NAMES[form]}, batch {batch}", "milliseconds per image", bars))
     _plot_bars(path, [row.label for row in shown], panels, STAGE_COLORS)
 
 

@@ -14,6 +14,7 @@ from engine.compare.measure.detector import STAGES, STEP, TOTAL
 from engine.compare.measure.rounds import Spread, deviation, over_seeds
 
 DEPLOYED, TRAINING = "deployed", "training"  # forms whose latency is measured
+FORM_NAMES = {DEPLOYED: "re-parameterized model", TRAINING: "training form"}
 AREAS = ("small", "medium", "large")
 METRICS = ("map50", "map", "precision", "recall")
 
@@ -169,6 +170,6 @@ def measured(rows: Sequence[CandidateResult]) -> list[CandidateResult]:
 
 
 __all__ = [
-    "AREAS", "DEPLOYED", "METRICS", "STAGES", "STEP", "TOTAL", "TRAINING", "Accuracy", "CandidateResult", "Latency",
-    "measured",
+    "AREAS", "DEPLOYED", "FORM_NAMES", "METRICS", "STAGES", "STEP", "TOTAL", "TRAINING", "Accuracy", "CandidateResult",
+    "Latency", "measured",
 ]  # fmt: skip

@@ -12,7 +12,17 @@ from typing import Any, TypeVar
 from engine.compare.effects import Effect, Effects, effects_of
 from engine.compare.measure.rounds import Spread, deviation, ranks
 from engine.compare.pareto import Pick, points_of, unranked_reason
-from engine.compare.results import AREAS, METRICS, STAGES, TRAINING, Accuracy, CandidateResult, Latency, measured
+from engine.compare.results import (
+    AREAS,
+    FORM_NAMES,
+    METRICS,
+    STAGES,
+    TRAINING,
+    Accuracy,
+    CandidateResult,
+    Latency,
+    measured,
+)
 from models.summary import PARTS
 from utils.log import aligned, display_width
 from utils.metrics import RANKING_FLOOR
@@ -216,10 +226,10 @@ def structure(rows: Sequence[CandidateResult]) -> Table:
         ("candidate", lambda x: text(x[0])),
         *((f"{p}, M", lambda x, p=p: number(x[1]["parts"][p]["parameters"] / 1e6)) for p in PARTS),
         ("all, M", lambda x: number(x[1]["parameters"] / 1e6)),
-        ("deployed, M", lambda x: number(x[1]["deployed_parameters"] / 1e6)),
+        ("re-parameterized, M", lambda x: number(x[1]["deployed_parameters"] / 1e6)),
         *((f"{p}, GFLOPs", lambda x, p=p: number(x[1]["parts"][p]["gflops"])) for p in PARTS),
         ("all, GFLOPs", lambda x: number(x[1]["gflops"])),
-        ("deployed, GFLOPs", lambda x: number(x[1]["deployed_gflops"])),
+        ("re-parameterized, GFLOPs", lambda x: number(x[1]["deployed_gflops"])),
         ("levels read (channels@stride)", lambda x: text(_levels(x[1], ", "))),
         ("strides of the head", lambda x: Cell(", ".join(map(str, x[1]["strides"])))),
         ("side", lambda x: number(x[1]["side"])),
@@ -252,7 +262,7 @@ def latency(rows: Sequence[CandidateResult]) -> Table:
 
     columns: Columns[tuple[str, Latency, Cell]] = [
         ("runtime", lambda x: text(x[1].runtime)),
-        ("form", lambda x: text(x[1].form)),
+        ("form", lambda x: text(FORM_NAMES[x[1].form])),
         ("batch", lambda x: number(x[1].batch)),
         ("candidate", lambda x: text(x[0])),
         *((f"{stage}, ms", lambda x, stage=stage: number(x[1].times[stage].middle)) for stage in STAGES),

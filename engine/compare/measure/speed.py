@@ -15,7 +15,7 @@ from engine.compare.config import PYTORCH, CompareConfig
 from engine.compare.context import Context, safe
 from engine.compare.measure.machine import MB, clocks
 from engine.compare.measure.rounds import Spread, calls_per_visit, rounds_that_fit, run_rounds
-from engine.compare.results import DEPLOYED, STEP, TRAINING, CandidateResult, Latency, measured
+from engine.compare.results import DEPLOYED, FORM_NAMES, STEP, TRAINING, CandidateResult, Latency, measured
 from engine.compare.stages import BAR, TRANSIENT
 from engine.compare.store import digest
 from engine.compare.worker.process import JobFailedError, Worker
@@ -38,7 +38,7 @@ class Phase:
     batch: int
 
     def __str__(self) -> str:
-        what = "training step" if self.form == STEP else f"{self.runtime}, {self.form} form"
+        what = "training step" if self.form == STEP else f"{self.runtime}, {FORM_NAMES[self.form]}"
         return f"{what}, batch {self.batch}"
 
 
