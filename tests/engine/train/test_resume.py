@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,9 +212,11 @@ def test_files_of_an_earlier_training_are_reported(project, caplog):
 def test_killed_loader_worker_ends_the_training_in_one_line(project, monkeypatch):
     original = TrainStep.backward
 
+    others = set(psutil.Process().children())  # of earlier tests in this process
+
     def backward(self: TrainStep, *arguments: Any, **options: Any) -> Any:
-        for child in psutil.Process().children():
-            os.kill(child.pid, signal.SIGKILL)
+        for child in set(psutil.Process().children()) - others:
+            child.kill()
         return original(self, *arguments, **options)
 
     monkeypatch.setattr(TrainStep, "backward", backward)
