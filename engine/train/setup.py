@@ -155,7 +155,8 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     model = build_model(config, hyp, data, resumed)
     grid = grid_of(model)
     config = replace(config, data=str(data.file.absolute()), imgsz=_round_to_grid(config.imgsz, grid))
-    _check_sizes(model, {(config.imgsz, config.imgsz)}, config, grid)
+    square = {(config.imgsz, config.imgsz)}
+    _check_sizes(model, square, config, grid)
     model.to(device)
     if device.type == "cpu" and not resumed:
         _hint_short_run(config)
@@ -175,8 +176,8 @@ def build_parts(config: TrainConfig, resumed: Checkpoint | None, device: torch.d
     unfrozen = resumed is not None and 0 < config.freeze_epochs <= resumed.epoch + 1
     frozen = _freeze(model, config, set() if unfrozen else frozen_names)
     loader, val_loader = _loaders(config, hyp, world, annotations, grid)
-    _check_sizes(model, loader.dataset.smallest_shapes(), config, grid)
-    _check_sizes(model, val_loader.dataset.smallest_shapes(), replace(config, multi_scale=False), grid)
+    _check_sizes(model, loader.dataset.smallest_shapes() - square, config, grid)
+    _check_sizes(model, val_loader.dataset.smallest_shapes() - square, replace(config, multi_scale=False), grid)
     if not (config.sync_bn and world.size > 1):
         _check_single_images(model, frozen, loader, config, grid)
     model_parts = _model_parts(model, frozen, grid, config, hyp, class_factors, device, world)
