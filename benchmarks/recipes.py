@@ -11,19 +11,23 @@ from __future__ import annotations
 
 import argparse
 import csv
+import re
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from torch import nn
 
 import train
 import val
+from models.common import Conv
 from models.heads import AnchorFreeDetect
+from models.losses import anchor_free
 from utils.files import ROOT
 from utils.plots import read_history
 from utils.yaml_lines import dump_yaml, load_yaml, plain
@@ -36,14 +40,14 @@ BEST = {"val_map50": "metrics/mAP_0.5", "val_map": "metrics/mAP_0.5:0.95"}
 class Run(NamedTuple):
     """Trainings with equal options: the dataset, the options, the seeds.
 
-    `hyp` are changes of the hyperparameter file. With `uniform` the bins of the anchor-free head start equal.
+    `hyp` are changes of the hyperparameter file, `variant` a change of the code in `VARIANTS`.
     """
 
     data: str
     options: dict[str, object]
     seeds: tuple[int, ...] = (0, 1, 2)
     hyp: Mapping[str, float] = MappingProxyType({})
-    uniform: bool = False
+    variant: str = ""
 
 
 def factorial(epochs: int) -> dict[str, dict[str, object]]:
@@ -75,22 +79,47 @@ FAMILIES = {
 """Small backbones of 1.5 to 4.3 M parameters with the neck: the first row of `models/yolov5-timm.yaml`."""
 
 
-REPLACED = {
-    **{name: ("models/yolov5-timm.yaml", FAMILIES["convnext"], row) for name, row in FAMILIES.items()},
-    "reg8": ("models/yolov5n-free.yaml", "AnchorFreeDetect, [nc]", "AnchorFreeDetect, [nc, {reg_max: 8}]"),
+def replacing(old: str, new: str) -> Callable[[str], str]:
+    """Return a function that replaces a string, which must appear once, in a text."""
+
+    def edit(text: str) -> str:
+        if text.count(old) != 1:
+            raise ValueError(f"'{old}' must appear once")
+        return text.replace(old, new)
+
+    return edit
+
+
+def scaling_neck(factor: float) -> Callable[[str], str]:
+    """Return a function that multiplies the channels of the neck in the text of a model YAML, in steps of 32."""
+
+    def edit(text: str) -> str:
+        backbone, neck = text.split("\nhead:")
+        scaled = re.sub(r"(Conv|C3), \[(\d+)", lambda row: f"{row[1]}, [{round(int(row[2]) * factor / 32) * 32}", neck)
+        return f"{backbone}\nhead:{scaled}"
+
+    return edit
+
+
+REG8 = replacing("AnchorFreeDetect, [nc]", "AnchorFreeDetect, [nc, {reg_max: 8}]")
+EDITED: dict[str, tuple[str, tuple[Callable[[str], str], ...]]] = {
+    **{name: ("yolov5-timm.yaml", (replacing(FAMILIES["convnext"], row),)) for name, row in FAMILIES.items()},
+    "reg8": ("yolov5n-free.yaml", (REG8,)),
+    "reg8-neck1.25": ("yolov5n-free.yaml", (REG8, scaling_neck(1.25))),
+    "neck0.75": ("yolov5n-free.yaml", (scaling_neck(0.75),)),
 }
-"""Model YAMLs that are written for a run: the file, and what is replaced in it by what."""
+"""Model YAMLs that are written for a run: the file in `models/`, and what is changed in it."""
 
 
 def written_yaml(name: str, folder: Path) -> Path:
-    """Write a model YAML of `REPLACED` and return its path."""
-    source, old, new = REPLACED[name]
-    text = (ROOT / source).read_text(encoding="utf-8")
-    if text.count(old) != 1:
-        raise ValueError(f"{source}: '{old}' must appear once")
+    """Write a model YAML of `EDITED` and return its path."""
+    source, edits = EDITED[name]
+    text = (ROOT / "models" / source).read_text(encoding="utf-8")
+    for edit in edits:
+        text = edit(text)
     path = folder / f"{name}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text.replace(old, new), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     return path
 
 
@@ -106,21 +135,32 @@ def written_hyp(name: str, source: str, changes: Mapping[str, float], folder: Pa
     return path
 
 
-@contextmanager
-def uniform_start() -> Iterator[None]:
+def uniform_biases(head: AnchorFreeDetect) -> None:
     """Let every distribution of the anchor-free head start with equal bins."""
-    reset = AnchorFreeDetect.reset_biases
+    RESET_BIASES(head)
+    for branch in head.box:
+        nn.init.zeros_(branch[-1].bias)  # type: ignore[index,arg-type]
 
-    def uniform(head: AnchorFreeDetect) -> None:
-        reset(head)
-        for branch in head.box:
-            nn.init.zeros_(branch[-1].bias)  # type: ignore[index]
 
-    AnchorFreeDetect.reset_biases = uniform  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        AnchorFreeDetect.reset_biases = reset  # type: ignore[method-assign]
+def dense_class_branch(
+    head: AnchorFreeDetect, nc: int, channels: Sequence[int], strides: Sequence[int], *options: Any
+) -> None:
+    """Build the anchor-free head with 3x3 convolutions in the class branch instead of depth-wise and 1x1 ones."""
+    INIT(head, nc, channels, strides, *options)
+    width = max(channels[0], min(nc, 100))
+    head.cls = nn.ModuleList(
+        nn.Sequential(Conv(c, width, 3), Conv(width, width, 3), nn.Conv2d(width, nc, 1)) for c in channels
+    )
+    head.reset_biases()
+
+
+RESET_BIASES, INIT = AnchorFreeDetect.reset_biases, AnchorFreeDetect.__init__
+VARIANTS = {
+    "uniform": (AnchorFreeDetect, "reset_biases", uniform_biases),
+    "dense": (AnchorFreeDetect, "__init__", dense_class_branch),
+    "top13": (anchor_free, "TOP_K", 13),
+}
+"""Changes of the code: object, attribute, other value."""
 
 
 def family_runs() -> dict[str, Run]:
@@ -133,23 +173,32 @@ def family_runs() -> dict[str, Run]:
     }
 
 
-FREE = {"cfg": "models/yolov5n.yaml", "head": "free", "hyp": "hyp.auto.yaml", "epochs": 60}
-SMALL = {**FREE, "imgsz": 96}
+FREE = {"cfg": "models/yolov5n.yaml", "head": "free", "hyp": "hyp.auto.yaml"}
+SMALL = {**FREE, "epochs": 60, "imgsz": 96}
+SHORT = {**FREE, "epochs": 30}
 SCREENING = {
-    "bccd-cosine": Run("bccd", {**FREE, "cos_lr": True}, (0,)),
-    "bccd-mixup": Run("bccd", FREE, (0,), {"mixup": 0.1}),
-    "bccd-scale": Run("bccd", FREE, (0,), {"scale": 0.9}),
-    "bccd-reg8": Run("bccd", {**FREE, "cfg": "reg8"}, (0,)),
+    "base": Run("bccd", SHORT),
+    "cosine": Run("bccd", {**SHORT, "cos_lr": True}),
+    "mixup": Run("bccd", SHORT, hyp={"mixup": 0.1}),
+    "scale": Run("bccd", SHORT, hyp={"scale": 0.9}),
+    "sgd": Run("bccd", {**SHORT, "optimizer": "SGD"}),
+    "mosaic": Run("bccd", SHORT, hyp={"close_mosaic": 0}),
+    "batch64": Run("bccd", SHORT, hyp={"nominal_batch": 64}),
+    "reg8": Run("bccd", {**SHORT, "cfg": "reg8"}),
+    "reg8-neck1.25": Run("bccd", {**SHORT, "cfg": "reg8-neck1.25"}),
+    "neck0.75": Run("bccd", {**SHORT, "cfg": "neck0.75"}),
+    "dense": Run("bccd", SHORT, variant="dense"),
+    "top13": Run("bccd", SHORT, variant="top13"),
 }
-"""Elements of the recipe and of the head, each with one seed, against `bccd-free-auto`."""
+"""Elements of the recipe and of the head, one changed at a time, against `base`."""
 
 PLAN = {
     **{f"bccd-{name}": Run("bccd", options) for name, options in factorial(60).items()},
     **{f"aquarium-{name}": Run("aquarium", options) for name, options in factorial(40).items()},
     **family_runs(),
     "bccd96-ramp": Run("bccd", SMALL),
-    "bccd96-uniform": Run("bccd", SMALL, uniform=True),
-    **SCREENING,
+    "bccd96-uniform": Run("bccd", SMALL, variant="uniform"),
+    **{f"bccd30-{name}": run for name, run in SCREENING.items()},
 }
 COMMON: dict[str, object] = {
     "imgsz": 320, "batch_size": 16, "workers": 0, "cache": "ram", "amp": "bf16", "noplots": True
@@ -160,15 +209,15 @@ def measure(name: str, run: Run, seed: int, data: Path, folder: Path) -> list[ob
     """Train, or continue a training that was stopped, and validate; return a row of `COLUMNS`."""
     last = folder / f"{name}-s{seed}/weights/last.pt"
     options = {**COMMON, **run.options, "data": data, "seed": seed, "project": folder, "name": f"{name}-s{seed}"}
-    if options["cfg"] in REPLACED:
+    if options["cfg"] in EDITED:
         options["cfg"] = written_yaml(str(options["cfg"]), folder)
     if run.hyp:
         options["hyp"] = written_hyp(name, str(options["hyp"]), run.hyp, folder)
-    with uniform_start() if run.uniform else nullcontext():
+    with patch.object(*VARIANTS[run.variant]) if run.variant else nullcontext():
         result = train.run(resume=last) if last.is_file() else train.run(**options, exist_ok=True)
+        test = val.run(weights=result.best, data=data, imgsz=options["imgsz"], task="test", project=folder, name="test")
     history = read_history(result.folder / "results.csv")
     best = int((0.1 * history[BEST["val_map50"]] + 0.9 * history[BEST["val_map"]]).argmax())
-    test = val.run(weights=result.best, data=data, imgsz=options["imgsz"], task="test", project=folder, name="test")
     values = [*(history[column][best] for column in BEST.values()), test.map50, test.map]
     return [name, seed, int(history["epoch"][best]), *(round(float(value), 4) for value in values)]
 
@@ -202,13 +251,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", default=[], help="NAME=dataset.yaml")
     parser.add_argument("--only", default="", help="runs whose name begins with this")
+    parser.add_argument("--seeds", type=int, nargs="+", help="only these")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs/recipes", help="for the training runs")
     arguments = parser.parse_args()
     datasets = dict(pair.split("=", 1) for pair in arguments.data)
     done = {(row["run"], int(row["seed"])) for row in read_rows()}
     for name, run in PLAN.items():
         for seed in run.seeds:
-            if name.startswith(arguments.only) and run.data in datasets and (name, seed) not in done:
+            wanted = name.startswith(arguments.only) and (arguments.seeds is None or seed in arguments.seeds)
+            if wanted and run.data in datasets and (name, seed) not in done:
                 row = measure(name, run, seed, Path(datasets[run.data]), arguments.folder)
                 with open(RESULTS, "a", newline="", encoding="utf-8") as stream:
                     writer = csv.writer(stream)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from importlib import import_module
+from unittest.mock import patch
 
 import pytest
 
 from benchmarks import side_by_side
-from benchmarks.recipes import PLAN, REPLACED, summary, uniform_start, written_hyp, written_yaml
+from benchmarks.recipes import EDITED, PLAN, VARIANTS, summary, written_hyp, written_yaml
 from engine.cli.config import Hyperparameters
+from models.heads import AnchorFreeDetect
+from models.losses import anchor_free
 from models.yolo import DetectionModel
 from utils.files import ROOT
 
@@ -20,26 +23,48 @@ def test_summary_has_mean_and_range_over_seeds() -> None:
     assert "| a | 0, 1 | 0.800 (0.800 to 0.800) | 0.450 (0.400 to 0.500) |  |  |" in text
 
 
-def test_every_family_of_the_plan_builds(tmp_path) -> None:
+def test_every_written_model_of_the_plan_builds(tmp_path) -> None:
     names = {str(run.options["cfg"]) for run in PLAN.values()} - {"models/yolov5n.yaml"}
-    assert names == REPLACED.keys() and len(names) == 6
+    assert names == EDITED.keys() and len(names) == 8
     for name in names:
         model = DetectionModel(written_yaml(name, tmp_path), nc=3)
         assert model.stride.tolist() == [8, 16, 32]
         assert sum(p.numel() for p in model.parameters()) < 5e6
 
 
-def test_changed_hyperparameters_and_a_uniform_start(tmp_path) -> None:
+def test_changed_necks(tmp_path) -> None:
+    channels = {}
+    for name in ("reg8", "reg8-neck1.25", "neck0.75"):
+        head = DetectionModel(written_yaml(name, tmp_path), nc=3).model[-1]
+        channels[name] = head.reg_max, [branch[0].conv.in_channels for branch in head.box]
+    assert channels == {
+        "reg8": (8, [64, 128, 256]),
+        "reg8-neck1.25": (8, [80, 160, 320]),
+        "neck0.75": (16, [48, 96, 192]),
+    }
+
+
+def test_changed_hyperparameters(tmp_path) -> None:
     path = written_hyp("mixup", "hyp.auto.yaml", {"mixup": 0.1}, tmp_path)
     values = Hyperparameters.from_yaml(path)
     assert values.mixup == 0.1 and values == replace(Hyperparameters.from_yaml("data/hyps/hyp.auto.yaml"), mixup=0.1)
     with pytest.raises(ValueError, match="no mixupp"):
         written_hyp("mixup", "hyp.auto.yaml", {"mixupp": 0.1}, tmp_path)
-    model = DetectionModel("models/yolov5n-free.yaml", nc=3)
-    with uniform_start():
-        uniform = DetectionModel("models/yolov5n-free.yaml", nc=3)
-    assert all(branch[-1].bias.any() for branch in model.model[-1].box)
-    assert not any(branch[-1].bias.any() for branch in uniform.model[-1].box)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_changes_the_code_and_is_undone(name) -> None:
+    def build() -> AnchorFreeDetect:
+        return DetectionModel("models/yolov5n-free.yaml", nc=3).model[-1]
+
+    with patch.object(*VARIANTS[name]):
+        changed, top_k = build(), anchor_free.TOP_K
+    head = build()
+    assert all(branch[-1].bias.any() for branch in head.box) and anchor_free.TOP_K == 10
+    assert any(branch[-1].bias.any() for branch in changed.box) == (name != "uniform")
+    assert all(branch[-1].bias.any() for branch in changed.cls)
+    assert top_k == (13 if name == "top13" else 10)
+    assert {len(branch) for branch in changed.cls} == ({3} if name == "dense" else {5})
 
 
 def test_every_benchmark_imports() -> None:
