@@ -118,7 +118,7 @@ def _converted(value: object, hint: object, what: str) -> object:
     check_type(value, hint, what)
     numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, (int, float))]
     limit = LARGEST_KERNEL if what.endswith(("(k)", "(kernel_size)", "(s)", "(stride)", "(scale_factor)")) else LARGEST
-    if any(not abs(number) <= limit for number in numbers):  # not a number (nan) neither
+    if any(not abs(number) <= limit for number in numbers):  # rejects NaN, too
         raise SpecError(f"{what} is {shown(value)}; allowed: numbers up to {limit}")
     return value
 

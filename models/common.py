@@ -2,8 +2,8 @@
 
 Shapes: every layer maps (B, c1, H, W) to (B, c2, H', W') unless it says otherwise; `c1` and `c2` are input and output
 channels, `k`, `s`, `p`, `g`, `d` kernel, stride, padding, groups and dilation, `n` the number of inner blocks and `e`
-the share of `c2` that the hidden channels get. The names of submodules and their order are YOLOv5's, so that the
-state-dict keys of its checkpoints fit. The annotations of the constructors are what a YAML row is checked against.
+the ratio of hidden channels to `c2`. The names of submodules and their order are YOLOv5's, so that the state-dict
+keys of its checkpoints match. YAML rows are checked against the annotations of the constructors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Size = int | tuple[int, int]
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
-    """Batch norm with the settings YOLOv5 trains with: eps 1e-3, momentum 0.03."""
+    """Return a batch norm with YOLOv5's settings: eps 1e-3, momentum 0.03."""
     return nn.BatchNorm2d(channels, eps=1e-3, momentum=0.03)
 
 
@@ -68,7 +68,7 @@ class Conv(nn.Module):
 
 
 class DWConv(Conv):
-    """Depth-wise Conv: as many groups as c1 and c2 have in common."""
+    """Depth-wise Conv with gcd(c1, c2) groups."""
 
     def __init__(self, c1: int, c2: int, k: Size = 1, s: Size = 1, d: int = 1, act: bool | nn.Module = True) -> None:
         super().__init__(c1, c2, k, s, g=math.gcd(c1, c2), d=d, act=act)
@@ -160,7 +160,7 @@ class BottleneckCSP(nn.Module):
 
 
 class CrossConv(nn.Module):
-    """1 x k, then k x 1 Conv, with a shortcut on request where c1 == c2."""
+    """1 x k, then k x 1 Conv, with an optional shortcut where c1 == c2."""
 
     def __init__(
         self, c1: int, c2: int, k: int = 3, s: int = 1, g: int = 1, e: float = 1.0, shortcut: bool = False
@@ -239,7 +239,7 @@ class C3Ghost(C3):
 
 
 class SPP(nn.Module):
-    """Spatial pyramid pooling: the map beside its max-pooled forms at stride 1, one per kernel size.
+    """Spatial pyramid pooling: concatenate the map and its max-poolings at stride 1, one per kernel size.
 
     Paper: https://arxiv.org/abs/1406.4729
     """
@@ -257,7 +257,7 @@ class SPP(nn.Module):
 
 
 class SPPF(nn.Module):
-    """SPP with one pool used three times over: k = 5 covers what SPP's 5, 9 and 13 do."""
+    """SPP with one max-pooling applied three times: k = 5 is equivalent to SPP with 5, 9 and 13."""
 
     def __init__(self, c1: int, c2: int, k: int = 5) -> None:
         super().__init__()
@@ -274,7 +274,7 @@ class SPPF(nn.Module):
 
 
 class Focus(nn.Module):
-    """The four pixels of every 2x2 square side by side in the channels, then a Conv: halves height and width.
+    """Move the four pixels of every 2x2 square into the channels, then apply a Conv; halves height and width.
 
     Order of the squares' pixels (row, column): (0, 0), (1, 0), (0, 1), (1, 1).
     """
@@ -298,7 +298,7 @@ class Focus(nn.Module):
 
 
 class GhostConv(nn.Module):
-    """Half of the channels by a Conv, the other half by a cheap 5x5 depth-wise Conv of the first half.
+    """Compute half of the channels by a Conv, the other half by a cheap 5x5 depth-wise Conv of the first half.
 
     Paper: https://arxiv.org/abs/1911.11907
     """
@@ -338,12 +338,12 @@ class GhostBottleneck(nn.Module):
 
 
 class MixConv2d(nn.Module):
-    """Several kernel sizes side by side, each giving a part of the channels, then norm and activation.
+    """Parallel convolutions of several kernel sizes, one group of output channels each, then norm and activation.
 
     Paper: https://arxiv.org/abs/1907.09595
 
     Args:
-        equal_ch: parts of equally many channels; else parts of about equally many weights.
+        equal_ch: equally many channels per kernel size; else about equally many weights.
     """
 
     def __init__(self, c1: int, c2: int, k: tuple[int, ...] = (1, 3), s: int = 1, equal_ch: bool = True) -> None:
@@ -363,19 +363,19 @@ class MixConv2d(nn.Module):
 
 
 def _mix_channels(c2: int, k: Sequence[int], equal_ch: bool) -> list[int]:
-    """Output channels of each kernel size; they sum to c2."""
+    """Return the output channels of each kernel size; they sum to c2."""
     if equal_ch:
         # Channel j of 0 ... c2 - 1 goes to the part that c2 - 1 equal steps from 0 to just below len(k) put it in.
         edges = [0, *(i * (c2 - 1) // len(k) + 1 for i in range(1, len(k))), c2]
         return [end - start for start, end in itertools.pairwise(edges)]
     share = [1 / size**2 for size in k]
     parts = [round(c2 * part / sum(share)) for part in share]
-    parts[0] += c2 - sum(parts)  # what rounding left over goes to the first
+    parts[0] += c2 - sum(parts)  # the first one gets the remainder
     return parts
 
 
 class Contract(nn.Module):
-    """Squares of gain x gain cells into the channels: (B, c, H, W) -> (B, c * gain**2, H / gain, W / gain)."""
+    """Space to depth with block size gain: (B, c, H, W) -> (B, c * gain**2, H / gain, W / gain)."""
 
     def __init__(self, gain: int = 2) -> None:
         super().__init__()
@@ -389,7 +389,7 @@ class Contract(nn.Module):
 
 
 class Expand(nn.Module):
-    """Channels into squares of gain x gain cells: (B, c, H, W) -> (B, c / gain**2, H * gain, W * gain)."""
+    """Depth to space with block size gain: (B, c, H, W) -> (B, c / gain**2, H * gain, W * gain)."""
 
     def __init__(self, gain: int = 2) -> None:
         super().__init__()
@@ -403,7 +403,7 @@ class Expand(nn.Module):
 
 
 class Concat(nn.Module):
-    """Several maps of one size side by side along dimension `d` (1 = channels)."""
+    """Concatenate maps of one size along dimension `d` (1 = channels)."""
 
     def __init__(self, dimension: int = 1) -> None:
         super().__init__()

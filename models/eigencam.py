@@ -1,4 +1,4 @@
-"""EigenCAM: heat maps of what a detector's head is given.
+"""EigenCAM: heat maps of the features that a detector's head reads.
 
 Muhammad and Yeasin, "Eigen-CAM: Class Activation Map using Principal Components", 2020, https://arxiv.org/abs/2008.00299
 """

@@ -1,6 +1,6 @@
 """Detection heads: the layers on each level, and the arithmetic from their outputs to boxes.
 
-Shape legend: B images, A predictions per cell, H and W height and width of a level in cells, O = numbers per
+Shape legend: B images, A predictions per cell, H and W height and width of a level in cells, O = values per
 prediction, R = bins per distance.
 """
 
@@ -86,9 +86,9 @@ class Head(nn.Module):
             raw: (B, A, H_i, W_i, O) per level.
 
         Returns:
-            (B, N, 5 + nc), rows in the order level, prediction, y, x: box center x, y, width, height in input pixels,
-            then objectness and class confidences in [0, 1]. float32 (float64 for float64 input): float16 holds pixel
-            positions above 1024 only to a whole pixel.
+            (B, N, 5 + nc), rows in the order level, prediction, y, x: box cxcywh in input pixels, then objectness
+            and class confidences in [0, 1]. float32 (float64 for float64 input): float16 resolves pixel positions
+            above 1024 only to whole pixels.
         """
 
     @abstractmethod

@@ -59,7 +59,7 @@ def _trained_imgsz(checkpoint: Checkpoint) -> int | None:
 
 
 def require_rgb(model: DetectionModel) -> None:
-    """Raise SpecError for a model of images with another number of channels than 3, which files are not read with."""
+    """Raise SpecError for a model whose images do not have 3 channels: files are read with 3."""
     channels = model.spec.channels or 3
     if channels != 3:
         where = model.spec.key_where("ch")
@@ -105,13 +105,13 @@ def transfer_weights(
     """Start `model` from the weights of another run (`--weights` with `--cfg`, or another number of classes).
 
     Matching layers are found by what they are, never by row number or a shape that happens to be equal: see
-    `models.transfer`. Nothing is taken of a head with another number of classes, as in YOLOv5.
+    `models.transfer`. Nothing is taken from a head with another number of classes, as in YOLOv5.
 
     Args:
         model: changed in place.
         checkpoint: from `read_checkpoint`.
         exclude: entries whose key contains one of these strings keep their values.
-        partial: take what agrees row by row, however little it is.
+        partial: take what agrees row by row, however little.
 
     Returns:
         The outcome of every entry.

@@ -1,6 +1,6 @@
 """Grid points of the levels of a head, and boxes from distances to them.
 
-Shape legend: B images, A predictions per cell, H and W height and width of a level in cells, O = numbers per
+Shape legend: B images, A predictions per cell, H and W height and width of a level in cells, O = values per
 prediction, R = bins per distance.
 """
 

@@ -1,4 +1,4 @@
-"""What a model is made of: parameters, operations, and the table of its rows."""
+"""Model summary: parameters, operations, and the table of rows."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PartSize(NamedTuple):
 
     Attributes:
         name: one of `PARTS`.
-        parameters: their number.
+        parameters: number of parameters.
         gflops: operations in 1e9 for one image; NaN where they cannot be counted.
     """
 
@@ -102,7 +102,7 @@ def summarize(model: nn.Module, channels: int, height: int, width: int, rows: Ro
 
 
 def _parts(rows: Rows, gflops: Sequence[float]) -> tuple[PartSize, ...]:
-    """Backbone: the rows of that section. Head: the last row. Neck: all between."""
+    """Return the sizes of backbone (the rows of that section), neck (all between) and head (the last row)."""
     parameters, operations = dict.fromkeys(PARTS, 0), dict.fromkeys(PARTS, 0.0)
     for module, route, count in zip(rows, rows.routes, gflops, strict=True):
         last = route is rows.routes[-1]
@@ -113,10 +113,10 @@ def _parts(rows: Rows, gflops: Sequence[float]) -> tuple[PartSize, ...]:
 
 
 def _gflops(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]) -> tuple[float, list[float]]:
-    """Of the whole, and of each of `modules`."""
+    """Return the GFLOPs of the whole model, and of each of `modules`."""
     try:
         total, counts = _count(model, shape, modules)
-    except (RuntimeError, TypeError) as error:  # a backbone of the user's whose operations need real numbers
+    except (RuntimeError, TypeError) as error:  # a backbone of the user that needs real values
         LOGGER.info("GFLOPs are not counted: %s", str(error).splitlines()[0])
         return math.nan, [math.nan] * len(modules)
     return total / 1e9, [count / 1e9 for count in counts]
@@ -135,17 +135,17 @@ def _count_layers(model: nn.Module) -> int:
 
 
 def count_flops(model: nn.Module, shape: Sequence[int]) -> int:
-    """Operations of one forward pass in evaluation mode, counted on shapes alone (nothing is computed).
+    """Return the operations of one forward pass in evaluation mode, counted on shapes alone (nothing is computed).
 
     Args:
-        model: takes one image batch. Its mode and its values stay as they are.
+        model: takes one image batch. Its mode and values do not change.
         shape: (B, C, H, W).
     """
     return _count(model, shape, ())[0]
 
 
 def _count(model: nn.Module, shape: Sequence[int], modules: Sequence[nn.Module]) -> tuple[int, list[int]]:
-    """Operations of the model, and of each of the modules in it."""
+    """Return the operations of the model, and of each of the modules in it."""
     matmuls, norms = FlopCounterMode(display=False), _NormCounter()
 
     def total() -> int:
@@ -212,18 +212,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def level_name(stride: int) -> str:
-    """`P3` for stride 8; `stride12` where it is no power of two."""
+    """Return `P3` for stride 8; `stride12` for one that is not a power of two."""
     return f"P{stride.bit_length() - 1}" if stride & (stride - 1) == 0 else f"stride{stride}"
 
 
 def row_label(route: Route, stride: int) -> str:
-    """Name of a row's map that can be a file name: `17_C3_P3`."""
+    """Return a name of a row's map that is a valid file name: `17_C3_P3`."""
     module = route.layer.module.removeprefix("nn.").replace("/", "-")
     return f"{route.layer.row}_{module}_{level_name(stride)}"
 
 
 def layer_table(rows: Rows, width: int | None = None) -> str:
-    """One line per row: slot, from, n, params, output channels@stride, module with its arguments.
+    """Return one line per row: slot, from, n, params, output channels@stride, module with its arguments.
 
     Args:
         rows: of a detector.

@@ -48,7 +48,7 @@ class DetectionModel(nn.Module):
         names: class names by index.
         nc: number of classes.
         trained_imgsz: side at which its checkpoint was trained, in pixels, None if unknown.
-        default_imgsz: side to use where none is asked for: that of training, 640 for official checkpoints.
+        default_imgsz: side to use by default: that of training, 640 for official checkpoints.
         best_conf: confidence threshold with the best F1 in the validation of its checkpoint, None if unknown.
         inplace: `inplace` of the YAML, which has no effect.
         hyp: hyperparameters, for tools that store them here; unused.

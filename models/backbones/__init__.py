@@ -48,7 +48,7 @@ class BackboneEntry:
 
     Attributes:
         target: where the class is, `"module:Class"`, or the class itself for one that a plugin registered.
-        arguments: arguments that make it the named architecture; a user's arguments come on top.
+        arguments: arguments of the named architecture; a user's arguments override them.
     """
 
     target: str | type[Backbone]
@@ -108,12 +108,12 @@ def register_backbone(name: str) -> Callable[[BackboneClass], BackboneClass]: ..
 @overload
 def register_backbone(name: BackboneClass) -> BackboneClass: ...
 def register_backbone(name: Any) -> Any:
-    """Class decorator that gives a backbone of your own a name for model YAMLs.
+    """Register a backbone of your own under a name for model YAMLs (class decorator).
 
-    Use it bare (the class name counts) or with a name: `@register_backbone("my_backbone")`.
+    Use it bare (under the class name) or with a name: `@register_backbone("my_backbone")`.
 
     Raises:
-        SpecError: the name is taken, or the class is no `Backbone`.
+        SpecError: the name is taken, or the class is not a `Backbone`.
     """
     if isinstance(name, type):
         return _register(name.__name__, name)
@@ -122,7 +122,7 @@ def register_backbone(name: Any) -> Any:
 
 def _register(name: str, cls: object) -> type[Backbone]:
     if not (isinstance(cls, type) and issubclass(cls, Backbone)):
-        raise SpecError(f"backbone '{name}': {cls!r} is no subclass of models.backbones.Backbone")
+        raise SpecError(f"backbone '{name}': {cls!r} is not a subclass of models.backbones.Backbone")
     known = _PLUGINS.get(name)
     same = known is not None and isinstance(known.target, type) and known.target.__qualname__ == cls.__qualname__
     if name in BACKBONES or name in ROW_CLASSES or (known is not None and not same):
@@ -166,7 +166,7 @@ def is_backbone_name(name: str) -> bool:
     """
     if name.startswith(TIMM_PREFIX) or _registered(name) is not None:
         return True
-    # timm's names are lower case; so a misspelt layer ('C33') does not cost the import of timm.
+    # timm's names are lower case; so a misspelled layer ('C33') does not cost the import of timm.
     if not name.islower() or name.startswith("nn."):
         return False
     return _is_timm_name(name)
@@ -260,14 +260,14 @@ def create_backbone(
 
 
 def _check_declaration(name: str, backbone: Backbone) -> None:
-    """SpecError that says what a class (a plugin's, as a rule) leaves out of the contract."""
+    """Raise SpecError if a class (usually a plug-in's) violates the contract."""
     levels = getattr(backbone, "levels", None)
     form = "levels = (FeatureLevel(channels, stride), ...), high resolution first"
     if not isinstance(levels, tuple) or not levels or not all(isinstance(level, FeatureLevel) for level in levels):
         raise SpecError(f"{name}: its levels are {levels!r}; a backbone declares {form}")
     strides = [level.stride for level in levels]
     if any(not isinstance(s, int) or s < 1 or s & (s - 1) for s in strides) or strides != sorted(set(strides)):
-        raise SpecError(f"{name}: its strides are {strides}; rising powers of two are needed: {form}")
+        raise SpecError(f"{name}: its strides are {strides}; increasing powers of two are needed: {form}")
     if not isinstance(backbone.size_divisor, int) or backbone.size_divisor % strides[-1]:
         raise SpecError(
             f"{name}: its size_divisor is {backbone.size_divisor!r}; a multiple of its largest stride {strides[-1]} is "
@@ -300,7 +300,7 @@ def _own_names(name: str, cls: type[Backbone], arguments: Mapping[str, Any]) -> 
     own: dict[str, Any] = {}
     for key, value in arguments.items():
         if key in cls.REFUSED and not value:
-            continue  # as published: nothing is asked for
+            continue  # the published default
         if key in cls.REFUSED:
             raise SpecError(f"{name}: argument '{key}' is not supported: {cls.REFUSED[key]}")
         target = cls.ALIASES.get(key, key)
@@ -356,7 +356,7 @@ def backbone_from_row(
             if key in arguments:
                 raise SpecError(f"{name}: '{key}' is given twice: {arguments[key]!r} and {value!r}")
             arguments[key] = value
-    if "pretrained" in arguments:  # timm's word for it
+    if "pretrained" in arguments:  # timm's name for it
         arguments.setdefault("weights", bool(arguments.pop("pretrained")))
     weights = arguments.pop("weights", None)
     return create_backbone(name, weights, **arguments)
@@ -366,7 +366,7 @@ def _row_argument(name: str, arg: object, has_arch: bool) -> dict[str, Any]:
     if isinstance(arg, Mapping):
         unfit = [key for key in arg if not isinstance(key, str) or key in ("name", "self")]
         if unfit:
-            raise SpecError(f"{name}: {unfit[0]!r} is no name of an argument")
+            raise SpecError(f"{name}: {unfit[0]!r} is not the name of an argument")
         return dict(arg)
     if arg is None:
         return {}

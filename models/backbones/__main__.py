@@ -23,15 +23,15 @@ from utils.errors import SpecError, UserError, did_you_mean
 from utils.log import aligned, fitted, run_command
 
 HEADER = ("name", "levels (channels@stride)", "params (M)", "GFLOPs", "top-1 (%)", "weights")
-SIZES_OF = 50  # matches of a search up to which networks are built, to count their parameters
+SIZES_OF = 50  # searches with up to this many matches build the networks, to count their parameters
 
 
 def describe(name: str, imgsz: int) -> tuple[str, ...]:
-    """One line of the list.
+    """Return one line of the list.
 
     Args:
         name: see `create_backbone`.
-        imgsz: side of the square image that the cost is for, in pixels; rounded up to the backbone's `size_divisor`.
+        imgsz: side of the square image for the cost, in pixels; rounded up to the backbone's `size_divisor`.
 
     Returns:
         Name; levels; millions of parameters; 10^9 floating-point operations (a multiply-add is two) of one image; the
@@ -96,7 +96,7 @@ def search(pattern: str) -> list[tuple[str, str, str]]:
 
 
 def weights_of(name: str) -> list[str]:
-    """One line per published file of a backbone."""
+    """Return one line per published file of a backbone."""
     from models.backbones.published import published_for
 
     return [f"  {w.name}: top-1 {w.top1:.2f} @{w.resolution}, layout {w.layout}, {w.url}" for w in published_for(name)]

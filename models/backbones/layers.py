@@ -99,7 +99,7 @@ def choose_outputs(
     Args:
         family: name of the backbone class, for error messages.
         levels: level of every map that can be returned.
-        strides: wanted strides, increasing; None = all.
+        strides: strides to return, increasing; None = all.
         out_indices: published argument, an integer or several; negative ones count from the end.
 
     Raises:

@@ -1,6 +1,6 @@
 """Published weights: the table `published.yaml`, finding and fetching a file, loading it with a report.
 
-A backbone class tells how its published files differ from its own key names by class attributes, all optional:
+A backbone class declares how its published files differ from its own key names by class attributes, all optional:
 `IGNORED_KEYS` (glob patterns of the file's keys that are known and not needed: the classifier), `NEW_KEYS` (patterns of
 its own keys that no published file holds), `DEPLOYED_KEYS` (patterns of keys that only a re-parameterized network has),
 `official_key(key) -> key` (another spelling to its own),
@@ -30,9 +30,9 @@ from utils.yaml_lines import load_yaml
 
 LOGGER = logging.getLogger(__name__)
 TABLE = Path(__file__).with_name("published.yaml")
-NO_PLACE = "no such entry"  # reason in a LoadReport for an entry of the file that the module has no use for
+NO_PLACE = "no such entry"  # reason in a LoadReport for an entry of the file that the module does not have
 WRAPPERS = re.compile(r"^(module\.|backbone\.|model\.)+")
-MAX_SPARE = 0.1  # part of a file's entries that may be without use; more means another architecture
+MAX_SPARE = 0.1  # fraction of a file's entries that may be unused; more means another architecture
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class PublishedWeights:
     """One published file.
 
     Attributes:
-        name: what `weights:` in a model YAML calls it.
+        name: its name in `weights:` of a model YAML.
         backbone: registered name of the backbone that it fits.
         layout: key names and wrapper of the file: mmpretrain, SlowFast, RepMLP, Next-ViT or timm.
         resolution: side of the images it was trained on last, in pixels.
         top1, top5: ImageNet-1k validation accuracy in percent, as published.
         params, flops: millions of parameters and 10^9 multiply-adds with the classifier at `resolution`, as published.
         file: name in the cache folder.
-        url: where it is fetched.
+        url: where it is downloaded from.
         sha256: leading hex digits of its hash, None where none is published.
         source: the project that published it.
     """
@@ -68,7 +68,7 @@ class PublishedWeights:
 
 @lru_cache(maxsize=1)
 def published_table() -> Mapping[str, PublishedWeights]:
-    """Name -> published file, in the order of `published.yaml`."""
+    """Return name -> published file, in the order of `published.yaml`."""
     data = load_yaml(TABLE)
     rows = (PublishedWeights(**row, source=data["sources"][row["layout"]]) for row in data["weights"])
     return {row.name: row for row in rows}
@@ -80,7 +80,7 @@ def published_for(backbone: str) -> tuple[PublishedWeights, ...]:
 
 
 def weights_cache() -> Path:
-    """Folder of fetched files: torch hub's, so that TORCH_HOME moves it."""
+    """Return the folder of downloaded files: torch hub's, so that TORCH_HOME moves it."""
     return Path(torch.hub.get_dir()) / "checkpoints"
 
 
@@ -113,7 +113,7 @@ def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
     if path.is_file():
         return path
     names = f"; published for {backbone}: {', '.join(fitting)}" if fitting else ""
-    raise CheckpointError(f"weights: '{text}' is no file, URL or published name{names}{did_you_mean(text, fitting)}")
+    raise CheckpointError(f"weights: '{text}' is not a file, URL or published name{names}{did_you_mean(text, fitting)}")
 
 
 def _fetch(row: PublishedWeights) -> Path:
@@ -150,7 +150,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 def load_published(
     backbone: Backbone, weights: str | Path | bool, name: str | None, *, partial: bool = False
 ) -> LoadReport | None:
-    """Load a weights file in any published layout into `backbone`, in place, and log what became of every entry.
+    """Load a weights file in any published layout into `backbone`, in place, and log the outcome of every entry.
 
     Processes of a rank above zero load nothing: data-parallel training sends them the values of rank zero.
 
@@ -188,7 +188,7 @@ def load_published(
     spare = [key for key, reason in report.unexpected if reason == NO_PLACE]
     if not partial and len(spare) > MAX_SPARE * len(state):
         raise CheckpointError(
-            f"{where}: {len(spare)} of its {len(state)} entries have no place in {name or type(backbone).__name__} "
+            f"{where}: {len(spare)} of its {len(state)} entries are not in {name or type(backbone).__name__} "
             f"({shorten(spare)}): weights of another architecture?"
         )
     LOGGER.info("%s: %s: %s", name or type(backbone).__name__, path.name, report.summary())

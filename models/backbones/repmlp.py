@@ -254,7 +254,7 @@ def by_partitions(perceive: Callable[[Tensor], Tensor], x: Tensor, block: RepMLP
 
 
 def folded_fc3(block: RepMLPBlock) -> tuple[Tensor, Tensor]:
-    """Locality Injection: return weight (S h w, h w, 1, 1) and bias (S h w), float64, of the merged FC3.
+    """Return weight (S h w, h w, 1, 1) and bias (S h w), float64, of the merged FC3 (Locality Injection).
 
     A convolution over an h x w partition is a matrix whose column i is its output for the i-th unit image. All is
     computed in float64, so that the rounding at the end is the only error.

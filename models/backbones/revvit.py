@@ -276,7 +276,7 @@ class RevViT(Backbone):
         return self._fuse(self.ln1(torch.cat((y_1, y_2), dim=-1))), grid
 
     def _run_layers(self, x_1: Tensor, x_2: Tensor) -> tuple[Tensor, Tensor]:
-        # 16-bit streams are too inexact to recompute inputs from; under autocast the streams are float32.
+        # 16-bit streams are too imprecise to recompute inputs from; under autocast the streams are float32.
         reversible = self.training and not self.no_custom_backward and x_1.dtype in (torch.float32, torch.float64)
         if reversible and torch.is_grad_enabled():
             blocks = cast(tuple[ReversibleBlock, ...], tuple(self.layers))

@@ -6,7 +6,7 @@ Its maps are keyed by measured stride (`timm_measure.py`), and the sizes it take
   for the given size): sides are multiples of 32;
 - networks that take multiples of their native size only (MaxViT): `size_divisor` is that size, the caller pads;
 - networks that take their native size only (MLP-Mixer): the padded image is cut into tiles of that size, each tile
-  is processed separately, and the maps are joined again. `model_args: {img_size: 640}` makes the tile an image;
+  is processed separately, and the maps are joined again. `model_args: {img_size: 640}` makes the image one tile;
 - strides 7, 14, 28 (patch size 14): the image is shrunk by 7/8 first, which makes them 8, 16, 32 of the input.
 
 Parameters that no map depends on (the tail that some of timm's extractors keep) are frozen.
@@ -43,7 +43,7 @@ def _between_levels(layer: nn.Module, channels: int) -> nn.Sequential:
 
 
 def _check_reachable(hub_id: str | None) -> None:
-    """OSError at once where weights are neither cached nor in reach (the hub's client would retry for a minute)."""
+    """Raise OSError at once if weights are neither cached nor reachable (the hub's client would retry for a minute)."""
     if not hub_id:
         return
     from huggingface_hub import constants, try_to_load_from_cache
@@ -54,7 +54,7 @@ def _check_reachable(hub_id: str | None) -> None:
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=10).close()
     except urllib.error.HTTPError:
-        return  # it answers
+        return  # reachable
     except urllib.error.URLError as error:
         raise OSError(f"{constants.ENDPOINT}: {error.reason}") from error
 
@@ -66,11 +66,11 @@ class TimmBackbone(Backbone):
         name: timm's name, with or without a tag.
         pretrained: fetch timm's weights (a model that is rebuilt from a checkpoint asks for none). Only rank zero does:
             data-parallel training sends its values to the others.
-        extra_levels: make those of `strides` (8, 16, 32 where none are given) that the network lacks, coarser ones by
+        extra_levels: add those of `strides` (8, 16, 32 where none are given) that the network lacks, coarser ones by
             strided, finer ones by transposed convolutions from the nearest map.
-        strides: of the maps to return; by default all from 2 to 32 that the network gives, 8, 16 and 32 of a pyramid.
+        strides: of the maps to return; by default all from 2 to 32 that the network has, 8, 16 and 32 of a pyramid.
         widths: channels of the maps of a plain vision transformer's pyramid, one for each stride, or one for all.
-        drop_path_rate: stochastic depth, where the network knows it.
+        drop_path_rate: stochastic depth, if the network supports it.
         model_args: further arguments of timm's constructor, e.g. `{img_size: 640}`.
         frozen_stages: see `Backbone`; each map that timm can return ends a stage (in a plain transformer, each block).
         norm_eval, normalize: see `Backbone`.
@@ -138,7 +138,7 @@ class TimmBackbone(Backbone):
             return create_features(self.name, arguments)
         config = timm_package().models.get_pretrained_cfg(self.name)
         if config is None or not config.has_weights:
-            raise CheckpointError(f"timm/{self.name}: timm has no pretrained weights of it; give False, or a path")
+            raise CheckpointError(f"timm/{self.name}: timm has no pretrained weights for it; give False, or a path")
         try:
             _check_reachable(config.hf_hub_id)
             return create_features(self.name, {**arguments, "pretrained": True})
@@ -152,16 +152,16 @@ class TimmBackbone(Backbone):
             ) from error
 
     def _wanted(self, at: dict[int, int], strides: Sequence[int] | None, extra: bool) -> list[tuple[int, int]]:
-        """(stride, position) of the network's maps to take."""
+        """Return (stride, position) of the network's maps to use."""
         have = f"timm/{self.name}: its maps have strides {list(self.measured.strides)}"
-        require(bool(at), f"{have}; 2 to 32 are of use")
+        require(bool(at), f"{have}; 2 to 32 are supported")
         if strides is None:
             return list(at.items())
         wrong = [s for s in strides if s not in LEVEL_STRIDES]
         require(bool(strides) and not wrong, f"timm/{self.name}: strides are {list(strides)}; allowed: {LEVEL_STRIDES}")
         between = [s for s in strides if s not in at and (not extra or min(at) < s < max(at))]
         require(not between, f"{have}, none of {between}; extra_levels: true makes finer and coarser ones")
-        # what is made begins at the finest or coarsest map of the network's own
+        # extra levels start at the finest or coarsest map of the network
         sources = {min(at)} if min(strides) < min(at) else set()
         sources |= {max(at)} if max(strides) > max(at) else set()
         return [(s, i) for s, i in at.items() if s in strides or s in sources]
@@ -222,12 +222,12 @@ class TimmBackbone(Backbone):
         return out
 
     def reparameterize(self) -> None:
-        """Fuse what timm knows how to fuse (RepVGG, MobileOne, FastViT, RepViT blocks ...), in place."""
+        """Fuse what timm can fuse (RepVGG, MobileOne, FastViT, RepViT blocks ...), in place."""
         from timm.utils.model import reparameterize_model
 
         like = torch.empty_like(next(self.network.parameters()))
         usual = torch.get_default_dtype()
-        # timm makes the fused layers in the default type: in float64 the rounding at the end is the only error.
+        # timm creates the fused layers in the default dtype: in float64 the rounding at the end is the only error.
         torch.set_default_dtype(torch.float64)
         try:
             reparameterize_model(self.network.double(), inplace=True)
@@ -236,16 +236,16 @@ class TimmBackbone(Backbone):
         self.network.to(like).train(self.training)
 
     def param_depth(self, name: str) -> int:
-        """Depth by order of construction: blocks are counted as the network lists them; what was added comes last."""
+        """Return the depth: blocks are counted in the order in which the network lists them; added layers come last."""
         return self._depth_of.get(_block(name), max(self._depth_of.values()))
 
     @property
     def num_stages(self) -> int:
-        """Modules of the network after which timm can return a map, as far as they are built."""
+        """Number of modules of the network after which timm can return a map, if they are built."""
         return max(self._stage_of.values(), default=0)
 
     def stage_of(self, name: str) -> int:
-        """0 before the first of those modules, n in the n-th and in what leads to it, `num_stages` + 1 after them."""
+        """Return 0 before the first of those modules, n in and before the n-th one, `num_stages` + 1 after them."""
         return self._stage_of.get(name, self.num_stages + 1)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -258,22 +258,22 @@ class TimmBackbone(Backbone):
             if spelled in own:
                 converted[own[spelled]] = value
             elif spelled.split(".")[0] in parts:
-                converted[key] = value  # of no use, and the report says so
+                converted[key] = value  # unused; the report lists it
         return converted
 
     @property
     def NEW_KEYS(self) -> tuple[str, ...]:  # noqa: N802 (a class attribute elsewhere)
-        """Keys that no file of timm's holds."""
+        """Keys that no timm file contains."""
         return ("pyramid.*", "finer.*", "coarser.*")
 
 
 def _spelling(key: str) -> str:
-    """One spelling for `stages.0.x`, `stages_0.x` (a flattened extractor) and `model.stages.0.x` (a wrapped one)."""
+    """Return one key for `stages.0.x`, `stages_0.x` (a flattened extractor) and `model.stages.0.x` (a wrapped one)."""
     return key.removeprefix("model.").replace("_", ".")
 
 
 def _block(name: str) -> str:
-    """`network.stages_1.blocks.2.conv.weight` -> `network.stages.1.blocks.2`: the name up to its second number."""
+    """Cut a name after its second number: `network.stages_1.blocks.2.conv.weight` -> `network.stages.1.blocks.2`."""
     parts = re.split(r"[._]", name)
     numbers = [i for i, part in enumerate(parts) if part.isdigit()]
     if name.startswith(("pyramid.", "finer.", "coarser.")) or not numbers:
@@ -290,9 +290,9 @@ def _depths(backbone: nn.Module) -> dict[str, int]:
 
 
 def _stages(network: nn.Module) -> dict[str, int]:
-    """Stage of each parameter of a feature extractor, from the modules whose results timm can return.
+    """Return the stage of each parameter of a feature extractor, from the modules whose results timm can return.
 
-    What stands up to a map finer than stride 4 is the stem (0), or else what stands before the first map's module.
+    Everything up to a map finer than stride 4 is the stem (0), or else everything before the first map's module.
     """
     names: list[str] = []
     begin = {}

@@ -1,7 +1,7 @@
-"""What a network of timm gives, measured on shapes alone.
+"""Measure the feature maps of a timm network on shapes alone.
 
 The network is built without memory (device `meta`) and run on shapes, so no BatchNorm statistics move and no weights
-are needed. That tells the stride and the layout of each map, the arguments that free a network from its native input
+are needed. This gives the stride and the layout of each map, the arguments that free a network from its native input
 size, and the sizes that it takes.
 """
 
@@ -27,7 +27,7 @@ FREEING_ARGUMENTS: tuple[dict[str, bool], ...] = (
     {"strict_img_size": False},
 )
 
-# What a network that cannot be built or run this way raises, whatever it is; the next way is tried then.
+# Exceptions of networks that cannot be built or run this way; the next way is then tried.
 PROBE_ERRORS = (
     RuntimeError,
     AssertionError,
@@ -42,11 +42,11 @@ PROBE_ERRORS = (
 
 @dataclass(frozen=True)
 class Measured:
-    """What timm's network gives, and how it must be fed.
+    """Feature maps of a timm network, and the inputs it takes.
 
     Attributes:
         arguments: constructor arguments that free the input size, as sorted pairs.
-        indices: number of each map among all that timm could give (it counts every block of a plain transformer).
+        indices: index of each map among all that timm can return (it counts every block of a plain transformer).
         channels, strides: per map, in timm's order; strides in pixels of the image that the detector sees.
         channels_last: whether maps come as (B, H, W, C).
         size_divisor: sides the network takes are multiples of it.
@@ -77,7 +77,7 @@ def timm_package() -> ModuleType:
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether timm has exactly this name, with or without a tag of pretrained weights (`resnet50.a1_in1k`)."""
+    """Return whether timm has exactly this name, with or without a tag of pretrained weights (`resnet50.a1_in1k`)."""
     try:
         import timm
     except ImportError:
@@ -112,10 +112,10 @@ def create_features(name: str, arguments: Mapping[str, Any]) -> nn.Module:
 
 
 class _Probe:
-    """A network in evaluation mode that tells the shapes of its maps.
+    """A network in evaluation mode that returns the shapes of its maps.
 
-    It has no memory (device `meta`), except for the few networks that look at values while they are built or run: those
-    are built in full. Random numbers stay as they were.
+    It has no memory (device `meta`), except for the few networks that read values while they are built or run: those
+    are built in full. The random state does not change.
     """
 
     def __init__(self, name: str, arguments: Mapping[str, Any], device: str) -> None:
@@ -139,7 +139,7 @@ class _Probe:
         return last and (not first or "NHWC" in str(getattr(self.network, "output_fmt", "")))
 
     def unused(self, height: int, width: int) -> frozenset[str]:
-        """Names of the parameters that no map depends on."""
+        """Return the names of the parameters that no map depends on."""
         with torch.enable_grad(), torch.random.fork_rng(devices=[]):
             maps = self.network(torch.zeros(1, 3, height, width, device=self.device))
             torch.stack([x.sum() for x in maps]).sum().backward()
@@ -147,10 +147,10 @@ class _Probe:
 
 
 def _stride(side: tuple[int, int], map_side: tuple[int, int], declared: float) -> int:
-    """Input pixels per cell as a power of two.
+    """Return the input pixels per cell as a power of two.
 
-    Networks with unpadded convolutions lose their border, so that a small map is shorter than its stride says; there
-    timm's declaration decides, if it is within half an octave of what is measured.
+    Networks with unpadded convolutions lose their border, so that a small map is shorter than its stride implies; there
+    timm's declaration is used, if it is within half an octave of the measured stride.
     """
     rows, columns = (math.log2(s / m) for s, m in zip(side, map_side))
     exponent = round(math.log2(declared))
@@ -200,7 +200,7 @@ def _try(name: str, way: _Way, device: str = "meta") -> Measured:
 
 
 def _ways(name: str, user: dict[str, Any]) -> list[_Way]:
-    """Ways to try, the least restricting first."""
+    """Return the ways to try, the least restrictive first."""
     config = timm_package().models.get_pretrained_cfg(name)
     native = max(config.input_size[-2:]) if config is not None else 224
     given = user.get("img_size", native)
@@ -215,7 +215,7 @@ def _ways(name: str, user: dict[str, Any]) -> list[_Way]:
 
 
 def _is_fixed(name: str) -> bool:
-    """Whether timm says that the network takes its native size alone."""
+    """Return whether timm declares that the network takes its native size only."""
     config = timm_package().models.get_pretrained_cfg(name)
     return config is not None and config.fixed_input_size
 
@@ -229,7 +229,7 @@ def _measure(name: str, user_items: tuple[tuple[str, Any], ...]) -> Measured:
             try:
                 measured = _try(name, way, device)
                 if way.arguments == user and not way.tile and _is_fixed(name):
-                    # It should not have taken these sizes. A look-up beyond a table's end shows on real values only.
+                    # It should not have taken these sizes. A look-up beyond a table's end fails on real values only.
                     _try(name, way, "cpu")
                 return measured
             except PROBE_ERRORS as error:
@@ -270,12 +270,12 @@ def _unused(name: str, items: tuple[tuple[str, Any], ...], side: int) -> frozens
 
 
 def unused_parameters(name: str, arguments: Mapping[str, Any], measured: Measured) -> frozenset[str]:
-    """Parameters that none of the network's maps depends on: the tail that some of timm's extractors keep.
+    """Return the parameters that none of the maps depends on: the tail that some of timm's extractors keep.
 
     Args:
         name: timm's name.
         arguments: of the extractor as it is built, `out_indices` among them.
-        measured: what `measure` gave for it.
+        measured: result of `measure` for it.
     """
     items = {k: tuple(v) if isinstance(v, list) else v for k, v in arguments.items()}
     side = int(max(measured.size_divisor, 256 if measured.size_divisor == 32 else 0) * measured.shrink)

@@ -1,4 +1,4 @@
-"""One pass of a built model over tensors without data: which row cannot run, and are declared levels the real ones?"""
+"""One pass of a built model over tensors without data: find rows that cannot run, and check the declared levels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _run(module: nn.Module, route: Route, maps: list[Tensor]) -> Sequence[Tensor
 
 
 def _runs_larger(module: nn.Module, route: Route, source: Tensor) -> bool:
-    """Whether a backbone that failed with `source`, (B, C, H, W), runs with the larger map of a square of `SIDE`."""
+    """Return whether a backbone that failed with `source` (B, C, H, W) runs with the larger map of a `SIDE` square."""
     side = SIDE // route.in_stride
     if min(source.shape[2:]) >= side:
         return False

@@ -28,7 +28,7 @@ from utils.errors import CheckpointError
 
 # Classes of a pickled YOLOv5 model: one module below `models`, and one class in it.
 MODULE_CLASSES = re.compile(r"(models|torch\.nn\.modules)\.[A-Za-z]\w*\.(?!__)[A-Za-z_]\w*", re.ASCII)
-# What its training options and metrics consist of.
+# Types of its training options and metrics.
 VALUE_CLASSES = re.compile(
     r"numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))|pathlib\.(_local\.)?(Posix|Windows)Path"
 )
@@ -90,7 +90,7 @@ class LoadedFile:
 
     def __init__(self, path: Path, strict: bool = True) -> None:
         self.path = existing_file(path)
-        self.room = MAX_SHARING * path.stat().st_size  # bytes of tensors to copy
+        self.room = MAX_SHARING * path.stat().st_size  # bytes of tensors that may be copied
         self.values = min(MAX_VALUES, 100 + path.stat().st_size)  # each takes a byte at least, unless lists are shared
         self.records: Counter[int] | None = None  # how many records of a zip file have each size
         self.storages: set[int] = set()  # addresses of those that were met
@@ -284,7 +284,7 @@ def _unsafe_names(path: Path, zipped: bool) -> list[str]:
         end = stream.tell()
         stream.seek(start)
         content = io.BytesIO()
-        with zipfile.ZipFile(content, "w") as archive:  # the container that the function of torch takes
+        with zipfile.ZipFile(content, "w") as archive:  # the container that torch's function takes
             archive.writestr("archive/data.pkl", stream.read(end - start))
             archive.writestr("archive/version", "3\n")
     content.seek(0)

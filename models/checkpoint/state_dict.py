@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.checkpoint.inert import LoadedFile, contents
 from utils.errors import CheckpointError, did_you_mean
 
-WRAPPERS = ("module.", "backbone.", "model.")  # what training frameworks put before the keys of the network itself
+WRAPPERS = ("module.", "backbone.", "model.")  # prefixes that training frameworks add to the keys of the network
 MIN_MATCHED = 0.9
 # Keys under which training scripts store the state dict.
 WRAPPED_STATES = ("state_dict", "model", "model_state", "model_state_dict", "state_dict_ema", "state")
@@ -99,7 +99,7 @@ def tensors_in(value: object) -> dict[str, Tensor]:
 
 
 def upgraded(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict of an earlier version of `module` with today's keys; one of today unchanged.
+    """Return a state dict of an earlier version of `module` with the current keys; a current one unchanged.
 
     A submodule whose layers were merged since defines `upgrade_state(state, prefix)`, which replaces its old entries by
     their concatenation along the first dimension, in place.

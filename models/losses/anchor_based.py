@@ -1,4 +1,4 @@
-"""Target assignment and the detection loss of YOLOv5. The loss knows anchors and strides, never a model.
+"""Target assignment and the detection loss of YOLOv5. The loss depends on anchors and strides, not on a model.
 
 Letters in comments: B images, A anchors per level, Y and X cells, C classes, T targets, M matches of one level.
 """
@@ -117,7 +117,7 @@ def build_targets(
     Cells are limited to the grid before the offset is taken, so the offsets of targets on a border may leave -0.5..1.5.
 
     Args:
-        targets: (T, 6) image, class, center x, center y, width, height as parts of the sides. On a CUDA device the
+        targets: (T, 6) image, class, normalized cxcywh. On a CUDA device the
             call waits for the device (the number of matches is data); CPU targets cost no wait.
         anchors: (levels, A, 2) widths and heights in cells of their level.
         grids: (rows, columns) per level.
@@ -154,7 +154,7 @@ def _match(targets: torch.Tensor, anchors: torch.Tensor, grids: Sequence[tuple[i
 
 
 def _claimed_steps(center: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """Which of the five steps a center claims: (L, T, 2) and sizes (L, 2) in cells to (L, 5, T) bool."""
+    """Return which of the five steps a center claims: (L, T, 2) and sizes (L, 2) in cells to (L, 5, T) bool."""
     from_end = sizes[:, None] - center
     near_start = (center % 1 < NEIGHBOR_REACH) & (center > 1)
     near_end = (from_end % 1 < NEIGHBOR_REACH) & (from_end > 1)
@@ -210,7 +210,7 @@ class DetectionLoss(LossModule):
 
         Args:
             raw: per level (B, A, Y, X, 5 + C), before the sigmoid.
-            targets: (T, 6) image, class, center x, center y, width, height as parts of the sides; T may be 0.
+            targets: (T, 6) image, class, normalized cxcywh; T may be 0.
                 They may stay on the CPU while `raw` is on a GPU: then the assignment does not wait for the GPU.
         """
         device = raw[0].device
@@ -226,7 +226,7 @@ class DetectionLoss(LossModule):
             return LossOutput(parts.sum() * raw[0].shape[0], parts.detach())
 
     def _parts(self, raw: Sequence[torch.Tensor], matches: _Matches) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Box loss, objectness loss per level (L,) and class loss, without gains.
+        """Return the box loss, objectness losses of the levels (L,) and class loss, without gains.
 
         All levels are computed together, since on a GPU each operator costs a launch: rows of a level with m matches
         have the weight 1 / m, so that a sum over all rows is the sum of the levels' means.
@@ -258,11 +258,11 @@ class DetectionLoss(LossModule):
         logits: torch.Tensor,
         target: torch.Tensor,
         positive: torch.Tensor,
-        factors: torch.Tensor | None = None,
+        class_weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Binary cross-entropies, focal where `fl_gamma` asks for it; `factors` (C,) multiply the terms."""
+        """Return binary cross-entropies, focal if `fl_gamma` is above 0; `class_weights` (C,) multiply the terms."""
         gamma = self.config.fl_gamma
-        loss = F.binary_cross_entropy_with_logits(logits, target, factors, pos_weight=positive, reduction="none")
+        loss = F.binary_cross_entropy_with_logits(logits, target, class_weights, pos_weight=positive, reduction="none")
         if gamma <= 0:
             return loss
         # 1 - p would be 0 from a logit of 17 on, and the slope of 0 ** gamma is infinite.
@@ -303,7 +303,7 @@ class _Indices(NamedTuple):
 
     Attributes:
         cell: (4, M) image, anchor, row and column of the match in its level.
-        place: (M,) its number among the (B, A, Y, X) cells of all levels.
+        place: (M,) its index among the (B, A, Y, X) cells of all levels.
         last: (M,) for each match the last one with the same place: a write with repeated indices then has one outcome
             on every device.
         label: (M,) class.

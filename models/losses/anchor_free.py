@@ -4,8 +4,8 @@ Sources: TOOD (https://arxiv.org/abs/2108.07755) for assignment and soft targets
 for the distribution focal loss, CIoU (https://arxiv.org/abs/1911.08287).
 
 Letters in comments: B images, N points of all levels, R bins per distance, C classes, M targets, P candidates (pairs of
-a target and a point inside it). Everything that depends on the candidates alone is computed on the CPU, so that a GPU
-is never waited for, and there the rest in one pass over the P candidates, of which most get the weight 0.
+a target and a point inside it). Everything that depends on the candidates alone is computed on the CPU, so that the
+host never waits for a GPU. The rest is one pass over the P candidates on a GPU, most of which get the weight 0.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def find_candidates(
         targets: (M, 6) float32 image, class, xyxy in pixels, on the CPU.
         sizes: height and width of each level in cells.
         strides: pixels per cell, per level.
-        min_side: sides below are widened to it around the center of the target.
+        min_side: shorter sides are widened to it around the center of the target.
 
     Returns:
         The candidates, ordered by target, level, y, x.
@@ -228,11 +228,11 @@ def assign(iou: Tensor, logit: Tensor, pairs: Pairs, num_targets: int, num_place
     """
     u = iou.clamp(min=MIN_IOU)
     metric = torch.add(ALPHA * F.logsigmoid(logit), u.log(), alpha=BETA)
-    # Sorted by target, then by falling metric: in float64 both fit into one key.
+    # Sorted by target, then by descending metric: in float64 both fit into one key.
     order = (pairs.sort_key - metric.clamp(min=-METRIC_RANGE / 2).double()).argsort(stable=True)
     chosen = torch.empty_like(order).scatter_(0, order, pairs.is_best)
 
-    # The bits of a positive float32 are ordered as the number: u and the row fit into one int64.
+    # The bits of a positive float32 are ordered like its value: u and the row fit into one int64.
     claim = torch.add(pairs.reverse_row, u.view(torch.int32), alpha=2**31) * chosen
     largest = claim.new_ones(num_places).scatter_reduce_(0, pairs.place, claim, "amax")
     lost = claim != largest[pairs.place]
@@ -247,7 +247,7 @@ def assign(iou: Tensor, logit: Tensor, pairs: Pairs, num_targets: int, num_place
 class AnchorFreeLoss(LossModule):
     """Box (CIoU), class (binary cross-entropy on soft targets) and distribution focal loss of the anchor-free head.
 
-    Each part is a sum over the batch divided by Z = max(sum of soft targets, 1). In a distributed training the sum is
+    Each part is a sum over the batch divided by Z = max(sum of soft targets, 1). In distributed training the sum is
     averaged over the processes, so that the gradients equal those of one process with the whole batch.
 
     Args:

@@ -92,7 +92,7 @@ def test_heat_maps_have_the_size_of_the_images(cfg, head):
 
 
 def test_heat_follows_what_the_head_reads():
-    """A head whose only map is brighter at the right half of the image."""
+    """A head with a single map that is brighter in the right half of the image."""
     spec = {
         "nc": 1, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": [[10, 13]],
         "backbone": [[-1, 1, "nn.AvgPool2d", [8, 8]]], "head": [[[0], 1, "Detect", ["nc", "anchors"]]],

@@ -17,7 +17,7 @@ from tests.parity import rules
 
 
 def randomized(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Statistics, scales and shifts away from 0 and 1, so that a factor left out shows."""
+    """Statistics, scales and shifts away from 0 and 1, so that a missing factor is detected."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for norm in module.modules():
@@ -115,7 +115,7 @@ def test_batch_statistics_are_not_folded():
 
 
 class Counting(Backbone):
-    """A backbone that counts how often it is asked, with an inner part that has a re-parameterized model of its own."""
+    """A backbone that counts its calls, with an inner part that has a re-parameterized model of its own."""
 
     levels = (FeatureLevel(4, 1),)
 

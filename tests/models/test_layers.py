@@ -1,4 +1,4 @@
-"""Every layer of the table: it gives what its rule declares, and computes what its equations say."""
+"""Every layer of the table: its output is as its rule declares, and equals its equations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.build.rows import Rows
 from tests.helpers.model_rows import SIDE, build, one_row
 
 LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
-    # (module, arguments, (channels, SIDE / height) of what comes out of 16 channels, SIDE x SIDE)
+    # (module, arguments, (channels, SIDE / height) of the output for 16 channels, SIDE x SIDE)
     ("Conv", [24], (24, 1)),
     ("Conv", [24, 3, 2], (24, 2)),
     ("Conv", [24, [1, 3], 1, None, 8, 2, "nn.ReLU()"], (24, 1)),
@@ -39,7 +39,7 @@ LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
     ("MixConv2d", [24, [1, 3, 5], 2], (24, 2)),
     ("MixConv2d", [24, [3, 5], 1, False], (24, 1)),
     ("TransformerBlock", [24, 4, 2], (24, 1)),
-    ("TransformerBlock", [16, 24, 4, 2], (24, 1)),  # as YOLOv5 takes it
+    ("TransformerBlock", [16, 24, 4, 2], (24, 1)),  # YOLOv5's arguments
     ("nn.BatchNorm2d", [], (16, 1)),
     ("nn.MaxPool2d", [2], (16, 2)),
     ("nn.MaxPool2d", [2, 2, 0], (16, 2)),
@@ -47,7 +47,7 @@ LAYER_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
     ("Contract", [2], (64, 2)),
 ]
 ENLARGING_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
-    # behind a Conv of stride 4, so that there is a stride to go back to
+    # after a Conv of stride 4, so that upsampling is possible
     ("nn.Upsample", ["None", 2, "nearest"], (16, 2)),
     ("nn.Upsample", ["None", 4, "bilinear"], (16, 1)),
     ("nn.Upsample", ["None", 0.5], (16, 8)),
@@ -59,7 +59,7 @@ ENLARGING_CASES: list[tuple[str, list[Any], tuple[int, int]]] = [
 
 
 def run_one(rows: Rows, row: int, expected: tuple[int, int]) -> None:
-    """What the row declares is expected, and is what it returns."""
+    """The row declares and returns the expected output."""
     found: list[Tensor] = []
     rows[row].register_forward_hook(lambda _module, _args, out: found.append(out))
     rows.eval()(torch.randn(2, 16, SIDE, SIDE))

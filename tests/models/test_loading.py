@@ -62,7 +62,7 @@ def no_published_weights(monkeypatch):
 
 
 def test_checkpoint_whose_spec_asks_for_weights_loads_without_them(tmp_path, no_published_weights):
-    """As older versions or official files may say; the stored spec is kept as it is."""
+    """As in older versions or official files; the stored spec is unchanged."""
     model = DetectionModel(spec_without_weights(WITH_BACKBONE))
     with pytest.raises(AssertionError, match="published weights are loaded"):
         DetectionModel(deepcopy(WITH_BACKBONE))
@@ -92,7 +92,7 @@ def test_load_detector_reports_every_mismatch(tmp_path):
 
 @pytest.mark.parametrize("deploy", [False, True])
 def test_checkpoints_with_separate_queries_and_keys_load_exactly(tmp_path, deploy):
-    """As written before the layers q and k of cross-covariance attention became one."""
+    """As written before the layers q and k of cross-covariance attention were merged."""
     spec = deepcopy(XCA_SPEC)
     spec["backbone"][0][3]["deploy"] = deploy
     model = detector(spec=spec)

@@ -1,4 +1,4 @@
-"""DetectionModel: the names that YOLOv5's users know, and what holds for every model."""
+"""DetectionModel: YOLOv5's interface, and properties of every model."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def small(**keys: Any) -> dict[str, Any]:
 
 
 def randomized(model: DetectionModel) -> DetectionModel:
-    """Every weight and statistic away from what it starts as."""
+    """Move every weight and statistic away from its initial value."""
     generator = torch.Generator().manual_seed(0)
     for key, value in model.state_dict().items():
         noise = torch.randn(value.shape, generator=generator)
@@ -264,7 +264,7 @@ def test_a_size_that_is_no_multiple_of_the_stride_is_refused() -> None:
     with pytest.raises(ConfigError, match="image of 32 x 36 pixels: this model's largest stride is 8"):
         model(image(1, 3, 32, 36))
     model(image(1, 3, 32, 40))
-    # yolov5-p34 predicts at strides 8 and 16, and has a map of stride 32 inside.
+    # yolov5-p34 predicts at strides 8 and 16, but also has a map of stride 32.
     with pytest.raises(ConfigError, match="largest stride is 32"):
         DetectionModel("yolov5-p34.yaml").eval()(image(1, 3, 48, 48))
 
@@ -385,12 +385,12 @@ def test_feature_maps_of_every_slot() -> None:
     assert maps["0_RIFormer_P2"].shape == (1, 64, 16, 16)
     assert not maps["15_C3_P5"].requires_grad
     assert all(not module._forward_hooks for module in model.model)
-    # Nothing works in place on a map that is shown.
+    # No module works in place on a returned map.
     parts = model.model[0](image(1, 3, 64, 64))
     torch.testing.assert_close(maps["0_RIFormer_P3"], parts[1], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch.jit is on its way out, and users still have its files
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated, but users still have its files
 def test_the_head_can_be_exported_and_gives_the_same() -> None:
     model = randomized(DetectionModel("yolov5n.yaml", nc=3))
     x = image(1, 3, 64, 64)

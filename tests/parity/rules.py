@@ -1,4 +1,4 @@
-"""Input rules and record formats of the reference numbers (see README.md beside this file).
+"""Input rules and record formats of the reference values (see README.md beside this file).
 
 A record is `{"shape", "mean", "std", "min", "max", "values"}`: statistics in float64 over the float32 array, and the values
 at `RandomState(7).choice(numel, 128, replace=False)` of the flat array (all of them when there are at most 128).
@@ -28,7 +28,7 @@ def backbone(name: str) -> Any:
 
 
 def official_checkpoint() -> tuple[Path, Any]:
-    """The checkpoint file as YOLOv5's training script wrote it, and its expected numbers."""
+    """The checkpoint file as YOLOv5's training script wrote it, and its expected values."""
     folder = DATA / "official_checkpoint"
     return folder / "yolov5n_bccd.pt", _load(folder / "expected.json.gz")
 
@@ -106,7 +106,7 @@ def sample_index(numel, k=128):
 
 
 def shorten(v):
-    """float32 -> python float with the shortest decimal text which gives that float32 back; keeps inf/nan as text."""
+    """float32 -> python float with the shortest decimal string that restores that float32; keeps inf/nan as strings."""
     v = np.float32(v)
     return float(str(v)) if np.isfinite(v) else str(v)
 
@@ -195,13 +195,13 @@ def ap_inputs(seed, n, m, nc, missing_pred=(), missing_true=()):
     r = np.random.RandomState(seed)
     tcls = r.randint(0, nc, m)
     pcls = r.randint(0, nc, n)
-    conf = ((r.permutation(n) + 0.5 * r.rand(n)) / n).astype(np.float32)  # no two are equal
+    conf = ((r.permutation(n) + 0.5 * r.rand(n)) / n).astype(np.float32)  # all distinct
     q = np.clip(0.25 + 0.5 * r.rand(n) + 0.35 * conf * r.rand(n), 0, 1)
     tcls = tcls[~np.isin(tcls, missing_true)]
     keep = ~np.isin(pcls, missing_pred)
     pcls, conf, q = pcls[keep], conf[keep], q[keep]
     ok = q > 0.5
-    for c in range(nc):  # no more hits than labels
+    for c in range(nc):  # at most as many TP as labels
         idx = np.nonzero((pcls == c) & ok)[0]
         ok[idx[int((tcls == c).sum()) :]] = False
     tp = ok[:, None] & (q[:, None] > 0.5 + 0.04 * np.arange(10)[None])
@@ -209,7 +209,7 @@ def ap_inputs(seed, n, m, nc, missing_pred=(), missing_true=()):
 
 
 def jittered_detections(seed, labels, nc, size=640.0, copies=2, noise=0.12, extra=4):
-    """Detections (x1, y1, x2, y2, conf, class) around labels (class, x1, y1, x2, y2), sorted by falling confidence."""
+    """Detections (x1, y1, x2, y2, conf, class) around labels (class, x1, y1, x2, y2), sorted by descending confidence."""
     r = np.random.RandomState(seed)
     lab = np.asarray(labels, np.float64).reshape(-1, 5)
     rows = []

@@ -1,4 +1,4 @@
-"""Next-ViT against numbers of the published implementation: key names, stage outputs, re-parameterized model."""
+"""Next-ViT against values of the published implementation: key names, stage outputs, re-parameterized model."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_reparameterized_form_equals_training_form_in_float64(name: str) -> None
 
 @pytest.mark.parametrize("name", NAMES)
 def test_timm_layout(name: str) -> None:
-    """Weights under timm's names come back under the published ones, entry by entry."""
+    """Weights under timm's names are converted back to the published ones, entry by entry."""
     record = fixture(name)
     theirs = {timm: torch.tensor(i) for i, (_, timm) in enumerate(record["timm"]["key_map_original_to_timm"])}
     wanted = {original: i for i, (original, _) in enumerate(record["timm"]["key_map_original_to_timm"])}

@@ -1,4 +1,4 @@
-"""A checkpoint that the official training script wrote gives the official numbers."""
+"""A checkpoint written by the official training script gives the official results."""
 
 from __future__ import annotations
 

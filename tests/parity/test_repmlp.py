@@ -72,7 +72,7 @@ def test_the_two_layouts_map_one_to_one() -> None:
 
 
 def _outputs_cases() -> list:
-    """Both forms and precisions of each file; float64 of the large ones is slow, and T224 stands for it by default."""
+    """Both forms and precisions of each file; float64 of the large ones is slow, so the default is T224 only."""
     out = []
     for name in NAMES:
         for dtype in (torch.float32, torch.float64):

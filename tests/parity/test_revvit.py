@@ -1,4 +1,4 @@
-"""RevViT against numbers of the published model: key names, maps, other output forms, gradients."""
+"""RevViT against values of the published model: key names, maps, other output forms, gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""RIFormer against numbers of the published implementation: key names, feature maps, re-parameterized model."""
+"""RIFormer against values of the published implementation: key names, feature maps, re-parameterized model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured on timm's networks against the reference table."""
+"""Measured feature maps of timm's networks against the reference table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Loss, NMS, metrics and box arithmetic against the reference numbers, within the tolerances of README.md."""
+"""Loss, NMS, metrics and box arithmetic against the reference values, within the tolerances of README.md."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_target_assignment(case):
 
 
 def sorted_certain(rows):
-    """Rows with the a-priori ones (score 1) in one fixed order: theirs is free."""
+    """Rows with the a-priori ones (confidence 1) in one fixed order: theirs is arbitrary."""
     return rows[np.lexsort((rows[:, 0], -rows[:, 4]))]
 
 

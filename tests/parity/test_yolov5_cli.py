@@ -1,4 +1,4 @@
-"""Every option of YOLOv5's commands is taken, with its default, or refused by name with a reason."""
+"""Every option of YOLOv5's commands is accepted, with its default, or refused by name with a reason."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OTHER_DEFAULTS = {
 
 
 def _same(ours: object, official: object) -> bool:
-    """Equal after the spellings of 'nothing' and of lists are levelled."""
+    """Compare after normalizing the spellings of 'nothing' and of lists."""
     if isinstance(ours, (list, tuple)):
         official = official if isinstance(official, (list, tuple)) else [official]
         return [str(x) for x in ours] == [str(x) for x in official]

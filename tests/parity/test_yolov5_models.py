@@ -1,4 +1,4 @@
-"""Networks against numbers of the official code: keys, parameters, operations, outputs of every kind.
+"""Networks against values of the official code: keys, parameters, operations, outputs of every kind.
 
 Bounds are the README's (largest difference of sampled values and statistics over the record's standard deviation).
 """

@@ -1,4 +1,4 @@
-"""Optimizer recipe against the reference tables: rates, accumulation, averaging, decay."""
+"""Optimizer recipe against the reference tables: learning rates, accumulation, averaging, decay."""
 
 from __future__ import annotations
 

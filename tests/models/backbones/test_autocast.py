@@ -1,8 +1,8 @@
-"""Under bfloat16 autocast norms and softmax are computed in float32, whatever they are fed, and maps stay close.
+"""Under bfloat16 autocast norms and softmax are computed in float32 for any input dtype, and maps stay close.
 
 Autocast's lists differ between devices: CUDA runs LayerNorm, GroupNorm and softmax in float32, a CPU leaves them in the
-type of their input and relies on kernels that compute in float32 inside and round once. That is what is asked for here:
-the same numbers as in float32 from the same input, rounded once to the type of the result.
+type of their input and relies on kernels that compute in float32 inside and round once. The tests require that:
+the same values as in float32 from the same input, rounded once to the dtype of the result.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def sample_image() -> Tensor:
 
 
 def assert_rounded_once(found: Tensor, wanted: Tensor, what: str, scale: Tensor | float | None = None) -> None:
-    """`found` is `wanted` (float32) but for one rounding of its elements, or of numbers as large as `scale`."""
+    """Assert that `found` equals `wanted` (float32) up to one rounding of its elements or of values like `scale`."""
     assert wanted.dtype == torch.float32
     size = wanted.abs() if scale is None else scale
     error = (found.float() - wanted).abs()
@@ -84,7 +84,7 @@ class Softmaxes(TorchDispatchMode):
         elif "scaled_dot_product" in str(func):
             q, k, v = (t.float() for t in args[:3])
             wanted = (q @ k.transpose(-2, -1) * kwargs.get("scale", q.shape[-1] ** -0.5)).softmax(-1) @ v
-            # The weights (which sum to 1) are rounded before they meet v, and the sum is rounded once more.
+            # The weights (which sum to 1) are rounded before the product with v, and the sum is rounded once more.
             assert_rounded_once(result[0], wanted, "attention", 2 * v.abs().amax())
             self.seen += 1
         return result

@@ -1,4 +1,4 @@
-"""`python -m models.backbones`: one line per backbone, numbers that are right, errors in one line."""
+"""`python -m models.backbones`: one line per backbone, correct values, errors in one line."""
 
 from __future__ import annotations
 

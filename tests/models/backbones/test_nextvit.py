@@ -194,7 +194,7 @@ def test_every_parameter_learns(mixer: str) -> None:
     model = build(mixer=mixer, drop_rate=0.1, attn_drop_rate=0.1).train()
     sum(y.pow(2).mean() for y in model(image())).backward()  # type: ignore[union-attr]
     still = [name for name, p in model.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    # A softmax does not see what is added to all its keys: the key bias has no gradient.
+    # A softmax is invariant to a constant added to all its logits: the key bias has no gradient.
     assert [name for name in still if not name.endswith(".k.bias")] == []
 
 
@@ -332,7 +332,7 @@ def test_training_mode_equals_timm(rates: dict[str, float]) -> None:
 @pytest.mark.parametrize("mixer", MIXERS)
 @pytest.mark.parametrize("layers", [("q", "k", "v"), ("qk", "v"), ("qkv",)], ids=str)
 def test_published_layouts_load_into_each_mixer(mixer: str, layers: tuple[str, ...]) -> None:
-    """1x1 convolutions, with queries, keys and values apart or together."""
+    """1x1 convolutions, with queries, keys and values separate or fused."""
     model = build(mixer=mixer)
     separate, state = build().state_dict(), {}
     for key, value in separate.items():

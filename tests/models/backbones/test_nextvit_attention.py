@@ -1,4 +1,4 @@
-"""Cross-covariance attention whose queries and keys are one layer, and weights in which they are two."""
+"""Cross-covariance attention with one layer for queries and keys, and weights with two."""
 
 from __future__ import annotations
 

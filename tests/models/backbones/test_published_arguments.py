@@ -76,7 +76,7 @@ def test_names_ignore_case(row: tuple[str, list[Any]], expected: str) -> None:
 
 
 def test_second_string_of_a_row_is_weights() -> None:
-    with pytest.raises(CheckpointError, match=r"'nowhere\.pth' is no file, URL or published name"):
+    with pytest.raises(CheckpointError, match=r"'nowhere\.pth' is not a file, URL or published name"):
         backbone_from_row("RIFormer", ["s12", "nowhere.pth"])
     with torch.device("meta"):
         assert isinstance(backbone_from_row("RIFormer", ["s12", ""]), RIFormer)

@@ -134,7 +134,7 @@ def test_resize_official() -> None:
 
 
 def test_slowfast_layout() -> None:
-    """The key map of the published record, backwards: our entries under SlowFast's names come back as they were."""
+    """The inverse key map of the published record: our entries under SlowFast's names are restored."""
     model = build()
     ours = {key: value for key, value in model.state_dict().items() if not key.startswith("pyramid.")}
     names = {

@@ -105,7 +105,7 @@ def test_deep_sequence_recomputes_its_inputs_exactly_enough() -> None:
 
 
 def test_buffered_layers_keep_rounding_from_adding_up() -> None:
-    """Loud residuals: recomputing through 24 blocks costs a digit of float32, which buffers give back."""
+    """Large residuals: recomputing through 24 blocks costs a digit of float32, which buffers restore."""
     model = build(arch={**TINY, "num_layers": 24})
     with torch.no_grad():
         for name, value in model.named_parameters():
@@ -232,7 +232,7 @@ def test_autocast_error_is_that_of_plain_autocast(options: dict[str, Any]) -> No
         y, found = run(model, image())
         _, plain = run(twin, image())
     assert y.dtype == torch.float32  # the streams and the norm after them
-    assert relative_error(plain, exact) > 1e-3  # the comparison means something
+    assert relative_error(plain, exact) > 1e-3  # the comparison is meaningful
     assert relative_error(found, exact) < 1.02 * relative_error(plain, exact)
     name = "layers.0.attn.qkv.weight"
     assert relative_error({name: found[name]}, exact) < 1.05 * relative_error({name: plain[name]}, exact)
@@ -327,7 +327,7 @@ def _distributed_step(rank: int, port: int, folder: str) -> None:
     x = image(shape=(4, 3, 64, 64)).double()[2 * rank : 2 * rank + 2]
     sum(y.pow(2).sum() for y in wrapped(x)).backward()
     torch.save(gradients(model), Path(folder) / f"{rank}.pt")
-    dist.barrier()  # who leaves while the other still talks takes its threads down with it
+    dist.barrier()  # a process that exits during communication breaks the other one
     del wrapped
     dist.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""RIFormer beyond the reference numbers: construction, options, folding in every precision, depth of parameters."""
+"""RIFormer beyond the reference values: construction, options, folding in every precision, depth of parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TINY = {"layers": [1, 1, 2, 1], "embed_dims": [8, 16, 24, 32]}
 def tiny(**arguments: object) -> RIFormer:
     torch.manual_seed(0)
     model = RIFormer(TINY, **arguments)
-    with torch.no_grad():  # off the initial values, where folding an identity verifies nothing
+    with torch.no_grad():  # away from the initial values: folding an identity would verify nothing
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model.eval()

@@ -136,7 +136,7 @@ def test_rows(name: str, args: Any, blocks: int, dims: int) -> None:
         ("RIFormer", [12], "argument 12 is not allowed"),
         ("RIFormer", ["s12", "s24"], "'arch' is given twice: 's12' and 's24'"),
         ("RIFormer", [True, {"weights": "x.pth"}], "'weights' is given twice"),
-        ("RIFormer", {1: 2}, "1 is no name of an argument"),
+        ("RIFormer", {1: 2}, "1 is not the name of an argument"),
         ("riformer_s12", ["s24"], "argument 's24' is not allowed, the name says the architecture"),
         ("timm/resnet5O", [], "did you mean 'resnet50'?"),
         ("RIFormer", {"drop_path_rate": "a"}, "RIFormer: drop_path_rate is 'a'; allowed: a number"),
@@ -178,7 +178,7 @@ def test_a_taken_name(clean_table: None, name: str) -> None:
 
 
 def test_no_backbone_is_refused(clean_table: None) -> None:
-    with pytest.raises(SpecError, match="is no subclass of models.backbones.Backbone"):
+    with pytest.raises(SpecError, match="is not a subclass of models.backbones.Backbone"):
         register_backbone("linear")(nn.Linear)
 
 
@@ -213,7 +213,7 @@ class NoForward(Backbone):
     [
         (NoLevels, "its levels are None; a backbone declares levels = (FeatureLevel(channels, stride), ...)"),
         (ListLevels, "its levels are [8, 16]"),
-        (FallingStrides, "its strides are [16, 8]; rising powers of two are needed"),
+        (FallingStrides, "its strides are [16, 8]; increasing powers of two are needed"),
         (OddStride, "its strides are [12]"),
         (SmallDivisor, "its size_divisor is 16; a multiple of its largest stride 32 is needed"),
         (NoForward, "it defines neither forward_features(image) nor forward(image)"),
@@ -290,7 +290,7 @@ def test_official_files_load_and_the_report_says_what_became_of_them(
 def test_a_file_of_a_deeper_network_is_refused_in_both_directions(tmp_path: Path) -> None:
     torch.save(RIFormer({**TINY, "layers": [2, 2, 4, 2]}).state_dict(), tmp_path / "deep.pth")
     torch.save(RIFormer(TINY).state_dict(), tmp_path / "flat.pth")
-    with pytest.raises(CheckpointError, match=r"have no place in RIFormer .*another architecture"):
+    with pytest.raises(CheckpointError, match=r"are not in RIFormer .*another architecture"):
         create_backbone("RIFormer", weights=tmp_path / "deep.pth", arch=TINY)
     with pytest.raises(CheckpointError, match=r"holds \d+ of the \d+ entries"):
         create_backbone("RIFormer", weights=tmp_path / "flat.pth", arch={**TINY, "layers": [2, 2, 4, 2]})
@@ -331,7 +331,7 @@ def test_a_truncated_file(tmp_path: Path) -> None:
     [
         (
             "nowhere.pth",
-            "'nowhere.pth' is no file, URL or published name; published for riformer_s12: riformer-s12_in1k",
+            "'nowhere.pth' is not a file, URL or published name; published for riformer_s12: riformer-s12_in1k",
         ),
         ("riformer-s12_in1", "did you mean 'riformer-s12_in1k'?"),
         ("riformer-s24_in1k", "'riformer-s24_in1k' are for riformer_s24, not riformer_s12; allowed: riformer-s12_in1k"),
@@ -359,7 +359,7 @@ def test_a_url_is_fetched_once_into_the_cache(cache: Path, tmp_path: Path) -> No
 
 
 def published_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sha256: str | None) -> None:
-    """Let the published file of s12 be one on this machine."""
+    """Replace the published file of s12 by a local one."""
     source = riformer_file(tmp_path / "source.pth")
     row = published_table()["riformer-s12_in1k"]
     digest = hashlib.sha256(source.read_bytes()).hexdigest()[:8]

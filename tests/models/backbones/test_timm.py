@@ -1,4 +1,4 @@
-"""timm networks as backbones: every kind of layout, size and level; weights; freezing of what must not move."""
+"""timm networks as backbones: every kind of layout, size and level; weights; frozen parameters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS = [
     ("swin_tiny_patch4_window7_224", (4, 8, 16, 32), 32),  # NHWC, native size only unless freed
     ("test_maxvit", (2, 4, 8, 16, 32), 160),  # multiples of its native size
     ("test_vit", (8, 16, 32), 32),  # plain: one stride, through the pyramid
-    ("mvitv2_tiny", (4, 8, 16, 32), 224),  # looks beyond its tables on larger images: tiles
+    ("mvitv2_tiny", (4, 8, 16, 32), 224),  # indexes beyond its tables on larger images: tiles
     ("visformer_tiny", (8, 16, 32), 224),  # its native size only: tiles
     ("pit_ti_224", (8, 16, 32), 224),
     ("convmixer_768_32", (8, 16, 32), 32),  # stride 7, plain
@@ -125,7 +125,7 @@ def test_strides_are_an_argument(name: str, arguments: dict[str, Any], expected:
 
 
 def test_parts_beyond_the_levels_are_not_built() -> None:
-    """A stage of stride 64 that nobody reads would have parameters without gradients."""
+    """An unused stage of stride 64 would have parameters without gradients."""
     backbone = TimmBackbone("efficientvit_m0").train()
     sum(o.square().mean() for o in backbone(torch.rand(2, 3, 64, 64))).backward()
     assert [name for name, p in backbone.named_parameters() if p.grad is None] == []

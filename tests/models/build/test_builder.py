@@ -1,4 +1,4 @@
-"""Rows of a YAML -> modules and routes: slots, level names, what each layer makes of its input, and every mistake."""
+"""Rows of a YAML -> modules and routes: slots, level names, the output of each layer, and every error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from utils.errors import ConfigError, SpecError
 
 @pytest.fixture(autouse=True)
 def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A backbone of a user's own, registered the way a plugin does it, for the length of one test."""
+    """A user's backbone, registered like a plug-in's, for one test."""
     monkeypatch.setattr(backbones, "_PLUGINS", {})
 
     @register_backbone("TinyBackbone")
@@ -44,7 +44,7 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     @register_backbone("NeedyBackbone")
     class _Needy(Backbone):
-        """Cannot do without an argument."""
+        """A module with a required argument."""
 
         def __init__(self, width: int) -> None:
             super().__init__(normalize=False)
@@ -156,7 +156,7 @@ def test_maps_are_let_go_after_their_last_reader() -> None:
         [["P4", 1, "Conv", [8]], [[5, 6], 1, "Detect", ["nc", "anchors"]]],
     )
     assert [route.releases for route in rows.routes] == [(IMAGE,), (4,), (3,), (5, 6)]
-    assert rows.routes[0].outputs == (None, 3, 4)  # nobody reads P3
+    assert rows.routes[0].outputs == (None, 3, 4)  # P3 is unused
 
     first: list[weakref.ref[Tensor]] = []
     alive: list[bool] = []
@@ -312,7 +312,7 @@ CASES = [
      "allowed: weights, partial_weights, strides, size_divisor"),
     (CONV0, "[-1, 1, TinyBackbone, {strides: [8, 8]}]",
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: its strides are "
-     "[8, 8]; rising powers of two are needed"),
+     "[8, 8]; increasing powers of two are needed"),
     (CONV0, "[-1, 1, TinyBackbone, {strides: 8}]",
      "my.yaml:4: row 0 (TinyBackbone): TinyBackbone: strides is 8; allowed: a list of numbers"),
     (CONV0, "[-1, 1, NeedyBackbone, []]", "my.yaml:4: row 0 (NeedyBackbone): cannot be built with []: "),

@@ -110,7 +110,7 @@ HOSTILE_NAMES = [
     ("numpy.f2py.crackfortran", "myeval"),
     ("pathlib", "Path"),
     ("pathlib", "PosixPath.write_text"),
-    # attribute chains and deeper paths under the allowed beginnings
+    # attribute chains and deeper paths under the allowed prefixes
     ("torch.nn.modules.module", "os.system"),
     ("torch.nn.modules.module.os", "system"),
     ("torch.nn.modules.module", "torch.os.system"),
@@ -390,7 +390,7 @@ def test_read_checkpoint_finds_the_model(tmp_path, file):
     value = module if file == "M" else {k: module if v == "M" else v for k, v in file.items()}
     checkpoint = read_checkpoint(save(value, tmp_path / "x.pt"))
     assert list(checkpoint.state) == ["weight", "bias"]
-    assert checkpoint.stride == (32.0,)  # as YOLOv5 takes it when the file does not say
+    assert checkpoint.stride == (32.0,)  # YOLOv5's default for a file without stride
     assert checkpoint.train is None
 
 

@@ -1,4 +1,4 @@
-"""The loss: gains, devices, precision, determinism, and what moves it."""
+"""The loss: gains, devices, precision, determinism, gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def raw_outputs(seed=0, batch=2, classes=3, dtype=torch.float32):
 
 
 def perfect_outputs(targets, classes=3, sharpness=12.0):
-    """Raw outputs that say what the targets are: exact boxes and near-certain scores."""
+    """Raw outputs that equal the targets: exact boxes and confidences close to 0 or 1."""
     anchors = torch.tensor(ANCHORS, dtype=torch.float32).view(3, 3, 2) / torch.tensor(STRIDES).view(3, 1, 1)
     levels = build_targets(targets, anchors, [(32, 32), (16, 16), (8, 8)], 4.0)
     raw = [torch.full((2, 3, s, s, 5 + classes), -sharpness) for s in (32, 16, 8)]
@@ -173,7 +173,7 @@ def test_anchor_ratio_is_strict(side, matches):
 
 
 def test_gradient_of_a_matched_cell_is_that_of_finite_differences():
-    """Boxes are left out: their overlap is also the objectness target, which is held constant."""
+    """Boxes are left out: their IoU is also the objectness target, which is held constant."""
     raw = raw_outputs()
     loss = criterion(fl_gamma=1.5, label_smoothing=0.1)
     loss(raw, TARGETS).total.backward()
@@ -222,7 +222,7 @@ def test_class_weights_multiply_the_terms_of_their_class(gamma, smoothing):
     assert min(part[2] for part in alone) > 0
     plain = criterion(**options)(raw_outputs(), TARGETS).parts
     assert sum(part[2].item() for part in alone) == pytest.approx(plain[2].item(), rel=1e-5)
-    torch.testing.assert_close(mixed[:2], plain[:2], rtol=0, atol=0)  # box and objectness know no classes
+    torch.testing.assert_close(mixed[:2], plain[:2], rtol=0, atol=0)  # box and objectness do not depend on classes
 
 
 def test_a_class_of_weight_zero_learns_nothing():
@@ -243,7 +243,7 @@ def test_without_class_weights_nothing_changes():
 @pytest.mark.parametrize("gamma", [0.13, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("size", [10.0, 17.5, 30.0, 200.0])
 def test_focal_gradients_of_certain_outputs_are_finite(gamma, size):
-    """Right or wrong, an output that is certain has a gradient, whatever the exponent."""
+    """A saturated output, correct or incorrect, has a gradient for every exponent."""
     raw = [torch.zeros(1, 3, n, n, 8) for n in (8, 4, 2)]
     for level, sign in zip(raw, (1, -1, 1)):
         level[..., 4:] = sign * size
