@@ -1,4 +1,4 @@
-"""Anchors: how well they fit a dataset's boxes, and better ones when they do not.
+"""Anchors: check their fit to a dataset's boxes, and find better ones.
 
 A box and an anchor fit by the smaller one of their side ratios, each taken below 1:
 r = min(w / aw, aw / w, h / ah, ah / h). The target assignment of the loss matches them when r > 1 / anchor_t.
@@ -82,7 +82,7 @@ class AnchorReport:
 
 
 def box_sizes(records: Sequence[ImageRecord], imgsz: int, rng: np.random.Generator | None = None) -> Sizes:
-    """Widths and heights of all boxes, in pixels of images whose longer side is `imgsz`.
+    """Return widths and heights of all boxes, in pixels of images whose longer side is `imgsz`.
 
     Args:
         rng: when given, each image is zoomed by a random factor in 0.9 .. 1.1, as augmentation would.
@@ -164,7 +164,7 @@ def kmean_anchors(
         progress: show a bar.
 
     Returns:
-        (n, 2) float64 widths and heights in pixels, by rising area.
+        (n, 2) float64 widths and heights in pixels, by ascending area.
     """
     boxes = _with_area(np.asarray(wh, np.float64).reshape(-1, 2))
     boxes = boxes[(boxes >= MIN_BOX).any(1)]
@@ -188,7 +188,7 @@ def _with_area(wh: Sizes) -> Sizes:
 
 
 def _ratios(wh: Sizes, anchors: Sizes) -> Sizes:
-    """(n, k): r of each box with each anchor."""
+    """Return r of each box with each anchor, (n, k)."""
     with np.errstate(divide="ignore"):  # a side of 0 (not chosen yet) gives r = 0
         r = wh[:, None] / anchors[None]
         return np.minimum(r, 1 / r).min(2)
@@ -199,7 +199,7 @@ def _by_area(anchors: Sizes) -> Sizes:
 
 
 def _mutation(shape: tuple[int, ...], rng: np.random.Generator) -> Sizes:
-    """Random factors 0.3 .. 3, most of them near 1, not all of them 1."""
+    """Return random factors 0.3 .. 3, most of them near 1, not all of them 1."""
     factors = np.ones(shape)
     while (factors == 1).all():
         change = (rng.random(shape) < _MUTATION_RATE) * rng.random() * rng.standard_normal(shape) * _MUTATION_SIZE
@@ -208,7 +208,7 @@ def _mutation(shape: tuple[int, ...], rng: np.random.Generator) -> Sizes:
 
 
 def _k_means(points: Sizes, k: int, rng: np.random.Generator, rounds: int = 30) -> Sizes:
-    """(k, 2) centers: Lloyd's algorithm from k-means++ starts (https://doi.org/10.1145/1283383.1283494)."""
+    """Return (k, 2) centers: Lloyd's algorithm from k-means++ starts (https://doi.org/10.1145/1283383.1283494)."""
     centers = points[rng.integers(len(points))][None]
     while len(centers) < k:
         distance2 = ((points[:, None] - centers[None]) ** 2).sum(2).min(1)

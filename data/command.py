@@ -23,7 +23,7 @@ class DataParser(argparse.ArgumentParser):
 
 
 def run(parser: DataParser, work: Callable[[argparse.Namespace], None], argv: Sequence[str] | None = None) -> int:
-    """Parse and work.
+    """Parse the arguments and run.
 
     Returns:
         Exit status: 0, or that of an exception, see `utils.log.run_command`.

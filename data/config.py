@@ -1,7 +1,7 @@
-"""Dataset YAMLs: where the images are, what the classes are called, and how to generate or download it.
+"""Dataset YAMLs: where the images are, class names, and how to generate or download the dataset.
 
 The keys are YOLOv5's (`path`, `train`, `val`, `test`, `names`, `nc`, `download`), `generate` for the dataset that is
-drawn on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). Names and paths are
+generated on first use, and `images` for the images of COCO and VOC annotations (docs/datasets.md). Names and paths are
 strings, whatever they look like (`02146`, `no`, `2024_01`). YOLOv5's format:
 https://docs.ultralytics.com/yolov5/tutorials/train_custom_data
 """
@@ -34,7 +34,7 @@ _EXTRA_KEYS = ("roboflow", "license", "author", "description", "version", "date"
 
 @dataclass(frozen=True)
 class DataConfig:
-    """A dataset as its YAML describes it. Reading the YAML opens no image; `split` fetches or draws missing ones.
+    """A dataset as its YAML describes it. Reading the YAML opens no image; `split` downloads or generates missing ones.
 
     Attributes:
         file: the YAML.
@@ -44,7 +44,7 @@ class DataConfig:
             disk.
         download: text of a foreign YAML's `download:` (a script or URL), None if there is none.
         recipe: our own download step, None if there is none.
-        shapes: how to draw the dataset, None for datasets that are not drawn.
+        shapes: how to generate the dataset, None for datasets that are not generated.
         roots: all folders that `path` can mean, in the order in which they were tried.
         lines: line of every key in the YAML.
         classes: names that annotations are read by; those of the YAML, whatever `names` is replaced by later.
@@ -193,7 +193,7 @@ def _check_keys(data: LineDict, file: Path, problems: list[str]) -> None:
 
 
 def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
-    """Class names by number; with `nc` alone they are class0, class1, ..., as YOLOv5 calls them."""
+    """Return class names by number; with `nc` alone they are class0, class1, ..., as YOLOv5 calls them."""
     count = data.get("nc")
     if count is not None and (type(count) is not int or not 1 <= count <= MAX_CLASSES):
         problems.append(
@@ -245,7 +245,7 @@ def _annotated(splits: Mapping[str, tuple[Path, ...]], images: Mapping[str, Path
 
 
 def _images(data: LineDict, root: Path, file: Path, problems: list[str]) -> dict[str, Path]:
-    """Folder of the images per split: one for all, or a mapping."""
+    """Return the folder of the images per split: one for all, or a mapping."""
     if data.get("images") is None:
         return {}
     value, line = text_of(data, "images"), data.lines["images"]
@@ -310,7 +310,7 @@ def _choose_root(roots: tuple[Path, ...], entries: Mapping[str, tuple[str, ...]]
 
 
 def _locate(root: Path, entry: str) -> Path:
-    """Absolute path of a split's entry, links kept as given.
+    """Return the absolute path of a split's entry, links kept as given.
 
     Exporters write `../train/images` for a folder beside the YAML, and backslashes on Windows.
     """

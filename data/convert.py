@@ -1,11 +1,11 @@
-"""Datasets from one format into another: YOLO text, COCO JSON, Pascal VOC XML; and into splits.
+"""Convert datasets between YOLO text, COCO JSON and Pascal VOC XML, and split them.
 
     python -m data.convert SOURCE TARGET --to {yolo,coco,voc} [--split 0.8 0.1 0.1 [--seed 0]] [--link]
 
 SOURCE is a dataset YAML, a COCO .json file or a folder; TARGET a new folder, which gets the images, the labels and a
 `data.yaml`; it is complete or absent. Images and objects that training leaves out (damaged images, repetitions,
-groups, difficult objects) are left out here too, and counted. `--split` joins all splits of the source and shares the
-images out again.
+groups, difficult objects) are left out here too, and counted. `--split` merges all splits of the source and splits
+the images again.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def load_set(source: str | Path) -> LoadedSet:
 
 
 def resplit(loaded: LoadedSet, fractions: Sequence[float], seed: int, divide_duplicates: bool) -> LoadedSet:
-    """Join all splits and share the images out again, see `data.split`.
+    """Merge all splits and split the images again, see `data.split`.
 
     Raises:
         DataError: a split would be empty.
@@ -107,13 +107,13 @@ def convert(
 
     Raises:
         ConfigError: fractions that do not sum to 1.
-        DataError: the target is there already, or the source cannot be used.
+        DataError: the target already exists, or the source cannot be used.
     """
     if split:
         check_fractions(split, seed)
     final = Path(target).absolute()
     if not is_vacant(final):
-        raise DataError(f"{target}: is there already; give a new folder")
+        raise DataError(f"{target}: already exists; give a new folder")
     loaded = load_set(source)
     if split:
         loaded = resplit(loaded, split, seed, divide_duplicates)
@@ -266,7 +266,7 @@ def _convert(arguments: argparse.Namespace) -> None:
     counts = [f"{len(part)} images in {name}" for name, part in loaded.splits.items()]
     LOGGER.info("written: %s: %s", Path(arguments.target) / "data.yaml", ", ".join(counts))
     if "val" not in loaded.splits:
-        LOGGER.warning("there is no split 'val', which training needs; --split 0.8 0.2 makes one of the images")
+        LOGGER.warning("there is no split 'val', which training needs; --split 0.8 0.2 makes one from the images")
 
 
 if __name__ == "__main__":

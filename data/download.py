@@ -48,7 +48,7 @@ class RemoteFile:
     """One archive (.zip, .tar, .tar.gz, .tgz).
 
     Attributes:
-        url: where it is.
+        url: its address.
         md5, sha256: hex digests that it must have; '' = not known.
         unpack: folder below the dataset's root, relative.
         strip: leading folders to drop from the names inside; -1 = one if the archive holds a single folder.
@@ -81,7 +81,7 @@ class VocConversion:
 
     Attributes:
         sets: the lists to convert.
-        corner_base: number of the first pixel of a row, subtracted from the corners (VOC: 1).
+        corner_base: coordinate of the first pixel, subtracted from the boxes (VOC: 1).
         keep_difficult: keep objects marked as difficult.
     """
 
@@ -258,7 +258,7 @@ class _Member(NamedTuple):
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[list[_Member]]:
-    """Give the regular files of an archive."""
+    """Yield the regular files of an archive."""
     if _kind(path.name) == "zip":
         with zipfile.ZipFile(path) as packed:
             yield [
@@ -311,10 +311,10 @@ def convert_voc(root: Path, conversion: VocConversion, names: Sequence[str]) -> 
 
 
 def voc_rows(path: Path, numbers: Mapping[str, int], conversion: VocConversion) -> list[str]:
-    """Label rows of one VOC annotation, in the order of the XML.
+    """Return the label rows of one VOC annotation, in the order of the XML.
 
-    Corners are shifted by `corner_base` and clipped to the image; boxes without area and classes without a number are
-    left out. Center and size are divided by the image's width and height and written with six decimals.
+    Coordinates are shifted by `corner_base` and clipped to the image; boxes without area and classes without a number
+    are left out. Rows are normalized cxcywh, written with six decimals.
 
     Returns:
         Rows 'class x y w h'.
@@ -388,7 +388,7 @@ _ENDINGS = ".zip, .tar, .tar.gz or .tgz"
 
 
 def _archive_name(url: str) -> str:
-    """File name of the archive behind an address; '' where there is none."""
+    """Return the file name of the archive at a URL; '' where there is none."""
     try:
         parts = urlparse(url)
         parts.port  # noqa: B018 -- raises for a port out of range

@@ -5,7 +5,7 @@ OpenCV decodes, as in YOLOv5, so that pixels agree; Pillow steps in for what Ope
 - An alpha channel is dropped, not blended; a palette is resolved; gray is repeated over three channels.
 - 16 bits become 8 by dropping the low byte (decoders differ by at most 1), so the whole range 0..65535 maps to 0..255.
   Floating-point pixels have no agreed range and are refused.
-- Of an animation the first frame counts.
+- Of an animation the first frame is used.
 - A truncated JPEG is refused: some OpenCV versions fill the rest with gray, which would be trained on unseen.
   Bytes *after* the end of a JPEG (phones append previews) do no harm and are accepted.
 - The header's size is checked before anything is decoded: at most `MAX_PIXELS` pixels.
@@ -74,7 +74,7 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
 
     Args:
         data: the whole file.
-        name: what to call it in an error.
+        name: its name in errors.
 
     Returns:
         (H, W, 3) uint8 BGR, C-contiguous, upright.
@@ -102,7 +102,7 @@ def decode(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def _png_chunks_fit(data: bytes) -> bool:
-    """Whether no chunk of a PNG claims more bytes than the file has; OpenCV would allocate them, gigabytes even."""
+    """Return whether no PNG chunk claims more bytes than the file has; OpenCV would allocate them, even gigabytes."""
     place = len(_PNG)
     while place + 8 <= len(data):
         length = int.from_bytes(data[place : place + 4], "big")
@@ -113,7 +113,7 @@ def _png_chunks_fit(data: bytes) -> bool:
 
 
 def probe(path: str | Path) -> tuple[int, int]:
-    """Size of an image as `read` gives it.
+    """Return the size of an image as `read` returns it.
 
     The markers of a common JPEG are enough; another JPEG is decoded at an eighth of its size, other formats in full.
 
@@ -182,7 +182,7 @@ def _decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
             upright = PIL.ImageOps.exif_transpose(image)
             if upright.mode == "F":
                 raise DataError(f"{name}: {_FLOATS}")
-            if upright.mode.startswith("I"):  # I;16 and its kin, or 16-bit values held in 32
+            if upright.mode.startswith("I"):  # I;16 and variants, or 16-bit values held in 32
                 gray = np.asarray(upright).astype(np.int64)
                 if gray.min() < 0 or gray.max() > 0xFFFF:
                     raise DataError(f"{name}: pixels of more than 16 bits; save it with 8 or 16 bits per channel")
@@ -198,13 +198,13 @@ def _decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
 
 
 def _is_plain_jpeg(data: bytes) -> bool:
-    """Whether a file is a JPEG of the most common form, of no more pixels than allowed."""
+    """Return whether a file is a JPEG of the most common form, of no more pixels than allowed."""
     size = jpeg.plain_size(data)
     return size is not None and size[0] * size[1] <= MAX_PIXELS
 
 
 def _jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
-    """(height, width) of a JPEG, upright; None where only a full decode can tell."""
+    """Return (height, width) of a JPEG, upright; None where only a full decode can tell."""
     plain = jpeg.plain_size(data)
     if plain is not None and not plain[2] and plain[0] * plain[1] <= MAX_PIXELS:
         return plain[:2]

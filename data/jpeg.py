@@ -1,4 +1,4 @@
-"""Size of a JPEG from its markers, without decoding, where the markers prove that a decoder accepts the file."""
+"""Size of a JPEG from its markers, without decoding, where the markers show that a decoder accepts the file."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _huffman_tables(body: bytes) -> frozenset[tuple[str, int]] | None:
 
 
 def _frame_size(frame: bytes, scan: bytes, tables: set[tuple[str, int]]) -> tuple[int, int] | None:
-    """(height, width) of a frame whose components all are in the scan and have their tables; None for anything else."""
+    """Return (height, width) of a frame if all components are in the scan and have their tables, else None."""
     count = frame[5] if len(frame) > 5 else 0
     if count not in (1, 3) or len(frame) != 6 + 3 * count or len(scan) != 4 + 2 * count:
         return None
@@ -110,7 +110,7 @@ def _frame_size(frame: bytes, scan: bytes, tables: set[tuple[str, int]]) -> tupl
 
 
 def is_whole(data: bytes) -> bool:
-    """Whether an end marker follows the start of the image's scan (one in an embedded preview does not count)."""
+    """Return whether an end marker follows the start of the image's scan (not one in an embedded preview)."""
     if data.endswith(END):
         return True
     size = len(data)

@@ -12,7 +12,7 @@ HW = tuple[int, int]
 
 
 def fit_long_side(height: int, width: int, imgsz: int) -> HW:
-    """Size at which the longer side is `imgsz`, the other one rounded up: ceil(side * imgsz / longest)."""
+    """Return the size at which the longer side is `imgsz`, the other one rounded up: ceil(side * imgsz / longest)."""
     longest = max(height, width)
     return -(-height * imgsz // longest), -(-width * imgsz // longest)
 
@@ -30,7 +30,7 @@ def rect_order(sizes: Sequence[HW] | NDArray[np.integer]) -> NDArray[np.int64]:
 def rect_batch_shapes(
     sizes: Sequence[HW] | NDArray[np.integer], batch_size: int, imgsz: int, stride: int, pad: float
 ) -> list[HW]:
-    """Height and width of each batch when images are taken in the order of `rect_order`.
+    """Return height and width of each batch when images are taken in the order of `rect_order`.
 
     The longer side is `imgsz`, the other just holds the batch's most extreme image; `pad` strides are added and both
     are rounded up to whole strides.
@@ -53,14 +53,14 @@ def rect_batch_shapes(
 
 
 def multi_scale_sizes(imgsz: int, stride: int) -> list[int]:
-    """Sizes that multi-scale training draws from: the multiples of `stride` between 0.5 and 1.5 times `imgsz`."""
+    """Return the sizes of multi-scale training: the multiples of `stride` between 0.5 and 1.5 times `imgsz`."""
     first = imgsz // 2 // stride
     last = (int(imgsz * 1.5) + stride - 1) // stride
     return [k * stride for k in range(first, last + 1)]
 
 
 def multi_scale_shape(height: int, width: int, size: int, stride: int) -> HW:
-    """Shape of a batch whose longer side becomes `size`, each side rounded up to whole strides."""
+    """Return the shape of a batch when its longer side becomes `size`, each side rounded up to whole strides."""
     cell = max(height, width) * stride
     return -(-height * size // cell) * stride, -(-width * size // cell) * stride
 

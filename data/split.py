@@ -1,7 +1,7 @@
 """Splitting a dataset into train, val and test: stratified by class, seeded, near-duplicates kept together.
 
 Iterative stratification (Sechidis, Tsoumakas, Vlahavas 2011, https://doi.org/10.1007/978-3-642-23808-6_10), with groups
-of near-duplicates instead of single images: the class with the fewest images left is shared out first, each of its
+of near-duplicates instead of single images: the class with the fewest images left is distributed first, each of its
 groups to the split that lacks most of that class.
 """
 
@@ -30,7 +30,7 @@ def check_fractions(fractions: Sequence[float], seed: int) -> None:
 def split_records(
     records: Sequence[ImageRecord], fractions: Sequence[float], groups: NDArray[np.int64], num_classes: int, seed: int
 ) -> dict[str, tuple[ImageRecord, ...]]:
-    """Share out images.
+    """Distribute images over the splits.
 
     Args:
         records: all images.

@@ -47,7 +47,7 @@ def mixup(first: tuple[Image, Labels], second: tuple[Image, Labels], rng: np.ran
         first, second: (H, W, 3) uint8 image and (n, 5) labels in the same frame.
 
     Returns:
-        The blend, with the share of `first` drawn from Beta(32, 32), and all labels.
+        The blend, with the weight of `first` drawn from Beta(32, 32), and all labels.
     """
     share = float(rng.beta(32.0, 32.0))
     image = cv2.addWeighted(first[0], share, second[0], 1 - share, 0.0)

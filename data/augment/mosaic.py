@@ -35,7 +35,7 @@ class LabeledImage:
 
 
 def mosaic4(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
-    """Four images that meet in one random point of a canvas of twice the side.
+    """Lay out four images that meet in a random point of a canvas of twice the side.
 
     The point lies in the canvas's middle half; images are cut at the canvas's border.
 
@@ -50,7 +50,7 @@ def mosaic4(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator
 
 
 def mosaic9(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator) -> tuple[Canvas, Labels, Segments]:
-    """Nine images, one in the middle and eight around it, seen through a random window of twice the side.
+    """Lay out nine images, one in the middle and eight around it, seen through a random window of twice the side.
 
     Returns:
         As `mosaic4`.
@@ -61,7 +61,7 @@ def mosaic9(images: Sequence[LabeledImage], imgsz: int, rng: np.random.Generator
 
 
 def _ring(sizes: Sequence[HW]) -> Offsets:
-    """Corners (x, y) of a middle image at (0, 0) and eight around it, clockwise from the top, each touching the last.
+    """Return the top-left corners (x, y) of an image at (0, 0) and eight around it, each touching the last.
 
     8 1 2
     7 0 3
@@ -100,7 +100,7 @@ def _assemble(images: Sequence[LabeledImage], offsets: Offsets, shape: HW) -> tu
 
 
 def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float, float]) -> Labels:
-    """(n, 5) normalized center and size to corners in pixels, for an image of `size` at (x, y) `offset`."""
+    """Convert labels (n, 5) from normalized cxcywh to xyxy in pixels, for an image of `size` at (x, y) `offset`."""
     h, w = size
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
@@ -112,7 +112,7 @@ def place_labels(labels: Labels, size: tuple[float, float], offset: tuple[float,
 
 
 def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDArray[np.float32]]:
-    """Polygons of an image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
+    """Return the polygons of an image at (x, y) `offset` in pixels, one per label; empty ones where it has none."""
     if not image.segments:
         return [np.zeros((0, 2), np.float32)] * len(image.labels)
     h, w = image.size
@@ -123,7 +123,7 @@ def place_segments(image: LabeledImage, offset: tuple[float, float]) -> list[NDA
 def choose_pastes(
     labels: Labels, segments: Segments, width: float, share: float, rng: np.random.Generator
 ) -> list[int]:
-    """Pick objects with polygons whose mirror image covers less than 30 % of every box that is there already.
+    """Pick objects with polygons whose mirror image covers less than 30 % of every existing box.
 
     Args:
         labels: (n, 5) class, xyxy in pixels.
@@ -132,7 +132,7 @@ def choose_pastes(
         share: fraction of the objects with polygons to try.
 
     Returns:
-        Numbers of the labels to paste, in the order of pasting.
+        Indices of the labels to paste, in the order of pasting.
     """
     with_polygon = [i for i, s in enumerate(segments) if len(s)]
     tries = rng.choice(with_polygon, round(share * len(with_polygon)), replace=False).tolist() if with_polygon else []
@@ -147,7 +147,7 @@ def choose_pastes(
 
 
 def mirror(labels: Labels, segments: Segments, chosen: Sequence[int], width: float) -> tuple[Labels, Segments]:
-    """Labels and polygons with the mirror images of the chosen ones appended."""
+    """Return labels and polygons with the mirror images of the chosen ones appended."""
     new = labels[list(chosen)]
     new[:, [1, 3]] = width - new[:, [3, 1]]
     turned = [np.stack((width - segments[i][:, 0], segments[i][:, 1]), 1) for i in chosen]

@@ -36,7 +36,7 @@ class Tile:
     Attributes:
         image: (h, w, 3) uint8, of any size: it is scaled to `size` on the way to the output.
         size: (height, width) on the canvas.
-        offset: (x, y) of its left top corner; may be negative.
+        offset: (x, y) of its top left corner; may be negative.
         visible: (x1, y1, x2, y2) part of the canvas that it may cover.
     """
 
@@ -106,7 +106,7 @@ def draw_warp(
 def _draw_numbers(
     config: AugmentConfig, rng: np.random.Generator
 ) -> tuple[NDArray[np.float64], float, float, NDArray[np.float64], NDArray[np.float64]]:
-    """Perspective terms (2), angle (radians), zoom, shear (2, radians), the center's place in the output (2, parts)."""
+    """Draw perspective (2), angle and shear (2) in radians, zoom, the center's place in the output (2, fractions)."""
     u = rng.uniform(-1, 1, 8)
     perspective = u[:2] * config.perspective
     angle = math.radians(u[2] * config.degrees)
@@ -132,13 +132,13 @@ def render(canvas: Canvas, warp: Warp) -> Image:
 
 
 def _tile_matrix(tile: Tile, matrix: Matrix) -> Matrix:
-    """(3, 3): continuous pixels of the tile's own image to continuous output pixels."""
+    """Return the (3, 3) matrix from continuous pixels of the tile's own image to continuous output pixels."""
     (h, w), (ih, iw) = tile.size, tile.image.shape[:2]
     return matrix @ np.array(((w / iw, 0, tile.offset[0]), (0, h / ih, tile.offset[1]), (0, 0, 1)))
 
 
 def _covered(a: float, b: float, low: float, high: float, side: int) -> tuple[int, int]:
-    """Output pixels whose center lies in the image of [low, high) under x -> a x + b; neighbors leave no gap."""
+    """Return the output pixels with centers in the image of [low, high) under x -> a x + b; neighbors leave no gap."""
     start, stop = sorted((a * low + b, a * high + b))
     return max(math.ceil(start - 0.5), 0), min(math.ceil(stop - 0.5), side)
 
@@ -246,7 +246,7 @@ def box_candidates(
     area_thr: float | NDArray[np.floating] = 0.1,
     eps: float = 1e-16,
 ) -> NDArray[np.bool_]:
-    """Which boxes are worth keeping after a change.
+    """Return which boxes to keep after a transform.
 
     Args:
         box1: (4, n) xyxy before, in pixels (times the zoom).

@@ -1,11 +1,11 @@
-"""What is in a dataset, and what is wrong with it.
+"""Statistics and problems of a dataset.
 
     python -m data.check data.yaml [--imgsz 640] [--cfg models/yolov5n.yaml] [--out FOLDER] [--strict]
 
 Counts, classes per split, sizes of boxes against anchors and strides, label errors, boxes that look wrong, and images
 that are nearly the same in different splits. A folder or a COCO .json is accepted too: a YAML for it is suggested.
-Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and check.png. Exit status 0 whatever is found; 2
-when the dataset cannot be used, or with --strict when labels or images are wrong.
+Printed in short; FOLDER (runs/check/exp) gets all of it as check.txt, and check.png. Exit status 0 regardless of the
+findings; 2 when the dataset cannot be used, or with --strict when labels or images are wrong.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from utils.log import aligned, fitted
 from utils.yaml_lines import load_yaml
 
 SHOWN = 10  # lines of a list on the terminal; check.txt has all
-RARE = 0.01  # fraction of all boxes below which a class is named
+RARE = 0.01  # fraction of all boxes below which a class is reported as rare
 FINEST_STRIDE = 8
 MAX_IMGSZ = 16384
 ANCHOR_T = 4.0  # of the hyperparameter files
@@ -62,7 +62,7 @@ class Section:
 
 
 def inspect(config: DataConfig, imgsz: int, *, progress: bool = True) -> list[SplitStatistics]:
-    """Load all splits of a dataset and count what is in them.
+    """Load all splits of a dataset and compute their statistics.
 
     Raises:
         DataError: a split cannot be used.
@@ -85,12 +85,12 @@ def report(
     anchors: Anchors | None,
     imgsz: int,
 ) -> list[Section]:
-    """All parts of the report.
+    """Return all sections of the report.
 
     Args:
-        splits: what `inspect` gave.
+        splits: result of `inspect`.
         names: class names by number.
-        pairs: images that are nearly the same.
+        pairs: near-duplicates.
         anchors: (levels, anchors per level, 2) in pixels; None leaves them out.
         imgsz: longer side of the network's input.
     """
@@ -110,7 +110,7 @@ def table(rows: Iterable[Sequence[object]]) -> tuple[str, ...]:
 
 
 def read_anchors(cfg: str | Path) -> Anchors | None:
-    """Anchors of a model YAML: (levels, anchors per level, 2) in pixels; None where it has none in numbers.
+    """Return the anchors of a model YAML, (levels, anchors per level, 2) in pixels; None where it gives no sizes.
 
     Raises:
         ConfigError: no such file, or no lists of numbers.
@@ -141,7 +141,7 @@ def _counts(splits: Sequence[SplitStatistics]) -> Section:
     columns: list[Sequence[object]] = [(*head, "repeated", "crowd", "difficult")]
     for split in splits:
         r = split.annotations.report
-        counts = (r.images, r.labelled, r.missing + r.empty, r.corrupt, r.boxes)
+        counts = (r.images, r.labeled, r.missing + r.empty, r.corrupt, r.boxes)
         mean = f"{r.boxes / len(split.records):.1f}"
         columns.append((split.name, *counts, mean, r.duplicate_rows, r.crowd, r.difficult))
     return Section("Images and boxes", table(zip(*columns)))
@@ -208,8 +208,8 @@ def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sect
         repeated = split.annotations.report.duplicate_images
         if repeated:
             findings.append(f"{split.name}: {repeated} images are listed more than once")
-        found = [(i, row, f"reaches {over:.0f} pixels over the border") for i, row, over in outside(split.records)]
-        found += [(i, row, f"has another on one place (IoU {iou:.2f})") for i, row, _, iou in doubled(split.records)]
+        found = [(i, row, f"extends {over:.0f} pixels beyond the border") for i, row, over in outside(split.records)]
+        found += [(i, row, f"duplicates another (IoU {iou:.2f})") for i, row, _, iou in doubled(split.records)]
         for i, row, problem in found:
             record = split.records[i]
             findings.append(f"{record.path} ({split.name}): box of '{names[int(record.labels[row, 0])]}' {problem}")
@@ -217,7 +217,7 @@ def _errors(splits: Sequence[SplitStatistics], names: Mapping[int, str]) -> Sect
 
 
 def _damaged(splits: Sequence[SplitStatistics]) -> Section:
-    """JPEG files with an end marker whose data is damaged all the same: decoders fill the rest with gray."""
+    """List JPEG files with an end marker but damaged data: decoders fill the rest with gray."""
     findings = [
         f"{record.path} ({split.name}): {problem}"
         for split in splits
@@ -242,10 +242,10 @@ def _duplicates(splits: Sequence[SplitStatistics], pairs: Sequence[Pair]) -> Sec
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
-    parser = command.DataParser(prog="check", description="statistics of a dataset, and what is wrong with it")
+    parser = command.DataParser(prog="check", description="statistics and problems of a dataset")
     parser.add_argument("data", help="dataset YAML; or a folder or COCO .json, for which a YAML is suggested")
     parser.add_argument("--imgsz", "--img", "--img-size", type=int, default=640, help="longer side of the input (640)")
-    parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors count (yolov5n)")
+    parser.add_argument("--cfg", default="models/yolov5n.yaml", help="model YAML whose anchors are checked (yolov5n)")
     parser.add_argument("--strict", action="store_true", help="decode every image; exit status 2 if anything is wrong")
     parser.add_argument("--out", help="folder for check.txt and check.png (runs/check/exp, counted up)")
     return command.run(parser, _check, argv)

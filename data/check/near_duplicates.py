@@ -1,6 +1,6 @@
-"""Images that are nearly the same although they are in different splits: a detector is then tested on what it saw.
+"""Near-duplicate images in different splits: a detector is then tested on images it was trained on.
 
-An image becomes a thumbnail of 32 x 32 gray values, and 128 bits that say where brightness rises to the right and
+An image becomes a thumbnail of 32 x 32 gray values, and 128 bits that say where brightness increases to the right and
 downwards (difference hash). Pairs with few differing bits are compared by the correlation of their thumbnails, as they
 are and mirrored left-right, since exported sets often hold augmented copies.
 """
@@ -26,7 +26,7 @@ from utils.errors import DataError
 SIDE = 32  # of a thumbnail
 BITS = 128
 MOST_BITS = 24  # of 128 that may differ
-LEAST_CORRELATION = 0.9  # looked at on aquarium: at 0.90 to 0.92 the same scene moments apart, below 0.9 also others
+LEAST_CORRELATION = 0.9  # inspected on aquarium: at 0.90 to 0.92 the same scene moments apart, below 0.9 also others
 _FLAT = 2.0  # a thumbnail with a smaller deviation (gray values) has no pattern to compare
 _TRIED = 5  # nearest images by bits whose thumbnails are compared
 _CHUNK = 256  # images compared at a time with all of another split
@@ -36,7 +36,7 @@ Thumbnails = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images that are nearly the same.
+    """Two near-duplicate images.
 
     Attributes:
         splits: split of the first and of the second one.
@@ -59,7 +59,7 @@ class Pair:
 
 
 def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str = "images") -> Thumbnails:
-    """Small gray versions of images.
+    """Return small gray versions of images.
 
     Returns:
         (n, 32, 32) uint8.
@@ -74,7 +74,7 @@ def thumbnails(records: Sequence[ImageRecord], progress: bool = True, name: str 
 
 
 def hash_bits(thumbs: Thumbnails) -> NDArray[np.bool_]:
-    """Difference hash of thumbnails: (n, 128), brighter to the right (64), brighter below (64)."""
+    """Return the difference hash of thumbnails: (n, 128), brighter to the right (64), brighter below (64)."""
     gray = [np.asarray(t, np.float32) for t in thumbs]
     wide = np.array([cv2.resize(t, (9, 8), interpolation=cv2.INTER_AREA) for t in gray]).reshape(-1, 8, 9)
     tall = np.array([cv2.resize(t, (8, 9), interpolation=cv2.INTER_AREA) for t in gray]).reshape(-1, 9, 8)
@@ -83,7 +83,7 @@ def hash_bits(thumbs: Thumbnails) -> NDArray[np.bool_]:
 
 
 def find_pairs(splits: Mapping[str, Sequence[ImageRecord]], thumbs: Mapping[str, Thumbnails]) -> list[Pair]:
-    """Images that have a near duplicate in an earlier split, each with its nearest one, the most similar first.
+    """Return images with a near-duplicate in an earlier split, each with its nearest one, the most similar first.
 
     One pair per image and earlier split: with a fixed camera nearly all images are alike.
 
@@ -123,7 +123,7 @@ def group_near_duplicates(thumbs: Thumbnails) -> NDArray[np.int64]:
 
 
 def _similar(first: Thumbnails, second: Thumbnails) -> Iterator[tuple[int, int, int, float, bool]]:
-    """Yield near duplicates as (i, j, bits that differ, correlation, whether the second one is mirrored)."""
+    """Yield near-duplicates as (i, j, bits that differ, correlation, whether the second one is mirrored)."""
     hashes = hash_bits(first)
     for mirrored in (False, True):
         others = second[:, :, ::-1] if mirrored else second
@@ -134,7 +134,7 @@ def _similar(first: Thumbnails, second: Thumbnails) -> Iterator[tuple[int, int, 
 
 
 def _near(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> list[tuple[int, int, int]]:
-    """(i, j, bits that differ): for each of the second ones the few nearest of the first ones, if near at all."""
+    """Return (i, j, bits that differ): for each of the second images the few nearest of the first ones, if any."""
     found = []
     a = np.where(first, np.float32(1), np.float32(-1))
     tried = min(_TRIED, len(first))

@@ -16,7 +16,7 @@ from utils.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-NAMED = 30  # with more classes the axis holds numbers
+NAMED = 30  # with more classes the axis shows numbers
 STRIDES = (8, 16, 32)
 COLORS = {"train": "tab:blue", "val": "tab:orange", "test": "tab:green"}
 GRID = "0.92"
@@ -34,7 +34,7 @@ def draw(
 
     Args:
         path: .png file.
-        splits: numbers of each split.
+        splits: statistics of each split.
         names: class names by number.
         anchors: (levels, anchors per level, 2) in pixels, or None.
         imgsz: longer side of the network's input.
@@ -70,7 +70,7 @@ def _classes(axes: Axes, splits: Sequence[SplitStatistics], names: Mapping[int, 
 
 
 def _scatter(axes: Axes, splits: Sequence[SplitStatistics], anchors: NDArray[np.float64] | None, imgsz: int) -> None:
-    """Width and height of boxes; anchors as crosses, the finest stride as the area that a cell covers."""
+    """Plot width and height of boxes; anchors as crosses, the finest stride as the area that a cell covers."""
     for k, split in enumerate(splits):
         wh = split.sizes[:: max(len(split.sizes) // 3000, 1)]
         axes.plot(*np.maximum(wh, 1).T, ".", markersize=3, alpha=0.35, color=_color(split, k), label=split.name)
@@ -97,7 +97,7 @@ def _sizes(axes: Axes, splits: Sequence[SplitStatistics], imgsz: int) -> None:
         axes.axvline(stride, color="0.5", linestyle=":")
         axes.annotate(f"stride {stride}", (stride, 1), (2, -10), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=8, rotation=90, va="top")  # fmt: skip
-    axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the words
+    axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # room for the labels
     axes.set(xscale="log", title="shorter side of boxes", xlabel=f"pixels at {imgsz}", ylabel="boxes, %")
     axes.legend(frameon=False)
 

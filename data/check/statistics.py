@@ -1,4 +1,4 @@
-"""Numbers about a split: how many objects of which class, how large, and which boxes look wrong. Pure functions."""
+"""Statistics of a split: objects per class, their sizes, and boxes that look wrong. Pure functions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data.anchors import box_sizes
 from data.labels.labels import Annotations, ImageRecord
 from utils.boxes import box_iou, xywh2xyxy
 
-SAME_OBJECT = 0.9  # boxes of one class that overlap more are probably one object labelled twice
+SAME_OBJECT = 0.9  # boxes of one class that overlap more are probably one object labeled twice
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,13 +73,13 @@ def below(statistics: SplitStatistics, side: float) -> NDArray[np.int64]:
 
 
 def outside(records: Sequence[ImageRecord], tolerance: float = 1.0) -> list[tuple[int, int, float]]:
-    """Boxes that reach over the border.
+    """Return boxes that extend beyond the border.
 
     Args:
         tolerance: pixels that do not count.
 
     Returns:
-        (image, row, pixels over the border), the worst first.
+        (image, row, pixels beyond the border), the worst first.
     """
     found = []
     for i, record in enumerate(records):
@@ -91,7 +91,7 @@ def outside(records: Sequence[ImageRecord], tolerance: float = 1.0) -> list[tupl
 
 
 def doubled(records: Sequence[ImageRecord]) -> list[tuple[int, int, int, float]]:
-    """Boxes of one class that lie on top of each other.
+    """Return boxes of one class that lie on top of each other.
 
     Returns:
         (image, row, row, IoU), the most similar first.
@@ -108,7 +108,7 @@ def doubled(records: Sequence[ImageRecord]) -> list[tuple[int, int, int, float]]
 
 
 def level_shares(sizes: NDArray[np.float64], anchors: NDArray[np.float64], thr: float) -> NDArray[np.float64]:
-    """Fraction of the boxes that each level's anchors match; a box can be matched on several levels.
+    """Return the fraction of the boxes that each level's anchors match; a box can be matched on several levels.
 
     Args:
         sizes: (n, 2) widths and heights in pixels.

@@ -81,7 +81,7 @@ def _entries(root: Path) -> Iterator[str]:
 
 
 def _usable(path: Path) -> bool:
-    """Whether a path holds images, is a COCO file or a list of images."""
+    """Return whether a path holds images, is a COCO file or a list of images."""
     if os.path.isdir(path):
         return any(Path(name).suffix.lower() in IMAGE_SUFFIXES for *_, files in os.walk(path) for name in files)
     if isinstance(recognize(path), AnnotatedSource) and path.suffix.lower() != ".json":
@@ -96,7 +96,7 @@ def _usable(path: Path) -> bool:
 
 
 def _names(root: Path, source: Path) -> list[str]:
-    """Class names of a list beside YOLO labels; else class0, class1, ... up to the largest number in the labels."""
+    """Return class names of a list beside YOLO labels; else class0, class1, ... up to the largest label."""
     for folder in (root, source if os.path.isdir(source) else source.parent, root / "labels"):
         for name in _NAME_FILES:
             if os.path.isfile(folder / name):

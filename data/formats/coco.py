@@ -1,6 +1,6 @@
 """COCO detection JSON: images, categories, boxes and polygons.
 
-Format: https://cocodataset.org/#format-data. Category ids are arbitrary numbers: classes are numbered by rising id, or
+Format: https://cocodataset.org/#format-data. Category ids are arbitrary: classes are numbered by ascending id, or
 by name where the dataset YAML names its classes. Boxes are `x y width height` in pixels from the upper left corner.
 """
 
@@ -45,7 +45,7 @@ class CocoFile:
 
     Attributes:
         path: the file.
-        categories: category id -> name, by rising id.
+        categories: category id -> name, by ascending id.
         images: all images.
         annotations: image id -> its annotations, in the order of the file.
         notes: what is odd about the whole file.
@@ -138,16 +138,16 @@ def _rounded(values: list[float], digits: int | None) -> list[float]:
 
 
 def _polygon_area(polygon: NDArray[np.float64]) -> float:
-    """Area inside a polygon, by the shoelace formula."""
+    """Return the area inside a polygon, by the shoelace formula."""
     x, y = polygon.T
     return float(abs((x * np.roll(y, -1) - y * np.roll(x, -1)).sum()) / 2)
 
 
 def class_numbers(coco: CocoFile, classes: Sequence[str] | None) -> dict[Any, int]:
-    """Class number of each category id.
+    """Return the class number of each category id.
 
     Args:
-        classes: names by class number; None numbers the categories by rising id.
+        classes: names by class number; None numbers the categories by ascending id.
 
     Raises:
         DataError: annotations have a category that is not among the names.
@@ -194,7 +194,7 @@ def image_labels(
 
 
 def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """One polygon through all parts of an object, joined where they are nearest by a bridge without width.
+    """Join all parts of an object into one polygon, at their nearest points by a bridge without width.
 
     Of parts with many points, every n-th one is tried for the bridge: at most `MAX_PAIRS` pairs are compared.
 
@@ -229,7 +229,7 @@ def _load(path: Path) -> dict[str, Any]:
     missing = [key for key in NEEDED if not isinstance(lists.get(key), list)]
     if missing:
         hint = did_you_mean(missing[0], [key for key in table if key not in NEEDED])
-        raise DataError(f"{path}: is no COCO detection file: lists {', '.join(missing)} are missing{hint}")
+        raise DataError(f"{path}: is not a COCO detection file: lists {', '.join(missing)} are missing{hint}")
     return lists
 
 
@@ -238,9 +238,9 @@ def _is_id(value: object) -> bool:
 
 
 def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[Any, str], list[str]]:
-    """Category id -> name by rising id, and what was dropped.
+    """Return category id -> name by ascending id, and what was dropped.
 
-    Exports of Roboflow begin with a category that groups the others and has no objects: it is no class.
+    Exports of Roboflow begin with a category that groups the others and has no objects: it is not a class.
     """
     entries: list[tuple[Any, str, str]] = []
     for i, item in enumerate(content["categories"]):
@@ -257,7 +257,7 @@ def _categories(content: Mapping[str, Any], path: Path) -> tuple[dict[Any, str],
     dropped = {number: name for number, name, above in entries if above == "none" and number not in used
                and any(name == other for key, _, other in entries if key != number)}  # fmt: skip
     notes = [
-        f"{path}: category {shown(name)} (id {number}) groups the others and has no objects; it is no class"
+        f"{path}: category {shown(name)} (id {number}) groups the others and has no objects; it is not a class"
         for number, name in dropped.items()
     ]
     found: dict[Any, str] = {}
@@ -279,9 +279,9 @@ def _image(item: object, i: int, path: Path) -> CocoImage:
 
 
 def _polygon(value: object, place: str, size: tuple[int, int]) -> Segment | None:
-    """(k, 2) normalized points, all parts of the object joined; None for masks, boxes and lines."""
+    """Return (k, 2) normalized points, all parts of the object joined; None for masks, boxes and lines."""
     if not isinstance(value, list):
-        return None  # run lengths: no polygon, the box counts
+        return None  # run lengths: no polygon, the box is used
     try:
         parts = [np.asarray(part, np.float64).reshape(-1, 2) for part in value if len(part) >= 6]
     except (TypeError, ValueError, OverflowError) as error:
@@ -297,7 +297,7 @@ def _polygon(value: object, place: str, size: tuple[int, int]) -> Segment | None
 def _box(
     item: Mapping[str, Any], polygon: Segment | None, size: tuple[int, int], place: str
 ) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom in pixels: `bbox`, or what encloses the polygon where that is missing."""
+    """Return xyxy in pixels: `bbox`, or the box around the polygon where that is missing."""
     value = item.get("bbox")
     if not value and polygon is not None:
         (left, top), (right, bottom) = polygon.min(0) * (size[1], size[0]), polygon.max(0) * (size[1], size[0])

@@ -3,8 +3,8 @@
 A source is a folder of images, a .txt list of images or an image (YOLO text beside them), or an annotated one:
 
 - COCO: a .json file. `file_name` is looked for in the file's folder (and in the one above, where it is called
-  `annotations`), in the dataset's `path`, in `images` of these, and in folders below that are called as the split or
-  as the end of the file's name (`instances_val2017.json`: `val2017`); or only where the YAML's `images:` says.
+  `annotations`), in the dataset's `path`, in `images` of these, and in folders below that are named like the split or
+  like the end of the file's name (`instances_val2017.json`: `val2017`); or only where the YAML's `images:` says.
 - VOC: a folder with `Annotations`, a list below `ImageSets` beside it, or a folder whose XML files have the names of
   images: beside them, in `JPEGImages` or `images`, or where YOLO labels would be.
 
@@ -40,7 +40,7 @@ class AnnotatedSource:
 
     Attributes:
         path: the JSON; the VOC folder, the folder of XML files, or the list.
-        kind: which of both.
+        kind: which of the two.
         classes: names by class number; None = as the annotations have them.
         folders: where images are looked for, in this order.
         search: folder below which they are looked for where none of these has the first one; None: nowhere.
@@ -121,7 +121,7 @@ def plain(path: Path, origin: str = "") -> Listed:
 
 
 def images(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tuple[str, ...]]:
-    """Images of a source, and what is odd about it as a whole.
+    """Return the images of a source, and notes on it as a whole.
 
     Raises:
         DataError: annotations that cannot be read, or with classes that the dataset does not name.
@@ -133,7 +133,7 @@ def images(source: AnnotatedSource) -> tuple[Iterator[tuple[Path, Listed]], tupl
 
 
 def class_names(sources: Sequence[AnnotatedSource]) -> tuple[str, ...]:
-    """Names that annotations give to the classes: COCO's categories by rising id, else VOC's names, sorted.
+    """Return the class names of annotations: COCO's categories by ascending id, else VOC's names, sorted.
 
     Raises:
         DataError: annotations that cannot be read, or without a class.
@@ -313,7 +313,7 @@ def _xml_folder(source: AnnotatedSource) -> Path:
 
 
 def _xml_files(source: AnnotatedSource) -> dict[Path, str]:
-    """XML files of a source, each with the place that names it."""
+    """Return the XML files of a source, each with the place that names it."""
     folder = _xml_folder(source)
     if os.path.isfile(source.path):
         lines = voc.identifiers(source.path)
@@ -322,7 +322,7 @@ def _xml_files(source: AnnotatedSource) -> dict[Path, str]:
 
 
 def _in_folder(folder: Path, suffixes: set[str] | frozenset[str]) -> list[Path]:
-    """Files of a folder, not of those below it, sorted; none where it does not exist.
+    """Return the files of a folder, not of those below it, sorted; none where it does not exist.
 
     Raises:
         DataError: a folder that cannot be read.

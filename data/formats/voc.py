@@ -1,7 +1,7 @@
 """Pascal VOC XML: objects of an image with name, box and, where a tool wrote it, a polygon.
 
-Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. Corners count in pixels from 0, as
-labeling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) the first pixel has number 1,
+Format: http://host.robots.ox.ac.uk/pascal/VOC/voc2012/htmldoc/devkit_doc.html. Coordinates are pixels from 0, as
+labeling tools write them; in PASCAL's own files (`<source><annotation>PASCAL VOC...`) they start at 1,
 which is subtracted, as YOLOv5 does. Objects marked as difficult are left out, as YOLOv5 does.
 """
 
@@ -51,7 +51,7 @@ class VocObject:
         return (self.element.findtext("difficult") or "").strip() == "1"
 
     def box(self) -> list[float]:
-        """Return left, top, right, bottom as written; DataError where a number is missing."""
+        """Return xyxy as written; DataError where a number is missing."""
         try:
             return [number(self.element.findtext(f"bndbox/{key}", "").strip()) for key in _CORNERS]
         except ValueError as error:
@@ -148,7 +148,7 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
 
 
 def class_names(files: Iterable[Path]) -> tuple[str, ...]:
-    """All names that objects have, sorted.
+    """Return all class names of the objects, sorted.
 
     Raises:
         DataError: a file that cannot be parsed.
@@ -157,7 +157,7 @@ def class_names(files: Iterable[Path]) -> tuple[str, ...]:
 
 
 def identifiers(listing: Path) -> dict[str, int]:
-    """Images of an `ImageSets` list, without folder and suffix, each with its line.
+    """Return the images of an `ImageSets` list, without folder and suffix, each with its line.
 
     Raises:
         DataError: not readable.

@@ -22,7 +22,7 @@ from utils.files import read_text
 MAX_CLASS = 2**24  # class numbers are exact in float32 up to here
 
 ROUNDING = 1.0
-"""Pixels by which a box may reach over the border, or be larger than the image, and is clipped; more is a mistake."""
+"""Pixels by which a box may extend beyond the border, or be larger than the image, and is clipped; more is an error."""
 
 TOLERANCE = 1e-5
 """By how much a normalized value may lie outside of 0..1 (rounding of six decimals); it is then clipped."""
@@ -33,10 +33,10 @@ class LabelFile:
     """The objects of one image, checked.
 
     Attributes:
-        labels: (n, 5) float32 class, center x, center y, width, height, normalized.
+        labels: (n, 5) float32 class, normalized cxcywh.
         segments: n polygons (k, 2) float32, or none.
         duplicates: rows removed.
-        notes: what is odd but kept or fixed, by file and place.
+        notes: irregularities that are kept or fixed, by file and place.
         crowd: COCO groups (`iscrowd`) left out.
         difficult: VOC objects marked as difficult, left out.
     """
@@ -50,7 +50,7 @@ class LabelFile:
 
 
 def label_path(image: str | Path) -> Path:
-    """Where the labels of an image are: the last folder `images` becomes `labels`, the suffix `.txt`."""
+    """Return the label file of an image: the last folder `images` becomes `labels`, the suffix `.txt`."""
     head, found, tail = str(image).rpartition(f"{os.sep}images{os.sep}")
     return Path(os.path.splitext(f"{head}{os.sep}labels{os.sep}{tail}" if found else image)[0] + ".txt")
 
@@ -135,7 +135,7 @@ def _plain_labels(text: str) -> NDArray[np.float32] | None:
 
 
 def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
-    """Whether all rows of a file are a box with the same number of key points (at least 3), not polygons.
+    """Return whether all rows of a file are a box with the same number of key points (at least 3), not polygons.
 
     Signs: visibilities 0, 1 or 2 as every third number; or all key points lie inside the boxes, while some row, read as
     a polygon, crosses itself and has its second point (width, height) far from the rest.
@@ -159,7 +159,7 @@ def _is_pose(rows: Sequence[Sequence[float]]) -> bool:
 
 
 def _crosses_itself(points: NDArray[np.float64]) -> bool:
-    """Whether two edges of a closed polygon that are no neighbors meet."""
+    """Return whether two non-adjacent edges of a closed polygon meet."""
     points = points[(points != np.roll(points, 1, 0)).any(1)]  # no edges of length 0
     n = len(points)
     if n < 4 or n > 500:
@@ -168,7 +168,7 @@ def _crosses_itself(points: NDArray[np.float64]) -> bool:
     edge = ends - points
 
     def side(of: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(n, n) sign of the side of edge i on which point j lies."""
+        """Return the (n, n) sign of the side of edge i on which point j lies."""
         offset = of[None] - points[:, None]
         return np.sign(edge[:, None, 0] * offset[..., 1] - edge[:, None, 1] * offset[..., 0])
 
@@ -198,11 +198,11 @@ def checked(
     """Check the rows of one image; remove repetitions and sort the rest then (as YOLOv5 does).
 
     Args:
-        labels: (n, 5) class, center x, center y, width, height, normalized; checked before they become float32.
+        labels: (n, 5) class, normalized cxcywh; checked before they become float32.
         polygons: polygon of each row, (k, 2) normalized; None where there is none.
         places: file and place of each row, for messages.
         size: (height, width) of the image in pixels, where a box may be larger than it by `ROUNDING`.
-        notes: what is odd about the file already.
+        notes: earlier notes on the file.
         crowd, difficult: objects left out.
 
     Raises:
@@ -212,7 +212,7 @@ def checked(
     notes = list(notes)
     over = np.flatnonzero(((labels[:, 1:] < 0) | (labels[:, 1:] > 1)).any(1))
     if len(over):
-        notes.append(f"{places[over[0]]}: {len(over)} boxes over the border by rounding, the first one here; clipped")
+        notes.append(f"{places[over[0]]}: {len(over)} boxes beyond the border by rounding, the first one here; clipped")
     labels = np.concatenate((labels[:, :1], labels[:, 1:].clip(0, 1)), 1).astype(np.float32) + 0.0  # no -0.0
     has_polygons = any(polygon is not None for polygon in polygons)
     pairs = zip(labels, polygons) if has_polygons else ()
@@ -233,7 +233,7 @@ def checked(
 
 
 def enclosing_box(points: NDArray[np.floating]) -> tuple[np.floating, ...]:
-    """Center x, center y, width, height of the box around (k, 2) points."""
+    """Return cxcywh of the box around (k, 2) points."""
     low, high = points.min(0), points.max(0)
     return (*((low + high) / 2), *(high - low))
 
@@ -250,7 +250,7 @@ class ImageRecord:
     Attributes:
         path: the image.
         height, width: its size in pixels, upright.
-        labels: (n, 5) float32: class, center x, center y, width, height, normalized.
+        labels: (n, 5) float32: class, normalized cxcywh.
         segments: n polygons, (k, 2) float32 x, y, normalized; empty if the label file has boxes only.
     """
 
@@ -265,7 +265,7 @@ PixelObject = tuple[int, list[float], "NDArray[np.float64] | None"]
 
 
 def to_pixels(image: ImageRecord) -> list[PixelObject]:
-    """Return class, (left, top, right, bottom) and polygon (k, 2) or None of every object, in pixels."""
+    """Return class, xyxy and polygon (k, 2) or None of every object, in pixels."""
     sides = np.array((image.width, image.height), np.float64)
     objects: list[PixelObject] = []
     for i, row in enumerate(image.labels.astype(np.float64)):
@@ -276,18 +276,18 @@ def to_pixels(image: ImageRecord) -> list[PixelObject]:
 
 
 def from_pixels(boxes_xyxy: NDArray[np.float64], size: tuple[int, int], places: Sequence[str]) -> NDArray[np.float64]:
-    """Boxes in pixels as a label file has them.
+    """Convert boxes in pixels to those of a label file.
 
-    A box that a label file could not hold, because it reaches over the border, is clipped where that is no more than
-    `ROUNDING`, and is a mistake where it is more.
+    A box that a label file could not hold, because it extends beyond the border, is clipped where that is no more than
+    `ROUNDING`, and is an error where it is more.
 
     Args:
-        boxes_xyxy: (n, 4) left, top, right, bottom in pixels, the first pixel from 0 to 1.
+        boxes_xyxy: (n, 4) xyxy in pixels, the first pixel from 0 to 1.
         size: (height, width) of the image.
         places: file and place of each box, for messages.
 
     Returns:
-        (n, 4) float64 center x, center y, width, height, normalized.
+        (n, 4) float64 normalized cxcywh.
 
     Raises:
         DataError: the first box that has a negative side, or is outside of the image.
@@ -328,7 +328,7 @@ def _check_values(labels: NDArray[np.floating], places: Sequence[str], size: tup
             ((boxes < -TOLERANCE).any(1), "has a negative value"),
             (
                 (boxes > largest).any(1),
-                "has a value above 1; center and size are normalized by the image's sides",
+                "has a value above 1; cxcywh are normalized by the image's sides",
             ),
         )
     for wrong, problem in checks:

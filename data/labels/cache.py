@@ -1,6 +1,6 @@
 """The label cache: sizes and labels of the images of a split in one .npz file, without pickle.
 
-An entry counts as long as size and modification time of its image and label file are unchanged; entries are kept one
+An entry is valid as long as size and modification time of its image and label file are unchanged; entries are kept one
 by one, so a changed file costs the verification of that file only. A SHA-256 digest follows the archive. A cache
 that is damaged, of another version or not writable is no error: it is written again, or not used.
 """
@@ -30,12 +30,12 @@ VERSION = 4
 
 
 def stamp(image: Path, label: Path) -> tuple[int, int, int, int]:
-    """Size and modification time in ns of the image and of its label file; see `data.labels.table.Entry`."""
+    """Return size and modification time in ns of the image and of its label file; see `data.labels.table.Entry`."""
     return (*_stat(image), *_stat(label))
 
 
 def short_hash(texts: Iterable[str]) -> str:
-    """Eight hex digits that differ for different texts."""
+    """Return eight hex digits that differ for different strings."""
     return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()[:8]
 
 

@@ -3,8 +3,8 @@
 Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
 `data.formats.detect_format` determines which. All pass the same checks.
 
-As in YOLOv5, an image that cannot be used, or that has a wrong row, is left out and reported; repeated rows count once;
-an image without labels is background. A class that the dataset has no name for is an error for the whole dataset.
+As in YOLOv5, an image that cannot be used, or that has a wrong row, is left out and reported; repeated rows are used
+once; an image without labels is background. A class that the dataset has no name for is an error for the whole dataset.
 COCO's groups (`iscrowd`) and VOC's difficult objects are left out and counted.
 """
 
@@ -48,11 +48,11 @@ _SHOWN = 20  # messages in a summary; all of them are in LabelReport.messages
 
 @dataclass(frozen=True)
 class LabelReport:
-    """What the verification of a split found.
+    """Result of the verification of a split.
 
     Attributes:
         images: images listed.
-        labelled: usable images with at least one object.
+        labeled: usable images with at least one object.
         missing: usable images without a label file.
         empty: usable images with a label file without rows.
         corrupt: images left out, because they or their labels cannot be used.
@@ -65,7 +65,7 @@ class LabelReport:
     """
 
     images: int
-    labelled: int
+    labeled: int
     missing: int
     empty: int
     corrupt: int
@@ -80,7 +80,7 @@ class LabelReport:
         """Return the counts in one line, then the first problems, one line each."""
         background = self.missing + self.empty
         lines = [
-            f"{self.images} images: {self.labelled} with labels ({self.boxes} boxes), {background} backgrounds"
+            f"{self.images} images: {self.labeled} with labels ({self.boxes} boxes), {background} backgrounds"
             f" ({self.missing} label files missing, {self.empty} empty), {self.corrupt} corrupt and left out"
         ]
         if self.duplicate_rows or self.duplicate_images:
@@ -119,7 +119,7 @@ def load_annotations(
             `DataConfig.split` gives them, or paths (COCO and VOC classes are then numbered as the files have them).
         num_classes: class numbers run from 0 to `num_classes - 1`.
         single_cls: turn every class into 0.
-        cache_folder: where the cache file goes; None = where YOLOv5 has it: beside the labels folder or the list.
+        cache_folder: folder of the cache file; None = as in YOLOv5: beside the labels folder or the list.
         progress: show a bar on standard error.
         require_labels: refuse a split without a single object.
 
@@ -146,14 +146,14 @@ def load_annotations(
         if annotated:
             raise DataError(f"{where}: no labels for {report.images} images in {', '.join(annotated)}{first}")
         missing = np.flatnonzero(table.numbers[:, 2] == STATUSES.index("missing"))
-        unlabelled = [paths[i] for i in missing.tolist()]
-        if not unlabelled:
+        unlabeled = [paths[i] for i in missing.tolist()]
+        if not unlabeled:
             raise DataError(f"{where}: no labels in {report.images} images: their label files are empty{first}")
         looked = sorted({str(label_path(path).parent) for path in paths})
         more = f" and {len(looked) - 3} more folders" if len(looked) > 3 else ""
         raise DataError(
             f"{where}: no labels in {report.images} images; looked for .txt files in {', '.join(looked[:3])}{more}"
-            f"{_other_labels(unlabelled[0])}{first}"
+            f"{_other_labels(unlabeled[0])}{first}"
         )
     usable = np.flatnonzero(table.usable)
     records = ImageRecords((paths[i] for i in usable.tolist()), table.take(usable), single_cls)
@@ -182,7 +182,7 @@ def _other_labels(image: Path) -> str:
 
 
 def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
-    """Images of all sources.
+    """Return the images of all sources.
 
     Folders are searched with all below them, hidden files and folders left out. In a list, entries are relative to the
     list's folder, or else to the current folder.
@@ -198,7 +198,7 @@ def list_images(sources: Iterable[str | Source]) -> tuple[dict[Path, str], int]:
 
 
 def _list(sources: Iterable[Source]) -> tuple[dict[Path, Listed], int, tuple[str, ...]]:
-    """Images with their labels, the number of repetitions, and what is odd about whole sources."""
+    """Return images with their labels, the number of repetitions, and notes on whole sources."""
     found: dict[Path, Listed] = {}
     repeated = 0
     notes: list[str] = []
@@ -230,7 +230,7 @@ _SIDECARS = frozenset(
     ("", ".txt", ".xml", ".json", ".csv", ".yaml", ".yml", ".md", ".html", ".names", ".data", ".cache", ".npz", ".npy",
      ".db", ".ini", ".py", ".sh", ".pkl", ".mat", CACHE_SUFFIX)
 )  # fmt: skip
-"""Endings of files beside images that are no images."""
+"""Suffixes of files beside images that are not images."""
 
 
 def _plain_images(source: Path, notes: list[str]) -> Iterator[tuple[Path, Listed]]:
@@ -272,7 +272,7 @@ def refuse_unreadable(error: OSError) -> None:
 
 
 def _is_loop(folder: str) -> bool:
-    """Whether a folder is a link to one that contains it."""
+    """Return whether a folder is a link to one that contains it."""
     above = os.path.realpath(os.path.dirname(folder))
     return os.path.islink(folder) and Path(above).is_relative_to(os.path.realpath(folder))
 

@@ -88,7 +88,7 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> Ent
 
     Args:
         image: the image.
-        stamp: what `label_cache.stamp` gives for it.
+        stamp: result of `label_cache.stamp` for it.
         listed: where its labels are.
 
     Returns:
@@ -107,7 +107,7 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> Ent
             raise DataError(f"{image}: {width}x{height} pixels; both sides need at least {MIN_SIDE}")
         if stamp[2] != -1:
             found = listed.read((height, width))
-            status = "labelled" if len(found.labels) else "empty"
+            status = "labeled" if len(found.labels) else "empty"
     except UnknownClassError:
         raise
     except DataError as error:
@@ -124,7 +124,7 @@ Result = TypeVar("Result")
 def _in_parallel(
     work: Callable[[Sequence[Path]], Result], parts: Sequence[Sequence[Path]], by_processes: bool
 ) -> Iterator[Result]:
-    """Yield what `work` gives for each part, in their order, from processes where the system can fork safely."""
+    """Yield the result of `work` for each part, in order, from processes where the system can fork safely."""
     can_fork = sys.platform == "linux" and not multiprocessing.current_process().daemon
     pool: Executor
     if by_processes and can_fork and processors() > 1:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from data.formats.yolo import ImageRecord, LabelFile
 
-STATUSES = ("labelled", "missing", "empty", "corrupt")
+STATUSES = ("labeled", "missing", "empty", "corrupt")
 
 Rows = NDArray[np.int64]
 
@@ -31,7 +31,7 @@ class Entry:
             cannot be read.
         height, width: pixels, upright; 0 if unknown.
         status: one of STATUSES.
-        found: the labels, and what is odd about them.
+        found: the labels, and notes on them.
     """
 
     stamp: tuple[int, int, int, int]
@@ -143,7 +143,7 @@ class ImageRecords(Sequence[ImageRecord]):
             return records
         nothing = (0, 0, 0, 0)
         files = [LabelFile(record.labels, record.segments) for record in records]
-        entries = [Entry(nothing, r.height, r.width, "labelled", file) for r, file in zip(records, files)]
+        entries = [Entry(nothing, r.height, r.width, "labeled", file) for r, file in zip(records, files)]
         return cls([record.path for record in records], pack(entries))
 
     def __len__(self) -> int:
@@ -184,7 +184,7 @@ def _numbers(entry: Entry) -> tuple[int, ...]:
 
 
 def _ends(counts: NDArray[np.int64]) -> Rows:
-    """(n + 1,) where the parts of the given lengths (n,) end, and 0 in front."""
+    """Return (n + 1,) ends of parts of the given lengths (n,), with 0 in front."""
     return np.concatenate((np.zeros(1, np.int64), np.cumsum(counts)))
 
 
@@ -198,12 +198,12 @@ def _part(values: Any, ends: Rows, index: int) -> Any:  # noqa: ANN401
 
 
 def _sums(values: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """(n,) sums of parts of `values` with the given lengths (n,)."""
+    """Return (n,) sums of parts of `values` with the given lengths (n,)."""
     return np.diff(_ends(values)[_ends(counts)])
 
 
 def _gather(values: NDArray[Any], counts: NDArray[np.int64], rows: Rows) -> NDArray[Any]:
-    """Concatenate the parts numbered `rows` of `values`, whose parts have the lengths `counts`."""
+    """Concatenate the parts `rows` of `values`, which has parts of lengths `counts`."""
     wanted = counts[rows]
     starts = _ends(counts)[rows] - _ends(wanted)[:-1]
     return values[np.repeat(starts, wanted) + np.arange(wanted.sum())]

@@ -19,7 +19,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
     """Stack samples of one size.
 
     Returns:
-        Images (B, 3, H, W) uint8 RGB; targets (M, 6) with the sample's place in the batch first.
+        Images (B, 3, H, W) uint8 RGB; targets (M, 6) with the sample's index in the batch first.
     """
     shapes = {s.image.shape for s in samples}
     if len(shapes) != 1:
@@ -82,7 +82,7 @@ def _side_by_side(group: Sequence[Sample]) -> tuple[Image, Labels]:
 
 
 def _number(labels: Sequence[Labels]) -> Labels:
-    """(M, 6): all rows, each with the number of its image in front."""
+    """Return all rows (M, 6), each with the index of its image in front."""
     out = np.zeros((sum(map(len, labels)), 6), np.float32)
     out[:, 0] = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
     out[:, 1:] = np.concatenate(labels, 0)

@@ -1,6 +1,6 @@
-"""DetectionDataset: from the number of an image to a training or validation sample.
+"""DetectionDataset: from the index of an image to a training or validation sample.
 
-What sample i looks like in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of
+Sample i in epoch e is a function of (seed, e, i) alone. The partners of a mosaic come from the block of
 the epoch's order that holds i, so that a process that makes the samples of a block decodes each of its images once.
 """
 
@@ -40,7 +40,7 @@ class DetectionDataset:
     Attributes:
         records: images with labels.
         imgsz: longer side of what the network sees, in pixels.
-        augment: training-time changes; None gives validation samples.
+        augment: training-time changes; None for validation samples.
         rect: one shape per batch of images of similar shape, instead of squares. No mosaics then.
         batch_size: of the rectangular batches.
         stride: rectangular shapes are multiples of it.
@@ -49,7 +49,7 @@ class DetectionDataset:
         cache_folder: where these files go; None means beside the images.
         seed: of all random choices.
         close_mosaic_from: first epoch without mosaics, and so without mixup and copy-paste; None: there is none. The
-            epoch comes with each key, so worker processes need not be reported.
+            epoch is part of each key, so worker processes need no notification.
 
     Raises:
         DataError: at once when the cache cannot be filled; on access when an image cannot be read.
@@ -106,8 +106,8 @@ class DetectionDataset:
     def window_size(self) -> int:
         """How many images of an epoch's order may share a mosaic.
 
-        All of them where one process can keep the whole set decoded; in a larger set a window, so that each image is
-        decoded about once per epoch. A small set needs the variety: few windows make successive steps see few images.
+        All of them where one process can keep the whole dataset decoded; else a window, so that each image is decoded
+        about once per epoch. A small dataset needs the variety: few windows make successive steps see few images.
         """
         needed = int(bytes_kept(self.sizes, self.imgsz).sum())
         return max(len(self.records), 1) if needed <= RECENT_BYTES else WINDOW
@@ -118,7 +118,7 @@ class DetectionDataset:
         return self.augment is not None and self.augment.mosaic > 0 and not self.rect
 
     def mosaic_closed(self, epoch: int) -> bool:
-        """Whether samples of an epoch hold one image each, because it is one of the last ones."""
+        """Return whether samples of an epoch hold one image each, because it is one of the last ones."""
         return self.close_mosaic_from is not None and epoch >= self.close_mosaic_from
 
     @property
@@ -149,7 +149,7 @@ class DetectionDataset:
         return place_of
 
     def shape_of(self, index: int) -> HW:
-        """(height, width) of an image's sample."""
+        """Return (height, width) of an image's sample."""
         if not self.rect:
             return self.imgsz, self.imgsz
         return self.batch_shapes[self._place_in_order[index] // self.batch_size]
@@ -161,7 +161,7 @@ class DetectionDataset:
         return LabeledImage(self._images[index], size, records.labels_of(index), records.segments_of(index))
 
     def _fit(self, index: int, image: LabeledImage) -> tuple[Fit, ImageShapes]:
-        """Place of a single image in its sample, and the geometry back to the file."""
+        """Return the place of a single image in its sample, and the geometry back to the file."""
         f = fit(image.size, self.shape_of(index), scaleup=self.augment is not None)
         height, width = self.sizes[index].tolist()
         ratio = (f.ratio[1] * (image.size[0] / height), f.ratio[0] * (image.size[1] / width))
@@ -195,7 +195,7 @@ class DetectionDataset:
     def _mosaic(
         self, index: int, window: Index, flips: tuple[bool, bool], rng: np.random.Generator
     ) -> tuple[Image, Labels]:
-        """Image `index` and three or eight of the window on one canvas, pasted, warped."""
+        """Make a sample from image `index` and three or eight of the window on one canvas, pasted, warped."""
         config = self.augment or AugmentConfig()
         nine = config.mosaic9 > 0 and rng.random() < config.mosaic9
         others = window[window != index]
@@ -215,7 +215,7 @@ class DetectionDataset:
     def _single(
         self, index: int, flips: tuple[bool, bool], rng: np.random.Generator
     ) -> tuple[Image, Labels, ImageShapes]:
-        """One image, fitted and warped in one step."""
+        """Make a sample from one image, fitted and warped in one step."""
         image = self._image(index)
         f, shapes = self._fit(index, image)
         (h, w), (left, top) = f.size, f.offset
@@ -238,7 +238,7 @@ class DetectionDataset:
 
 
 def _normalized(labels: Labels, shape: HW) -> Labels:
-    """(n, 5) class, xyxy in pixels to class, cxcywh, normalized; clipped."""
+    """Convert (n, 5) class, xyxy in pixels to class, normalized cxcywh; clipped."""
     out = np.empty_like(labels)
     out[:, 0] = labels[:, 0]
     out[:, 1:] = xyxy2xywhn(labels[:, 1:], w=shape[1], h=shape[0], clip=True, eps=CLIP_EPS)

@@ -45,7 +45,7 @@ class ImageStore:
         smooth: shrink by area averaging (validation) instead of linear interpolation.
         mode: None reads an image each time, "ram" keeps all, "disk" keeps files of the decoded originals.
         folder: of these files; None: beside the images, or in the user's cache folder where that is read-only.
-        recent_bytes: how much of what was read last is kept, in bytes.
+        recent_bytes: how much of the images read last is kept, in bytes.
 
     Raises:
         DataError: an image cannot be read, is not of the size its record says, or a cache file cannot be written.
@@ -76,7 +76,7 @@ class ImageStore:
             self._kept = _for_all(self._read, len(records), "caching images in memory")
 
     def __getitem__(self, index: int) -> Image:
-        """(h, w, 3) uint8 BGR; not to be written to."""
+        """Return an image (h, w, 3) uint8 BGR; do not write to it."""
         if self._kept is not None:
             return self._kept[index]
         image = self._recent.get(index)
@@ -133,7 +133,7 @@ class ImageStore:
         return (folder or user_cache_folder()) / f"{path.stem[:100]}-{name}{CACHE_SUFFIX}"
 
     def _header(self, index: int, checksum: int) -> bytes:
-        """Identity of the cached pixels: source, its size and modification time, image size, checksum of the pixels."""
+        """Return the identity of the cached pixels: source, its size and modification time, image size, checksum."""
         path = self._records[index].path
         info = path.stat()
         fields = (ascii(str(path.absolute())), info.st_size, info.st_mtime_ns, *self._size(index), checksum)
@@ -191,7 +191,7 @@ def enlarged(image: Image, size: HW) -> Image:
 
 
 def available_memory() -> int:
-    """Bytes that can still be used, within the machine's and the container's limits."""
+    """Return the bytes that can still be used, within the machine's and the container's limits."""
     known = [int(psutil.virtual_memory().available), _cgroup_available()]
     return min(value for value in known if value is not None)
 
@@ -208,7 +208,7 @@ def _cgroup_available() -> int | None:
 
 
 def bytes_kept(sizes: NDArray[np.int64], imgsz: int) -> NDArray[np.int64]:
-    """Memory (n,) of images of heights and widths (n, 2) once their longer sides are no more than `imgsz`."""
+    """Return the bytes (n,) of images of heights and widths (n, 2) with longer sides of at most `imgsz`."""
     longest = sizes.max(1, initial=1, keepdims=True)
     return np.where(longest > imgsz, -(-sizes * imgsz // longest), sizes).prod(1) * 3
 

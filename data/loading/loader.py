@@ -50,7 +50,7 @@ class DetectionLoader:
         shuffle: a new order each epoch, a function of (seed, epoch).
         seed: of the order.
         rank, world_size: share of one process in distributed training; rank -1 means all.
-        repeat: give the ranks equally many batches by repeating some; else each comes once, as validation needs it.
+        repeat: give the ranks equally many batches by repeating some; else each occurs once, as validation needs it.
         image_weights: (n,) non-negative: draw images by weight, with replacement, instead of each one once.
         quad: four-in-one batches, see `collate_quad`.
         min_images: a smaller last batch is left out (counted after `quad`).
@@ -110,7 +110,7 @@ class DetectionLoader:
         return height * scale, width * scale
 
     def _starts(self, n: int) -> range:
-        """Places at which the batches of `n` images start."""
+        """Return the places at which the batches of `n` images start."""
         smallest = 4 * self.min_images - 3 if self.quad else self.min_images
         return range(0, max(n - smallest + 1, 0), self.batch_size)
 
@@ -142,10 +142,10 @@ class DetectionLoader:
             passing._shutdown_workers()
 
     def batches(self) -> list[Keys]:
-        """Keys of every batch of this process in the current epoch."""
+        """Return the keys of every batch of this process in the current epoch."""
         size = self.batch_size
         keys = self._keys()
-        if self.dataset.rect:  # whole batches are shared out: a batch has one shape
+        if self.dataset.rect:  # whole batches are distributed: a batch has one shape
             starts = self._starts(len(keys))
             return [keys[starts[k] : starts[k] + size] for k in self._shard(len(starts)).tolist()]
         mine = [keys[place] for place in self._shard(len(keys)).tolist()]

@@ -24,7 +24,7 @@ _ORDER_STREAM, _WEIGHTED_STREAM = 2**32 - 1, 2**32 - 2  # sample numbers no data
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What travels to a worker for one sample.
+    """What a worker receives for one sample.
 
     Attributes:
         epoch: epoch number.
@@ -43,7 +43,7 @@ Key = int | tuple[int, int] | SampleKey
 
 
 def as_key(key: Key) -> SampleKey:
-    """Key of `index` (epoch 0) or of `(epoch, index)`."""
+    """Return the key of `index` (epoch 0) or of `(epoch, index)`."""
     if isinstance(key, SampleKey):
         return key
     epoch, index = key if isinstance(key, tuple) else (0, key)
@@ -59,7 +59,7 @@ def weighted_order(weights: Sequence[float] | NDArray[np.floating], seed: int, e
     """Draw as many images as there are weights, with replacement, in proportion to them.
 
     Args:
-        weights: (n,) non-negative; when all are 0 every image is as likely as the next.
+        weights: (n,) non-negative; when all are 0 every image is equally likely.
 
     Returns:
         (n,) int64 image numbers, a function of (weights, seed, epoch).
@@ -83,7 +83,7 @@ def window_at(order: Index, position: int, size: int = WINDOW) -> Index:
 
 
 def weighted_keys(order: Index, epoch: int, size: int = WINDOW) -> list[SampleKey]:
-    """Keys for a weighted order: repeated images are numbered, and each key carries its mosaic window."""
+    """Return the keys for a weighted order: repeated images are numbered, and each key carries its mosaic window."""
     seen: dict[int, int] = {}
     keys = []
     window = order
@@ -96,7 +96,7 @@ def weighted_keys(order: Index, epoch: int, size: int = WINDOW) -> list[SampleKe
 
 
 def shard(n: int, rank: int, world_size: int, repeat: bool = True) -> Index:
-    """Places of an order of length `n` that belong to `rank`: every `world_size`-th one.
+    """Return the places of an order of length `n` that belong to `rank`: every `world_size`-th one.
 
     Args:
         rank: 0 .. world_size - 1, or -1 for a single process.

@@ -11,7 +11,7 @@ from utils.errors import ConfigError, did_you_mean, listed, shown
 
 
 def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
-    """Weights that fall with a class's frequency: 1 / count (a class without labels counts as one), scaled to sum 1.
+    """Return inverse class frequencies: 1 / count (a class without labels counts as one), scaled to sum 1.
 
     Args:
         labels: per image (n, 5), class first.
@@ -24,12 +24,12 @@ def labels_to_class_weights(labels: Sequence[NDArray[np.floating]], num_classes:
 
 
 def label_counts(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
-    """Labels of each class, (num_classes,) float64; `labels` as in `labels_to_class_weights`."""
+    """Return the number of labels of each class, (num_classes,) float64; `labels` as in `labels_to_class_weights`."""
     return np.bincount(_classes(labels), minlength=num_classes).astype(np.float64)
 
 
 def balanced_class_weights(labels: Sequence[NDArray[np.floating]], num_classes: int) -> NDArray[np.float64]:
-    """`labels_to_class_weights` scaled so that their mean over the labels is 1; 1 for classes without labels.
+    """Return `labels_to_class_weights` scaled so that their mean over the labels is 1; 1 for classes without labels.
 
     (Those would get the largest weights of all, for outputs that have nothing to learn but zero.)
     """
@@ -55,7 +55,7 @@ def class_loss_weights(
         where: file that holds it.
 
     Returns:
-        A weight per class; None = none are wanted.
+        A weight per class; None = no class weights.
 
     Raises:
         ConfigError: another number of weights than of classes, or a class that the dataset does not have.
@@ -84,7 +84,7 @@ def class_loss_weights(
 def labels_to_image_weights(
     labels: Sequence[NDArray[np.floating]], num_classes: int, class_weights: NDArray[np.floating]
 ) -> NDArray[np.float64]:
-    """Weight of each image: the sum of the class weights of its labels (0 without labels).
+    """Return the weight of each image: the sum of the class weights of its labels (0 without labels).
 
     In training the class weights are `labels_to_class_weights(...) * (1 - mAP per class)^2`.
 
@@ -96,11 +96,11 @@ def labels_to_image_weights(
         (len(labels),) float64.
     """
     weights = np.asarray(class_weights, np.float64).reshape(num_classes)
-    # No (images, classes) matrix: that takes gigabytes in a large set.
+    # No (images, classes) matrix: that takes gigabytes for a large dataset.
     owners = np.repeat(np.arange(len(labels)), [len(rows) for rows in labels])
     return np.bincount(owners, weights[_classes(labels)], minlength=len(labels)).astype(np.float64)
 
 
 def _classes(labels: Sequence[NDArray[np.floating]]) -> NDArray[np.int64]:
-    """(N,) class of every label."""
+    """Return the (N,) class of every label."""
     return np.concatenate([np.zeros(0, np.float32), *(rows[:, 0] for rows in labels)]).astype(np.int64)

@@ -287,7 +287,7 @@ class ScreenSource(Source):
 
 
 def parse_screen(text: str) -> tuple[int, tuple[int, int, int, int] | None]:
-    """Monitor number and (left, top, width, height) of `screen [N] [left top width height]`.
+    """Return monitor number and (left, top, width, height) of `screen [N] [left top width height]`.
 
     Raises:
         DataError: other words than that.

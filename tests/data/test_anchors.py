@@ -1,4 +1,4 @@
-"""Anchors: the measure, the decision, and a search that finds what is there."""
+"""Anchors: the fit, the decision to search, and the search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dataset YAMLs: names, splits, where paths lead, what is refused."""
+"""Dataset YAMLs: names, splits, paths, errors."""
 
 from __future__ import annotations
 
@@ -192,17 +192,17 @@ def test_foreign_script_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists() and "touch" in (config.download or "")
 
 
-def test_drawn_set_is_made_on_first_use(tmp_path: Path) -> None:
+def test_dataset_is_generated_on_first_use(tmp_path: Path) -> None:
     text = "path: shapes\ntrain: images/train\nval: images/val\nnames: [star, circle]\n"
     generate = "generate: {kind: shapes, train: 3, val: 1, test: 0, imgsz: 64}\n"
     config = load_data_config(write(tmp_path / "d.yaml", text + generate))
-    assert not (tmp_path / "shapes").exists()  # reading the YAML draws nothing
+    assert not (tmp_path / "shapes").exists()  # reading the YAML generates nothing
     (folder,) = config.split("train")
     assert len(list(folder.iterdir())) == 3
-    assert load_annotations([folder], config.num_classes, progress=False).report.labelled == 3
+    assert load_annotations([folder], config.num_classes, progress=False).report.labeled == 3
 
 
-def test_renamed_classes_do_not_change_the_drawn_set(tmp_path: Path) -> None:
+def test_renamed_classes_do_not_change_the_generated_dataset(tmp_path: Path) -> None:
     text = "path: shapes\ntrain: images/train\nnames: [star, circle]\n"
     generate = "generate: {kind: shapes, train: 3, val: 1, test: 0, imgsz: 64}\n"
     config = load_data_config(write(tmp_path / "d.yaml", text + generate))

@@ -26,7 +26,7 @@ FILES = {
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A YOLO set with backgrounds, polygons, equal names in both splits, and a box that reaches over the border."""
+    """A YOLO dataset with backgrounds, polygons, equal names in both splits, and a box beyond the border."""
     root = tmp_path / "source"
     for split, files in FILES.items():
         for i, (name, text) in enumerate(files.items()):
@@ -95,7 +95,7 @@ def test_target_is_never_overwritten(tmp_path: Path, source: Path) -> None:
     (tmp_path / "there").mkdir()
     convert(source, tmp_path / "there", "yolo")  # empty: nothing to lose
     before = sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
-    with pytest.raises(DataError, match="there: is there already; give a new folder"):
+    with pytest.raises(DataError, match="there: already exists; give a new folder"):
         convert(source, tmp_path / "there", "coco")
     assert before == sorted(p.stat().st_mtime_ns for p in (tmp_path / "there").rglob("*"))
 

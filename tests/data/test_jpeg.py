@@ -1,4 +1,4 @@
-"""Size of a JPEG from its markers: whatever it accepts, the decoder accepts at that size."""
+"""Size of a JPEG from its markers: every accepted file is accepted by the decoder at that size."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def test_more_images_do_not_change_the_first_ones(tmp_path: Path) -> None:
 def test_labels_are_valid_and_varied(tmp_path: Path) -> None:
     generate(tmp_path, ShapesRecipe(KINDS, train=80, val=1, test=0, imgsz=96))
     result = load_annotations([tmp_path / "images" / "train"], len(NAMES), progress=False)
-    assert result.report.labelled == 80 and result.report.messages == ()
+    assert result.report.labeled == 80 and result.report.messages == ()
     counts = [len(record.labels) for record in result.records]
     assert min(counts) == 1 and max(counts) == 6
     labels = np.concatenate([record.labels for record in result.records])
@@ -119,7 +119,7 @@ def test_ensure_keeps_files_of_the_user_in_an_older_set(tmp_path: Path) -> None:
 
 def test_ensure_does_not_touch_other_files(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(DataError, match="not a drawn dataset"):
+    with pytest.raises(DataError, match="not a generated dataset"):
         ensure(tmp_path, SMALL)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     (tmp_path / "empty").mkdir()

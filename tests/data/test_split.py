@@ -1,4 +1,4 @@
-"""Splits: shares of every class, seeds, groups of near-duplicates."""
+"""Splits: fractions of every class, seeds, groups of near-duplicates."""
 
 from __future__ import annotations
 

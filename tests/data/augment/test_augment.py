@@ -1,4 +1,4 @@
-"""Augmentation: pixels and boxes change alike, as said, and the one-pass renderer equals paste-then-warp."""
+"""Augmentation: pixels and boxes change alike, as documented, and the one-pass renderer equals paste-then-warp."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def with_box(height, width, x1, y1, x2, y2):
 
 
 def bounds(image, threshold=127):
-    """Corners of the bright part."""
+    """Return xyxy of the bright part."""
     ys, xs = np.nonzero(image[..., 0] > threshold)
     return xs.min(), ys.min(), xs.max() + 1, ys.max() + 1
 
@@ -179,7 +179,7 @@ def test_polygon_gives_a_tighter_box_than_the_corners():
     _, loose = random_perspective(image, labels, [], config, rng(3))
     np.testing.assert_allclose(bounds(moved), tight[0, 1:], atol=1.5)
     assert loose[0, 3] - loose[0, 1] > tight[0, 3] - tight[0, 1] + 10
-    # A label without an outline beside one that has one keeps its corners.
+    # A label without a polygon beside one that has one keeps its corners.
     _, both = random_perspective(image, labels.repeat(2, 0), [circle, np.zeros((0, 2), np.float32)], config, rng(3))
     np.testing.assert_allclose(both, np.concatenate((tight, loose)), atol=1e-4)
 
@@ -288,7 +288,7 @@ def test_pasting_while_rendering_equals_pasting_first():
     assert chosen == [0]
     paste_mirrored(out, canvas, [polygon], warp)
     difference = np.abs(out.astype(int) - render(whole, warp)).max(2)
-    assert (difference > 6).mean() < 0.02  # the outline's own pixels
+    assert (difference > 6).mean() < 0.02  # the pixels of the polygon's edge
     appended, turned = mirror(labels, [polygon], chosen, 160)
     np.testing.assert_array_equal(appended, boxes)
     np.testing.assert_array_equal(turned[1], polygons[1])

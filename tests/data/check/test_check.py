@@ -1,4 +1,4 @@
-"""Statistics of a dataset: what is counted, what is named, which images are nearly the same."""
+"""Statistics of a dataset: counts, findings, near-duplicates."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_levels_share_the_boxes() -> None:
     assert level_shares(np.zeros((0, 2)), ANCHORS, 4.0).tolist() == [0, 0]
 
 
-# ---- near duplicates
+# ---- near-duplicates
 
 
 def changed(image: np.ndarray, how: str) -> np.ndarray:

@@ -25,7 +25,7 @@ from tests.helpers.annotation_files import (
 from utils.errors import DataError
 
 
-def test_coco_classes_are_numbered_by_rising_id_or_by_the_names_of_the_yaml(tmp_path: Path) -> None:
+def test_coco_classes_are_numbered_by_ascending_id_or_by_the_names_of_the_yaml(tmp_path: Path) -> None:
     file = coco_set(tmp_path, [box(1, 7, 6, 4, 12, 8), box(1, 90, 0, 0, 60, 40), box(2, 3, 30, 20, 3, 2)])
     first, second = load(file).records
     np.testing.assert_allclose(first.labels, [[1, 0.2, 0.2, 0.2, 0.2], [2, 0.5, 0.5, 1, 1]], atol=1e-7)
@@ -86,14 +86,14 @@ def test_parts_of_an_object_are_joined_without_covering_more() -> None:
     apart = np.zeros_like(mask)
     cv2.fillPoly(apart, [square.astype(np.int32) for square in squares], 1)
     assert (joined.min(0) == 0).all() and joined.max(0).tolist() == [50, 10]
-    assert not (apart & ~mask).any() and (mask & ~apart).sum() <= 40  # bridges of one pixel's width at most
+    assert not (apart & ~mask).any() and (mask & ~apart).sum() <= 40  # bridges at most one pixel wide
 
 
 @pytest.mark.parametrize(
     ("annotation", "problem"),
     [
         (box(1, 7, 6, 4, -1, 8), r"annotation 106: box 6 4 5 12 .* negative side"),
-        (box(1, 7, 44, 4, 20, 8), None),  # center and size fit: kept, as in a label file
+        (box(1, 7, 44, 4, 20, 8), None),  # cxcywh fit: kept, as in a label file
         (box(1, 7, 58, 4, 30, 8), r"annotation 158: .* is not inside the image of 60x40"),
         (box(1, 7, 0, -0.5, 60.7, 41), None),  # rounding
         (box(1, 7, 0, 0, 62, 40), r"is not inside the image"),
@@ -124,7 +124,7 @@ def test_box_over_the_border_by_rounding_is_clipped(tmp_path: Path) -> None:
     [
         ({"images": {}, "image": []}, r"lists images are missing; did you mean 'image'"),
         ({"annotations": None}, r"lists annotations are missing"),
-        ({"images": {}}, r"is no COCO detection file: lists images are missing"),
+        ({"images": {}}, r"is not a COCO detection file: lists images are missing"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}, r"categories: id 1 .* given twice"),
         ({"categories": [{"id": 7, "name": "a\ud800"}]}, "not valid JSON: .*surrogates not allowed"),
         ({"categories": [{"id": 1, "name": "a"}]}, r"annotation 106: no category has id 7; there are 1 \('a'\)"),
@@ -143,7 +143,7 @@ def test_damaged_coco_file_is_one_line(tmp_path: Path, changes: dict[str, Any], 
 
 
 def test_list_of_images_without_annotations(tmp_path: Path) -> None:
-    """COCO's image_info_test-dev2017.json: enough for detections without a score."""
+    """COCO's image_info_test-dev2017.json: enough for detections without ground truth."""
     content = json.loads(coco_set(tmp_path, []).read_text())
     file = dump(tmp_path / "test.json", {key: value for key, value in content.items() if key != "annotations"})
     assert len(load(file, require_labels=False).records) == 2

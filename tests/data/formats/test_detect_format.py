@@ -44,7 +44,7 @@ def test_missing_annotations_name_the_nearest_file(tmp_path: Path) -> None:
         ("images/{}", ""),
         ("images/val2017/{}", ""),  # as COCO has it
         ("val2017/{}", ""),
-        ("images/train/{}", ""),  # called as the split
+        ("images/train/{}", ""),  # named like the split
         ("elsewhere/deep/{}", "images: elsewhere/deep\n"),
         ("elsewhere/deep/{}", "images: {train: elsewhere/deep}\n"),
     ],
@@ -200,7 +200,7 @@ def test_coco_images_are_searched_only_where_no_folder_has_them(tmp_path: Path) 
     image_file(tmp_path / "set/other/a.jpg")
     image_file(tmp_path / "set/other/b.jpg")
     (tmp_path / "set/b.jpg").unlink()
-    report = load(recognize(file)).report  # one image is missing: the other folder is not taken for it
+    report = load(recognize(file)).report  # one image is missing: the other folder is not used instead
     assert (report.images, report.corrupt) == (2, 1)
     (tmp_path / "set/a.jpg").unlink()
     assert {record.path.parent.name for record in load(recognize(file)).records} == {"other"}

@@ -1,4 +1,4 @@
-"""YOLO label files: what a row may be, and what becomes of it."""
+"""YOLO label files: valid and invalid rows."""
 
 from __future__ import annotations
 

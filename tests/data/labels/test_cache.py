@@ -19,7 +19,7 @@ from tests.helpers.label_files import GOOD, MIXED, image, load, make_set, same
 
 @pytest.fixture
 def verified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the images that are verified while the test runs."""
+    """Record the names of the images that are verified while the test runs."""
     names: list[str] = []
     original = scan.verify
 
@@ -93,7 +93,7 @@ def test_cache_notices_changes(tmp_path: Path, verified: list[str], change) -> N
     after = load(source)
     assert set(verified) == expected
     (tmp_path / "labels" / "train.cache.npz").unlink()
-    assert same(after, load(source))  # as a fresh verification sees it
+    assert same(after, load(source))  # as by a fresh verification
     verified.clear()
     assert same(after, load(source)) and verified == []
 

@@ -22,7 +22,7 @@ def test_load_annotations_of_a_valid_dataset(tmp_path: Path) -> None:
     assert result.records[1].labels.dtype == np.float32 and result.records[2].labels.shape == (0, 5)
     assert (result.records[0].height, result.records[0].width) == (40, 60)
     report = result.report
-    assert (report.images, report.labelled, report.boxes) == (4, 2, 3)
+    assert (report.images, report.labeled, report.boxes) == (4, 2, 3)
     assert (report.missing, report.empty, report.corrupt) == (1, 1, 0)
     assert "4 images: 2 with labels (3 boxes), 2 backgrounds" in report.summary()
 

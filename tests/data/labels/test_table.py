@@ -24,7 +24,7 @@ FILES = [
     LabelFile(ROWS[:0]),
     LabelFile(ROWS[5:6], (polygon(7),), notes=("x",), crowd=1, difficult=3),
 ]
-ENTRIES = [Entry((i, 1, 2, 3), 10 + i, 20, "labelled" if i % 2 == 0 else "corrupt", f) for i, f in enumerate(FILES)]
+ENTRIES = [Entry((i, 1, 2, 3), 10 + i, 20, "labeled" if i % 2 == 0 else "corrupt", f) for i, f in enumerate(FILES)]
 
 
 def equal(first: ImageTable, second: ImageTable) -> bool:

@@ -39,7 +39,7 @@ def test_sample_is_a_function_of_seed_epoch_and_index(records):
     again = DetectionDataset(records, 64, augment=RECIPE, seed=3)
     keys = [(e, i) for e in (0, 1) for i in range(20)]
     forward = {key: first[key] for key in keys}
-    assert all(same(forward[key], again[key]) for key in reversed(keys))  # whatever was asked before
+    assert all(same(forward[key], again[key]) for key in reversed(keys))  # regardless of earlier requests
     assert not any(same(forward[0, i], forward[1, i]) for i in range(20))
     other = DetectionDataset(records, 64, augment=RECIPE, seed=4)
     assert not any(same(forward[0, i], other[0, i]) for i in range(20))
@@ -92,7 +92,7 @@ def test_boxes_lie_on_their_objects(tmp_path, config):
 
 
 def test_mosaic_partners_are_other_images_of_the_window(tmp_path):
-    """Images of one gray each: the grays in a mosaic tell which images are in it."""
+    """Images of one gray value each: the values in a mosaic identify its images."""
     records = []
     for i in range(100):
         cv2.imwrite(str(tmp_path / f"{i}.png"), np.full((32, 32, 3), 2 * i, np.uint8))
@@ -153,7 +153,7 @@ def test_mosaics_end_with_the_epoch_they_are_closed_from(records):
 
 
 def outlined(records):
-    """The records with an outline for each label: a diamond in its box."""
+    """The records with a polygon for each label: a diamond in its box."""
     diamond = np.array([(0, -0.5), (0.5, 0), (0, 0.5), (-0.5, 0)], np.float32)
     return [replace(r, segments=tuple(row[1:3] + diamond * row[3:5] for row in r.labels)) for r in records]
 

@@ -169,7 +169,7 @@ def test_workers_are_limited(records, monkeypatch):
 
 
 def test_window_of_a_small_dataset_holds_all_images(records, two_processors):
-    """Nothing is gained by windows where every image stays in memory: partners come from the whole set."""
+    """Nothing is gained by windows where every image stays in memory: partners come from the whole dataset."""
     small = dataset(records)
     assert small.window_size == len(records)
     assert set(small._window(as_key((3, 1))).tolist()) == set(range(len(records)))
@@ -177,7 +177,7 @@ def test_window_of_a_small_dataset_holds_all_images(records, two_processors):
 
 
 def test_window_is_decoded_once_by_one_worker(records, two_processors, monkeypatch):
-    """The tasks of two workers hold whole windows where the set is large."""
+    """The tasks of two workers hold whole windows where the dataset is large."""
     monkeypatch.setattr("data.loading.dataset.RECENT_BYTES", 0)
     monkeypatch.setattr("data.loading.dataset.WINDOW", 8)
     assert len(dataset(records)._window(as_key((3, 1)))) == 8
@@ -228,7 +228,7 @@ def test_collate_quad_joins_or_enlarges():
             assert batch.targets[:, 2:4].tolist() == expected
             assert (batch.targets[:, 4:] == 0.25).all()
     assert seen == {1, 4}
-    rest = collate_quad(group[:2], np.random.default_rng(0))  # nothing of a short group is lost
+    rest = collate_quad(group[:2], np.random.default_rng(0))  # no image of a short group is lost
     assert rest.images.shape == (1, 3, 8, 12) and rest.targets[:, 1].tolist() == [0, 1]
     assert (rest.images[0, :, 4:] == 114).all()
 

@@ -1,4 +1,4 @@
-"""Orders, windows and shards: functions of numbers, covering what they must."""
+"""Orders, windows and shards: deterministic, and they cover every image."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_weighted_order_follows_the_weights():
     drawn = np.concatenate([weighted_order([1, 0, 3], 0, epoch) for epoch in range(2000)])
     share = np.bincount(drawn, minlength=3) / len(drawn)
     np.testing.assert_allclose(share, [0.25, 0, 0.75], atol=0.03)
-    assert len(weighted_order([0, 0, 0], 0, 0)) == 3  # no weight at all: even chances
+    assert len(weighted_order([0, 0, 0], 0, 0)) == 3  # all weights 0: uniform
     with pytest.raises(ValueError, match="non-negative"):
         weighted_order([1, -1], 0, 0)
     with pytest.raises(ValueError, match="finite"):

@@ -9,14 +9,14 @@ from data.loading.weights import balanced_class_weights, class_loss_weights, lab
 from utils.errors import ConfigError
 
 NAMES = {0: "red", 1: "white", 2: "platelet", 3: "none of these"}
-# 12 red, 3 white, 1 platelet, of the last class nothing
+# 12 red, 3 white, 1 platelet, none of the last class
 LABELS = [np.array([[c, 0.5, 0.5, 0.1, 0.1]] * n, np.float32).reshape(-1, 5) for c, n in ((0, 12), (1, 3), (2, 1))]
 LABELS.append(np.zeros((0, 5), np.float32))
 
 
 def test_balanced_weights() -> None:
     weights = balanced_class_weights(LABELS, 4)
-    # 16 labels of 3 classes: 16 / (3 * count); what never occurs stays as it is
+    # 16 labels of 3 classes: 16 / (3 * count); 1 for a class without labels
     np.testing.assert_allclose(weights, [16 / 36, 16 / 9, 16 / 3, 1.0])
     counts = np.array([12, 3, 1, 0])
     assert (weights * counts).sum() / counts.sum() == pytest.approx(1)

@@ -50,7 +50,7 @@ def tree(tmp_path):
         ("in", ["[odd] name.png", "a.png", "b.JPG", "c.avi", "c.avi", "c.avi"]),
         ("in/*.png", ["[odd] name.png", "a.png"]),
         ("in/**/*.[pb][nm][gp]", ["[odd] name.png", "a.png", "d.bmp"]),
-        ("in/[odd] name.png", ["[odd] name.png"]),  # a file before it is a pattern
+        ("in/[odd] name.png", ["[odd] name.png"]),  # a file takes precedence over a pattern
         ("in/c.avi", ["c.avi"] * 3),
     ],
 )
@@ -244,7 +244,7 @@ def test_stream_source_reports_a_dead_stream(tmp_path):
 
 
 class FakeCapture:
-    """A camera that numbers its frames; `lives` tells how many frames each opening gives before it breaks."""
+    """A camera that numbers its frames; `lives` is how many frames each opening gives before it fails."""
 
     lives: list[int] = []
     pace = 0.002
