@@ -1,17 +1,17 @@
-"""How many images per second detection makes, and what the overlap of its three stages brings.
+"""Images per second of detection, and the gain by overlapping its three stages.
 
     python -m benchmarks.detect --source VIDEO_OR_FOLDER ... [--weights FILE.pt] [--imgsz 640] [--rounds 3]
 
 Measured per source, writing annotated images or an mp4 as the command does:
 
-- each stage alone, one after the other: reading and decoding, fitting into the network's input, network, NMS,
+- each stage alone, one after the other: reading and decoding, letterbox, inference, NMS,
   drawing and writing (milliseconds per frame; their sum is what a program without overlap would take);
 - all of them together as `detect.py` runs them (frames per second), and the processor time of a frame over all threads;
 - the whole command in a process of its own, start-up included (seconds).
 
 Rounds of all sources take turns, so that a change of load hits all of them; shown is the median, and the range of the
 frames per second. The machine's load (last minute, this measurement included) is kept too: on a busy machine only the
-processor time says something. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
+processor time is meaningful. Without --weights: the small checkpoint of the tests (yolov5n, 3 classes).
 
 Results: benchmarks/results/detect.json and .md.
 """
@@ -48,7 +48,7 @@ STAGES = ("read", "fit", "network", "nms", "draw+write")
 
 
 def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, float]:
-    """Milliseconds per frame of each stage when nothing else runs beside it."""
+    """Return the milliseconds per frame of each stage when it runs alone."""
     read, fit, write = Profile(), Profile(), Profile()
     network, nms_time = predictor.inference_time.total, predictor.nms_time.total
     writer = ImageWriter(folder, DrawStyle(predictor.names), FileNames())
@@ -74,26 +74,26 @@ def stage_times(source: str, predictor: Predictor, folder: Path) -> dict[str, fl
 
 
 def measure(source: str, weights: str, config: DetectConfig) -> dict[str, float]:
-    """One round: stages, overlapped run, whole command."""
+    """Measure one round: stages, overlapped run, whole command."""
     device = torch.device("cpu" if config.device == "cpu" or not torch.cuda.is_available() else "cuda")
     runtime = open_runtime([weights], device)
     size = input_size(config.imgsz, runtime)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        figures = stage_times(source, Predictor(runtime, config, runtime.names, size), folder)
+        values = stage_times(source, Predictor(runtime, config, runtime.names, size), folder)
         run_config = DetectConfig(imgsz=config.imgsz, project=name, device=config.device)
         processor = time.process_time()
         with open_source(source) as opened:
             report = Predictor(runtime, run_config, runtime.names, size).run(opened)
-        figures["processor"] = 1000 * (time.process_time() - processor) / report.frames
-        figures["frames/s"] = report.frames / report.elapsed_s
-        figures["frames"] = report.frames
+        values["processor"] = 1000 * (time.process_time() - processor) / report.frames
+        values["frames/s"] = report.frames / report.elapsed_s
+        values["frames"] = report.frames
         command = [sys.executable, str(ROOT / "detect.py"), "--weights", weights, "--source", source]
         command += ["--project", name, "--imgsz", *map(str, config.imgsz), "--device", config.device]
         start = time.perf_counter()
         subprocess.run(command, check=True, capture_output=True)
-        figures["command s"] = time.perf_counter() - start
-    return figures
+        values["command s"] = time.perf_counter() - start
+    return values
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -108,14 +108,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = DetectConfig(imgsz=options.imgsz, device=options.device)
     rounds: dict[str, list[dict[str, float]]] = {source: [] for source in options.source}
     for _ in range(options.rounds):
-        for source, figures in rounds.items():
-            figures.append(measure(source, options.weights, config))
+        for source, values in rounds.items():
+            values.append(measure(source, options.weights, config))
     rows, results = [], []
-    for source, figures in rounds.items():
-        middle = {key: statistics.median(f[key] for f in figures) for key in figures[0]}
-        rates = [f["frames/s"] for f in figures]
+    for source, values in rounds.items():
+        middle = {key: statistics.median(v[key] for v in values) for key in values[0]}
+        rates = [v["frames/s"] for v in values]
         alone = 1000 / sum(middle[s] for s in STAGES)
-        results.append({"source": Path(source).name, "median": middle, "one_after_the_other": alone, "rounds": figures})
+        results.append({"source": Path(source).name, "median": middle, "one_after_the_other": alone, "rounds": values})
         rows.append(
             [Path(source).name, f"{middle['frames']:.0f}", *(f"{middle[s]:.1f}" for s in STAGES), f"{alone:.1f}",
              f"{middle['frames/s']:.1f} ({min(rates):.1f}..{max(rates):.1f})", f"{middle['processor']:.1f}",

@@ -1,12 +1,12 @@
-"""Do exported files detect what the trained detector does: verification, mAP, and boxes in a video, for real weights.
+"""Compare exported files with the trained detector: verification, mAP, and boxes in a video, for real weights.
 
     python -m benchmarks.export_agreement --weights NAME=FILE.pt ... --data DATA.yaml --source VIDEO [--imgsz 320]
         [--kinds onnx onnx-free ...] [--vid-stride 10] [--conf-thres 0.1] [--keep]
 
-Each checkpoint is exported as every kind, as export.py does it; then, file by file beside the checkpoint:
+Each checkpoint is exported as every kind, as export.py does it; then, file by file against the checkpoint:
 
-- the figures of the file's own verification (`<file>.proof.json`): training form against re-parameterized model, that
-against the file;
+- the values of the file's own verification (`<file>.proof.json`): training form against re-parameterized model, and
+re-parameterized model against the file;
 - `val.py` (`engine.evaluate.evaluator.validate`): mAP50 and mAP50-95;
 - `detect.py --save-txt --save-conf` on every n-th frame of a video: boxes matched one to one per frame;
 - files with free sizes: rows at sizes of 256 to 640, square and not, in batches of 1 to 8, against the checkpoint.
@@ -50,7 +50,7 @@ NAME = "export_agreement"
 CPU = torch.device("cpu")
 FREE_SHAPES = ((1, 256, 256), (8, 256, 352), (3, 640, 416), (1, 640, 640))
 PACKAGES = ("onnx", "onnxscript", "onnxruntime", "openvino", "opencv-python", "timm")
-# Boxes in label files are rounded to whole pixels, which takes a small one far below the overlap of a verification.
+# Boxes in label files are rounded to whole pixels, which takes a small one far below the IoU of a verification.
 ROUNDED_IOU = 0.7
 FLAT, FREE = "squares", "rectangles"
 
@@ -65,7 +65,7 @@ class Kind:
 
     @property
     def images(self) -> str:
-        """What val.py and detect.py give it."""
+        """Shape of the images that val.py and detect.py give it."""
         return FREE if self.options.get("dynamic") else FLAT
 
     @property
@@ -95,12 +95,12 @@ class FixedSize(PyTorchRuntime):
 
 
 Boxes = dict[str, np.ndarray]
-"""Frame -> (n, 6) left, top, right, bottom in pixels, score, class."""
+"""Frame -> (n, 6) xyxy in pixels, confidence, class."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a detector, or a file made of it, found."""
+    """Metrics and boxes of a detector, or of a file exported from it."""
 
     map50: float
     map: float
@@ -108,12 +108,12 @@ class Measured:
 
 
 class Bench:
-    """One detector: its own figures on squares and rectangles, and those of every kind of file.
+    """One detector: its own metrics on squares and rectangles, and those of every kind of file.
 
     Args:
         weights: the checkpoint.
         options: of the command.
-        folder: scratch.
+        folder: for temporary files.
     """
 
     def __init__(self, weights: Path, options: argparse.Namespace, folder: Path) -> None:
@@ -131,15 +131,15 @@ class Bench:
         video.release()
 
     def run(self) -> dict[str, Any]:
-        """All figures, as plain values."""
+        """Return all metrics, as plain values."""
         own = {FREE: self.of_file(self.weights)}
         if any(kind.images == FLAT for kind in self.kinds):
             own[FLAT] = self.on_squares()
-        figures = {
+        metrics = {
             about: {"mAP50": m.map50, "mAP50-95": m.map, "boxes": sum(map(len, m.boxes.values()))}
             for about, m in own.items()
         }
-        return {"checkpoint": figures, "files": [self.of_kind(kind, own[kind.images]) for kind in self.kinds]}
+        return {"checkpoint": metrics, "files": [self.of_kind(kind, own[kind.images]) for kind in self.kinds]}
 
     def of_kind(self, kind: Kind, own: Measured) -> dict[str, Any]:
         """Export, validate, detect, compare."""
@@ -166,7 +166,7 @@ class Bench:
         return about
 
     def of_file(self, path: Path) -> Measured:
-        """val.py and detect.py on a checkpoint or an exported file."""
+        """Run val.py and detect.py on a checkpoint or an exported file."""
         result = validate(replace(self.val, weights=[str(path)]))
         report = detect(replace(self.detect, weights=[str(path)]))
         assert report.folder is not None
@@ -187,7 +187,7 @@ class Bench:
         return Measured(result.map50, result.map, read_labels(folder / "labels", self.frame))
 
     def at_free_sizes(self, exported_file: ExportedFile) -> list[dict[str, Any]]:
-        """Largest differences of rows at sizes that the verification did not see."""
+        """Return the largest differences of rows at sizes not used in the verification."""
         file, own = open_runtime([str(exported_file.path)], CPU), PyTorchRuntime([self.weights], CPU)
         rows = []
         for shape in FREE_SHAPES:
@@ -208,17 +208,17 @@ def verification_values(exported_file: ExportedFile) -> dict[str, Any]:
 
 
 def read_labels(folder: Path, frame: tuple[float, float]) -> Boxes:
-    """Label files with scores, by name; boxes in pixels."""
+    """Return the label files with confidences, by name; boxes (n, 6) in pixels."""
     found: Boxes = {}
     for path in sorted(folder.glob("*.txt")):
-        label, x, y, w, h, score = np.loadtxt(path, ndmin=2).T
-        corners = xywh2xyxy(np.stack((x, y, w, h), 1)) * np.array([*frame, *frame])
-        found[path.stem] = np.concatenate((corners, score[:, None], label[:, None]), 1)
+        label, x, y, w, h, confidence = np.loadtxt(path, ndmin=2).T
+        boxes_xyxy = xywh2xyxy(np.stack((x, y, w, h), 1)) * np.array([*frame, *frame])
+        found[path.stem] = np.concatenate((boxes_xyxy, confidence[:, None], label[:, None]), 1)
     return found
 
 
 def compare_frames(own: Boxes, found: Boxes, precision: str, conf: float) -> dict[str, Any]:
-    """Match the boxes of every frame; how many have no partner, and how far the pairs are apart."""
+    """Match the boxes of every frame; count unmatched ones, and measure the differences of the pairs."""
     tolerance = replace(TOLERANCES[precision], iou=min(TOLERANCES[precision].iou, ROUNDED_IOU))
     counts = dict.fromkeys(("boxes", "boxes of the file", "matched", "alone", "alone, at the threshold"), 0)
     px = score = 0.0
@@ -247,52 +247,53 @@ def text(results: dict[str, Any]) -> str:
     made = [(name, file) for name, file in files if "failure" not in file]
     imgsz, data, source = (results[key] for key in ("imgsz", "data", "source"))
     about = (
-        f"{imgsz} x {imgsz} pixels, dataset {data}, every {results['vid_stride']}th frame of {source} at a score of "
-        f"{results['conf_thres']:g}. Everything is compared with the checkpoint in PyTorch."
+        f"{imgsz} x {imgsz} pixels, dataset {data}, every {results['vid_stride']}th frame of {source} at a "
+        f"confidence of {results['conf_thres']:g}. Everything is compared with the checkpoint in PyTorch."
     )
-    parts = [f"# Exported files beside their checkpoints\n\n{about}", "## Verification\n\n" + verification_table(made)]
+    parts = [f"# Exported files against their checkpoints\n\n{about}", "## Verification\n\n" + verification_table(made)]
     parts.append("## val.py\n\n" + val_table(results["detectors"]))
     parts.append("## detect.py on a video, boxes in whole pixels\n\n" + video_table(made))
-    parts.append("## Free sizes: rows at sizes that the verification did not see\n\n" + sizes_table(made))
+    parts.append("## Free sizes: rows at sizes not used in the verification\n\n" + sizes_table(made))
     failed = [f"- {name}, {file['kind']}: {file['failure']}" for name, file in files if "failure" in file]
     if failed:
-        parts.append("## Not made\n\n" + "\n".join(failed))
+        parts.append("## Not exported\n\n" + "\n".join(failed))
     return "\n\n".join(parts) + "\n"
 
 
 def verification_table(made: list[tuple[str, dict[str, Any]]]) -> str:
-    """Training form against re-parameterized model, that against the file."""
+    """Return differences of training form, re-parameterized model and file."""
     lines = []
     for name, file in made:
-        deployed, last = file["verification"]["deployed"], file["verification"]["file"]
-        gaps = [f"{stage[key]:.2g}" for stage in (deployed, last) for key in ("row_px", "row_score")]
+        first, last = file["verification"]["deployed"], file["verification"]["file"]
+        gaps = [f"{stage[key]:.2g}" for stage in (first, last) for key in ("row_px", "row_score")]
         lines.append([name, file["kind"], file["MB"], *gaps, f"{last['matched']}/{last['reference']}", last["edge"]])
-    header = ["detector", "file", "MB", "deployed: px", "score", "file: px", "score", "boxes matched", "on an edge"]
+    header = ["detector", "file", "MB", "re-parameterized: px", "score", "file: px", "score", "matched", "borderline"]
     return markdown_table(header, lines)
 
 
 def val_table(detectors: Mapping[str, Any]) -> str:
-    """MAP of checkpoint and files."""
+    """Return the mAP of checkpoint and files."""
     lines = []
     for name, row in detectors.items():
         for images, own in row["checkpoint"].items():
             lines.append([name, ".pt", images, f"{own['mAP50']:.4f}", f"{own['mAP50-95']:.4f}", ""])
         for file in row["files"]:
             if "failure" not in file:
-                figures = f"{file['mAP50']:.4f}", f"{file['mAP50-95']:.4f}", f"{file['mAP50-95 gap']:+.4f}"
-                lines.append([name, file["kind"], file["images"], *figures])
+                metrics = f"{file['mAP50']:.4f}", f"{file['mAP50-95']:.4f}", f"{file['mAP50-95 gap']:+.4f}"
+                lines.append([name, file["kind"], file["images"], *metrics])
     return markdown_table(["detector", "file", "images", "mAP50", "mAP50-95", "to .pt"], lines)
 
 
 def video_table(made: list[tuple[str, dict[str, Any]]]) -> str:
-    """Boxes in the frames of a video."""
+    """Return the differences of boxes in the frames of a video."""
     keys = ("frames with boxes", "boxes", "matched", "alone", "alone, at the threshold", "px", "score")
+    header = ("frames with boxes", "boxes", "matched", "unmatched", "unmatched, at the threshold", "px", "confidence")
     lines = [[name, file["kind"], *(file["video"][key] for key in keys)] for name, file in made]
-    return markdown_table(["detector", "file", *keys], lines)
+    return markdown_table(["detector", "file", *header], lines)
 
 
 def sizes_table(made: list[tuple[str, dict[str, Any]]]) -> str:
-    """Files with free sizes."""
+    """Return the differences of files with free sizes."""
     lines = [
         [name, " x ".join(map(str, size["shape"])), f"{size['px']:.2g}", f"{size['score']:.2g}"]
         for name, file in made
@@ -302,7 +303,7 @@ def sizes_table(made: list[tuple[str, dict[str, Any]]]) -> str:
 
 
 def named(value: str) -> tuple[str, Path]:
-    """`NAME=FILE`."""
+    """Parse `NAME=FILE`."""
     name, equals, path = value.partition("=")
     if not equals or not Path(path).is_file():
         raise argparse.ArgumentTypeError(f"{value}: give NAME=FILE, a checkpoint that exists")
@@ -310,7 +311,7 @@ def named(value: str) -> tuple[str, Path]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Exported files beside their checkpoints.")
+    parser = argparse.ArgumentParser(description="Compare exported files with their checkpoints.")
     parser.add_argument("--weights", nargs="+", type=named, required=True, metavar="NAME=FILE")
     parser.add_argument("--data", required=True, help="dataset YAML")
     parser.add_argument("--source", required=True, help="a video")
@@ -332,7 +333,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             detectors[name] = Bench(weights, options, Path(folder)).run()
         results = {"machine": about, **settings, "detectors": detectors}
-        write_results(NAME, results, text(results))  # after each: a long run may be cut off
+        write_results(NAME, results, text(results))  # after each: a long run may be interrupted
 
 
 if __name__ == "__main__":

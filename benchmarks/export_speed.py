@@ -1,11 +1,11 @@
-"""What re-parameterization and exported files gain, per family, as ratios within one run.
+"""Speedup by re-parameterization and exported files, per family, as ratios within one run.
 
     python -m benchmarks.export_speed [--models yolov5n.yaml yolov5-riformer.yaml ...] [--imgsz 640] [--rounds 7]
 
 Every detector has random weights (they do not matter for time). Its forms take turns within a round: training form in
 evaluation mode, re-parameterized model, and the exported files in their runtimes; one image each. A ratio is the
-median of the
-rounds' ratios: above 1, the form is faster than the one it is compared with. Nothing is verified here: export.py does.
+median of the rounds' ratios: above 1, the form is faster than the one it is compared with. Nothing is verified here:
+export.py does that.
 
 Results: benchmarks/results/export_speed.json and .md.
 """
@@ -42,7 +42,7 @@ MODELS = (
     "yolov5-nextvit.yaml",
     "yolov5-timm.yaml",
 )
-TRAINING, DEPLOYED = "training form", "re-parameterized model"
+TRAINING, REPARAMETERIZED = "training form", "re-parameterized model"
 FILES = ("torchscript", "onnx", "openvino")
 CPU = torch.device("cpu")
 
@@ -51,12 +51,12 @@ def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[st
     """Return the training, re-parameterized and exported forms of a detector."""
     torch.manual_seed(0)
     model = DetectionModel(cfg, nc=3).eval().requires_grad_(False)
-    deployed = reparameterized_copy(model)
+    reparameterized = reparameterized_copy(model)
     grid = grid_of(model)
     side = -(-imgsz // grid) * grid
     shape = GraphShape(1, side, side, False, grid)
     metadata = Metadata(names={0: "a", 1: "b", 2: "c"}, stride=grid, imgsz=(side, side), batch=1)
-    graph = ExportGraph(deployed).eval()
+    graph = ExportGraph(reparameterized).eval()
     name = Path(cfg).stem
     paths = {kind: folder / f"{name}{suffix}" for kind, suffix in zip(FILES, (".torchscript", ".onnx", "_openvino"))}
     if "torchscript" in files:
@@ -69,7 +69,7 @@ def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[st
             save_openvino(onnx, paths["openvino"], name, metadata, half=False)
     ready: dict[str, Runtime] = {
         TRAINING: PyTorchRuntime.from_model(model.to(memory_format=torch.channels_last), CPU),
-        DEPLOYED: PyTorchRuntime.from_model(deployed.to(memory_format=torch.channels_last), CPU),
+        REPARAMETERIZED: PyTorchRuntime.from_model(reparameterized.to(memory_format=torch.channels_last), CPU),
     }
     return ready | {kind: open_runtime([str(paths[kind])], CPU) for kind in files}
 
@@ -77,7 +77,7 @@ def forms(cfg: str, imgsz: int, folder: Path, files: tuple[str, ...]) -> dict[st
 def measure(
     runtimes: Mapping[str, Runtime], image: torch.Tensor, options: argparse.Namespace
 ) -> dict[str, list[float]]:
-    """Seconds per round of every form."""
+    """Return the seconds per round of every form."""
     clock = time.process_time if options.clock == "cpu" else time.perf_counter
     taken: dict[str, list[float]] = {name: [] for name in runtimes}
     for number in range(options.warmup + options.rounds):
@@ -90,25 +90,26 @@ def measure(
 
 
 def ratio(taken: Mapping[str, list[float]], name: str, to: str) -> float:
-    """How many times as fast `name` is as `to`."""
+    """Return the speedup of `name` over `to`."""
     return statistics.median(b / a for a, b in zip(taken[name], taken[to]))
 
 
 def text(results: dict[str, Any]) -> str:
     files = results["files"]
-    header = ["model", "training form, ms", "deployed over training", *(f"{kind} over deployed" for kind in files)]
+    ours = "re-parameterized"
+    header = ["model", "training form, ms", f"{ours} over training", *(f"{kind} over {ours}" for kind in files)]
     lines = [
         [
             row["model"],
             f"{1000 * statistics.median(row['seconds'][TRAINING]):.0f}",
-            f"{row['ratios'][DEPLOYED]:.2f}",
+            f"{row['ratios'][REPARAMETERIZED]:.2f}",
             *(f"{row['ratios'][kind]:.2f}" for kind in files),
         ]
         for row in results["rows"]
     ]
     about = (
         f"{results['imgsz']} x {results['imgsz']} pixels, batch 1, float32, {results['clock']} time; medians of "
-        f"{results['rounds']} rounds in turns. Above 1 = faster. PyTorch forms run in channels_last."
+        f"{results['rounds']} interleaved rounds. Above 1 = faster. PyTorch forms run in channels_last."
     )
     return f"# Re-parameterized models and exported files\n\n{about}\n\n{markdown_table(header, lines)}\n"
 
@@ -118,11 +119,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="model YAMLs")
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds that do not count")
-    parser.add_argument("--threads", type=int, default=0, help="of every runtime; 0 = PyTorch's own number")
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: on a machine that is busy")
+    parser.add_argument("--warmup", type=int, default=2, help="discarded rounds")
+    parser.add_argument("--threads", type=int, default=0, help="threads of every runtime; 0 = PyTorch's default")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: for a busy machine")
     parser.add_argument("--files", nargs="+", choices=FILES, default=list(FILES))
-    parser.add_argument("--name", default="export_speed", help="of the two result files")
+    parser.add_argument("--name", default="export_speed", help="name of the two result files")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -133,12 +134,12 @@ def main() -> None:
             runtimes = forms(cfg, options.imgsz, Path(folder), tuple(options.files))
             side = (runtimes[options.files[0]].imgsz or (options.imgsz,))[0]
             taken = measure(runtimes, torch.rand(1, 3, side, side), options)
-            ratios = {DEPLOYED: ratio(taken, DEPLOYED, TRAINING)}
-            ratios |= {kind: ratio(taken, kind, DEPLOYED) for kind in options.files}
+            ratios = {REPARAMETERIZED: ratio(taken, REPARAMETERIZED, TRAINING)}
+            ratios |= {kind: ratio(taken, kind, REPARAMETERIZED) for kind in options.files}
             rows.append({"model": Path(cfg).stem, "seconds": taken, "ratios": ratios})
             del runtimes
         results = {"machine": about, **vars(options), "rows": rows}
-        write_results(options.name, results, text(results))  # after each: a long run may be cut off
+        write_results(options.name, results, text(results))  # after each: a long run may be interrupted
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Operators, estimated kernel launches, host waits and copies on a pretended CUDA device, by phase and model.
+"""Operators, estimated kernel launches, host waits and copies on a simulated CUDA device, by phase and model.
 
     python -m benchmarks.launches [--models yolov5n yolov5s ...]
 
@@ -134,7 +134,7 @@ def main() -> None:
         results[name] = table
         rows += [[name, label, *(f"{value[c]:,}" for c in COLUMNS)] for label, value in table.items()]
     text = (
-        "# Kernel launches, host waits and copies\n\nCounted on a pretended CUDA device (`python -m "
+        "# Kernel launches, host waits and copies\n\nCounted on a simulated CUDA device (`python -m "
         "benchmarks.launches`); launches are estimates.\n\n" + markdown_table(["model", "phase", *COLUMNS], rows)
     )
     write_results("launches", {"machine": machine(torch.device("cpu")), "counts": results}, text)

@@ -35,7 +35,7 @@ from utils.files import ROOT
 
 KERNELS = ROOT / "benchmarks/kernels"
 OURS = "this"
-SAMPLE_S = 0.05  # between two looks at the memory of a command
+SAMPLE_S = 0.05  # between two samples of the memory of a command
 MAX_OTHERS = 0.1  # share of the processors that other programs may use
 
 

@@ -227,7 +227,7 @@ def examine(name: str) -> dict[str, Any]:
 
 
 def examine_apart(name: str) -> dict[str, Any]:
-    """Examine a network in a process of its own; its death is a failure of the step that it was in."""
+    """Examine a network in a process of its own; a crash is a failure of the current step."""
     command = [sys.executable, "-m", "benchmarks.timm_coverage", "--examine", name]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1800)
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]

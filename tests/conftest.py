@@ -25,7 +25,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True)
 def _device_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Run tests marked `gpu` on a real CUDA device if there is one, else on the pretended one."""
+    """Run tests marked `gpu` on a real CUDA device if there is one, else on the simulated one."""
     if request.node.get_closest_marker("gpu") is None or torch.cuda.is_available():
         yield
         return
@@ -41,10 +41,10 @@ def _device_of_gpu_tests(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.fixture
 def gpu_block() -> Callable[[], AbstractContextManager[Any]]:
-    """Return a context manager for the part of a test that runs on a CUDA device, real or pretended."""
+    """Return a context manager for the part of a test that runs on a CUDA device, real or simulated."""
     return nullcontext if torch.cuda.is_available() else pretend_cuda
 
 
 @pytest.fixture
 def dirty_memory() -> None:
-    """Ask for a pretended device whose fresh memory holds NaN; a real device's may hold anything."""
+    """Request a simulated device with NaN in uninitialized memory; a real device's may hold anything."""

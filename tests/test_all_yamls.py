@@ -38,7 +38,7 @@ def test_step_validation_and_detection(name):
     total, parts = criterion(model.train()(torch.rand(2, 3, 96, 96)), targets)
     total.backward()
     assert torch.isfinite(parts).all()
-    # RIFormer norms each output by itself, and these necks do not read its stride-4 one
+    # RIFormer normalizes each output separately, and these necks do not read its stride-4 one
     unread = ("model.0.norm0.",) if "riformer" in name else ()
     read = {n: p.grad for n, p in model.named_parameters() if not n.startswith(unread)}
     assert [n for n, grad in read.items() if grad is None or not torch.isfinite(grad).all()] == []

@@ -1,4 +1,4 @@
-"""What every backbone promises, asked of each one in the table, of a few timm models, and of your own:
+"""The contract of backbones, tested for each one in the table, for a few timm models, and for your own:
 
     pytest tests/test_backbone_contract.py --backbone my_module:MyBackbone
 
@@ -85,7 +85,7 @@ def image_for(backbone: Backbone, height: int = 2, width: int = 3, batch: int = 
 
 
 def randomized(backbone: Backbone) -> Backbone:
-    """Move everything off its initial value: statistics, norms, layer scales; otherwise equalities prove little."""
+    """Move everything off its initial value: statistics, norms, layer scales; otherwise equalities verify little."""
     generator = torch.Generator().manual_seed(1)
 
     def noise(like: Tensor, low: float, high: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""docs/backbones.md and docs/heads.md say what the code says."""
+"""docs/backbones.md and docs/heads.md agree with the code."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Tests that the commands, links and code of README.md, CONTRIBUTING.md and docs/ work.
 
-A block is left out when the comment `<!-- not run: reason -->` stands before it. The blocks of a page run in their
-order, in a folder of links to the project, with a small dataset in the place of each dataset, fewer epochs and pixels.
+A block is skipped when the comment `<!-- not run: reason -->` precedes it. The blocks of a page run in order, in a
+folder of links to the project, with a small dataset in place of each dataset, fewer epochs and pixels.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def run(folder: Path, command: str) -> None:
 
 
 def is_run(command: str) -> bool:
-    """Whether a command is one of ours, written out, for one machine."""
+    """Return whether a command is one of ours, written out, for one machine."""
     words = command.split()
     ours = any(w in CONFIGS for w in words) or words[:2] == ["python", "-m"]
     return ours and command not in NOT_RUN and words[0] in ("python", "OMP_NUM_THREADS=1")

@@ -11,7 +11,7 @@ from utils.files import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-# Names of packages whose modules are called otherwise.
+# Packages with another module name.
 PACKAGES = {"cv2": "opencv-python", "PIL": "Pillow", "yaml": "PyYAML"}
 
 

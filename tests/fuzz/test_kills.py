@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of trainings and validations: every file stays whole, and `--resume` finishes the run.
+"""SIGKILL at random moments of trainings and validations: every file stays intact, and `--resume` finishes the run.
 
 KILLS is the number of kills of each setting (default 2).
 """
@@ -102,7 +102,7 @@ def training(folder: Path, settings: list[str], processes: int = 1) -> list[str]
 
 
 def check_kills(folder: Path, settings: list[str], processes: int = 1) -> None:
-    """Kill a training at KILLS random moments; each time its files have to be whole, and the last one finishes it."""
+    """Kill a training at KILLS random moments; each time its files have to be intact, and the last one finishes it."""
     start = time.monotonic()
     finish([*training(write_project(folder), settings, processes), "--name=whole"])
     span = time.monotonic() - start

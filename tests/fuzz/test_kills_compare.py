@@ -89,7 +89,7 @@ def kill(process: subprocess.Popen[bytes], whole_group: bool) -> None:
 
 
 def damaged(folder: Path) -> list[str]:
-    """Return the files of a folder that are not whole; hidden ones are temporary, and are looked at in the end."""
+    """Return the damaged files of a folder; hidden ones are temporary, and are checked at the end."""
     found = []
     for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         try:
@@ -110,7 +110,7 @@ def damaged(folder: Path) -> list[str]:
 
 
 def hidden(folder: Path) -> list[str]:
-    """Return temporary files and folders that were left."""
+    """Return leftover temporary files and folders."""
     return [str(p.relative_to(folder)) for p in folder.rglob(".*") if p.name not in (".lock",)]
 
 
@@ -130,7 +130,7 @@ def kill_repeatedly(
         process = run()
         try:
             process.wait(rng.uniform(0.2, 1.0) * span)
-            return process  # finished before all kills; the caller looks at its status
+            return process  # finished before all kills; the caller checks its status
         except subprocess.TimeoutExpired:
             kill(process, whole_group=rng.random() < 0.5)
         kills += 1

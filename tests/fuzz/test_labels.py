@@ -1,4 +1,4 @@
-"""YOLO label files and label caches, compared with a reading in decimal numbers."""
+"""YOLO label files and label caches, compared with a parser for decimal numbers."""
 
 from __future__ import annotations
 

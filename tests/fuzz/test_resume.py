@@ -115,7 +115,7 @@ def make(run: Path, rng: random.Random, folder: Path) -> Case:
         torch.set_num_threads(1)
         try:
             train(TrainConfig.from_keywords(resume=str(last), device="cpu", workers=0))
-        except TrainingError as error:  # a training that has diverged is no fault
+        except TrainingError as error:  # a diverged training is not a fault
             raise UserError(str(error)) from error
         epochs = [row[0] for row in rows(here)]
         if epochs != sorted(set(epochs)) or not np.isfinite(epochs).all():

@@ -20,7 +20,7 @@ SPEC = {
 
 
 def detector(seed: int = 0, spec: dict[str, Any] = SPEC) -> DetectionModel:
-    """Return a small detector with no value as initialized."""
+    """Return a small detector with no value at its initialization."""
     torch.manual_seed(seed)
     model = DetectionModel(deepcopy(spec)).eval()
     with torch.no_grad():

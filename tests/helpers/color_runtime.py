@@ -1,4 +1,4 @@
-"""A runtime that finds rectangles by their color."""
+"""A runtime that detects rectangles by their color."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ COLORS = ((0, 0, 255), (0, 255, 0), (255, 0, 0))  # BGR, by class
 
 
 class ColorRuntime:
-    """Finds the bounding box of the red, green and blue pixels, with fixed scores."""
+    """Detects the bounding box of the red, green and blue pixels, with fixed confidences."""
 
     names = NAMES
     stride = 32

@@ -1,4 +1,4 @@
-"""train.py with a fault: `FAULT=kind:rank:epoch:batch` says what happens to which process, and when.
+"""train.py with a fault: `FAULT=kind:rank:epoch:batch` selects the fault, the process and the time.
 
 Batch -1 is the first validation.
 """
@@ -41,7 +41,7 @@ def work(config: TrainConfig) -> None:
 
 
 def fail(kind: str) -> None:
-    """Do what the fault says."""
+    """Trigger the fault."""
     if kind == "raise":
         raise KeyError("a fault")
     if kind == "exit":

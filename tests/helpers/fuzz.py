@@ -30,7 +30,7 @@ BATCH = 50  # cases of a process
 
 
 class WrongResult(AssertionError):
-    """Success, but not with what the input says."""
+    """Success, but not with the content of the input."""
 
 
 @dataclass

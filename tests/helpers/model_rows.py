@@ -23,6 +23,6 @@ def build(backbone: list[Any], head: list[Any], anchors: Any = ANCHORS, **keys: 
 
 
 def one_row(module: str, args: Any, channels: int = 16, repeats: int = 1, **keys: Any) -> Rows:
-    """Image of so many channels -> the row -> a head."""
+    """Image with a number of channels -> the row -> a head."""
     rows, _ = build([[-1, repeats, module, args]], [[[-1], 1, "Detect", ["nc", "anchors"]]], 2, ch=channels, **keys)
     return rows

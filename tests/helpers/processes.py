@@ -16,7 +16,7 @@ import torch
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on."""
+    """Return unused ports."""
     with ExitStack() as stack:
         found = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in found:
@@ -25,9 +25,9 @@ def free_ports(count: int) -> list[int]:
 
 
 def run_processes(work: Callable[[Path], None], folder: Path, count: int = 2, timeout: float = 150) -> list[int | None]:
-    """Call `work(folder)` in new processes, each with torchrun's environment; returns their exit codes by rank.
+    """Call `work(folder)` in new processes, each with torchrun's environment; return their exit codes by rank.
 
-    `next_group` has to be called before each further process group. What is still alive in the end is killed: None.
+    `next_group` has to be called before each further process group. A process still alive at the end is killed: None.
     """
     context = multiprocessing.get_context("spawn")
     ports = free_ports(8)
@@ -60,7 +60,7 @@ def _child(work: Callable[[Path], None], folder: Path, rank: int, count: int, po
 
 
 def ends(pid: int, seconds: float) -> bool:
-    """Whether a process that is no child of this one ends in time; one that nobody waits for stays a zombie."""
+    """Return whether a process that is not a child ends in time; one that nobody waits for remains a zombie."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

@@ -114,7 +114,7 @@ def upward_imports(tree: SourceTree) -> list[str]:
 
 
 def forbidden_imports(tree: SourceTree, only: Mapping[str, tuple[str, ...]]) -> list[str]:
-    """Return imports that a package restricted to some others does besides them."""
+    """Return disallowed imports of packages that may import only some others."""
     return [
         str(entry)
         for entry in tree.imports

@@ -1,4 +1,4 @@
-"""Commands in a pseudo terminal, and what it shows."""
+"""Commands in a pseudo terminal, and its content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def printed_lines(text: str) -> list[str]:
 
 
 def visible_lines(text: str) -> list[str]:
-    """Return the lines as they are in the end, without wrapping: a carriage return overwrites from the left."""
+    """Return the final lines, without wrapping: a carriage return overwrites from the left."""
     lines = []
     for line in re.sub(r"\x1b\[[0-9;]*[A-Za-z]", "", text).replace("\r\n", "\n").split("\n"):
         shown = ""

@@ -1,4 +1,4 @@
-"""A CUDA device that is computed on the CPU by CUDA's rules, so that CUDA behavior can be tested without a GPU.
+"""A CUDA device that is simulated on the CPU by CUDA's rules, so that CUDA behavior can be tested without a GPU.
 
     with pretend_cuda() as record:
         train(config(device="0"))

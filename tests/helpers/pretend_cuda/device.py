@@ -1,4 +1,4 @@
-"""The pretended device: a tensor that reports `cuda:0`, the dispatch mode, and the patched `torch.cuda` module."""
+"""The simulated device: a tensor that reports `cuda:0`, the dispatch mode, and the patched `torch.cuda` module."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ PATCHES: dict[str, Any] = {
 
 
 def unavailable() -> str:
-    """Return why the device cannot be pretended here, or an empty string."""
+    """Return why the device cannot be simulated here, or an empty string."""
     if torch.cuda.is_available():
         return "a real CUDA device is available"
     if torch.version.cuda is None:
@@ -319,7 +319,7 @@ def pretend_cuda(record: Record | None = None, dirty: bool = False) -> Iterator[
 
     Args:
         record: continue counting into this record.
-        dirty: fill uninitialized memory with NaN, as a GPU's fresh memory may hold anything.
+        dirty: fill uninitialized memory with NaN, as uninitialized memory of a GPU may hold anything.
 
     Raises:
         RuntimeError: this PyTorch does not allow it; see `unavailable`.

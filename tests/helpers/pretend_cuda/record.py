@@ -1,4 +1,4 @@
-"""Counters of what happened on the pretended device, keyed by (what, file:line)."""
+"""Counters of what happened on the simulated device, keyed by (what, file:line)."""
 
 from __future__ import annotations
 
