@@ -203,7 +203,7 @@ def _names(data: LineDict, file: Path, problems: list[str]) -> dict[int, str]:
     given = data.get("names")
     if given is None:
         if count is None and "nc" in data:
-            return {0: ""}  # that mistake is enough
+            return {0: ""}  # reported above
         return {i: f"class{i}" for i in range(count or 0)}
     where = f"{file}:{data.lines['names']}"
     if not isinstance(given, (LineDict, LineList)) or not given:

@@ -92,7 +92,7 @@ class VocConversion:
 
 @dataclass(frozen=True)
 class DownloadRecipe:
-    """What to fetch, and what to make of it; `names` are the classes by number."""
+    """Archives to download and their conversion; `names` are the classes by number."""
 
     files: tuple[RemoteFile, ...]
     names: tuple[str, ...] = ()

@@ -57,7 +57,7 @@ class ShapesRecipe:
 
 
 def parse_shapes(value: object, names: Mapping[int, str], where: str, problems: list[str]) -> ShapesRecipe | None:
-    """Read `generate:` of a dataset YAML: `shapes`, or a mapping with `kind: shapes` and the numbers of ShapesRecipe.
+    """Read `generate:` of a dataset YAML: `shapes`, or a mapping with `kind: shapes` and the fields of ShapesRecipe.
 
     Args:
         value: what the YAML holds.
@@ -89,9 +89,9 @@ def parse_shapes(value: object, names: Mapping[int, str], where: str, problems: 
 
 
 def ensure(root: Path, recipe: ShapesRecipe) -> None:
-    """Draw the dataset unless `root` holds it already, drawn by this version with these numbers.
+    """Draw the dataset unless `root` holds it already, drawn by this version with these settings.
 
-    Several processes may ask at once: each draws the same images beside `root`, and the first one's are kept.
+    Several processes may call it at once: each draws the same images beside `root`, and the first one's are kept.
 
     Raises:
         DataError: `root` holds something else, or cannot be written.

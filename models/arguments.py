@@ -20,7 +20,7 @@ from utils.errors import SpecError, did_you_mean, shown
 
 Arguments = dict[str, Any]
 LARGEST = 16_384
-"""Bound on numbers in rows, and on the channels that they give."""
+"""Bound on numbers in rows, and on the resulting channels."""
 
 LARGEST_KERNEL = 127
 MAX_PARAMETERS = 10**9  # of one module

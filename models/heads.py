@@ -65,7 +65,7 @@ class Head(nn.Module):
 
         Returns:
             In training mode the raw levels, (B, A, H_i, W_i, O) each. In evaluation mode (decoded, raw levels), with
-            decoded as `decode` gives it.
+            decoded as returned by `decode`.
         """
         raw = self.raw(features)
         return raw if self.training else (self.decode(raw), raw)

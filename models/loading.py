@@ -29,7 +29,7 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> Detec
 
     Returns:
         The model in evaluation mode, float32, with the class names of the file. Published backbone weights that its
-        spec asked for are not fetched.
+        spec requests are not fetched.
 
     Raises:
         CheckpointError: as `read_checkpoint`; or the weights do not fit the model described in the file.

@@ -47,7 +47,7 @@ class _Row:
             return False
         if not a.levels:  # the head; its last argument is the channels of its inputs
             return bool(a.arguments[-1] == b.arguments[-1])
-        # A backbone's arguments may be a request for weights, or the default spelled out; its shapes say what it is.
+        # A backbone's arguments may be a request for weights, or the default spelled out; its shapes identify it.
         return self.shapes == other.shapes and (a.gives_levels or a.arguments == b.arguments)
 
 

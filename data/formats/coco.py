@@ -48,7 +48,7 @@ class CocoFile:
         categories: category id -> name, by ascending id.
         images: all images.
         annotations: image id -> its annotations, in the order of the file.
-        notes: what is odd about the whole file.
+        notes: remarks on the whole file.
     """
 
     path: Path

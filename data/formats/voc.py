@@ -30,7 +30,7 @@ class UnknownClassError(DataError):
 
 @dataclass(frozen=True)
 class VocObject:
-    """One `<object>` as written; box and polygon are parsed when they are asked for.
+    """One `<object>` as written; box and polygon are parsed on access.
 
     Attributes:
         element: the XML element.
@@ -186,7 +186,7 @@ def annotation(
     Args:
         image: file name.
         size: (height, width) in pixels.
-        objects: name, (left, top, right, bottom) and polygon (k, 2) or None, in pixels from 0.
+        objects: name, xyxy and polygon (k, 2) or None, in pixels from 0.
     """
     items = []
     for name, box, polygon in objects:

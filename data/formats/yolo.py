@@ -72,8 +72,8 @@ _DECIMAL = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?", re.ASCII)
 def read_labels(path: str | Path, size: tuple[int, int] | None = None) -> LabelFile:
     """Read and check one label file.
 
-    Rows with more than six numbers are polygons and become boxes. Where one row is a polygon, every box of the file
-    gets its corners as one. Rows of a box and its key points (pose labels) are recognized, and keep the box.
+    Rows with more than six values are polygons and become boxes. Where one row is a polygon, the corners of every box
+    of the file become one. Rows of a box and its key points (pose labels) are recognized, and keep the box.
 
     Args:
         path: the label file.

@@ -1,4 +1,4 @@
-"""Labels: which images a split holds, what is in them, and what is wrong with them.
+"""Labels: the images of a split, their objects, and their errors.
 
 Labels come as YOLO text (`data.formats.yolo`), COCO JSON (`data.formats.coco`) or Pascal VOC XML (`data.formats.voc`);
 `data.formats.detect_format` determines which. All pass the same checks.

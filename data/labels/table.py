@@ -117,7 +117,7 @@ def join(tables: Sequence[ImageTable]) -> ImageTable:
 
 
 class ImageRecords(Sequence[ImageRecord]):
-    """The images of a split: a sequence of ImageRecord, each made when it is asked for.
+    """The images of a split: a sequence of ImageRecord, each created on access.
 
     Args:
         paths: the images, n.

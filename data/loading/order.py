@@ -1,4 +1,4 @@
-"""The order of the images of an epoch, its windows and its shards: functions of numbers alone.
+"""The order of the images of an epoch, its windows and its shards: pure functions.
 
 No process keeps state between samples, so the same epoch has the same batches with any number of workers, and after a
 resume.

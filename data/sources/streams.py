@@ -231,7 +231,7 @@ class StreamSource(Source):
 
 
 class ScreenSource(Source):
-    """Images of the screen, as fast as they are asked for.
+    """Images of the screen, captured on request.
 
     Args:
         text: `screen`, `screen N` (monitor number; 0 = all of them together), `screen left top width height`, or

@@ -156,7 +156,7 @@ def norm_eps(family: str, cfg: Mapping[str, Any] | None, published: Mapping[str,
         default: eps if `cfg` has none.
 
     Raises:
-        SpecError: if another norm is asked for.
+        SpecError: if another norm is requested.
     """
     cfg = {"requires_grad": True, **(cfg or published)}
     eps = cfg.pop("eps", default)

@@ -89,7 +89,7 @@ def find_weights(weights: str | Path | bool, backbone: str | None) -> Path:
 
     Args:
         weights: True (the first published file for `backbone`), a published name, a URL, or a path.
-        backbone: registered name of the backbone, None where it has none (an architecture of the user's).
+        backbone: registered name of the backbone, None where it has none (a user's architecture).
 
     Raises:
         CheckpointError: no such file or name, or it cannot be fetched: says where to put the file by hand.

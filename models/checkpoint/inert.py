@@ -52,7 +52,7 @@ class Inert:
 
     Attributes:
         name: dotted name of the class (or function) in the file.
-        args: arguments that the file gives to its constructor.
+        args: arguments of its constructor in the file.
         state: attributes that the file sets; for most classes a dictionary.
     """
 
@@ -138,7 +138,7 @@ class LoadedFile:
         """Return a copy of the same shape that shares no memory with the file or another tensor.
 
         Raises:
-            CheckpointError: not an ordinary CPU tensor, or more numbers than there are in the file.
+            CheckpointError: not an ordinary CPU tensor, or more values than there are in the file.
         """
         ordinary = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided and value.is_cpu
         if not ordinary or value.is_quantized:

@@ -61,7 +61,7 @@ class LossConfig:
         imgsz: int,
         label_smoothing: float = 0.0,
     ) -> LossConfig:
-        """Gains of a hyperparameter file, scaled to levels, classes and image size.
+        """Return the gains of a hyperparameter file, scaled to levels, classes and image size.
 
         Args:
             hyp: needs `box`, `obj`, `cls`, `obj_pw`, `cls_pw`, `anchor_t`; `fl_gamma` where it is not 0.
@@ -206,7 +206,7 @@ class DetectionLoss(LossModule):
         self.register_buffer("class_weights", factors, persistent=False)
 
     def forward(self, raw: Sequence[torch.Tensor], targets: torch.Tensor) -> LossOutput:
-        """Loss of raw head outputs; float32 inside, also under autocast. In eval mode the balance stays as it is.
+        """Return the loss of raw head outputs; float32 inside, also under autocast. Eval mode keeps the balance.
 
         Args:
             raw: per level (B, A, Y, X, 5 + C), before the sigmoid.
