@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def work(config: CompareConfig) -> None:
-    """Compare as the options say (the engine is imported here so that `--help` is instant)."""
+    """Run the command (the engine is imported here so that `--help` is instant)."""
     from engine.compare.runner import compare
 
     compare(config)

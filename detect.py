@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def work(config: DetectConfig) -> int:
-    """Detect as the options say; 1 when some input could not be read (imports the engine here: `--help` is instant)."""
-    gc.disable()  # until all is imported
+    """Run the command; return 1 if an input could not be read (imports the engine here: `--help` is instant)."""
+    gc.disable()  # until everything is imported
     from engine.predict.predictor import detect
 
     resume_collection()

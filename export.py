@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def work(config: ExportConfig) -> int:
-    """Export, or measure, as the options say; return 1 when a file failed its verification or could not be made."""
+    """Run the command; return 1 if an export or its verification failed."""
     try:
         report = _job(config)
     except ExportError as error:

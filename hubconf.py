@@ -1,7 +1,7 @@
 """Models for `torch.hub`: `model = torch.hub.load('path/to/this/folder', 'custom', path='best.pt', source='local')`.
 
 `custom` opens a model file; the other functions build a network from the YAML of that name. Nothing is downloaded. The
-project is imported when a model is asked for, not before. See docs/python.md.
+project is imported only when a model is requested. See docs/python.md.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ dependencies = ["torch", "torchvision", "cv2", "numpy", "PIL", "yaml", "tqdm", "
 
 
 def _check_modules() -> None:
-    """Raise an ImportError if the caller has imported modules of its own under the names of this project's folders."""
+    """Raise an ImportError if the caller has imported its own modules under the names of this project's folders."""
     root = _Path(__file__).resolve().parent
     for name in ("utils", "data", "models", "engine"):
         module = _sys.modules.get(name)
@@ -41,7 +41,7 @@ def custom(
 
     Arguments:
         path: the file.
-        autoshape: take images and return results; without it: the bare network, for training.
+        autoshape: return a model that takes images and returns results; False = the network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
     """
     _check_modules()
@@ -86,11 +86,11 @@ def _entry(name: str, cfg: str) -> _Callable[..., _HubModel | _DetectionModel]:
 
     Arguments:
         pretrained: not possible, since nothing is downloaded; give `path`.
-        channels: of the images; others than 3 need autoshape=False.
+        channels: input channels; values other than 3 need autoshape=False.
         classes: number of classes; None = the checkpoint's, or the YAML's.
-        autoshape: take images and return results; without it: the bare network, for training.
+        autoshape: return a model that takes images and returns results; False = the network, for training.
         device: 'cpu', 0, 'cuda:0', a torch.device; None = the first GPU, else the CPU.
-        path: checkpoint whose weights are copied where rows agree.
+        path: checkpoint to copy the weights of matching layers from.
     """
     return build
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def start(config: TrainConfig) -> TrainResult | EvolveResult:
-    """Train, or tune, as the options say (the engine is imported here so that `--help` is instant)."""
+    """Train, or tune hyperparameters (the engine is imported here so that `--help` is instant)."""
     if config.evolve is not None or config.resume_evolve is not None:
         from engine.tune.search import evolve
 

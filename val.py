@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def work(config: ValConfig) -> None:
-    """Validate as the options say."""
-    gc.disable()  # until all is imported
+    """Run the command."""
+    gc.disable()  # until everything is imported
     _job(config)
 
 
@@ -32,7 +32,7 @@ def run(**options: Any) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]
 
 
 def _job(config: ValConfig) -> EvalResult | list[EvalResult] | dict[str, np.ndarray]:
-    """Do what the task asks for; the engine is imported here so that `--help` is instant."""
+    """Run the task; the engine is imported here so that `--help` is instant."""
     from engine.evaluate.chart_process import ChartProcess
 
     plots = not config.noplots and config.task not in ("speed", "study")

@@ -1,4 +1,4 @@
-"""A backbone of your own, used without editing the project.
+"""A custom backbone, used without editing the project.
 
     python train.py --cfg examples/custom_backbone.yaml --plugin examples/custom_backbone.py
 
@@ -34,7 +34,7 @@ class TinyConvNet(Backbone):
         self.levels = tuple(FeatureLevel(width * stride // 2, stride) for stride in (8, 16, 32))
 
     def forward_features(self, image: Tensor) -> tuple[Tensor, ...]:
-        """Return the maps of stride 8, 16 and 32 of a normalized image (B, 3, H, W)."""
+        """Return the feature maps of strides 8, 16 and 32 of a normalized image (B, 3, H, W)."""
         x = self.stem(image)
         maps = []
         for stage in self.stages:

@@ -18,7 +18,7 @@ def letterbox(image: np.ndarray, side: int) -> tuple[np.ndarray, float, int, int
 
     Args:
         image: (H, W, 3) uint8.
-        side: of the square in pixels.
+        side: side of the square in pixels.
 
     Returns:
         The square (side, side, 3), the scale, and the left and top padding in pixels.

@@ -1,4 +1,4 @@
-"""Use a trained detector through torch.hub from anywhere; the checkout is named by its folder.
+"""Use a trained detector through torch.hub from any folder, by the path of the checkout.
 
 python examples/torch_hub.py runs/train/exp/weights/best.pt image.jpg
 """

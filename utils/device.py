@@ -1,4 +1,4 @@
-"""Choice of the device, and waiting for it."""
+"""Device selection, precision, memory and timing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from utils.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
 CPUINFO = Path("/proc/cpuinfo")
-BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86-64 and Arm, as Linux spells them
+BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # CPU flags of x86-64 and Arm as listed by Linux
 
 
 def select_device(text: str = "") -> torch.device:
@@ -27,7 +27,7 @@ def select_device(text: str = "") -> torch.device:
         text: `''` = first CUDA GPU, else the CPU; `'cpu'`; a GPU number such as `'0'` or `'cuda:1'`; `'mps'`.
 
     Raises:
-        ConfigError: a device that is not there, or several of them in one process.
+        ConfigError: the device is not available, or several are given for one process.
     """
     name = str(text).strip().lower().removeprefix("cuda:").replace("cuda", "")
     if name == "cpu" or (not name and not torch.cuda.is_available()):
@@ -54,11 +54,11 @@ def _set_float32_arithmetic() -> None:
     """Set how CUDA computes float32, whatever the defaults of the PyTorch version are (docs/gpu.md)."""
     torch.backends.cudnn.allow_tf32 = True  # convolutions
     torch.backends.cuda.matmul.allow_tf32 = False  # attention and linear layers
-    torch.backends.cudnn.benchmark = False  # sizes vary (rectangular batches), and equal runs take equal algorithms
+    torch.backends.cudnn.benchmark = False  # sizes vary (rectangular batches), and equal runs use equal algorithms
 
 
 def describe_device(device: torch.device) -> str:
-    """One line about the device: name and memory, or threads."""
+    """Return one line about the device: name and memory, or number of threads."""
     if device.type == "cuda":
         p = torch.cuda.get_device_properties(device)
         return f"cuda:{device.index} ({p.name}, {p.total_memory / 2**20:.0f} MiB)"
@@ -66,7 +66,7 @@ def describe_device(device: torch.device) -> str:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that was asked of it (nothing to wait for on a CPU)."""
+    """Wait until the device has finished all queued work (a no-op on a CPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -74,10 +74,10 @@ def synchronize(device: torch.device) -> None:
 
 
 def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
-    """Type of mixed precision that `--amp` means on a device; None = everything in float32.
+    """Return the autocast dtype of `--amp` on a device; None = float32.
 
     `auto` is float16 on CUDA, else float32: bfloat16 is faster on some CPUs, but four trainings of each kind did not
-    show the same accuracy (docs/yolov5-compatibility.md).
+    reach the same accuracy (docs/yolov5-compatibility.md).
 
     Raises:
         ConfigError: float16 on a CPU, or bfloat16 on a GPU before compute capability 8.0: neither has fast arithmetic
@@ -85,9 +85,9 @@ def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
     """
     if text == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         name = torch.cuda.get_device_name(device)
-        raise ConfigError(f"--amp bf16: {name} has no bfloat16 arithmetic; allowed there are fp16 and off")
+        raise ConfigError(f"--amp bf16: {name} has no bfloat16 arithmetic; allowed: fp16, off")
     if text == "fp16" and device.type == "cpu":
-        raise ConfigError("--amp fp16: not on a CPU; allowed there are bf16 and off")
+        raise ConfigError("--amp fp16: not supported on a CPU; allowed: bf16, off")
     if text == "auto":
         return torch.float16 if device.type == "cuda" else None
     return {"fp16": torch.float16, "bf16": torch.bfloat16, "off": None}[text]
@@ -95,14 +95,14 @@ def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def out_of_memory(shape: Sequence[int], advice: str) -> Iterator[None]:
-    """Report a lack of memory inside the block in one line.
+    """Convert out-of-memory errors inside the block to a one-line ConfigError.
 
     Args:
         shape: (B, C, H, W) of the images that are processed.
-        advice: what to try.
+        advice: options to try.
 
     Raises:
-        ConfigError: instead of PyTorch's errors.
+        ConfigError: PyTorch ran out of memory.
     """
     try:
         yield
@@ -115,7 +115,7 @@ def out_of_memory(shape: Sequence[int], advice: str) -> Iterator[None]:
 
 @cache
 def cpu_has_bf16() -> bool:
-    """Whether the processor has instructions for bfloat16; False where the system does not tell (Linux does)."""
+    """Return whether the CPU has bfloat16 instructions; False if the system does not report it (Linux does)."""
     try:
         words = set(CPUINFO.read_text(encoding="ascii", errors="replace").split())
     except OSError:
@@ -126,8 +126,8 @@ def cpu_has_bf16() -> bool:
 def keep_freed_memory() -> None:
     """Let the C library reuse freed blocks instead of returning them to the system; glibc only.
 
-    By default blocks of megabytes are returned when they are freed, and each new one is then mapped and filled with
-    zeros page by page: up to a tenth of the time of a training step on a CPU. Child processes inherit the setting.
+    By default freed blocks of megabytes are returned, and each new one is mapped and zero-filled page by page: up to a
+    tenth of the time of a training step on a CPU. Child processes inherit the setting.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -135,7 +135,7 @@ def keep_freed_memory() -> None:
             libc.mallopt(parameter, 2**31 - 1)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -148,7 +148,7 @@ def to_device(images: torch.Tensor, device: torch.device) -> torch.Tensor:
 class Profile:
     """Accumulates the seconds spent in `with profile:` blocks.
 
-    On CUDA they are measured by events, and the host waits for the device only when a value is read.
+    On CUDA they are measured with events, and the host waits for the device only when a value is read.
 
     Attributes:
         count: number of blocks.

@@ -1,7 +1,7 @@
-"""Images from arrays: boxes with captions, grids, feature maps, heat maps. OpenCV only; no font is ever fetched.
+"""Images from arrays: boxes with captions, grids, feature maps, heat maps. OpenCV only; no font is downloaded.
 
-Text: OpenCV 5 carries an outline font with most scripts of the world; OpenCV 4 knows ASCII only and draws `?` for the
-rest, so there names are transliterated first (`größe` -> `grosse`, what has no ASCII form becomes `?`).
+Text: OpenCV 5 has a built-in font for most scripts of the world. OpenCV 4 supports ASCII only and draws `?` for other
+characters, so names are transliterated first (`größe` -> `grosse`; characters without an ASCII form become `?`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ FONT = cv2.FONT_HERSHEY_SIMPLEX
 UNICODE_TEXT = int(cv2.__version__.split(".", maxsplit=1)[0]) >= 5
 PADDING_GRAY = 114
 MIN_TILE = 320
-"""Longer side of an image in a grid, at least."""
+"""Minimum longer side of an image in a grid."""
 HEAT_WEIGHT = 0.7
-"""Of a heat map's color where it is hottest, against the image."""
+"""Weight of a heat map at its maximum when blended with the image."""
 _GOLDEN_ANGLE = 0.6180339887
 _LONGEST_CAPTION = 60
 
@@ -46,7 +46,7 @@ def drawable(text: str, unicode_text: bool = UNICODE_TEXT, longest: int = _LONGE
 
     Args:
         text: anything.
-        unicode_text: whether other characters than ASCII can be drawn; if not, they are transliterated.
+        unicode_text: whether non-ASCII characters can be drawn; if not, they are transliterated.
         longest: number of characters after which the text is cut.
     """
     if not (text.isascii() and text.isprintable()):
@@ -66,14 +66,14 @@ def draw_boxes(
     line_thickness: int | None = None,
     reserved: tuple[int, int, int, int] | None = None,
 ) -> LabeledImage:
-    """Draw boxes, then captions that do not cover one another; the last ones get the best places.
+    """Draw boxes, then captions that do not overlap; the last ones get the best places.
 
     Args:
         image: (H, W, 3) uint8 BGR; not changed.
-        boxes_xyxy: (n, 4) left, top, right, bottom in pixels; parts outside the image are not seen.
+        boxes_xyxy: (n, 4) xyxy in pixels; parts outside the image are not visible.
         classes: n class numbers, for the colors.
-        captions: n texts; an empty one draws no plate, nor one that finds no free place. None = no texts at all.
-        line_thickness: in pixels; None = by the size of the image.
+        captions: n texts; not drawn if empty or if no place is free. None = no captions.
+        line_thickness: in pixels; None = derived from the image size.
         reserved: xyxy in pixels that captions keep free.
 
     Returns:
@@ -83,15 +83,15 @@ def draw_boxes(
     width = line_thickness or max(round(sum(out.shape[:2]) / 2 * 0.003), 2)
     limit = 4 * max(out.shape[:2]) + 100  # OpenCV's fixed-point coordinates overflow far outside
     boxes = np.asarray(boxes_xyxy, np.float64).reshape(-1, 4)
-    corners = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(np.int64)
+    clipped = np.clip(np.nan_to_num(boxes, posinf=limit, neginf=-limit), -limit, limit).round().astype(np.int64)
     colors = [class_color(index) for index in classes]
-    for (left, top, right, bottom), color in zip(corners.tolist(), colors):
+    for (left, top, right, bottom), color in zip(clipped.tolist(), colors):
         cv2.rectangle(out, (left, top), (right, bottom), color, width)
     if captions is None:
         return out
     texts = [drawable(text) for text in captions]
-    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # small images are not to be all text
-    places = _caption_places(corners, [_plate_size(text, scale) for text in texts], out.shape[:2], reserved)
+    scale = min(width / 4 + 0.1, max(min(out.shape[:2]) / 500, 0.3))  # keeps text small on small images
+    places = _caption_places(clipped, [_plate_size(text, scale) for text in texts], out.shape[:2], reserved)
     for text, place, color in zip(texts, places, colors):
         if place is not None:
             _draw_text(out, text, place, scale, color, _readable_on(color))
@@ -130,18 +130,18 @@ def _caption_places(
     shape: tuple[int, int],
     reserved: tuple[int, int, int, int] | None,
 ) -> list[tuple[int, int] | None]:
-    """Choose places at which no caption covers another one; the last caption chooses first.
+    """Choose places without overlap between captions; the last caption chooses first.
 
-    A caption goes above its box, else inside, beside the other corners, or a few lines away.
+    A caption is placed above its box, else inside, beside the other corners, or a few lines away.
 
     Args:
         boxes: (n, 4) xyxy in pixels.
         sizes: n widths and heights.
-        shape: (height, width) of the image, within which captions stay.
+        shape: (height, width) of the image; captions stay inside.
         reserved: xyxy that captions keep free.
 
     Returns:
-        Upper left corner of each caption; None without text, or where no place is free.
+        Upper left corner of each caption; None without text or without a free place.
     """
     (left, top, right, bottom), (width, height) = boxes.T, np.array(sizes, np.int64).reshape(-1, 2).T
     rows = np.stack((top - height, top, bottom, bottom - height, *(top + n * height for n in (1, -2, 2, -3, 3))), 1)
@@ -167,7 +167,7 @@ def _caption_places(
 
 
 def _readable_on(color: Color) -> Color:
-    """Black or white, whichever stands out (perceived brightness by ITU-R BT.601)."""
+    """Return black or white, whichever has more contrast (luma of ITU-R BT.601)."""
     blue, green, red = color
     return (0, 0, 0) if 0.114 * blue + 0.587 * green + 0.299 * red > 140 else (255, 255, 255)
 
@@ -188,11 +188,11 @@ def image_grid(
     Args:
         images: (B, 3, H, W) RGB, uint8, or floating point in [0, 1].
         targets: (M, 6) labels: image number, class, normalized cxcywh; or
-            (M, 7) detections with the score as last column.
+            (M, 7) detections with the confidence as last column.
         paths: file names to write on the images.
         names: class names; None = numbers.
         conf_thres: detections below it are not drawn.
-        max_images: images after these are left out.
+        max_images: further images are left out.
         max_side: the grid is scaled down to at most this many pixels a side.
 
     Returns:
@@ -233,16 +233,16 @@ def _labeled_cell(
     conf_thres: float,
     title: str,
 ) -> LabeledImage:
-    """Return the cell with its boxes, and the title on a dark plate in the upper left corner."""
-    scored = rows.shape[1] == 7
-    if scored:
+    """Return the cell with its boxes, and the title on a dark background in the upper left corner."""
+    has_conf = rows.shape[1] == 7
+    if has_conf:
         rows = rows[rows[:, 6] >= conf_thres]
-        rows = rows[np.argsort(rows[:, 6], kind="stable")]  # the surest box on top
+        rows = rows[np.argsort(rows[:, 6], kind="stable")]  # the most confident box on top
     height, width = cell.shape[:2]
     center, half = rows[:, 2:4], rows[:, 4:6] / 2
     boxes = np.concatenate((center - half, center + half), axis=1) * (width, height, width, height)
     classes = rows[:, 1].astype(int)
-    captions = [class_name(names, c) + (f" {row[6]:.1f}" if scored else "") for c, row in zip(classes, rows)]
+    captions = [class_name(names, c) + (f" {row[6]:.1f}" if has_conf else "") for c, row in zip(classes, rows)]
     scale = 0.4 if width < 400 else 0.5
     reserved = (0, 0, *_plate_size(title, scale)) if title else None
     out = draw_boxes(cell, boxes, classes, captions, 1 if max(height, width) < 400 else 2, reserved)
@@ -267,17 +267,17 @@ def feature_map_image(
     channels: int = 30,
     tile: int = 160,
 ) -> LabeledImage:
-    """Show what a slot of the network holds: where it is active, and some of its channels.
+    """Show the output of a slot of the network: mean activation and some of its channels.
 
-    The head line gives the shape, the range, and how many channels are constant over the image (dead, or not yet
-    trained). First tile: the input; second: the mean absolute activation laid over it; then channels, evenly
-    spaced over the slot, each stretched to its own range.
+    The heading gives the shape, the range, and how many channels are constant over the image (dead, or not yet
+    trained). First tile: the input; second: the mean absolute activation blended over it; then evenly spaced
+    channels, each normalized to its own range.
 
     Args:
         features: (C, H, W), any floating type.
         title: name of the slot.
-        image: (h, w, 3) uint8 BGR, the network's input; None = without it.
-        channels: number of channels shown, if there are so many.
+        image: (h, w, 3) uint8 BGR, the network's input; None = omitted.
+        channels: maximum number of channels shown.
         tile: longer side of a tile in pixels.
 
     Returns:
@@ -304,7 +304,7 @@ def feature_map_image(
 
 
 def heat_map_image(image: LabeledImage, heat: NDArray[np.floating]) -> LabeledImage:
-    """Blend a heat map over an image: the hotter, the less of the image is left; where it is 0 the image is unchanged.
+    """Blend a heat map over an image, weighted by its values; where it is 0 the image is unchanged.
 
     Args:
         image: (h, w, 3) uint8 BGR.
@@ -328,7 +328,7 @@ def heat_map_sheet(image: LabeledImage, heats: Mapping[str, NDArray[np.floating]
 
 
 def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> LabeledImage:
-    """One map as gray values over its whole range; cells stay visible as squares."""
+    """Return a map as gray values normalized to its range, enlarged without interpolation."""
     low, high = float(values.min()), float(values.max())
     gray = (values - low) * (255.0 / (high - low)) if high > low else np.zeros_like(values)
     return cv2.resize(gray.round(), size, interpolation=cv2.INTER_NEAREST).astype(np.uint8)
@@ -337,7 +337,7 @@ def _stretched(values: NDArray[np.floating], size: tuple[int, int]) -> LabeledIm
 def _tile_sheet(
     tiles: Sequence[tuple[str, NDArray[np.generic]]], headings: Sequence[str], size: tuple[int, int]
 ) -> LabeledImage:
-    """Tiles with captions above them, eight in a row, below lines of text."""
+    """Return tiles with captions above them, eight per row, below the headings."""
     width, height = size
     gap, caption, line = 4, 14, 20
     columns = min(8, max(len(tiles), 1))

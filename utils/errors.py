@@ -8,13 +8,13 @@ import reprlib
 from collections.abc import Iterable, Sequence
 
 MAX_MESSAGE = 4000
-"""Characters of an error message; the rest is cut."""
+"""Maximum length of an error message, in characters."""
 
 MAX_HIDDEN = 10_000
-"""Characters in which `shown` looks for passwords: a longer value is cut in its middle before."""
+"""Characters that `shown` searches for passwords: longer values are first cut in the middle."""
 
 HIDDEN = "***"
-"""What `hide_passwords` writes."""
+"""Replacement written by `hide_passwords`."""
 
 _KEY = r"[\w.\-]{0,24}(?:pass?|psw|pwd|token|key|secret|auth|sig|sign|signature|credential|session|login|user|usr)"
 _SCHEME = r"((?:://|(?<![a-z])(?:https?|rtsps?|rtmp\w?|ftps?|tcp|udp|srt|rtp):/(?!/)))"  # pathlib writes http:/host
@@ -22,7 +22,7 @@ _SECRETS = tuple(
     (re.compile(pattern, re.IGNORECASE), r"\1***" + end)
     for pattern, end in (
         (rf"{_SCHEME}[^\s/?#]*@", "@"),  # user and password
-        (rf"{_SCHEME}(?!\*{{3}}@)[^\s/@]*:(?!\d{{1,5}}/)[^\s@]*@", "@"),  # a password that holds a slash
+        (rf"{_SCHEME}(?!\*{{3}}@)[^\s/@]*:(?!\d{{1,5}}/)[^\s@]*@", "@"),  # a password that contains a slash
         (rf"((?:[?&;,/_#]|(?<=\*)){_KEY}[\w.\-]{{0,24}}=)(?:[^&\s;,'\":]|:(?!\s|$))*", ""),
     )
 )
@@ -54,7 +54,7 @@ def one_line(text: object) -> str:
 
 
 class _Shown(reprlib.Repr):
-    """Hides passwords before a string is cut: a cut may remove the `@` by which they are found."""
+    """Hides passwords before a string is cut: cutting may remove the `@` that marks them."""
 
     def repr_str(self, x: str, level: int) -> str:
         half = MAX_HIDDEN // 2
@@ -74,7 +74,7 @@ def shown(value: object, limit: int = 80) -> str:
 
 
 def listed(names: Sequence[object], most: int = 12) -> str:
-    """Return names for a message: the first ones, each cut at 80 characters, and how many more there are."""
+    """Return names for a message: the first ones, each cut at 80 characters, and the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(shown(name) for name in names[:most]) + more
 
@@ -82,7 +82,7 @@ def listed(names: Sequence[object], most: int = 12) -> str:
 class UserError(ValueError):
     """A mistake in user input (file, name, value), reported in one line: where, what was found, what is allowed."""
 
-    lines = False  # whether a message has a line for each of several mistakes
+    lines = False  # whether a message has one line per mistake
 
     def __init__(self, message: object = "") -> None:
         text = str(message)[: 2 * MAX_MESSAGE]
@@ -117,10 +117,10 @@ class TrainingError(RuntimeError):
 
 
 def did_you_mean(found: object, allowed: Iterable[str]) -> str:
-    """Return the ending of an error message that suggests the allowed word nearest to `found`.
+    """Return an ending for an error message that suggests the allowed word nearest to `found`.
 
     Returns:
-        `"; did you mean 'C3'?"`, or an empty text when nothing is near.
+        `"; did you mean 'C3'?"`, or an empty string if nothing is near.
     """
     names = [str(name) for name in allowed]
     by_lower = {name.lower(): name for name in reversed(names)}

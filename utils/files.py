@@ -1,4 +1,4 @@
-"""Files and folders: looking them up, run folders that count up, atomic writes, verified downloads."""
+"""Files and folders: look-up, numbered run folders, atomic writes, verified downloads."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ from utils.errors import ConfigError, DataError, UserError, did_you_mean
 LOGGER = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
 PART = ".part-"
-"""In the names of temporary files of `atomic_path`."""
+"""Marker in the names of temporary files of `atomic_path`."""
 
 NAME_MAX, PATH_MAX = 255, 4095
-"""Bytes of a file name and of a path that Linux takes; other systems take no more."""
+"""Maximum bytes of a file name and of a path in Linux; other systems allow no more."""
 
 MAX_TEXT = 2**26
-"""Bytes of a text file that are read."""
+"""Maximum size of a text file in bytes."""
 
 
 def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
     """Return the next free path of `exp`, `exp2`, `exp3`, ... (one past the highest number in use).
 
     Args:
-        path: wanted path; it need not exist, and is not created.
-        exist_ok: return `path` itself even when it exists.
+        path: desired path; it need not exist, and is not created.
+        exist_ok: return `path` itself even if it exists.
     """
     path = Path(path)
     if exist_ok or not path.exists():
@@ -49,7 +49,7 @@ def increment_path(path: str | Path, exist_ok: bool = False) -> Path:
 
 
 def make_folder(path: str | Path) -> Path:
-    """Create a folder and its parents; ConfigError in one line when that is not possible."""
+    """Create a folder and its parents; raise a one-line ConfigError if that is not possible."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -61,16 +61,16 @@ def make_folder(path: str | Path) -> Path:
 
 
 def is_writable(folder: Path) -> bool:
-    """Whether files may be written to a folder; not if it is marked as read-only, which root could ignore."""
+    """Return whether files may be written to a folder; False if it is marked as read-only, even for root."""
     return os.access(folder, os.W_OK) and bool(folder.stat().st_mode & 0o222)
 
 
 @contextmanager
 def atomic_path(final: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `final`; rename it to `final` when the block ends well, remove it when it does not.
+    """Yield a temporary path beside `final`; rename it to `final` if the block succeeds, else remove it.
 
-    A reader sees the old file or the new one, never a part, and a crash or a full disk leaves the old one intact.
-    The temporary name ends in the same suffix, so writers that choose a format by suffix work.
+    A reader sees the old file or the new one, never a partial one, and a crash or a full disk leaves the old one
+    intact. The temporary name has the same suffix, so writers that choose a format by suffix work.
     """
     final = Path(final)
     make_folder(final.parent)
@@ -93,7 +93,7 @@ def atomic_path(final: str | Path) -> Iterator[Path]:
 
 
 def folder_names(folder: str | Path) -> list[str]:
-    """Return the names in a folder, sorted; none where there is no folder.
+    """Return the sorted names in a folder; none if the folder does not exist.
 
     Raises:
         DataError: the folder cannot be read.
@@ -109,11 +109,11 @@ def folder_names(folder: str | Path) -> list[str]:
 def unique_names(paths: Iterable[Path], clean: Callable[[str], str] = str) -> dict[Path, str]:
     """Return a file name for each path: its own, with its folders as prefix where two stems are equal, else numbered.
 
-    No two stems are equal, in upper and lower case neither, so that other suffixes can be given.
+    Stems are unique, also when case is ignored, so that other suffixes can be used.
 
     Args:
-        paths: absolute, or all of them relative.
-        clean: changes a name before it is compared.
+        paths: all absolute or all relative.
+        clean: applied to each name before the comparison.
     """
     unique = list(dict.fromkeys(paths))
     names = {path: path.name for path in unique}
@@ -140,13 +140,13 @@ def warn_of_earlier_files(folder: Path, made: Container[Path] = ()) -> None:
 
 
 def is_vacant(path: Path) -> bool:
-    """Whether there is nothing at a path, or an empty folder; DataError for a folder that cannot be read."""
+    """Return whether a path does not exist or is an empty folder; DataError for a folder that cannot be read."""
     return not os.path.lexists(path) or (os.path.isdir(path) and not folder_names(path))
 
 
 @contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """Give a temporary folder; rename it to `final` when the block ends well, remove it when it does not.
+    """Yield a temporary folder; rename it to `final` if the block succeeds, else remove it.
 
     Raises:
         OSError: `final` exists and is not an empty folder.
@@ -163,11 +163,11 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path, pattern: str = "**/.*") -> None:
-    """Remove what killed processes left of `atomic_path` in a folder; no other process may write to these files.
+    """Remove temporary files of `atomic_path` left by killed processes; no other process may write to these files.
 
     Args:
-        folder: that was written to.
-        pattern: of the files; by default those of its subfolders, too.
+        folder: folder of the files.
+        pattern: glob pattern of the files; the default includes subfolders.
     """
     for path in folder.glob(pattern):
         if re.fullmatch(rf"\..+{re.escape(PART)}[a-z0-9_]{{8}}(\.\w+)?", path.name) and path.is_file():
@@ -183,7 +183,7 @@ def expand_user(path: str | Path, error: type[UserError] = ConfigError) -> Path:
 
 
 def name_problem(path: str) -> str:
-    """Return why no file can have this path, '' if one can."""
+    """Return why a path is not valid for a file, or ''."""
     raw = path.encode("utf-8", "surrogatepass")
     if "\0" in path:
         return "holds a NUL character"
@@ -248,14 +248,14 @@ def read_text(path: str | Path, error: type[UserError] = DataError, limit: int =
 
 
 def find_file(name: str | Path, *folders: str | Path, error: type[UserError] = ConfigError) -> Path:
-    """Find a file; `.yaml` is added if need be.
+    """Find a file; `.yaml` is appended if needed.
 
-    A name without a folder is looked for in the current folder, in the project's root and in `folders` (relative ones
+    A name without a folder is searched in the current folder, in the project's root and in `folders` (relative ones
     below the project's root). A path with a folder is taken relative to the current folder, else to the project's root,
     and is never searched by its last part: a mistyped folder is an error.
 
     Raises:
-        error: names what was looked for and the nearest file name in those folders.
+        error: not found; names the nearest file name in those folders.
     """
     given = expand_user(name, error)
     places = [Path(f) if Path(f).is_absolute() else ROOT / f for f in folders]
@@ -283,7 +283,7 @@ def _from_root(path: Path) -> Path:
 
 
 def exists_as_file(path: Path, error: type[UserError]) -> bool:
-    """Whether a path exists as a file; `error` where that cannot be found out, or it is a FIFO, device or socket."""
+    """Return whether a path exists as a file; `error` if that is unknown or it is a FIFO, device or socket."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -294,7 +294,7 @@ def exists_as_file(path: Path, error: type[UserError]) -> bool:
 
 
 def is_listable(path: Path) -> bool:
-    """Whether a path is a folder that this user may list."""
+    """Return whether a path is a folder that this user may list."""
     return os.path.isdir(path) and os.access(path, os.R_OK | os.X_OK)
 
 
@@ -305,20 +305,20 @@ def newest_file(folder: str | Path, pattern: str) -> Path | None:
 
 
 def newest_weights(runs: str | Path = "runs/train") -> Path | None:
-    """`weights/best.pt` (else `last.pt`) of the run below `runs` that was written last; None when there is none."""
+    """Return `weights/best.pt` (else `last.pt`) of the newest run below `runs`; None if there is none."""
     return newest_file(runs, "*/weights/best.pt") or newest_file(runs, "*/weights/last.pt")
 
 
 def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Path:
-    """Fetch `url` into the file `dest` with a progress bar; nothing is left under that name unless it is complete.
+    """Fetch `url` into the file `dest` with a progress bar; the file exists only if it is complete.
 
     Args:
         url: http(s) or file URL.
-        dest: final path; returned at once when it exists.
+        dest: final path; returned at once if it exists.
         sha256_prefix: leading hex digits that the file's SHA-256 must have.
 
     Raises:
-        DataError: no network, an HTTP error, fewer bytes than announced, or another hash; says where to put the file.
+        DataError: no network, an HTTP error, fewer bytes than announced, or another hash; names where to put the file.
     """
     dest = Path(dest)
     if dest.is_file():
@@ -333,12 +333,12 @@ def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Pa
             out.flush()
             size = part.stat().st_size
             if size == 0 or (total is not None and size != total and not reply.headers.get("Content-Encoding")):
-                raise DataError(f"{url}: {size} of {total or 'an unknown number of'} bytes came; not kept; {hint}")
+                raise DataError(f"{url}: {size} of {total or 'an unknown number of'} bytes received; not kept; {hint}")
             if sha256_prefix and not (digest := file_digest(part)).startswith(sha256_prefix.lower()):
                 raise DataError(f"{url}: SHA-256 is {digest[:16]}, expected {sha256_prefix}; not kept; {hint}")
     except UserError:
         raise
-    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: no URL at all
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: not a URL
         reason = None if isinstance(error, urllib.error.HTTPError) else getattr(error, "reason", None)
         raise DataError(f"{url}: cannot be fetched ({reason or error}); {hint}") from error
     return dest

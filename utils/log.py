@@ -1,4 +1,4 @@
-"""Logging set-up, text layout and exit statuses of the commands; others only call `logging.getLogger(__name__)`."""
+"""Logging setup, text layout and exit statuses of the commands; other modules only call `logging.getLogger`."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from typing import NoReturn, TextIO
 from utils.errors import TrainingError, UserError, printable
 
 LINE_WIDTH = 79
-"""Characters of a line of output: those of a usual terminal less one for the cursor."""
+"""Maximum width of output lines: that of a standard terminal minus one for the cursor."""
 
 LINGER = 10.0
-"""Seconds that a process lives on while another one of the training says why all of them end."""
+"""Seconds that a process waits before it exits, while another process of the training reports the error."""
 
 MISTAKE, FAILURE, INTERNAL_ERROR, INTERRUPTED = 2, 1, 70, 130
 """Exit statuses: user error, failed training, unexpected exception (EX_SOFTWARE of sysexits.h), Ctrl-C."""
@@ -37,7 +37,7 @@ def world_size() -> int:
 def process_rank() -> int:
     """Return the rank of this process among those of `torchrun`; 0 for a single process.
 
-    torch is not imported for it: that would cost a second at every `--help`.
+    Does not import torch, which would cost a second at every `--help`.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is not None and dist.is_available() and dist.is_initialized():
@@ -76,7 +76,7 @@ def aligned(rows: Iterable[Sequence[object]], left: Container[int] = (0,)) -> li
 
 
 def display_width(text: str) -> int:
-    """Return the width of a text in terminal columns: wide characters take two, combining ones none."""
+    """Return the width of a text in terminal columns: wide characters count twice, combining ones not at all."""
     wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
     return len(text) + wide - sum(bool(unicodedata.combining(c)) for c in text)
 
@@ -84,7 +84,8 @@ def display_width(text: str) -> int:
 def fitted(text: str, stream: TextIO) -> str:
     """Wrap lines that are longer than the terminal is wide, between words.
 
-    Commands (`python ...` on a line of its own) stay whole, to be copied. Text for files and pipes stays as it is.
+    Commands (`python ...` on a separate line) are not wrapped, so that they can be copied. Text for files and pipes is
+    unchanged.
     """
     if not stream.isatty():
         return text
@@ -100,7 +101,7 @@ def _wrapped(line: str, width: int) -> str:
 
 
 def end_silently(status: int) -> NoReturn:
-    """End a process of a training whose failure another one tells; torchrun ends all as soon as the first is gone."""
+    """Exit after a delay, while another process reports the error; torchrun ends all processes on the first exit."""
     time.sleep(LINGER)
     raise SystemExit(status)
 
@@ -111,22 +112,22 @@ def set_error_folder(folder: Path) -> None:
 
 
 def status_of(error: BaseException) -> int:
-    """Return the exit status of a command that ends by this exception."""
+    """Return the exit status of a command that ends with this exception."""
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     return MISTAKE if isinstance(error, UserError) else FAILURE if isinstance(error, TrainingError) else INTERNAL_ERROR
 
 
 def print_error(prog: str, message: object) -> None:
-    """Print the line of an error on standard error; on a terminal it wraps between words."""
+    """Print a one-line error on standard error; in a terminal it wraps between words."""
     print(fitted(printable(f"{prog}: error: {message}"), sys.stderr), file=sys.stderr)
 
 
 def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) -> int:
     """Do the work of a command; an exception becomes one line on standard error.
 
-    The traceback of an unexpected exception goes to error.log in the run folder, or beside the runs as long as there is
-    no run folder.
+    The traceback of an unexpected exception goes to error.log in the run folder, or in `runs` while there is no run
+    folder.
 
     Args:
         prog: name of the command.
@@ -134,7 +135,7 @@ def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) 
         debug: print the traceback on standard error instead.
 
     Returns:
-        Exit status: that of the work, or `status_of` its exception.
+        Exit status of the work, or `status_of` its exception.
     """
     try:
         return work() or 0
@@ -145,7 +146,7 @@ def run_command(prog: str, work: Callable[[], int | None], debug: bool = False) 
     except (UserError, TrainingError) as error:
         print_error(prog, error)
         return status_of(error)
-    except Exception as error:  # noqa: BLE001 (whatever is raised, the user gets one line and the traceback in a file)
+    except Exception as error:  # noqa: BLE001 (the user gets one line for any exception, and the traceback in a file)
         print(fitted(_internal_error(prog, error, debug), sys.stderr), file=sys.stderr)
         return status_of(error)
 
@@ -167,7 +168,7 @@ def _internal_error(prog: str, error: Exception, debug: bool) -> str:
 
 
 class _LevelFormatter(logging.Formatter):
-    """The message alone for INFO, `WARNING: message` above, in lines of the terminal; see `printable`."""
+    """Formats INFO as the message, higher levels as `WARNING: message`, wrapped to the terminal; see `printable`."""
 
     def format(self, record: logging.LogRecord) -> str:
         text = printable(super().format(record))

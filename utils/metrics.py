@@ -48,7 +48,7 @@ class APResult(NamedTuple):
         p, r, f1: (nc,) precision, recall and F1 at IoU 0.5.
         ap: (nc, t) average precision.
         classes: (nc,) int class indices in ascending order.
-        curves: for the plots.
+        curves: curves for the plots.
     """
 
     tp: np.ndarray

@@ -14,16 +14,16 @@ from utils.boxes import xywh2xyxy
 from utils.errors import ConfigError
 
 LOGGER = logging.getLogger(__name__)
-CLASS_OFFSET = 7680.0  # pixels between the planes of two classes; also the largest side of a box
-MAX_CANDIDATES = 30000  # best-scored boxes of one image that take part
-CPU_CHUNK = 512  # candidates that enter in one round, at least
+CLASS_OFFSET = 7680.0  # pixels that boxes of consecutive classes are moved apart; also the largest side of a box
+MAX_CANDIDATES = 30000  # maximum number of boxes per image, the most confident ones
+CPU_CHUNK = 512  # minimum number of candidates per round
 
 
 def _operator() -> Callable[..., Any]:
     """Return torchvision's NMS: boxes (N, 4) xyxy, scores (N,), threshold -> indices of kept boxes (K,).
 
     Only torchvision's operator library is loaded, because importing the package (and torch._dynamo with it) takes as
-    long as importing torch. The name of that file is private: where there is none, the package is imported.
+    long as importing torch. The name of that file is private: if it is not found, the package is imported.
     """
     spec = importlib.util.find_spec("torchvision")  # does not import it
     for path in sorted(Path(spec.origin).parent.glob("_C*")) if spec and spec.origin else ():
@@ -46,15 +46,15 @@ class _Candidates(NamedTuple):
     """Boxes of one image above the threshold, on the CPU.
 
     Attributes:
-        boxes: (K, 4) or wider, float32: center x, center y, width, height in pixels.
+        boxes: (K, 4) or wider, float32: cxcywh in pixels.
         row: (M,) row of each candidate in `boxes`.
-        score: (M,) float32.
+        conf: (M,) float32 confidence.
         label: (M,) class.
     """
 
     boxes: torch.Tensor
     row: torch.Tensor
-    score: torch.Tensor
+    conf: torch.Tensor
     label: torch.Tensor
 
 
@@ -68,36 +68,35 @@ def non_max_suppression(
     labels: Sequence[torch.Tensor] = (),
     max_det: int = 300,
 ) -> list[torch.Tensor]:
-    """Keep the best of overlapping boxes, image by image.
+    """Keep the most confident of overlapping boxes of each image.
 
-    A box is dropped when a kept box of the same class (of any class when `agnostic`) with a higher score overlaps it
-    with an IoU above `iou_thres`. Boxes are taken in order of falling score, equal scores in order of rows and classes.
+    A box is dropped if a kept box of the same class (of any class if `agnostic`) with a higher confidence overlaps it
+    with an IoU above `iou_thres`. Boxes are sorted by descending confidence, equal ones by row and class.
 
     Args:
-        prediction: (B, N, 5 + nc) float tensor on any device, half precision included: center x, center y, width,
-            height in pixels, objectness, class scores. A tuple or list holds it as its first entry. Not changed.
-        conf_thres: boxes need an objectness above it, and an objectness * class score above it; 0..1.
-        iou_thres: 0..1.
+        prediction: (B, N, 5 + nc) float tensor on any device, including half precision: cxcywh in pixels,
+            objectness, class scores. A tuple or list holds it as its first entry. Not changed.
+        conf_thres: minimum (exclusive) of both objectness and confidence (objectness * class score); 0..1.
+        iou_thres: IoU threshold; 0..1.
         classes: keep only these class numbers; None = all.
         agnostic: let boxes of different classes suppress each other.
-        multi_label: one box may carry every class above the threshold, not only its best one.
-        labels: per image (k, 5) certain boxes (class, center x, center y, width, height in pixels) that take part
-            with score 1; empty = none.
+        multi_label: a box may have every class above the threshold, not only its best one.
+        labels: per image (k, 5) class, cxcywh in pixels: boxes to add with confidence 1; empty = none.
         max_det: boxes kept per image.
 
     Returns:
-        per image an (n, 6) float32 tensor on the CPU: left, top, right, bottom in pixels, score, class; by falling
-        score. A GPU is waited for at most three times, however many images there are.
+        Per image an (n, 6) float32 tensor on the CPU: xyxy in pixels, confidence, class; sorted by descending
+        confidence. The host waits for a GPU at most three times, independent of the number of images.
 
     Raises:
-        ConfigError: a threshold outside 0..1, a negative `max_det`, or a tensor of another form.
+        ConfigError: a threshold outside 0..1, a negative `max_det`, or a tensor of another shape.
     """
     if isinstance(prediction, (list, tuple)):
         prediction = prediction[0]
     assert isinstance(prediction, torch.Tensor)
     _check(prediction, conf_thres, iou_thres, labels, max_det)
     multi_label = multi_label and prediction.shape[2] > 6
-    images = 1 if prediction.device.type == "cpu" else max(len(prediction), 1)  # waits of a GPU are per group
+    images = 1 if prediction.device.type == "cpu" else max(len(prediction), 1)  # waits for a GPU are per group
     output = []
     for start in range(0, len(prediction), images):
         group = slice(start, start + images)
@@ -123,8 +122,8 @@ def _check(
         raise ConfigError(f"non_max_suppression: labels of {len(labels)} images for {len(prediction)} images")
 
 
-def _certain_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
-    """Labels (k, 5) class, xywh as prediction rows (k, width) with objectness 1 and class score 1."""
+def _label_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
+    """Return labels (k, 5) class, xywh as prediction rows (k, width) with objectness 1 and class score 1."""
     rows = labels.new_zeros((len(labels), width), dtype=torch.float32)
     rows[:, :4] = labels[:, 1:5]
     rows[:, 4] = 1
@@ -134,33 +133,33 @@ def _certain_rows(labels: torch.Tensor, width: int) -> torch.Tensor:
 def _select(
     prediction: torch.Tensor, labels: Sequence[torch.Tensor], conf_thres: float, multi_label: bool
 ) -> Iterator[_Candidates]:
-    """Select the candidates of each image of (B, N, 5 + nc); on a GPU with two or three waits for all of them."""
+    """Select the candidates of each image of (B, N, 5 + nc); on a GPU with two or three host waits in total."""
     (index,) = (prediction[..., 4].float().flatten() > conf_thres).nonzero(as_tuple=True)
     rows = prediction.flatten(0, 1).index_select(0, index).float()
     image = index // max(prediction.shape[1], 1)
-    for number, certain in enumerate(labels):
-        if len(certain):
-            rows = torch.cat((rows, _certain_rows(certain.to(rows.device), rows.shape[1])))
-            image = torch.cat((image, torch.full_like(certain[:, 0], number, dtype=image.dtype).to(image.device)))
-    scores = rows[:, 5:] * rows[:, 4:5]
+    for number, boxes in enumerate(labels):
+        if len(boxes):
+            rows = torch.cat((rows, _label_rows(boxes.to(rows.device), rows.shape[1])))
+            image = torch.cat((image, torch.full_like(boxes[:, 0], number, dtype=image.dtype).to(image.device)))
+    confs = rows[:, 5:] * rows[:, 4:5]
     if multi_label:
-        row, label = (scores > conf_thres).nonzero(as_tuple=True)
-        score = scores[row, label]
+        row, label = (confs > conf_thres).nonzero(as_tuple=True)
+        conf = confs[row, label]
     else:
-        score, label = scores.max(1)
+        conf, label = confs.max(1)
         row = torch.arange(len(rows), device=rows.device)
-        if rows.device.type == "cpu":  # on a GPU after the copy: the number of candidates is worth a wait once
-            row = row[score > conf_thres]
-            score, label = score[row], label[row]
+        if rows.device.type == "cpu":  # on a GPU after the copy: each boolean index would be a further wait
+            row = row[conf > conf_thres]
+            conf, label = conf[row], label[row]
     if rows.device.type == "cpu" and len(prediction) == 1:
-        yield _Candidates(rows, row, score, label)
+        yield _Candidates(rows, row, conf, label)
         return
-    if len(score) > MAX_CANDIDATES * len(prediction) and len(prediction) > 1:  # of an untrained model: memory
+    if len(conf) > MAX_CANDIDATES * len(prediction) and len(prediction) > 1:  # untrained model: limits memory
         for number in range(len(prediction)):
             one = slice(number, number + 1)
             yield from _select(prediction[one], labels[one], conf_thres, multi_label)
         return
-    columns = score[:, None], label[:, None].float(), image[row][:, None].float()
+    columns = conf[:, None], label[:, None].float(), image[row][:, None].float()
     packed = torch.cat((rows[row, :4], *columns), 1).cpu()
     packed = packed[packed[:, 4] > conf_thres]
     packed = packed[packed[:, 6].argsort(stable=True)]
@@ -170,26 +169,26 @@ def _select(
 
 
 def _sorted(candidates: _Candidates, classes: Sequence[int] | None) -> torch.Tensor:
-    """Return at most MAX_CANDIDATES candidates (m, 6): xyxy, score, class; by falling score."""
-    boxes, row, score, label = candidates
+    """Return at most MAX_CANDIDATES candidates (m, 6): xyxy, confidence, class; sorted by descending confidence."""
+    boxes, row, conf, label = candidates
     if classes is not None:
         keep = torch.isin(label, torch.as_tensor(list(classes), dtype=label.dtype))
-        row, label, score = row[keep], label[keep], score[keep]
-    if len(score) > MAX_CANDIDATES:  # a partial selection is much cheaper than sorting millions; ties stay in
-        possible = score >= score.topk(MAX_CANDIDATES, sorted=False).values.min()
-        row, label, score = row[possible], label[possible], score[possible]
-    order = score.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
-    row, label, score = row[order], label[order], score[order]
-    return torch.cat((xywh2xyxy(boxes[row, :4]), score[:, None], label[:, None].to(score.dtype)), 1)
+        row, label, conf = row[keep], label[keep], conf[keep]
+    if len(conf) > MAX_CANDIDATES:  # top-k is much cheaper than sorting millions; ties are kept
+        possible = conf >= conf.topk(MAX_CANDIDATES, sorted=False).values.min()
+        row, label, conf = row[possible], label[possible], conf[possible]
+    order = conf.argsort(descending=True, stable=True)[:MAX_CANDIDATES]
+    row, label, conf = row[order], label[order], conf[order]
+    return torch.cat((xywh2xyxy(boxes[row, :4]), conf[:, None], label[:, None].to(conf.dtype)), 1)
 
 
 def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: int) -> torch.Tensor:
-    """Greedy NMS of sorted candidates (m, 6), in rounds until `max_det` boxes are kept.
+    """Run greedy NMS on sorted candidates (m, 6), in rounds until `max_det` boxes are kept.
 
-    A box is decided by kept boxes with higher scores alone, so what follows the last kept box need not be looked at:
-    the result equals that of one NMS over everything, cut at `max_det`. Kept boxes go in again in front of the next
-    round; they do not overlap, so all of them stay. A round takes at least as many new candidates as boxes are kept,
-    so that with a large `max_det` the repeated comparisons do not outgrow the necessary ones.
+    Whether a box is kept depends only on kept boxes with higher confidence, so candidates after the last kept box can
+    be ignored: the result equals one NMS over all candidates, cut at `max_det`. Kept boxes are prepended to the next
+    round; they do not overlap, so all of them are kept again. A round adds at least as many candidates as boxes are
+    kept, so that with a large `max_det` repeated comparisons do not dominate.
     """
     # The offset is added in float32 on purpose: it rounds the boxes of high classes to 1/16 pixel, as YOLOv5 does.
     boxes = found[:, :4] if agnostic else found[:, :4] + found[:, 5:] * CLASS_OFFSET
@@ -197,9 +196,9 @@ def _best_boxes(found: torch.Tensor, iou_thres: float, agnostic: bool, max_det: 
     start = 0
     while start < len(found) and len(keep) < max_det:
         stop = min(start + max(CPU_CHUNK, len(keep)), len(found))
-        entrants = torch.cat((keep, torch.arange(start, stop)))
-        # torchvision sorts once more; falling positions as scores keep ties in order.
-        rank = torch.arange(len(entrants), 0, -1, dtype=boxes.dtype)
-        keep = entrants[suppress(boxes[entrants], rank, iou_thres)]
+        candidates = torch.cat((keep, torch.arange(start, stop)))
+        # torchvision sorts again; descending positions as scores keep ties in order.
+        rank = torch.arange(len(candidates), 0, -1, dtype=boxes.dtype)
+        keep = candidates[suppress(boxes[candidates], rank, iou_thres)]
         start = stop
     return found[keep[:max_det]]

@@ -1,7 +1,7 @@
-"""Charts from arrays: curves, confusion matrix, training history, label statistics, study of sizes.
+"""Charts from arrays: curves, confusion matrix, training history, label statistics, accuracy over sizes.
 
 Each function writes one PNG or JPEG file atomically. Figures are drawn on their own canvas: no window system,
-no state shared with the caller's matplotlib, no font but the one that matplotlib brings. Imports no torch, so that the
+no state shared with the caller's matplotlib, no font except matplotlib's own. Imports no torch, so that the
 process of `engine.evaluate.chart_process` starts quickly.
 """
 
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 Names = Mapping[int, str]
 
 DPI = 200
-LEGEND_CLASSES = 20  # with more classes single lines are gray and nameless
-MATRIX_NUMBERS = 30  # with more classes cells hold no numbers
-MATRIX_NAMES = 99  # with more classes axes hold no names
+LEGEND_CLASSES = 20  # with more classes, lines of classes are gray and unlabeled
+MATRIX_NUMBERS = 30  # with more classes, cells show no values
+MATRIX_NAMES = 99  # with more classes, axes show no names
 DRAWN_BOXES = 1000
 MEAN_COLOR, GRAY, SMOOTH_COLOR = "tab:blue", "0.75", "tab:orange"
 
@@ -60,7 +60,7 @@ def save_figure(figure: Figure, path: str | Path, dpi: int = DPI) -> None:
 
 @contextmanager
 def _no_glyph_warnings() -> Iterator[None]:
-    """Names in scripts that the font lacks become boxes, without a warning per letter."""
+    """Suppress the warnings about glyphs that the font lacks; they are drawn as boxes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         yield
@@ -78,12 +78,12 @@ def _name(names: Names, number: int) -> str:
 def plot_precision_recall(
     path: str | Path, recall: np.ndarray, precision: np.ndarray, ap50: np.ndarray, classes: Sequence[int], names: Names
 ) -> None:
-    """Precision over recall at IoU 0.5.
+    """Plot precision over recall at IoU 0.5.
 
     Args:
         path: file to write.
         recall: (k,) in ascending order.
-        precision: (nc, k) of each class.
+        precision: (nc, k) precision of each class.
         ap50: (nc,) average precision at IoU 0.5.
         classes: nc class numbers.
         names: class names by number.
@@ -99,21 +99,21 @@ def plot_precision_recall(
 
 def plot_confidence_curve(
     path: str | Path,
-    score: np.ndarray,
+    confidence: np.ndarray,
     values: np.ndarray,
     mean: np.ndarray,
     quantity: str,
     classes: Sequence[int],
     names: Names,
 ) -> None:
-    """Precision, recall or F1 over the score threshold.
+    """Plot precision, recall or F1 over the confidence threshold.
 
     Args:
         path: file to write.
-        score: (k,) thresholds.
-        values: (nc, k) the quantity of each class.
-        mean: (k,) its smoothed mean, whose maximum is named.
-        quantity: its name, for the axis.
+        confidence: (k,) thresholds.
+        values: (nc, k) quantity of each class.
+        mean: (k,) smoothed mean of the quantity; its maximum is shown in the legend.
+        quantity: name of the quantity, for the axis.
         classes: nc class numbers.
         names: class names by number.
     """
@@ -121,8 +121,8 @@ def plot_confidence_curve(
     axes = figure.add_subplot()
     best = int(mean.argmax())
     labels = [_name(names, c) for c in classes]
-    text = f"all classes {mean[best]:.2f} at {score[best]:.3f}"
-    _class_lines(axes, score, values, labels, text)
+    text = f"all classes {mean[best]:.2f} at {confidence[best]:.3f}"
+    _class_lines(axes, confidence, values, labels, text)
     _unit_axes(axes, "Confidence", quantity, f"{quantity}-confidence curve")
     save_figure(figure, path)
 
@@ -136,7 +136,7 @@ def _class_lines(axes: Axes, x: np.ndarray, lines: np.ndarray, labels: Sequence[
     mean = lines.mean(0) if len(lines) else np.zeros_like(x)
     axes.plot(x, mean, linewidth=3, color=MEAN_COLOR if not few else "black", label=mean_label)
     legend = axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
-    # A constrained layout would measure every tick twice, which takes longer than to draw them.
+    # A constrained layout would measure every tick twice, which takes longer than drawing them.
     with _no_glyph_warnings():
         room = legend.get_window_extent().width / axes.figure.bbox.width
     axes.set_position((0.07, 0.08, max(0.9 - room, 0.2), 0.86))
@@ -149,7 +149,7 @@ def _unit_axes(axes: Axes, x: str, y: str, title: str) -> None:
 
 
 def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, normalize: bool = True) -> None:
-    """Confusion matrix as a heat map; empty cells stay blank.
+    """Plot a confusion matrix as a heat map; empty cells are blank.
 
     Args:
         path: file to write.
@@ -190,10 +190,10 @@ def plot_confusion_matrix(path: str | Path, matrix: np.ndarray, names: Names, no
 
 
 def read_history(csv_path: str | Path) -> dict[str, np.ndarray]:
-    """Columns of a results.csv by name (without the padding), (epochs,) float64 each.
+    """Return the columns of a results.csv by name (without the padding), (epochs,) float64 each.
 
     Raises:
-        DataError: a file that cannot be read, is empty, or holds something else than numbers.
+        DataError: a file that cannot be read, is empty, or contains anything other than numbers.
     """
     try:
         with open(csv_path, newline="", encoding="utf-8") as stream:
@@ -205,7 +205,7 @@ def read_history(csv_path: str | Path) -> dict[str, np.ndarray]:
 
 
 def plot_history(path: str | Path, csv_path: str | Path) -> None:
-    """Losses and metrics of a training over its epochs, with a smoothed line.
+    """Plot losses and metrics of a training over its epochs, with a smoothed line.
 
     Args:
         path: file to write.
@@ -237,14 +237,14 @@ def plot_history(path: str | Path, csv_path: str | Path) -> None:
 
 
 def _gaussian(values: np.ndarray, sigma: float = 3.0) -> np.ndarray:
-    """Values (n,) smoothed over neighboring epochs, ends continued."""
+    """Return values (n,) smoothed with a Gaussian filter; the ends are padded with their values."""
     reach = int(3 * sigma)
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     return np.convolve(np.pad(values, reach, mode="edge"), kernel / kernel.sum(), mode="valid")
 
 
 def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
-    """Labels of a dataset: instances per class, boxes on top of each other, their centers and their sizes.
+    """Plot the labels of a dataset: instances per class, overlaid boxes, their centers and their sizes.
 
     Args:
         path: file to write.
@@ -259,14 +259,14 @@ def plot_labels(path: str | Path, labels: np.ndarray, names: Names) -> None:
     for axes, columns, words in ((centers, (1, 2), ("x", "y")), (sizes, (3, 4), ("width", "height"))):
         _joint_histogram(axes, labels[:, columns[0]], labels[:, columns[1]])
         axes.set(xlabel=words[0], ylabel=words[1])
-    centers.invert_yaxis()  # as in an image: y grows downwards
+    centers.invert_yaxis()  # as in an image, the y axis points downwards
     centers.set_title("centers (normalized)", fontsize=11)
     sizes.set_title("sizes (normalized)", fontsize=11)
     save_figure(figure, path)
 
 
 def plot_label_correlogram(path: str | Path, labels: np.ndarray) -> None:
-    """Distributions of box centers and sizes, and the joint distribution of each pair of them.
+    """Plot the distributions of box centers and sizes, and the joint distribution of each pair.
 
     Args:
         path: file to write.
@@ -293,7 +293,7 @@ def plot_label_correlogram(path: str | Path, labels: np.ndarray) -> None:
 
 
 def _joint_histogram(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
-    """Show how many points (n,), (n,) in [0, 1] fall into each of 50 x 50 cells; empty cells stay blank."""
+    """Show how many points (n,), (n,) in [0, 1] fall into each of 50 x 50 cells; empty cells are blank."""
     counts, *_ = np.histogram2d(x, y, bins=50, range=((0, 1), (0, 1)))
     shown = np.where(counts > 0, counts, np.nan).T
     axes.imshow(shown, extent=(0, 1, 0, 1), origin="lower", cmap="viridis", aspect="equal", interpolation="nearest")
@@ -327,11 +327,11 @@ def _box_polygons(axes: Axes, labels: np.ndarray) -> None:
 
 
 def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
-    """Accuracy against time per image over input sizes.
+    """Plot accuracy against time per image over input sizes.
 
     Args:
         path: file to write.
-        studies: by model name (k, 4): input side in pixels, mAP50, mAP50-95, milliseconds per image.
+        studies: (k, 4) by model name: input side in pixels, mAP50, mAP50-95, milliseconds per image.
     """
     figure = new_figure(8, 5.5)
     axes = figure.add_subplot()
@@ -341,7 +341,7 @@ def plot_study(path: str | Path, studies: Mapping[str, np.ndarray]) -> None:
         for side, _, value, time in rows:
             axes.annotate(f"{side:.0f}", (time, value), (3, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="milliseconds per image", ylabel="mAP@0.5:0.95", title="Accuracy and time over input sizes")
-    axes.margins(0.08)  # room for the numbers
+    axes.margins(0.08)  # room for the annotations
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(color="0.92")

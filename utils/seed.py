@@ -16,5 +16,5 @@ def seed_everything(seed: int) -> None:
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """Return the generator of sample `index` in `epoch`, a function of (seed, epoch, index) in every process."""
+    """Return the generator of sample `index` in `epoch`: equal for equal (seed, epoch, index) in every process."""
     return np.random.default_rng(np.random.SeedSequence((seed, epoch, index)))

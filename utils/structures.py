@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class ImageShapes:
-    """How an image was fitted into the network's input.
+    """Geometry of an image resized and padded to the network's input.
 
     Attributes:
         original: (height, width) of the file, in pixels.
@@ -24,7 +24,7 @@ class ImageShapes:
 
     @property
     def ratio_pad(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """What `utils.boxes.scale_boxes` takes."""
+        """Return the `ratio_pad` argument of `utils.boxes.scale_boxes`."""
         return self.ratio, self.pad
 
 
@@ -34,9 +34,9 @@ class Sample:
 
     Attributes:
         image: (H, W, 3) uint8, BGR.
-        labels: (n, 5) float32: class, cxcywh, normalized by the (padded) image's sides.
+        labels: (n, 5) float32: class, cxcywh, normalized by the size of the (padded) image.
         path: file name.
-        shapes: geometry of the fit; None where several images were mixed (mosaic).
+        shapes: geometry of resizing and padding; None if several images were mixed (mosaic).
         index: number of the image in its dataset.
     """
 

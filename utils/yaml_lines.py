@@ -1,7 +1,7 @@
-"""YAML whose mappings and lists remember their line numbers, so that an error can say file:line.
+"""YAML with line numbers of mappings and lists, so that errors can name file:line.
 
 Plain scalars follow the core schema of YAML 1.2 (https://yaml.org/spec/1.2.2/#103-core-schema): `no`, `12:30` and
-`1_000` are strings. What was written is kept beside numbers and booleans, for names and paths (`text_of`).
+`1_000` are strings. The source text of numbers and booleans is kept, for names and paths (`text_of`).
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from utils.errors import ConfigError, UserError, shown
 from utils.files import atomic_path, read_text
 
 MAX_NODES = 200_000
-"""Values of a file, those behind aliases counted each time they are used."""
+"""Maximum number of values in a file; aliases count each time they are used."""
 
 MAX_DEPTH = 50
-"""Nesting of mappings and lists."""
+"""Maximum nesting of mappings and lists."""
 
 MAX_BYTES = 2**23
-"""Of a file; the parser takes about a second per 2**20 bytes."""
+"""Maximum size of a file in bytes; the parser takes about a second per 2**20 bytes."""
 
 MAX_DIGITS = 1000
-"""Characters of an integer; Python cannot show one of more than 4,300 decimal digits."""
+"""Maximum characters of an integer; Python cannot print more than 4,300 decimal digits."""
 
 YamlValue: TypeAlias = Any
-"""A value of a YAML file: None, bool, int, float, str, LineList or LineDict; its users check the type."""
+"""A value of a YAML file: None, bool, int, float, str, LineList or LineDict; callers check the type."""
 
 _TAG = "tag:yaml.org,2002:"
 _ConstructorError = yaml.constructor.ConstructorError
@@ -64,7 +64,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node; refuse files with too many values or levels, and aliases inside what they refer to."""
+        """Compose a node; refuse files with too many values or levels, and aliases that refer to a parent."""
         mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
         if self.check_event(yaml.AliasEvent):
             node = super().compose_node(parent, index)
@@ -142,7 +142,7 @@ def _scalar(loader: _Loader, node: yaml.ScalarNode) -> object:
             return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
         if kind == "float":
             return _FLOATS[text.lower()] if text.lower() in _FLOATS else float(text)
-        text.encode()  # an escape may give half of a surrogate pair, which no file can hold
+        text.encode()  # an escape may give a lone surrogate, which cannot be encoded
     except (KeyError, ValueError):
         raise _ConstructorError(None, None, f"{shown(text)} is not of type {kind}", node.start_mark) from None
     return text
@@ -193,7 +193,7 @@ def load_yaml(path: str | Path, error: type[UserError] = ConfigError) -> LineDic
 
 
 def text_of(container: LineDict | LineList, key: YamlValue) -> YamlValue:
-    """Return a value that names something: numbers and booleans as they were written (`02146`, `2.10`, `true`)."""
+    """Return a value that is used as a name: numbers and booleans as they were written (`02146`, `2.10`, `true`)."""
     return container.texts.get(key, container[key])
 
 
@@ -212,7 +212,7 @@ def plain(value: YamlValue) -> YamlValue:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Dumper whose strings read back as strings under both versions of YAML."""
+    """Dumper that writes strings so that both versions of YAML read them as strings."""
 
     def ignore_aliases(self, _: object) -> bool:
         """Write repeated values in full."""

@@ -51,10 +51,10 @@ def confidence(text: str | float) -> str | float:
 OPTIMIZERS = ("SGD", "Adam", "AdamW", "auto")
 IMGSZ_NAMES = ("--img", "--img-size")
 PRECISIONS = ("auto", "fp16", "bf16", "off")
-LARGEST = 2**31 - 1  # of options without a bound of their own
+LARGEST = 2**31 - 1  # upper bound of options without another one
 SIDE: dict[str, Any] = {"low": 32, "high": 16384}  # pixels of the input
 
-# Smallest and largest value of each hyperparameter that is a number.
+# Allowed range of each numeric hyperparameter.
 HYP_RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("lr0", "lrf", "weight_decay", "warmup_bias_lr"), (0, 100)),
     **dict.fromkeys(("momentum", "warmup_momentum"), (0, 0.9999)),
@@ -83,14 +83,14 @@ class Options:
     """Checks that all option dataclasses share.
 
     Attributes:
-        given: names of the options that the user gave, at their default value too. `dataclasses.replace` drops them.
+        given: names of the options that the user gave, even at their default value. `dataclasses.replace` drops them.
     """
 
     given: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def from_given(cls, values: Mapping[str, Any]) -> Self:
-        """Build from the options that were given; all others have their defaults."""
+        """Build from the given options; all others keep their defaults."""
         config = cls(**values)
         object.__setattr__(config, "given", frozenset(values))
         return config
@@ -122,19 +122,19 @@ class Options:
                 if isinstance(item, bool) or not isinstance(item, (int, float)):
                     continue
                 low, high = m.get("low", -LARGEST), m.get("high", LARGEST)
-                if not low <= item <= high:  # NaN is in no range
+                if not low <= item <= high:  # also true for NaN
                     problems.append(f"{name}: {shown(item)} is out of range; allowed: {low} to {high}")
             if f.name in ("project", "name") and "://" in value:
                 problems.append(f"{name}: {shown(value)} is a URL; a folder is needed")
             elif f.name in ("project", "name") and value.encode(errors="ignore").decode() != value:
-                problems.append(f"{name}: {shown(value)} is not UTF-8")  # TensorBoard takes no other folder
+                problems.append(f"{name}: {shown(value)} is not UTF-8")  # TensorBoard accepts UTF-8 paths only
             if "choices" in m and value not in m["choices"]:
                 problems.append(f"{name}: {shown(value)} is not one of {', '.join(map(str, m['choices']))}")
         if problems:
             raise ConfigError("; ".join(problems))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for YAML and checkpoints; passwords in URLs are hidden."""
+        """Return plain values for YAML and checkpoints; passwords in URLs are hidden."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}  # type: ignore[arg-type]
 
     def command_words(self, script: str) -> list[str]:
@@ -191,9 +191,7 @@ class TrainConfig(Options):
     evolve_population: str = option(
         "data/hyps", "folder with hyperparameter files that --evolve tries first, too", resolved="none, only --hyp"
     )
-    resume_evolve: str | None = option(
-        None, "continue with a hyperparameter search (its study.db or folder), or take part in it"
-    )
+    resume_evolve: str | None = option(None, "resume or join a hyperparameter search (its study.db or folder)")
     bucket: str = option("", "Google storage bucket", missing="nothing is sent to cloud storage")
     cache: Any = option(
         None, "keep images in memory (ram) or in files beside the images (disk)", str,
@@ -222,7 +220,7 @@ class TrainConfig(Options):
         "or a regular expression over parameter names",
         str, form=MANY,
     )  # fmt: skip
-    freeze_epochs: int = option(0, "let what --freeze holds learn again after this many epochs (0 = never)", int, low=0)
+    freeze_epochs: int = option(0, "unfreeze what --freeze froze after this many epochs (0 = never)", int, low=0)
     backbone_lr: float = option(1.0, "factor on the learning rate of the backbone", float, low=0.0)
     layer_decay: float = option(
         1.0, "factor on the learning rate per layer of depth in the backbone, from its end to its stem", float,
@@ -240,12 +238,12 @@ class TrainConfig(Options):
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
     seed: int = option(0, "random seed", int, low=0)
     verbose: bool = flag("print the table of layers with all arguments, in lines longer than 80 characters")
-    local_rank: int = option(-1, "ignored: torchrun tells the rank through the environment", int)
+    local_rank: int = option(-1, "ignored: torchrun sets the rank in the environment", int)
     logger: list[str] = option([], "also report to: wandb, mlflow, clearml, comet", str, form=MANY)
     entity: str | None = option(None, "team or workspace at W&B or Comet")
     upload_dataset: Any = option(
         False, "logger: upload the dataset", str, form=OPTIONAL, const=True,
-        missing="datasets stay where they are; use the tracker's own exported files",
+        missing="datasets are not uploaded; use the tracker's own artifacts",
     )  # fmt: skip
     bbox_interval: int = option(
         -1, "logger: interval of box images", int,
@@ -278,7 +276,7 @@ class ValConfig(Options):
     augment: bool = flag("test-time augmentation")
     verbose: bool = flag("print per-class rows")
     save_txt: bool = flag("one label file per image")
-    save_hybrid: bool = flag("mix labels into NMS as certain boxes; switches --save-txt on")
+    save_hybrid: bool = flag("add the labels to NMS as boxes of confidence 1; implies --save-txt")
     save_conf: bool = flag("write the confidence into the label files")
     save_json: bool = flag("COCO result file and COCO evaluation")
     noplots: bool = flag("write no images")
@@ -353,11 +351,11 @@ class Hyperparameters:
     Loss gains are the unscaled ones of the file. `anchors` is the number of anchors per level to start from (None:
     those of the model YAML). Keys of our own:
 
-    - `nominal_batch`: images that one optimizer step is to see.
-    - `clip_norm`: largest norm of the gradient.
+    - `nominal_batch`: target number of images per optimizer step.
+    - `clip_norm`: maximum norm of the gradient.
     - `close_mosaic`: epochs at the end without mosaic, unless `--close-mosaic` is given.
     - `free_box`, `free_cls`, `free_dfl`: gains of the anchor-free head, which ignores `box`, `cls` and `obj`.
-    - `optimizer`: the one that the rates are made for (another `--optimizer` is refused), or `auto`.
+    - `optimizer`: the one that the learning rates are made for (another `--optimizer` is refused), or `auto`.
     - `class_weights`: factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
       numbers by class name (1 for the others).
     """
@@ -405,7 +403,7 @@ class Hyperparameters:
         """Read a hyp file.
 
         Raises:
-            ConfigError: unknown or missing keys and values that are no numbers, all of the file together, with lines.
+            ConfigError: unknown or missing keys and values that are not numbers, all in one message, with line numbers.
         """
         data = load_yaml(path)
         weights = data.get("class_weights")
@@ -417,7 +415,7 @@ class Hyperparameters:
     def from_mapping(
         cls, data: Mapping[str, Any], where: str = "hyp", lines: Mapping[str, int] | None = None
     ) -> Hyperparameters:
-        """Build from a mapping (a hyp file, or what a checkpoint holds)."""
+        """Build from a mapping (of a hyp file or a checkpoint)."""
         names = [f.name for f in fields(cls)]
         problems = []
         for key, value in data.items():
@@ -447,12 +445,12 @@ class Hyperparameters:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `anchors`, `optimizer` and `class_weights` only where they are set."""
+        """Return plain values; `anchors`, `optimizer` and `class_weights` only if set."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
 
 
 def _problems_of_class_weights(value: object) -> list[str]:
-    """Return what is wrong with the form of `class_weights`; classes are looked up when the dataset is known."""
+    """Return format errors of `class_weights`; class names are checked when the dataset is known."""
     if value is None or value in ("none", "balanced"):
         return []
     if not isinstance(value, (list, dict)):
@@ -461,4 +459,4 @@ def _problems_of_class_weights(value: object) -> list[str]:
         ]
     numbers = value.values() if isinstance(value, dict) else value
     wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, (int, float)) or not 0 <= n < math.inf]
-    return [f"class_weights holds {shown(n)}; finite numbers from 0 on are needed" for n in wrong]
+    return [f"class_weights holds {shown(n)}; finite numbers of at least 0 are needed" for n in wrong]

@@ -16,13 +16,12 @@ WORDS: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string
 def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Convert keywords to the types of the fields of an option dataclass.
 
-    A single value becomes a list of one, a tuple a list, a path, number or device a string where a string is expected
-    (`device=0`, `freeze=[10]`); `True` becomes the value of an option whose value is left out (`cache=True`); None the
-    default.
+    A single value becomes a list of one, and a tuple a list. A path, number or device becomes a string where one is
+    expected (`device=0`, `freeze=[10]`). `True` means the option without a value (`cache=True`), None its default.
 
     Args:
         options: fields of the dataclass, made by `engine.cli.config.option`.
-        keywords: by field name; all of them known.
+        keywords: values by field name; unknown names are not allowed.
 
     Raises:
         ConfigError: values of another type, all in one message.

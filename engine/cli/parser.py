@@ -33,7 +33,7 @@ DEBUG_HELP = "print the traceback of an internal error instead of writing it to 
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line that names the nearest option."""
+    """An ArgumentParser with one-line errors that suggest the nearest option."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
             names = [s for a in self._actions for s in a.option_strings]
             message += did_you_mean(unknown.split()[0].split("=")[0], names) + " (--help lists all options)"
         if not is_main_process():
-            end_silently(2)  # rank zero was given the same
+            end_silently(2)  # rank zero reports the same error
         print_error(self.prog, message)
         self.exit(MISTAKE)
 
@@ -119,8 +119,8 @@ def _check_together(prog: str, options: Options) -> None:
 def resume_collection() -> None:
     """Resume garbage collection where a command paused it for its imports.
 
-    The collector would look at the objects of modules again and again, which takes an eighth of the start and finds
-    nothing, since they live as long as the process; so it does not look at them later either.
+    During imports, collections take an eighth of the start-up time and find nothing: the objects of modules live as
+    long as the process. They are therefore excluded from later collections as well.
     """
     if not gc.isenabled():
         gc.freeze()
@@ -134,7 +134,7 @@ def run_main(
 
     Args:
         config: option dataclass of the command.
-        prog, description: for `--help`.
+        prog, description: shown by `--help`.
         work: runs the command; imports the engine itself, so that `--help` is instant; may return an exit status.
         argv: arguments; None = those of the process.
 

@@ -1,4 +1,4 @@
-"""Plug-ins: user's Python files that define or register backbones (`--plugin my_backbone.py`)."""
+"""Plug-ins: the user's Python files that define or register backbones (`--plugin my_backbone.py`)."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from utils.yaml_lines import dump_yaml, load_yaml, plain
 
 TEMPLATE = ROOT / "models" / "yolov5-timm.yaml"  # the neck of yolov5n behind a backbone row
 YAML_SUFFIXES = (".yaml", ".yml")
-# Maps of plain vision transformers as wide as those of yolov5n's backbone, as the YAMLs in models/ have them.
+# Feature maps of plain vision transformers: the widths of yolov5n's backbone, as in the YAMLs in models/.
 PYRAMID = {"strides": [8, 16, 32], "widths": [64, 128, 256]}
 REVVIT = "revvit"
 
@@ -64,7 +64,7 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
 
     Args:
         config: options; plugins are loaded.
-        data: the dataset, whose classes checkpoints must have.
+        data: the dataset; checkpoints must have its classes.
         specs: folder for the YAMLs of backbones that are given by name.
 
     Raises:
@@ -115,7 +115,7 @@ def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _names_of(given: str, path: Path, trained: bool) -> list[str]:
-    """Return names from short to long; of a checkpoint first that of its run, since all are called best.pt."""
+    """Return names from short to long; a checkpoint is named by its run first, since all files are called best.pt."""
     if not trained and not given.lower().endswith(YAML_SUFFIXES):
         return [given.removeprefix(TIMM_PREFIX), given]
     parts = PurePath(path).with_suffix("").parts

@@ -75,7 +75,7 @@ class CompareConfig(Options):
         float,
         low=0.0,
     )
-    memory_gb: float = option(0.0, "memory limit of a candidate on a CPU; 0 = what is available", float, low=0.0)
+    memory_gb: float = option(0.0, "memory limit of a candidate on a CPU; 0 = available memory", float, low=0.0)
     pretrained: bool = flag("backbones given by name start from their published weights")
     fresh: bool = flag("repeat all measurements and trainings instead of using stored results")
     project: str = option("runs/compare", "parent folder of runs, and of the stored results")

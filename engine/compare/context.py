@@ -41,13 +41,13 @@ class Context:
     Attributes:
         config: options.
         data: the dataset.
-        device: of all measurements.
+        device: device of all measurements.
         cache: folder of stored results.
         store: finished results.
-        sample: images that are timed, and whose detections the report shows.
+        sample: images that are timed and shown with their detections in the report.
         machine: description.
         memory: bytes that a candidate may allocate on a CPU.
-        optimizer: of all trainings; `--optimizer auto` resolved.
+        optimizer: optimizer of all trainings; `--optimizer auto` is resolved.
         recipe_text: description of the recipe of all trainings.
         measuring_key: hash of everything that measurements depend on besides the candidate.
         training_key: the same for trainings.
@@ -119,7 +119,7 @@ class Context:
         return self.cache / "initial"
 
     def recipe(self, row: CandidateResult, seed: int = 0) -> dict[str, Any]:
-        """Return the options of train.py for a candidate, which differ in `cfg`, `head` and `seed` only."""
+        """Return the options of train.py for a candidate; candidates differ in `cfg`, `head` and `seed` only."""
         config = self.config
         device = "cpu" if self.device.type == "cpu" else str(self.device.index or 0)
         chosen = {name: getattr(config, name) for name in RECIPE} | {"epochs": max(config.epochs, 1)}
@@ -143,7 +143,7 @@ class Context:
         return Worker(setting, self.log(row))
 
     def log(self, row: CandidateResult) -> Path:
-        """Return the file that the output of a candidate's processes goes to."""
+        """Return the log file of a candidate's processes."""
         return self.cache / "logs" / f"{safe(row.label)}.log"
 
 
@@ -153,7 +153,7 @@ def resolve_recipe(config: CompareConfig, data: DataConfig) -> tuple[str, Hyperp
     The optimizer of the hyperparameters is `auto` where it was chosen by `--optimizer auto`.
 
     Raises:
-        UserError: a file that cannot be used, or is made for another optimizer.
+        UserError: a file that cannot be used, or was made for another optimizer.
     """
     options = {name: getattr(config, name) for name in ("hyp", "optimizer", "batch_size")}
     training = with_recipe(TrainConfig(**options, epochs=max(config.epochs, 1)))

@@ -40,7 +40,7 @@ class Effects:
     Attributes:
         heads: in the order of `--head`.
         rows: heads first, then backbones.
-        seeds: that all candidates of the grid were trained with.
+        seeds: seeds that all candidates of the grid were trained with.
         left_out: backbones that lack an accuracy with one of the heads.
     """
 
@@ -54,8 +54,8 @@ def effects_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> Eff
     """Return the marginal means over the backbones that were trained with every head; None without such a grid.
 
     Args:
-        rows: of the comparison.
-        runtime, batch: whose latency counts.
+        rows: rows of the comparison.
+        runtime, batch: select the latency.
     """
     grid = {(row.candidate.backbone, row.candidate.head): row for row in measured(rows) if row.candidate.head}
     heads = tuple(dict.fromkeys(head for _, head in grid if head))

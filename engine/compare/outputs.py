@@ -1,4 +1,4 @@
-"""Files of a comparison: JSON, CSV, Markdown, plots, and one HTML file with all of it."""
+"""Files of a comparison: JSON, CSV, Markdown, plots, and one HTML file that contains everything."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from engine.compare.pareto import Limits, Pick, points_of
 from engine.compare.results import CandidateResult, measured
 from engine.compare.table import NOTHING, Table, all_tables, as_csv, csv_lines, effect_lines
 from engine.compare.worker.samples import SHOWN_SAMPLES
-from engine.evaluate.worst_images import USE_SCORE, ImageErrors
+from engine.evaluate.worst_images import SHOWN_CONF, ImageErrors
 from engine.report.html import ReportImage, image_files, render, worst_image, write_text
 from utils.metrics import RANKING_FLOOR
 
@@ -82,7 +82,7 @@ class Report:
         return f"Pick: {self.pick.label}: {self.pick.reason}."
 
     def warnings(self) -> list[str]:
-        """Return what a reader of the accuracies has to know first."""
+        """Return warnings about the accuracies."""
         accuracies = [row.accuracy for row in measured(self.rows) if row.accuracy]
         if len(self.config.seeds) > 1 or all(accuracy.seeds is None for accuracy in accuracies):
             return []
@@ -149,7 +149,7 @@ def write_all(report: Report, folder: Path) -> None:
         "verdict": report.verdict(),
         "warnings": report.warnings(),
         "samples": sample_detections(report),
-        "confidence": USE_SCORE,
+        "confidence": SHOWN_CONF,
         "tables": report.tables(),
         "images": image_files(folder, IMAGES),
         "how_measured": how_measured(report),

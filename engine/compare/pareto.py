@@ -13,7 +13,7 @@ from utils.metrics import RANKING_FLOOR
 
 @dataclass(frozen=True)
 class Point:
-    """Values of one candidate that decide; None where not measured.
+    """Compared values of one candidate; None where not measured.
 
     Attributes:
         latency: milliseconds per image.
@@ -22,7 +22,7 @@ class Point:
         gflops: at `--imgsz`.
         memory_mb: peak memory of inference.
         has_interval: whether `accuracy` is a range, from several seeds or from the bootstrap.
-        head: that of `--head`, or None.
+        head: the `--head` of the candidate, or None.
     """
 
     latency: Spread | None
@@ -63,7 +63,7 @@ class Pick:
     Attributes:
         label: its name; None when no candidate can be recommended.
         reason: one sentence.
-        misses: by candidate the limits that it exceeds; empty for those that qualify.
+        misses: exceeded limits by candidate; empty for those that qualify.
         front: qualifying candidates on the Pareto front, fastest first.
     """
 
@@ -77,9 +77,8 @@ def points_of(rows: Sequence[CandidateResult], runtime: str, batch: int) -> dict
     """Return the compared values of each measured candidate.
 
     Args:
-        rows: of the comparison.
-        runtime: whose latency counts.
-        batch: whose latency counts.
+        rows: rows of the comparison.
+        runtime, batch: select the latency.
     """
     points = {}
     for row in measured(rows):
@@ -156,8 +155,8 @@ def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
     where latencies tie as well, the smallest. No candidate is recommended where accuracies cannot be ranked.
 
     Args:
-        points: by candidate.
-        limits: to keep.
+        points: compared values by candidate.
+        limits: upper bounds to keep.
     """
     missed = {name: tuple(text for text, _ in excesses(point, limits)) for name, point in points.items()}
     qualified = {name: point for name, point in points.items() if not missed[name]}

@@ -24,7 +24,7 @@ MIN_AREA, MAX_AREA = 60.0, 1400.0  # of markers, in square points
 STAGE_COLORS = {"preprocess": "#8da0cb", "forward": "#4878a8", "nms": "#e0a058"}
 BLUE, LIGHT, GRAY, FRONT, PICKED = "#4878a8", "0.8", "0.55", "#c0392b", "#2e8b57"
 MARKERS = {None: "o", "anchor": "o", "free": "s"}  # a diamond for other heads
-GAP = 4.0  # pixels between a label and what it must not touch
+GAP = 4.0  # clearance around a label in pixels
 RINGS = 24  # distances at which a label is tried
 DIRECTIONS = ((1, 0), (1, 1), (0, 1), (1, -1), (0, -1), (-1, 0), (-1, 1), (-1, -1))
 MIN_SPAN = 0.1  # of mAP50-95 on the axis: smaller differences are not magnified
@@ -38,9 +38,9 @@ def place_labels(anchors: Sequence[Bbox], sizes: Sequence[tuple[float, float]], 
     """Return a box for each label, near its anchor: the first free one, or the one with the least overlap.
 
     Args:
-        anchors: boxes of what is labeled, in pixels.
+        anchors: boxes of the labeled markers, in pixels.
         sizes: (width, height) of the labels.
-        frame: where labels may be.
+        frame: area for the labels.
     """
     placed: list[Bbox] = []
     for anchor, (width, height) in zip(anchors, sizes):
@@ -78,10 +78,10 @@ def plot_pareto(path: Path, points: Mapping[str, Point], pick: Pick, limits: Lim
 
     Args:
         path: PNG to write.
-        points: by candidate; those without latency are left out.
+        points: compared values by candidate; those without latency are left out.
         pick: recommendation and Pareto front, highlighted.
-        limits: the one on latency is drawn.
-        what: whose latency, for the axis.
+        limits: only the latency limit is drawn.
+        what: description of the latency, for the axis label.
     """
     figure = new_figure(9.5, 6.2)
     figure.set_dpi(DPI)  # labels are placed in pixels
@@ -250,7 +250,7 @@ def _latency_bar(latency: Latency | None) -> Bar | None:
 
 
 def plot_memory(path: Path, rows: Sequence[CandidateResult], runtime: str, batch: int) -> None:
-    """Plot peak memory of inference and of a training step, and what is kept for the backward pass."""
+    """Plot peak memory of inference and of a training step, and the memory kept for the backward pass."""
     shown = [row for row in measured(rows) if row.latency(runtime, batch) or row.training_memory]
     inference = [row.latency(runtime, batch) for row in shown]
     training = [row.training_memory or {} for row in shown]

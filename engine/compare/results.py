@@ -13,7 +13,7 @@ from engine.compare.candidates import Candidate
 from engine.compare.measure.detector import STAGES, STEP, TOTAL
 from engine.compare.measure.rounds import Spread, deviation, over_seeds
 
-DEPLOYED, TRAINING = "deployed", "training"  # forms whose latency is measured
+DEPLOYED, TRAINING = "deployed", "training"  # forms in which latency is measured
 FORM_NAMES = {DEPLOYED: "re-parameterized model", TRAINING: "training form"}
 AREAS = ("small", "medium", "large")
 METRICS = ("map50", "map", "precision", "recall")
@@ -27,7 +27,7 @@ class Latency:
         runtime: key of `RUNTIMES`.
         form: DEPLOYED or TRAINING.
         batch: images per call.
-        side: of the input in pixels.
+        side: input side in pixels.
         times: milliseconds per image by stage, and `total`.
         peak_mb: PyTorch's allocator on CUDA, the peak of a fresh process on a CPU.
         baseline_mb: resident memory before the model was built (CPU).
@@ -56,7 +56,7 @@ class Accuracy:
     """Validation of a candidate's trainings.
 
     Attributes:
-        seeds: of the trainings; None for a checkpoint that was given.
+        seeds: seeds of the trainings; None for a given checkpoint.
         results: one per training, see `engine.compare.worker.jobs.CandidateJobs.validate`.
     """
 
@@ -104,17 +104,17 @@ class CandidateResult:
     """One candidate, completed stage by stage.
 
     Attributes:
-        candidate: what is measured.
+        candidate: measured candidate.
         weights: checkpoint whose speed is measured: trained, given, or with random weights.
         weights_key: identifies it in keys of stored results.
         structure: see `engine.compare.worker.jobs.CandidateJobs.structure`.
         training_memory: see `open_training` of `engine.compare.worker.jobs.CandidateJobs`.
         training_fits: False when a training step ran out of memory.
-        latencies: by runtime, form and batch.
+        latencies: latencies by runtime, form and batch.
         step: milliseconds per image of a training step.
         accuracy: None where nothing was trained or validated.
-        failure: why there is nothing more; None for a candidate that was measured.
-        notes: what else could not be done, and why.
+        failure: reason of a failure; None for a candidate that was measured.
+        notes: parts that could not be measured, with the reason.
     """
 
     candidate: Candidate

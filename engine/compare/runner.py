@@ -34,7 +34,7 @@ SHOWN = (
     "Effects of head and backbone",
     "Latency",
     "What failed",
-)  # on the terminal; the rest is in the files
+)  # shown in the terminal; the others are in the files only
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Comparison:
     """Result of a comparison.
 
     Attributes:
-        folder: of the report.
+        folder: folder of the report.
         rows: one per candidate.
         pick: recommended candidate and reason.
     """
@@ -53,9 +53,9 @@ class Comparison:
 
 
 def compare(config: CompareConfig) -> Comparison:
-    """Compare as the options say.
+    """Compare the candidates.
 
-    Finished results are stored in `<project>/cache`: after an interruption the same command continues where it was.
+    Finished results are stored in `<project>/cache`: after an interruption the same command continues from there.
 
     Raises:
         UserError: options, names, dataset or folder that cannot be used, or no candidate that can be measured.
@@ -72,7 +72,7 @@ def compare(config: CompareConfig) -> Comparison:
 
 
 def _remove_partial_files(config: CompareConfig) -> None:
-    """Remove what a killed comparison in the same project left; the lock is held, so no other one writes there."""
+    """Remove files left by a killed comparison in the same project; the lock is held, so no other one writes there."""
     remove_partial_files(cache_folder(config))
     for folder in Path(config.project).glob(f".{glob.escape(config.name)}.????????"):
         shutil.rmtree(folder, ignore_errors=True)

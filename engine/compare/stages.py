@@ -23,7 +23,7 @@ BAR = "{desc} {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} {elapsed}<{remain
 
 
 def measure_structures(context: Context, rows: Sequence[CandidateResult]) -> None:
-    """Measure structure and training memory of every candidate; one that fails is out of the comparison."""
+    """Measure structure and training memory of every candidate; failed candidates are excluded from the comparison."""
     pending = [row for row in rows if not _take_stored_structure(context, row)]
     with logging_redirect_tqdm():
         for row in tqdm(pending, desc="structure and memory", bar_format=BAR, disable=not pending):
@@ -67,7 +67,7 @@ def _measure_structure(context: Context, row: CandidateResult, worker: Worker) -
 def train_all(context: Context, rows: Sequence[CandidateResult]) -> None:
     """Train every candidate once per seed, and validate; checkpoints that were given are only validated.
 
-    All candidates are trained with the first seed before any is with the second.
+    All candidates are trained with the first seed before any is trained with the second.
     """
     found: dict[str, list[dict[str, Any]]] = {row.label: [] for row in rows}
     jobs: list[tuple[CandidateResult, int | None]] = [(row, None) for row in measured(rows) if row.candidate.weights]

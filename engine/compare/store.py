@@ -69,7 +69,7 @@ class Store:
     """Finished results as JSON files, one per key.
 
     Args:
-        folder: of the files; created when needed.
+        folder: folder of the files; created when needed.
         fresh: ignore stored results.
     """
 

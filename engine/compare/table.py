@@ -35,7 +35,7 @@ RANGE_NOTE = (
     f"{RANKING_FLOOR:g}."
 )
 TIES_NOTE = "Ranks marked = are ties: the ranges overlap."
-MODEL_NOTE = "Model only: without what Python and its libraries held before."
+MODEL_NOTE = "Model only: without the memory that Python and its libraries used before."
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def mean(found: Spread | None) -> Cell:
 
 
 def text(value: object) -> Cell:
-    """Format a text; it is sorted without regard to case."""
+    """Format a string; sorting ignores case."""
     return Cell(NOTHING) if value is None else Cell(str(value), str(value).lower())
 
 
@@ -125,7 +125,7 @@ def rank(found: Mapping[str, str], label: str) -> Cell:
 
 
 def memory_columns(prefix: str, memory: Callable[[R], Mapping[str, Any]]) -> Columns[R]:
-    """Return the columns of a peak of memory and of its part without the baseline."""
+    """Return the columns of peak memory, with and without the baseline."""
 
     def of_model(row: R) -> Cell:
         top, base = (memory(row).get(name) for name in ("peak_mb", "baseline_mb"))
@@ -146,9 +146,9 @@ def all_tables(rows: Sequence[CandidateResult], pick: Pick, runtime: str, batch:
     """Return every table that has rows; the summary first.
 
     Args:
-        rows: of the comparison.
+        rows: rows of the comparison.
         pick: recommendation.
-        runtime, batch: whose latency counts in the summary.
+        runtime, batch: select the latency of the summary.
         recipe: description of the recipe of all trainings.
     """
     effects = effects_of(rows, runtime, batch)
@@ -369,11 +369,11 @@ def failures(rows: Sequence[CandidateResult]) -> Table:
 
 
 def as_text(table: Table, columns: int) -> str:
-    """Return a table for a terminal: texts aligned to the left, numbers to the right.
+    """Return a table for a terminal: strings aligned to the left, numbers to the right.
 
     Args:
-        table: to format.
-        columns: of the terminal; what does not fit beside the first `MIN_COLUMNS` is left out.
+        table: table to format.
+        columns: terminal width; columns that do not fit beside the first `MIN_COLUMNS` are left out.
     """
     lines = [table.header, *(tuple(cell.text for cell in row) for row in table.rows)]
     widths = [max(map(display_width, column)) for column in zip(*lines)]

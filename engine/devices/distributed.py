@@ -77,10 +77,10 @@ def process_group(world: World) -> Iterator[None]:
     """Join the process group for the block; a no-op for a single process.
 
     When the block fails, only one process reports: the first that fails raises its error. The others, which fail for
-    the same reason or because that one is gone, end silently (SystemExit with the exit status of a failure).
+    the same reason or because that one has exited, exit silently (SystemExit with the exit status of a failure).
 
     Raises:
-        TrainingError: another process died without an error of its own.
+        TrainingError: another process died without reporting an error.
     """
     if world.size == 1:
         yield
@@ -90,7 +90,7 @@ def process_group(world: World) -> Iterator[None]:
     store = _join(world)
     try:
         yield
-        broadcast(None, world)  # rank zero may still write files when the others are done: all leave together
+        broadcast(None, world)  # rank zero may still write files when the others are done: all exit together
     except Exception as error:
         if not _is_first(store):
             end_silently(FAILURE if _is_loss(error) else status_of(error))
@@ -100,7 +100,7 @@ def process_group(world: World) -> Iterator[None]:
                 "says why"
             ) from error
         raise
-    # Not after an error: destroying a group may wait for processes that are gone. This one ends anyway.
+    # Not after an error: destroying a group may wait for processes that have exited. This one exits anyway.
     dist.destroy_process_group()
 
 
@@ -115,11 +115,11 @@ def _join(world: World) -> Store:
 
 
 def _is_first(store: Store) -> bool:
-    """Whether no other process has failed so far."""
+    """Return whether no other process has failed so far."""
     try:
         return store.add("failures", 1) == 1
     except RuntimeError:
-        return True  # the store is gone: one message too many is better than none
+        return True  # the store is gone: a duplicate message is better than none
 
 
 def _is_loss(error: Exception) -> bool:
@@ -143,8 +143,8 @@ def with_gradients(world: World, device: torch.device) -> World:
 def main_first(world: World) -> Iterator[None]:
     """Let rank zero run the block before the others (it downloads and writes what they read).
 
-    Next is the first process of each other machine, which may have its own disk, then the rest. All wait until every
-    process is done; when one fails, all end, and only that one with a message.
+    Next is the first process of each other machine, which may have its own disk, then all others. All wait until
+    every process is done; when one fails, all exit, and only that one reports an error.
     """
     if world.size == 1:
         yield

@@ -11,13 +11,13 @@ from utils.structures import Batch
 
 
 def prefetch(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Batch, Tensor]]:
-    """Yield batches with their images on `device`; on CUDA the next copy runs on its own stream meanwhile.
+    """Yield batches with their images on `device`; on CUDA the next copy runs concurrently on its own stream.
 
     Targets are not copied: the loss assigns them on the CPU and copies the result without a synchronization.
 
     Args:
         batches: with images (B, 3, H, W) uint8, in pinned memory for asynchronous copies.
-        device: of the model.
+        device: device of the model.
 
     Yields:
         The batch, and its images (B, 3, H, W) uint8 on the device.

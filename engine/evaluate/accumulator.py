@@ -1,4 +1,4 @@
-"""Counting of an evaluation: what the images give one by one, and the figures of all of them."""
+"""Accumulation of detections and labels over the images of a validation, and the metrics of all of them."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class ImageOutcome:
     Attributes:
         path: file.
         shape: (height, width) of the original image.
-        detections: (n, 6) float32 corners, score, class; by falling score.
-        labels: (m, 5) float32 class, corners.
-        correct: (n, 10) bool: detections that are right, at IoU 0.5 ... 0.95.
+        detections: (n, 6) float32 xyxy, confidence, class; sorted by descending confidence.
+        labels: (m, 5) float32 class, xyxy.
+        correct: (n, 10) bool: whether each detection is a TP at IoU 0.5 ... 0.95.
     """
 
     path: str
@@ -49,20 +49,20 @@ class ImageOutcome:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Figures of one evaluation.
+    """Metrics of a validation.
 
     Attributes:
         mp, mr, map50, map: precision, recall, mAP at IoU 0.5 and at 0.5 ... 0.95; means over the classes with labels.
-        classes: (k,) the classes with labels.
+        classes: (k,) classes with labels.
         p, r, ap50, ap: (k,) the same per class.
         nt: (nc,) labels per class.
         class_maps: (nc,) mAP50-95 per class; the mean for classes without labels.
         images: number of images.
         losses: box, objectness and class loss (0 where no criterion was given).
         speeds: milliseconds per image of preprocess, inference, NMS.
-        curves: precision, recall and F1 over the score.
-        confusion: (nc + 1, nc + 1) counts, or None when no images were wanted.
-        coco: COCO's twelve figures (mAP50-95 and mAP50 first), where they were asked for.
+        curves: precision, recall and F1 over confidence.
+        confusion: (nc + 1, nc + 1) counts; None without plots.
+        coco: COCO's twelve metrics (mAP50-95 and mAP50 first), if requested.
     """
 
     mp: float
@@ -93,15 +93,15 @@ class EvalResult:
 
 @dataclass
 class Tally:
-    """What is counted while the images go by; of several processes, each counts its own batches.
+    """Accumulated detections and labels; each of several processes accumulates its own batches.
 
     Attributes:
         nc: number of classes.
-        batches: per image the number of its batch.
-        losses: (3,) box, objectness and class loss by number of the batch.
-        seconds: spent on preprocess, inference, NMS.
-        outcomes: of the images, where somebody wants to see them.
-        shown: batches to draw by their number, with the detections (n, 6) of each image.
+        batches: batch number of each image.
+        losses: (3,) box, objectness and class loss by batch number.
+        seconds: time of preprocess, inference, NMS.
+        outcomes: outcomes of the images, kept only for sinks.
+        shown: batches to plot by batch number, with the detections (n, 6) of each image.
     """
 
     nc: int
@@ -132,7 +132,7 @@ class Tally:
         return ImageOutcome(path, shape, detections, labels, correct)
 
     def average_precision(self) -> tuple[APResult, np.ndarray]:
-        """Metrics over everything counted, and the number of labels per class (nc,)."""
+        """Return the metrics over all images, and the number of labels per class (nc,)."""
         nothing = torch.zeros(0, len(self.thresholds), dtype=torch.bool)
         correct = torch.cat([nothing, *self.correct]).numpy()
         detections = torch.cat([torch.zeros(0, 2), *self.detections]).numpy()
@@ -142,11 +142,11 @@ class Tally:
 
 
 def merge(parts: Sequence[Tally]) -> Tally:
-    """One tally of several processes' ones: images, and so equal scores, stand in the order of a single process."""
+    """Merge the tallies of several processes; images, and so equal confidences, keep the order of a single process."""
     if len(parts) == 1:
         return parts[0]
     batches = [number for part in parts for number in part.batches]
-    order = sorted(range(len(batches)), key=batches.__getitem__)  # stable: within a batch as they were
+    order = sorted(range(len(batches)), key=batches.__getitem__)  # stable: images of a batch keep their order
     whole = Tally(parts[0].nc, parts[0].thresholds, confusion=parts[0].confusion, images=len(batches))
     for part in parts[1:]:
         if whole.confusion is not None and part.confusion is not None:
@@ -195,12 +195,12 @@ def summarize(tally: Tally) -> EvalResult:
 
 
 def table_head() -> str:
-    """Return the head of the table that `log_table` writes; with a progress bar behind it, it fits 80 columns."""
+    """Return the header of the table that `log_table` logs; followed by a progress bar, it fits 80 columns."""
     return HEAD % COLUMNS
 
 
 def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> None:
-    """Log the line of all classes, and one line per class with labels where there are several."""
+    """Log the row of all classes; with `per_class`, also one row per labeled class if there are several."""
     instances = int(result.nt.sum())
     LOGGER.info(ROW, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
     if not instances:
@@ -209,5 +209,5 @@ def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> 
         LOGGER.info("Best F1 at confidence %.3f", result.best_conf)
     if per_class and len(names) > 1:
         for k, c in enumerate(result.classes.tolist()):
-            figures = result.p[k], result.r[k], result.ap50[k], result.ap[k]
-            LOGGER.info(ROW, names.get(c, c), result.images, result.nt[c], *figures)
+            values = result.p[k], result.r[k], result.ap50[k], result.ap[k]
+            LOGGER.info(ROW, names.get(c, c), result.images, result.nt[c], *values)

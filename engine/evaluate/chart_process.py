@@ -1,4 +1,4 @@
-"""Drawing of charts in a process of its own. Imports no torch.
+"""Drawing of charts in a separate process. Imports no torch.
 
 The process imports matplotlib while the command imports torch, and draws while the command writes other files.
 """
@@ -25,9 +25,9 @@ if sys.platform == "linux":
     import fcntl
 
 Draw = Callable[..., None]
-PIPE_BYTES = 2**20  # where the system allows it: all charts of a few classes, so that `draw` does not wait
+PIPE_BYTES = 2**20  # if the system allows it: fits all charts of a few classes, so that `draw` does not block
 
-# Ctrl-C is for the command, which then ends this process. `-c`, because multiprocessing would import the user's script.
+# Ctrl-C is handled by the command, which then ends this process. `-c`: multiprocessing would import the user's script.
 _CODE = f"""
 import gc, signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -48,11 +48,11 @@ def call(function: Callable[..., None], *arguments: object) -> None:
 def serve(functions: Mapping[str, Any]) -> None:
     """Draw the charts that come through standard input, and print the first error, if any.
 
-    A chart is a line of JSON: function and arguments. The end is an empty object, not the end of the file: worker
-    processes of the loader inherit the other end of the pipe. The file ends where the command was killed.
+    A chart is a line of JSON with function and arguments. An empty object marks the end. End of file does not: loader
+    workers inherit the other end of the pipe. It means that the command was killed.
 
     Args:
-        functions: by name.
+        functions: functions by name.
     """
     problem = ""
     while (line := sys.stdin.readline()) and (task := json.loads(line, object_hook=_decoded)):
@@ -80,12 +80,12 @@ def _decoded(found: dict[str, Any]) -> object:
 
 
 class ChartProcess:
-    """Draws charts in another process; a context manager that ends it, finished or not."""
+    """Draws charts in another process; a context manager that ends it in any case."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen([sys.executable, "-c", _CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         if sys.platform == "linux":
-            with contextlib.suppress(OSError):  # more than the system allows: `draw` may wait
+            with contextlib.suppress(OSError):  # more than the system allows: `draw` may block
                 fcntl.fcntl(self._stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
 
     @property
@@ -106,7 +106,7 @@ class ChartProcess:
         """Queue a chart, which the other process draws.
 
         Args:
-            function: of `utils.plots`.
+            function: function of `utils.plots`.
             arguments: paths, arrays, and values that JSON can represent.
         """
         self._send({"function": function.__name__, "arguments": arguments})

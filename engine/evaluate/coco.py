@@ -55,7 +55,7 @@ def require_coco() -> None:
 
 
 def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
-    """COCO image ids by path: the file names where all of them are different integers, else 1, 2, 3, ..."""
+    """Return COCO image ids by path: the file names if they are distinct integers, else 1, 2, 3, ..."""
     stems = [Path(path).stem for path in paths]
     numeric = all(stem.isascii() and stem.isdigit() for stem in stems)
     if numeric and len(set(map(int, stems))) == len(stems):
@@ -64,23 +64,23 @@ def image_numbers(paths: Sequence[str | Path]) -> dict[str, int]:
 
 
 def result_rows(detections: torch.Tensor, image_id: int, categories: Sequence[int]) -> list[dict[str, Any]]:
-    """One entry per detection of an image.
+    """Return one entry per detection of an image.
 
     Args:
-        detections: (n, 6) left, top, right, bottom in pixels of the original image, score, class.
+        detections: (n, 6) xyxy in pixels of the original image, confidence, class.
         image_id: id of the image.
         categories: category id of each class.
     """
     boxes = xyxy2xywh(detections[:, :4])
-    boxes[:, :2] -= boxes[:, 2:] / 2  # COCO names the corner, not the center
+    boxes[:, :2] -= boxes[:, 2:] / 2  # COCO boxes start at the upper left corner, not the center
     return [
         {
             "image_id": image_id,
             "category_id": categories[int(label)],
             "bbox": [round(value, 3) for value in box],
-            "score": round(score, 5),
+            "score": round(confidence, 5),
         }
-        for box, score, label in zip(boxes.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist())
+        for box, confidence, label in zip(boxes.tolist(), detections[:, 4].tolist(), detections[:, 5].tolist())
     ]
 
 
@@ -95,11 +95,11 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
 
     Args:
         truth: annotation file, or its content.
-        results: as `result_rows` gives them.
-        ids: images to look at.
+        results: entries from `result_rows`.
+        ids: ids of the evaluated images.
 
     Raises:
-        DataError: an annotation file that cannot be read, or that does not know the images.
+        DataError: an annotation file that cannot be read, or that lacks images.
     """
     coco_class, eval_class = coco_package()
     with _captured() as output:
@@ -109,7 +109,7 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
         strangers = set(ids) - set(known.getImgIds())
         if strangers:
             where = truth if isinstance(truth, Path) else "ground truth"
-            raise DataError(f"{where}: does not know {len(strangers)} of the images, such as id {min(strangers)}")
+            raise DataError(f"{where}: lacks {len(strangers)} of the images, such as id {min(strangers)}")
         if not results:  # neither package reads an empty list
             LOGGER.info("COCO: no detections, all metrics are 0")
             return [0.0] * STATISTICS
@@ -148,5 +148,5 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read as a COCO annotation file: {error}") from error
     if not isinstance(content, dict) or not {"images", "annotations", "categories"} <= set(content):
-        raise DataError(f"{path}: is no COCO annotation file; images, annotations and categories are needed")
+        raise DataError(f"{path}: not a COCO annotation file; images, annotations and categories are needed")
     return content

@@ -1,4 +1,4 @@
-"""Validation: run a detector over a dataset, compare with the labels, and say how good it is."""
+"""Validation: run a detector on a dataset, match its detections with the labels, and compute metrics."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ __all__ = ["EvalOptions", "EvalResult", "ImageOutcome", "conclude", "evaluate", 
 LOGGER = logging.getLogger(__name__)
 
 PLOTTED_BATCHES = 3
-USUAL_CONF = 0.001  # a higher threshold cuts the curves off
-FEW_CLASSES = 50  # with fewer classes each gets its line without --verbose
+USUAL_CONF = 0.001  # a higher threshold truncates the curves
+FEW_CLASSES = 50  # with fewer classes each gets a row without --verbose
 SPEED_CONF, SPEED_IOU = 0.25, 0.45  # of --task speed
 SINGLE = World()
 VAL_BAR = "{desc}{percentage:4.0f}% {remaining}"
@@ -52,18 +52,18 @@ RECT_PAD = 0.5  # in strides: extra padding of rectangular batches
 
 @dataclass(frozen=True)
 class EvalOptions:
-    """How to evaluate.
+    """Options of an evaluation.
 
     Attributes:
         names: class names by number.
         single_cls: count every detection as class 0.
-        conf_thres, iou_thres, max_det: of the NMS.
-        hybrid: let the labels take part in the NMS as certain boxes; the figures then say nothing.
-        folder: where images go; needed for `plots`.
-        plots: draw curves, the confusion matrix, and the first batches.
+        conf_thres, iou_thres, max_det: NMS settings.
+        hybrid: add the labels to NMS as boxes of confidence 1; the metrics are then not meaningful.
+        folder: folder of the plots; required by `plots`.
+        plots: plot curves, the confusion matrix, and the first batches.
         charts: the process that draws the curves; None = this one.
-        verbose: log the speed and a line per class.
-        sinks: called with the outcome of every image at the end, in their order.
+        verbose: log the speed and a row per class.
+        sinks: called in order with the outcome of every image at the end.
     """
 
     names: Mapping[int, str]
@@ -85,13 +85,13 @@ def evaluate(
     options: EvalOptions,
     criterion: LossModule | None = None,
 ) -> EvalResult:
-    """Evaluate a detector, and log the table of figures.
+    """Evaluate a detector and log its metrics.
 
     Args:
         runtime: the detector.
         loader: batches without augmentation.
-        options: how.
-        criterion: also compute the loss, from the raw outputs; its automatic balance is left as it is. Needs a
+        options: options of the evaluation.
+        criterion: also compute the loss, from the raw outputs; its automatic balance is not updated. Needs a
             `RawRuntime`.
     """
     return conclude([measure(runtime, loader, options, criterion)], options)
@@ -111,7 +111,7 @@ def measure(
     bar = tqdm(loader, desc=table_head(), bar_format=VAL_BAR, ncols=LINE_WIDTH, disable=not is_main_process())
     with _without_training(criterion), worker_losses_reported():
         for turn, batch in enumerate(bar):
-            number = world.rank + turn * world.size  # that it would have in a single process
+            number = world.rank + turn * world.size  # as in a single process
             with timers[0]:
                 images = to_unit(to_device(batch.images, runtime.device))
             with timers[1]:
@@ -131,8 +131,8 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
     """Compute metrics, log the table and draw the plots; see `evaluate`.
 
     Args:
-        parts: what the processes measured, by rank.
-        options: as they were given to `measure`.
+        parts: results of `measure` by rank.
+        options: options given to `measure`.
     """
     tally = merge(parts)
     for outcome in tally.outcomes:
@@ -154,7 +154,7 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
 
 @contextmanager
 def _without_training(criterion: LossModule | None) -> Iterator[None]:
-    """Keep what a criterion learns (its balance) untouched by the validation data."""
+    """Put the criterion into evaluation mode, so that validation data does not change its balance."""
     training = criterion is not None and criterion.training
     if criterion is not None:
         criterion.eval()
@@ -171,12 +171,12 @@ def _detect(
     if criterion is None:
         return runtime(images), []
     if not isinstance(runtime, RawRuntime):
-        raise TypeError(f"{type(runtime).__name__} shows no raw outputs; a loss cannot be computed from it")
+        raise TypeError(f"{type(runtime).__name__} has no raw outputs; a loss cannot be computed from it")
     return runtime.with_raw(images)
 
 
 def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list[torch.Tensor]:
-    """Boxes of every image (n, 6) in pixels of the input, on the CPU."""
+    """Return the boxes of every image (n, 6) in pixels of the input, on the CPU."""
     labels: list[torch.Tensor] = []
     if options.hybrid:
         height, width = batch.images.shape[2:]
@@ -191,7 +191,7 @@ def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list
         agnostic=options.single_cls,
         max_det=options.max_det,
     )
-    # One copy for the whole batch: the counting that follows is many small steps, which a CPU does faster.
+    # One copy for the whole batch: the matching that follows has many small steps, which are faster on a CPU.
     together = torch.cat(found).cpu()
     if options.single_cls:
         together[:, 5] = 0
@@ -199,14 +199,14 @@ def _suppress(decoded: torch.Tensor, batch: Batch, options: EvalOptions) -> list
 
 
 def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], options: EvalOptions) -> None:
-    """Scale boxes and labels back to the original images, and count them."""
+    """Scale boxes and labels back to the original images, and add them to the tally."""
     height, width = batch.images.shape[2:]
     targets = batch.targets.cpu()
-    corners = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
+    targets_xyxy = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
     for k, (path, fit, detections) in enumerate(zip(batch.paths, batch.shapes, found)):
         fit = fit or ImageShapes((height, width), (1.0, 1.0), (0.0, 0.0))
         mine = targets[:, 0] == k
-        boxes = scale_boxes((height, width), corners[mine], fit.original, fit.ratio_pad)
+        boxes = scale_boxes((height, width), targets_xyxy[mine], fit.original, fit.ratio_pad)
         labels = torch.cat((targets[mine, 1:2], boxes), 1)
         boxes = scale_boxes((height, width), detections[:, :4], fit.original, fit.ratio_pad)
         outcome = tally.add(path, fit.original, torch.cat((boxes, detections[:, 4:]), 1), labels, number)
@@ -218,9 +218,9 @@ def _count(tally: Tally, number: int, batch: Batch, found: list[torch.Tensor], o
 
 
 def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResult:
-    """Validate as the options of val.py say (all tasks but `study`).
+    """Validate with the options of val.py (all tasks except `study`).
 
-    The run folder appears when everything is done; a run that fails or is interrupted leaves nothing behind.
+    The run folder appears when the run is complete; a failed or interrupted run leaves no files.
 
     Raises:
         UserError: an option, a file or a dataset that cannot be used.
@@ -265,10 +265,10 @@ def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResul
 
 
 def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
-    """Open the dataset's YAML and the weights, and settle what the options leave open.
+    """Open the dataset's YAML and the weights, and resolve the options.
 
     Returns:
-        The options as they are used (weights named, size on the grid), the dataset, the detector.
+        Resolved options (names of the weights, size on the grid), the dataset, the detector.
     """
     load_plugins(config.plugin)
     given = config.is_given("imgsz")
@@ -284,7 +284,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     if config.conf_thres > USUAL_CONF and config.task != "speed":
         LOGGER.warning("--conf-thres %g: above %g boxes are missing from the curves", config.conf_thres, USUAL_CONF)
     if config.save_hybrid:
-        LOGGER.warning("--save-hybrid: labels are merged as certain boxes: the metrics are not meaningful")
+        LOGGER.warning("--save-hybrid: labels are added to NMS with confidence 1: the metrics are not meaningful")
     data.split(split_name(config, data))  # before the weights are read
     device_name, provider = split_device(config.device)
     device = select_device(device_name)
@@ -310,7 +310,7 @@ def split_name(config: ValConfig, data: DataConfig) -> str:
 
 
 def split_annotations(config: ValConfig, data: DataConfig) -> Annotations:
-    """Images and labels of the task's split; labels may be missing altogether where only files are wanted."""
+    """Return images and labels of the task's split; all labels may be missing if only files are written."""
     labels_needed = not (config.save_json or config.save_txt) or config.save_hybrid
     sources = data.split(split_name(config, data))
     classes = len(data.names)
@@ -320,7 +320,7 @@ def split_annotations(config: ValConfig, data: DataConfig) -> Annotations:
 
 
 def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, rect: bool) -> DetectionLoader:
-    """Batches of the split: rectangular ones, or squares where the size of the input is fixed or `rect` is off."""
+    """Return the loader of the split: rectangular batches, or squares if the input size is fixed or `rect` is off."""
     rect = rect and runtime.imgsz is None
     batch_size = runtime.fixed_batch or config.batch_size
     pad = RECT_PAD if rect else 0.0
@@ -333,7 +333,7 @@ def build_loader(config: ValConfig, annotations: Annotations, runtime: Runtime, 
 
 
 def input_side(wanted: int, runtime: Runtime) -> int:
-    """Return the input side that the detector takes: its own if fixed, else rounded up to a multiple of the stride."""
+    """Return the input side of the detector: its own if fixed, else rounded up to a multiple of the stride."""
     if runtime.imgsz is not None:
         height, width = runtime.imgsz
         if height != width:
@@ -348,7 +348,7 @@ def input_side(wanted: int, runtime: Runtime) -> int:
 
 
 def check_classes(names: Mapping[int, str], data: DataConfig, weights: str) -> None:
-    """Raise DataError unless the model and the dataset name the same classes (case and spaces apart)."""
+    """Raise DataError unless the model and the dataset have the same class names (ignoring case and spaces)."""
     if len(names) != len(data.names):
         raise DataError(
             f"{data.file}: has {len(data.names)} classes, {weights} was trained for {len(names)}"

@@ -1,4 +1,4 @@
-"""What a validation leaves behind besides images: label files, a COCO result file, and the run folder itself."""
+"""Output files of a validation besides plots: label files, a COCO result file, and the run folder itself."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass
 class Run:
-    """A run folder in the making.
+    """An incomplete run folder.
 
     Attributes:
-        folder: where to write.
-        final: where it stands when the run has ended well; the wanted name, counted up, then.
+        folder: temporary folder to write to.
+        final: final path, set when the run succeeds: `wanted`, or the next free name.
     """
 
     folder: Path
@@ -43,11 +43,11 @@ class Run:
 
 @contextmanager
 def run_folder(wanted: Path, exist_ok: bool = False) -> Iterator[Run]:
-    """Give a folder to write into; when the block ends well it gets its name, else it goes, with all in it.
+    """Yield a temporary folder; rename it when the block succeeds, else remove it with its files.
 
     Args:
-        wanted: `runs/val/exp`; the next free number is added when it is there.
-        exist_ok: put the files into `wanted` itself, over those of the same name.
+        wanted: such as `runs/val/exp`; if it exists, the next free number is appended.
+        exist_ok: move the files into `wanted` itself and overwrite those of the same name.
     """
     make_folder(wanted.parent)
     folder = Path(tempfile.mkdtemp(prefix=f".{wanted.name}.", dir=wanted.parent))
@@ -83,25 +83,25 @@ def _umask() -> int:
 
 @dataclass
 class TextSink:
-    """Collects detections as YOLO label files: `class x y w h [score]`, parts of the original image's sides.
+    """Collects detections as YOLO label files: `class x y w h [confidence]`, normalized by the original image's size.
 
     Attributes:
-        scores: add the score as a sixth number.
+        confidence: append the confidence as sixth value.
     """
 
-    scores: bool = False
+    confidence: bool = False
     lines: dict[str, list[str]] = field(default_factory=dict)
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Take the detections of one image."""
+        """Add the detections of one image."""
         height, width = outcome.shape
         found = outcome.detections
         boxes = xyxy2xywhn(found[:, :4], w=width, h=height)
-        columns = (found[:, 5:], boxes, found[:, 4:5]) if self.scores else (found[:, 5:], boxes)
+        columns = (found[:, 5:], boxes, found[:, 4:5]) if self.confidence else (found[:, 5:], boxes)
         self.lines[outcome.path] = [" ".join(f"{v:g}" for v in row) for row in torch.cat(columns, 1).tolist()]
 
     def write(self, folder: Path) -> None:
-        """Write one file per image, an empty one where nothing was found."""
+        """Write one file per image, an empty one without detections."""
         make_folder(folder)
         names = unique_names(map(Path, self.lines))
         for path, lines in self.lines.items():
@@ -115,12 +115,12 @@ class TextSink:
 
 @dataclass
 class CocoSink:
-    """Collects detections for a COCO result file, and has them scored.
+    """Collects detections for a COCO result file and evaluates them.
 
     Attributes:
         ids: COCO image id by path.
         categories: category id by class.
-        truth: COCO ground truth, or the file that holds it; None when there are no labels.
+        truth: COCO ground truth or its file; None without labels.
     """
 
     ids: Mapping[str, int]
@@ -150,18 +150,18 @@ class CocoSink:
         return cls(ids, categories, truth)
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Take the detections of one image."""
+        """Add the detections of one image."""
         self.rows += coco_eval.result_rows(outcome.detections, self.ids[outcome.path], self.categories)
 
     def write(self, path: Path) -> tuple[float, ...] | None:
-        """Write the results (and beside them the ground truth made for them), and score them.
+        """Write the results (and a generated ground truth beside them), and evaluate them.
 
         Returns:
-            COCO's twelve figures, mAP50-95 and mAP50 first; None when there are no labels to compare with.
+            COCO's twelve metrics, mAP50-95 and mAP50 first; None without labels.
         """
         coco_eval.write_json(path, self.rows)
         if self.truth is None:
-            LOGGER.warning("%s: written, but not scored: this split has no labels", path.name)
+            LOGGER.warning("%s: written, but not evaluated: this split has no labels", path.name)
             return None
         if not isinstance(self.truth, Path):
             coco_eval.write_json(path.with_name("ground_truth.json"), self.truth)

@@ -1,4 +1,4 @@
-"""Images of an evaluation: first batches with labels and detections, curves, confusion matrix."""
+"""Plots of a validation: first batches with labels and detections, curves, confusion matrix."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_batch(
     """Write `val_batch<number>_labels.jpg` and `val_batch<number>_pred.jpg`.
 
     Args:
-        found: per image (n, 6) corners in pixels of the input, score, class.
+        found: per image (n, 6) xyxy in pixels of the input, confidence, class.
     """
     targets = batch.targets.cpu()
     write_image(folder / f"val_batch{number}_labels.jpg", image_grid(batch.images, targets, batch.paths, names))
@@ -38,11 +38,11 @@ def detection_targets(found: Sequence[torch.Tensor], shape: tuple[int, int]) -> 
     """Return the detections of a batch as targets with a confidence column.
 
     Args:
-        found: per image (n, 6) corners in pixels, score, class.
+        found: per image (n, 6) xyxy in pixels, confidence, class.
         shape: (height, width) of the images.
 
     Returns:
-        (M, 7) image, class, center x, center y, width, height as parts of the sides, score.
+        (M, 7) image, class, normalized cxcywh, confidence.
     """
     image = torch.repeat_interleave(torch.arange(len(found)), torch.tensor([len(rows) for rows in found]))
     together = torch.cat(list(found)).cpu()

@@ -1,4 +1,4 @@
-"""Tasks of val.py that look at several models or sizes: `speed` and `study`."""
+"""Tasks of val.py over several models or sizes: `speed` and `study`."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ STUDY_SIDES = tuple(range(256, 1536 + 128, 128))
 
 
 def speed(config: ValConfig) -> list[EvalResult]:
-    """Time each model on its own, with the thresholds of detection (score 0.25, IoU 0.45) and square images."""
+    """Time each model on its own, with the thresholds of detection (confidence 0.25, IoU 0.45) and square images."""
     return [validate(config.replaced(weights=[path])) for path in choose_weights(config.weights)]
 
 
 def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, np.ndarray]:
-    """Accuracy and time of each model over input sizes.
+    """Measure accuracy and time of each model over input sizes.
 
     Writes `study_<data>_<weights>.txt` (a line per size: P, R, mAP50, mAP50-95, three losses, milliseconds per image
     of preprocess, inference and NMS) and `study.png` into the run folder.
@@ -44,7 +44,7 @@ def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, 
         sides: in pixels.
 
     Returns:
-        By weights file (sizes, 10).
+        (sizes, 10) by weights file.
     """
     tables = {}
     with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
@@ -63,7 +63,7 @@ def study(config: ValConfig, sides: tuple[int, ...] = STUDY_SIDES) -> dict[str, 
 
 
 def _rows(config: ValConfig, sides: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Figures per size (k, 10), and the sizes on the model's grid (k,)."""
+    """Return the metrics per size (k, 10), and the sizes on the model's grid (k,)."""
     config, data, runtime = prepare(config)
     annotations = split_annotations(config, data)
     names = {0: "item"} if config.single_cls else data.names

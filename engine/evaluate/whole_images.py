@@ -14,7 +14,7 @@ from utils.structures import Batch, ImageShapes
 
 
 class WholeImages:
-    """Iterates over images in their own size.
+    """Iterates over images at their original size.
 
     Args:
         records: images with labels.

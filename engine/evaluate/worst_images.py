@@ -1,4 +1,4 @@
-"""The images of a validation that a detector does worst on."""
+"""The validation images with the most errors."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from engine.evaluate.accumulator import ImageOutcome
 from utils.boxes import box_iou
 
 SHOWN = 12
-USE_SCORE = 0.25  # detections above it are what a user sees; the confusion matrix counts the same ones
+SHOWN_CONF = 0.25  # detections above it are shown to users; also the threshold of the confusion matrix
 
 
 @dataclass(frozen=True)
 class ImageErrors:
-    """What is right and wrong about one image; boxes in its pixels.
+    """TP, FP and FN of one image; boxes in its pixels.
 
     Attributes:
         path: file.
         shape: (height, width).
-        right: (k, 6) detections that stand for a label of their class at IoU 0.5: corners, score, class.
-        wrong: (n, 6) the other detections: false positives.
-        missed: (m, 5) labels that no detection stands for: class, corners.
+        right: (k, 6) TP, detections matched with a label of their class at IoU 0.5: xyxy, confidence, class.
+        wrong: (n, 6) FP, the other detections.
+        missed: (m, 5) FN, labels without a detection: class, xyxy.
     """
 
     path: str
@@ -33,7 +33,7 @@ class ImageErrors:
 
     @property
     def errors(self) -> int:
-        """False positives and misses together; a box of the wrong class is one of each."""
+        """Number of FP and FN; a box of the wrong class counts as both."""
         return len(self.wrong) + len(self.missed)
 
 
@@ -41,16 +41,16 @@ class WorstImages:
     """Keeps the images with the most errors; a sink of `EvalOptions`.
 
     Args:
-        count: how many are kept.
-        conf_thres: detections with a higher score count.
+        count: number of images to keep.
+        conf_thres: only detections with a higher confidence count.
     """
 
-    def __init__(self, count: int = SHOWN, conf_thres: float = USE_SCORE) -> None:
+    def __init__(self, count: int = SHOWN, conf_thres: float = SHOWN_CONF) -> None:
         self.count, self.conf_thres = count, conf_thres
         self._kept: list[ImageErrors] = []
 
     def __call__(self, outcome: ImageOutcome) -> None:
-        """Look at one image."""
+        """Add one image."""
         found = image_errors(outcome, self.conf_thres)
         if found.errors:
             self._kept = sorted([*self._kept, found], key=_worse_first)[: self.count]
@@ -60,8 +60,8 @@ class WorstImages:
         return tuple(self._kept)
 
 
-def image_errors(outcome: ImageOutcome, conf_thres: float = USE_SCORE) -> ImageErrors:
-    """Split detections into right and wrong ones, and find the labels that were missed, at IoU 0.5."""
+def image_errors(outcome: ImageOutcome, conf_thres: float = SHOWN_CONF) -> ImageErrors:
+    """Return the TP, FP and FN of one image at IoU 0.5."""
     seen = outcome.detections[:, 4] > conf_thres
     detections, correct = outcome.detections[seen], outcome.correct[seen, 0]
     right = detections[correct]
@@ -69,7 +69,7 @@ def image_errors(outcome: ImageOutcome, conf_thres: float = USE_SCORE) -> ImageE
     if len(right) and len(outcome.labels):
         iou = box_iou(outcome.labels[:, 1:], right[:, :4])
         iou = torch.where(outcome.labels[:, :1] == right[None, :, 5], iou, -1.0)
-        # As in the count: a detection stands for the label it overlaps most; of equal overlaps the later one.
+        # As in `match_detections`: a detection is assigned the label with the largest IoU; for equal IoU the later one.
         missed[len(missed) - 1 - iou.flip(0).argmax(0)] = False
     return ImageErrors(outcome.path, outcome.shape, right, detections[~correct], outcome.labels[missed])
 

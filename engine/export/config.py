@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from engine.cli.config import IMGSZ_NAMES, MANY, Options, flag, option
 from utils.errors import ConfigError, did_you_mean
 
-# ONNX operator sets that can be written; 16 and below lack LayerNormalization, above 22 little reads them.
+# Supported ONNX operator sets; 16 and below lack LayerNormalization, few runtimes read those above 22.
 OPSETS = (17, 22)
 
 
@@ -18,8 +18,8 @@ class Format:
     """A format of exported files.
 
     Attributes:
-        suffix: of the file name, after the stem of the weights.
-        packages: that have to be installed: import name -> pip name.
+        suffix: file name suffix after the stem of the weights.
+        packages: required packages: import name -> pip name.
         half_on_cpu: float16 files can be written and verified on a CPU.
         refuses: options that it does not support, with the reason.
     """
@@ -102,7 +102,7 @@ class ExportConfig(Options):
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
 
     def check(self) -> None:
-        """As `Options.check`; also formats, combinations of options, and packages that are not installed."""
+        """Check as `Options.check`, and also formats, combinations of options, and installed packages."""
         super().check()
         problems = [_format_problem(name) for name in self.include if name not in FORMATS]
         if len(self.imgsz) > 2:

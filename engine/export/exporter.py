@@ -57,8 +57,8 @@ class ExportedFile:
     Attributes:
         format: key of `FORMATS`.
         path: the file, or OpenVINO's folder.
-        megabytes: its size.
-        seconds: time of writing and verifying it.
+        megabytes: size of the file.
+        seconds: time to write and verify it.
         comparison: difference from the re-parameterized model.
         verification: the JSON record.
     """
@@ -80,14 +80,14 @@ class ExportReport:
 
 
 def export(config: ExportConfig) -> ExportReport:
-    """Export as the options say.
+    """Export to the formats of `--include`.
 
     Returns:
-        The exported files; a format that fails its verification, or cannot be made, is in `failures` and leaves no
-        file.
+        The exported files; a format that cannot be exported, or fails its verification, is in `failures` and leaves
+        no file.
 
     Raises:
-        ExportError: the re-parameterized model does not compute what the training form does: nothing is exported.
+        ExportError: outputs of the re-parameterized model and the training form differ; nothing is exported.
         UserError: options, weights or folders that cannot be used.
     """
     load_plugins(config.plugin)
@@ -116,11 +116,11 @@ class Job:
 
     Attributes:
         weights: the checkpoint.
-        deployed: its re-parameterized model, float32, on `device`.
-        shape: of the graph's input.
-        metadata: of the exported files.
-        images: for the calibration of int8 ranges.
-        verification: of the re-parameterized model.
+        deployed: re-parameterized model, float32, on `device`.
+        shape: input of the graph.
+        metadata: metadata of the exported files.
+        images: images for the calibration of int8 ranges.
+        verification: verification of the re-parameterized model.
     """
 
     config: ExportConfig
@@ -177,7 +177,7 @@ class Job:
         """Write one format, run it, compare, and rename it to its final name.
 
         Raises:
-            ExportError: it cannot be written, or does not compute the same; no file is left.
+            ExportError: the file cannot be written, or its outputs differ; no file is left.
         """
         start = time.perf_counter()
         final = self.final_path(name)
@@ -216,7 +216,7 @@ class Job:
 
     def _write_openvino(self, path: Path, metadata: Metadata) -> None:
         path.mkdir()
-        # OpenVINO converts the weights itself: it gets the float32 graph.
+        # OpenVINO converts the weights itself and needs the float32 graph.
         save_openvino(self._onnx(half=False), path, self.weights.stem, metadata, self.config.half)
 
     def _versions(self, name: str) -> dict[str, str]:

@@ -35,12 +35,12 @@ class _Feed:
 def quantized(model: ModelProto, batches: Sequence[NDArray[np.float32]]) -> ModelProto:
     """Quantize convolutions and matrix products to int8 with QuantizeLinear and DequantizeLinear pairs.
 
-    Weights get a scale per output channel, activations one per tensor, from the extremes over the images. The
-    decoding after the last convolutions stays float32: pixel positions need more than 8 bits.
+    Weights get a scale per output channel, activations one per tensor, from the minimum and maximum over the images.
+    The decoding after the last convolutions stays float32: pixel positions need more than 8 bits.
 
     Args:
         model: ONNX `ModelProto`, float32.
-        batches: of the graph's input, (B, 3, H, W) float32 in [0, 1].
+        batches: inputs of the graph, (B, 3, H, W) float32 in [0, 1].
 
     Raises:
         ExportError: the quantizer failed.

@@ -22,8 +22,8 @@ from utils.files import ROOT
 
 LOGGER = logging.getLogger(__name__)
 SHIPPED = ROOT / "data" / "images"
-# Splits in order of preference: verification on images that are new to the model, calibration of int8 ranges on images
-# that the accuracy is not measured on.
+# Splits in order of preference: verification on images that are new to the model, calibration of int8 ranges on
+# images that are not used to measure accuracy.
 VERIFICATION_SPLITS = ("val", "test", "train")
 CALIBRATION_SPLITS = ("train", "val", "test")
 
@@ -33,7 +33,7 @@ class ImageSource:
     """Source of real images.
 
     Attributes:
-        origin: for the record of the verification.
+        origin: description for the record of the verification.
         files: the images.
     """
 
@@ -63,12 +63,12 @@ class ImageSource:
 
 
 def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = VERIFICATION_SPLITS) -> ImageSource:
-    """Return images of the given dataset, else of that of the training, else those shipped.
+    """Return images of the given dataset, else of the training dataset, else those shipped with the project.
 
     Args:
         data: value of the option, or ''.
-        metadata: of the checkpoint.
-        splits: the first one that the dataset has is used (of the dataset of the training: whose images exist).
+        metadata: metadata of the checkpoint.
+        splits: the first one in the dataset is used (for the training dataset, the first one with existing images).
 
     Raises:
         UserError: `data` was given and cannot be used.
@@ -80,7 +80,7 @@ def find_images(data: str, metadata: Mapping[str, Any], splits: Sequence[str] = 
     if trained_on and Path(str(trained_on)).is_file():
         try:
             config = load_data_config(str(trained_on))
-            # `split` might download missing images: not for this.
+            # `split` might download missing images, which is not wanted here.
             there = [name for name, paths in config.splits.items() if all(path.exists() for path in paths)]
             split = next((name for name in splits if name in there), "")
             if split:
@@ -104,12 +104,12 @@ def as_images(images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def random_images(count: int, like: NDArray[np.uint8], height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """Return noise with the mean and deviation of real images per channel, and structure at several scales.
+    """Return noise with the mean and standard deviation of real images per channel, and structure at several scales.
 
     Args:
         count: number of images.
         like: (n, h, w, 3) uint8 real images.
-        height, width: of the images.
+        height, width: size of the images in pixels.
 
     Returns:
         (count, 3, height, width) float32 in [0, 1].

@@ -1,4 +1,4 @@
-"""Verification that two forms of a detector compute the same: decoded rows, and boxes after NMS.
+"""Verification that two forms of a detector give the same output: decoded rows, and boxes after NMS.
 
 Stages: training model -> re-parameterized model -> exported file. Each is compared with the one before, so a
 difference names the step that caused it.
@@ -31,10 +31,10 @@ from utils.nms import non_max_suppression
 
 LOGGER = logging.getLogger(__name__)
 DEFAULT_CONF = 0.25
-CANDIDATES = 100  # rows per image above the confidence threshold, at least: it is lowered until there are as many
+CANDIDATES = 100  # minimum rows per image above the confidence threshold, which is lowered until there are that many
 IOU_THRES = 0.45
 MAX_DET = 1000
-SAME_PX = 0.05  # boxes whose sides are this close are the same, however thin they are
+SAME_PX = 0.05  # boxes with sides this close match, however thin they are
 IMAGES, NOISES = 4, 2
 FREE_SIZES = (
     " (made with --dynamic: a model whose operations depend on the size, such as RepMLPNet with tile_order published, "
@@ -49,8 +49,8 @@ class Tolerance:
     """Differences up to which two forms count as the same.
 
     Attributes:
-        row_px: of a box's center, width or height over all rows, in input pixels; None: only reported.
-        row_score: of an objectness or class score over all rows; None: only reported.
+        row_px: largest difference of a box's center, width or height, in input pixels; None: only reported.
+        row_score: largest difference of an objectness or class score; None: only reported.
         iou: boxes after NMS match if their IoU is at least this ...
         score: ... and their confidences differ by at most this.
         matched: fraction of the boxes after NMS that must have a match, on both sides.
@@ -87,8 +87,8 @@ class OutputDifference:
         mean_px: mean difference of box centers, widths and heights over all rows.
         reference, found: number of boxes after NMS of the older and the newer form.
         matched: number of pairs among them.
-        edge: boxes without a match that lie on a threshold, so that rounding decides.
-        problems: what is beyond the tolerance; empty = the same.
+        edge: boxes without a match on a threshold, where rounding decides.
+        problems: differences beyond the tolerance; empty = none.
     """
 
     stage: str
@@ -102,7 +102,7 @@ class OutputDifference:
     problems: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields for JSON: infinities as text."""
+        """Return the fields for JSON, infinities as strings."""
         return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in asdict(self).items()}
 
 
@@ -159,7 +159,7 @@ def compare_rows(
     if tolerance.row_px is not None and not row_px <= tolerance.row_px:
         problems.append(f"boxes are up to {row_px:.3g} px apart (allowed {tolerance.row_px:g})")
     if not finite:
-        problems.append("some numbers are not finite")
+        problems.append("some values are not finite")
     elif tolerance.row_score is not None and row_score > tolerance.row_score:
         problems.append(f"scores are up to {row_score:.3g} apart (allowed {tolerance.row_score:g})")
     boxes = OutputDifference(stage)
@@ -185,7 +185,7 @@ def compare_boxes(
         reference: rows (B, N, 5 + nc) per input.
         found: boxes after NMS (n, 6) per image, per input.
         tolerance: see `Tolerance`.
-        nms: how boxes are made of the reference, and were made by the newer form.
+        nms: NMS settings for the reference, equal to those of the newer form.
     """
     total = made = matched = edge = 0
     for rows, boxes_per_image in zip(reference, found):
@@ -205,14 +205,14 @@ def compare_boxes(
 def on_edge(
     boxes: Tensor, matched: Tensor, others: Tensor, others_matched: Tensor, tolerance: Tolerance, nms: NmsRule
 ) -> Tensor:
-    """Return which boxes without a match the other form may lack because rounding decided there.
+    """Return the boxes without a match that the other form may lack because of rounding.
 
-    Either the confidence lies on the threshold, or below all that the other form kept where it kept as many as it may;
-    or the other form kept a box that suppresses it and whose confidence is not lower. That one must have no match (two
-    boxes of nearly the same confidence, of which either may win), or an IoU of just about the threshold.
+    Either the confidence is at the threshold, or below all boxes of the other form where that reached its limit; or the
+    other form kept a box that suppresses it and has no lower confidence. That box must have no match (two boxes of
+    nearly the same confidence, of which NMS may keep either), or an IoU close to the threshold.
 
     Args:
-        boxes, others: (n, 6) and (m, 6), kept by the two forms.
+        boxes, others: (n, 6) and (m, 6) boxes of the two forms.
         matched, others_matched: (n,) and (m,) bool, from `match`.
 
     Returns:
@@ -255,7 +255,7 @@ def _largest(gaps: Sequence[Tensor]) -> float:
 def verification_inputs(source: ImageSource, shape: GraphShape) -> list[Tensor]:
     """Return real images and random images, (b, 3, h, w) float32 in [0, 1] each.
 
-    Where sizes are free, also other sizes: smaller, square and not, in batches of 1 to 3.
+    With free sizes, also at smaller sizes, square and rectangular, in batches of 1 to 3.
     """
     images = source.load(IMAGES, shape.height, shape.width)
     inputs = [as_images(images), random_images(NOISES, images, shape.height, shape.width)]
@@ -275,12 +275,12 @@ class Verification:
     Args:
         model: training form, in evaluation mode.
         deployed: re-parameterized model.
-        inputs: from `verification_inputs`.
-        origin: of the images.
-        device: of the models.
+        inputs: images from `verification_inputs`.
+        origin: description of the images.
+        device: device of the models.
 
     Raises:
-        ExportError: the re-parameterized model does not compute what the training form does.
+        ExportError: the outputs of the re-parameterized model differ from those of the training form.
     """
 
     def __init__(
@@ -312,7 +312,7 @@ class Verification:
         """Compare an exported file with the re-parameterized model.
 
         Raises:
-            ExportError: it computes something else.
+            ExportError: the outputs differ.
         """
         stage, tolerance = f"{name} file", TOLERANCES[precision(config)]
         if config.nms:
@@ -331,7 +331,7 @@ class Verification:
 
     def _compare_boxes(self, stage: str, runtime: ExportedRuntime, config: ExportConfig) -> OutputDifference:
         conf = config.conf_thres
-        if isinstance(runtime, OnnxRuntime):  # takes a threshold that leaves enough to compare
+        if isinstance(runtime, OnnxRuntime):  # accepts a threshold low enough to compare boxes
             conf = min(conf, self.conf)
             runtime.overrides["conf_thres"] = torch.tensor([conf]).numpy()
         found = self._run(runtime.output, runtime.fixed_batch)
@@ -371,5 +371,5 @@ class Verification:
 
 
 def precision(config: ExportConfig) -> str:
-    """Return the key of `TOLERANCES` for what is exported."""
+    """Return the key of `TOLERANCES` for the exported precision."""
     return "int8" if config.int8 else "float16" if config.half else "float32"

@@ -12,7 +12,7 @@ from models.fuse import reparameterize
 from models.yolo import DetectionModel
 
 # Input sides of a traced dynamic graph, in grid cells, and its batch: small, unequal, and neither 1 nor a multiple of a
-# common partition, so that the tracer takes no size for a constant.
+# common partition, so that the tracer does not treat a size as a constant.
 TRACE_CELLS = (3, 5)
 TRACE_BATCH = 2
 
@@ -22,7 +22,7 @@ class ExportGraph(nn.Module):
 
     Args:
         model: re-parameterized, in evaluation mode; shared, not copied.
-        dtype: of the layers.
+        dtype: dtype of the layers.
         layout: `v5` or `v8`, see `forward`.
     """
 
@@ -38,8 +38,8 @@ class ExportGraph(nn.Module):
 
         Returns:
             Layout v5: (B, N, 5 + nc) cxcywh in input pixels, objectness, class scores. Layout v8: (B, 4 + nc, N)
-            cxcywh, class confidences (objectness * class score). float32 even where the layers are float16, which holds
-            pixel positions above 1024 only to a whole pixel.
+            cxcywh, class confidences (objectness * class score). float32 even where the layers are float16, which has
+            a resolution of one pixel above 1024.
         """
         decoded, _ = self.model(images.to(self.dtype))
         rows = decoded.float()
@@ -73,7 +73,7 @@ class GraphShape:
     """Input of an exported graph.
 
     Attributes:
-        batch, height, width: of the input; only examples if `dynamic`.
+        batch, height, width: shape of the input; only an example if `dynamic`.
         dynamic: batch, height and width are free (sides in multiples of `grid`).
         grid: pixels of which the sides are multiples.
     """

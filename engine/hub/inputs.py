@@ -40,7 +40,7 @@ def as_frames(images: Sequence[Any]) -> tuple[Frame, ...]:
     """Read or convert each image.
 
     Returns:
-        Frames (uint8 BGR, upright) whose path names the files of results: `<name>.jpg`, `image<number>.jpg` for images
+        Frames (uint8 BGR, upright). Their path names the result files: `<name>.jpg`, or `image<number>.jpg` for images
         without a name.
 
     Raises:
@@ -91,7 +91,7 @@ def _array(array: NDArray[Any], where: str) -> NDArray[np.uint8]:
         raise ConfigError(f"{where}: an array of shape {array.shape}; (H, W, 3) or (H, W) is needed")
     if array.ndim == 2:
         return np.repeat(array[..., None], 3, axis=2)
-    return np.ascontiguousarray(array[..., 2::-1])  # RGB -> BGR, and of four channels the first three
+    return np.ascontiguousarray(array[..., 2::-1])  # RGB or RGBA -> BGR
 
 
 def _tensor(tensor: torch.Tensor, where: str) -> NDArray[np.uint8]:

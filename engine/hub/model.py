@@ -50,10 +50,10 @@ class HubModel(nn.Module):
         multi_label: a box may have several classes.
         max_det: boxes per image.
         amp: mixed precision on a GPU.
-        names, stride, device: of the model; names is a dict by class number.
+        names, stride, device: attributes of the model; names is a dict by class number.
     """
 
-    __module__ = "models.common"  # that of YOLOv5's hub models, by which other packages (SAHI) recognize them
+    __module__ = "models.common"  # as in YOLOv5: other packages (SAHI) recognize hub models by it
 
     def __init__(self, runtime: Runtime) -> None:
         super().__init__()
@@ -113,10 +113,10 @@ class HubModel(nn.Module):
 
         Args:
             ims: a path, a URL, a (H, W, 3) uint8 RGB array (OpenCV's BGR: `im[..., ::-1]`), a PIL image, a
-                (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor of any device, floating point in
-                0..1 or uint8, which is the input of the network up to padding.
-            size: longer side of the network's input in pixels, or (height, width); not for tensors of a batch. None:
-                that of the training, 640 for official checkpoints.
+                (3, H, W) tensor in 0..1, a list of these; or a (B, 3, H, W) tensor on any device, floating point in
+                0..1 or uint8, which is only padded, not resized.
+            size: longer side of the network's input in pixels, or (height, width); ignored for batch tensors. None:
+                the training size, 640 for official checkpoints.
             augment: test-time augmentation (checkpoints only).
 
         Raises:
@@ -218,15 +218,15 @@ def create(
 
     Args:
         cfg: YAML in `models/` or `models/hub/`, or a path.
-        path: checkpoint whose matching layers are loaded; None = random weights, which is logged.
-        channels: of the images; others than 3 need `autoshape=False`.
+        path: checkpoint to load matching layers from; None = random weights, with a warning.
+        channels: input channels; values other than 3 need `autoshape=False`.
         classes: number of classes; None = the checkpoint's, or the YAML's.
         autoshape, device: as for `load`.
-        verbose: warn of random weights.
+        verbose: warn about random weights.
 
     Raises:
         CheckpointError: weights that have too little in common with the YAML.
-        UserError: anything else that cannot be used.
+        UserError: another argument that cannot be used.
     """
     if channels != 3 and autoshape:
         raise ConfigError(f"channels={channels}: images have 3; for other inputs give autoshape=False")

@@ -34,11 +34,11 @@ class Results:
         names: class names by number.
         times_ms: milliseconds per image of preprocessing, inference, NMS.
         shape: (B, 3, H, W) of the network's input (of the last group, where images differ in shape).
-        device: of the tensors.
+        device: device of the tensors.
 
     Attributes:
         ims: images, (H, W, 3) uint8 RGB; after `render` with boxes.
-        pred, xyxy: per image (n, 6) float32: xyxy in its pixels, confidence, class; by falling confidence.
+        pred, xyxy: per image (n, 6) float32: xyxy in its pixels, confidence, class; sorted by descending confidence.
         xywh: the same with cxcywh; xyxyn, xywhn: normalized.
         files: names of the images, `<stem>.jpg`; `image<number>.jpg` for those without a name.
         names, n, t, s: class names, number of images, `times_ms`, `shape`.
@@ -168,7 +168,7 @@ class Results:
             save_dir, exist_ok: as for `save`.
 
         Returns:
-            One entry per box: `box` (xyxy), `conf`, `cls` (tensors without dimension), `label` (name and confidence),
+            One entry per box: `box` (xyxy), `conf`, `cls` (0-dim tensors), `label` (name and confidence),
             `im` (H, W, 3) uint8 BGR.
         """
         if save:

@@ -42,7 +42,7 @@ class CsvLog:
         self.path, self.columns = folder / "results.csv", columns
 
     def drop_from(self, epoch: int) -> None:
-        """Keep one row of each epoch before `epoch`, the last one; a resumed run writes the others again."""
+        """Keep only the last row of each epoch before `epoch`; a resumed run writes the others again."""
         if not self.path.is_file():
             return
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -60,7 +60,7 @@ class CsvLog:
         row = ",".join(f"{v:20.5g}" for v in values) + "\n"
         try:
             new = not self.path.is_file()
-            with open(self.path, "a") as stream:  # in one piece, so that a kill leaves whole rows
+            with open(self.path, "a") as stream:  # in one write, so that a kill leaves no partial row
                 stream.write(self._header() + "\n" + row if new else row)
         except OSError as error:
             raise DataError(f"{self.path}: cannot be written: {error.strerror or error}") from error
@@ -95,7 +95,7 @@ class TensorBoardLog:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            LOGGER.info("TensorBoard: not installed (pip install tensorboard); results.csv holds the same numbers")
+            LOGGER.info("TensorBoard: not installed (pip install tensorboard); results.csv has the same values")
             return
         self.writer = SummaryWriter(str(folder), purge_step=start_epoch or None)
 
@@ -115,13 +115,13 @@ class TensorBoardLog:
 class Logs:
     """All loggers of a run; a context manager that closes them.
 
-    A hosted tracker that fails while training goes on (its network is gone, say) is given up with a warning: results
-    are in the run folder in any case.
+    A hosted tracker that fails during training (for example, without network) is disabled with a warning: results are
+    in the run folder in any case.
 
     Args:
         folder: run folder.
         local: results.csv and TensorBoard; empty on ranks other than zero.
-        hosted: trackers, started.
+        hosted: started trackers.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class Logs:
         """Report one epoch.
 
         Args:
-            values: as `COLUMNS` names them.
+            values: one per entry of `COLUMNS`.
 
         Raises:
             DataError: results.csv cannot be written.
@@ -159,7 +159,7 @@ class Logs:
         """Close all loggers; a second call does nothing.
 
         Args:
-            failed: training was interrupted or broke off.
+            failed: training was interrupted or raised an error.
         """
         for log in self.local:
             if isinstance(log, TensorBoardLog):
@@ -171,8 +171,8 @@ class Logs:
         for log in list(self.hosted):
             try:
                 work(log)
-            except Exception as error:  # noqa: BLE001 -- a tracker's client raises anything; training must not end by it
-                LOGGER.warning("--logger %s: given up: %s: %s", log.name, type(error).__name__, _one_line(error))
+            except Exception as error:  # noqa: BLE001 -- a tracker's client may raise anything; training must continue
+                LOGGER.warning("--logger %s: disabled: %s: %s", log.name, type(error).__name__, _one_line(error))
                 self.hosted.remove(log)
 
     def __enter__(self) -> Logs:
@@ -195,9 +195,9 @@ def make_logs(
     """Open results.csv, TensorBoard, and the hosted trackers; call it on rank zero only.
 
     Args:
-        names: of hosted trackers (`--logger`).
+        names: names of hosted trackers (`--logger`).
         folder: run folder.
-        options: of the command; `project` and `entity` are looked at.
+        options: options of the command; `project` and `entity` are used.
         hyp: hyperparameters.
         start_epoch: first epoch that will be reported; above 0 the run is resumed, in the trackers too.
         losses: names of the three parts of the loss.
@@ -252,7 +252,7 @@ def best_epoch(folder: Path) -> tuple[dict[str, float], int]:
     if not len(history.get("epoch", ())) or any(name not in history for name in METRICS):
         return {}, 0
     values = np.stack([history[name] for name in METRICS], 1)
-    row = len(values) - 1 - int(fitness(values)[::-1].argmax())  # of equal ones the last, as best.pt
+    row = len(values) - 1 - int(fitness(values)[::-1].argmax())  # the last of equal values, as for best.pt
     summary = {f"best/{name.partition('/')[2]}": float(history[name][row]) for name in METRICS}
     return {"best/epoch": float(history["epoch"][row]), **summary}, int(history["epoch"][-1])
 

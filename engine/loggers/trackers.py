@@ -30,7 +30,7 @@ class RunInfo:
         project: name under which runs are grouped.
         entity: account of W&B, workspace of Comet; None = the user's own.
         options, hyp: plain values by name.
-        resume_id: the tracker's name for this run when it is resumed, else None.
+        resume_id: the tracker's id of this run if it is resumed, else None.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class Outcome:
 
     Attributes:
         best: best weights, or None.
-        images, files: of the run folder; files are results.csv, the two YAMLs, the report.
+        images, files: files of the run folder; `files` are results.csv, the two YAMLs and the report.
         summary: the metrics of the best epoch as `best/...`.
         epoch: the last finished epoch.
     """
@@ -63,8 +63,8 @@ class HostedLogger(ABC):
     """One tracker; its methods are called in the order start, add (per epoch), finish, close.
 
     Attributes:
-        name: as `--logger` calls it.
-        package, pip: what is imported, and what pip calls it.
+        name: name in `--logger`.
+        package, pip: import name and pip name of the package.
     """
 
     name: str
@@ -73,7 +73,7 @@ class HostedLogger(ABC):
 
     @abstractmethod
     def start(self, run: RunInfo) -> str:
-        """Open the run, or continue with `run.resume_id`. Returns the tracker's own name for it."""
+        """Open the run, or continue with `run.resume_id`. Returns the tracker's id of the run."""
 
     @abstractmethod
     def add(self, epoch: int, metrics: Mapping[str, float]) -> None:
@@ -129,7 +129,7 @@ class WandbLogger(HostedLogger):
 class MlflowLogger(HostedLogger):
     """MLflow (https://mlflow.org).
 
-    Without MLFLOW_TRACKING_URI everything goes into `mlflow.db` and `mlartifacts` beside the run folders; look at it
+    Without MLFLOW_TRACKING_URI everything is stored in `mlflow.db` and `mlartifacts` beside the run folders; view it
     with `mlflow ui --backend-store-uri sqlite:///runs/train/mlflow.db`.
     """
 

@@ -18,7 +18,7 @@ class Detections:
 
     Attributes:
         frame: the image and its origin.
-        boxes: (n, 6) float32: xyxy in pixels of the image, confidence, class; by falling confidence.
+        boxes: (n, 6) float32: xyxy in pixels of the image, confidence, class; sorted by descending confidence.
         input_shape: (height, width) of the network's input.
         inference_s: seconds of inference for this image.
     """
@@ -36,7 +36,7 @@ class Detections:
 
 @dataclass(frozen=True)
 class DrawStyle:
-    """How boxes are drawn.
+    """Drawing style of boxes.
 
     Attributes:
         names: class names by number.

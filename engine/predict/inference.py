@@ -72,7 +72,7 @@ def as_tensor(*images: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def prepare(frames: tuple[Frame, ...], size: tuple[int, int], stride: int, auto: bool) -> Prepared:
-    """Preprocess frames; arguments as for `preprocess`."""
+    """Preprocess frames; for the arguments see `preprocess`."""
     return Prepared(frames, preprocess([frame.image for frame in frames], size, stride, auto))
 
 

@@ -1,6 +1,6 @@
-"""Bounded queues with a thread at one end: `Feed` produces items ahead of their use, `Drain` consumes them.
+"""Bounded queues with a thread at one end: `Feed` produces items in advance, `Drain` consumes them.
 
-The order is kept. An error in either thread is raised in the thread that uses the queue; nothing waits forever.
+The order is kept. An error in either thread is raised in the thread that uses the queue; no thread waits forever.
 """
 
 from __future__ import annotations

@@ -52,12 +52,12 @@ class DetectReport:
     """Result of a detection run.
 
     Attributes:
-        folder: of the output files; None when nothing was to be written.
+        folder: folder of the output files; None if no files were requested.
         frames: number of images and frames processed.
         detections: number of boxes.
         failures: one line per input that could not be read, and per file that could not be written.
         seconds: per frame, of preprocessing, inference, and NMS.
-        elapsed_s: from the first frame to the last file.
+        elapsed_s: seconds from the first frame to the last file.
     """
 
     folder: Path | None
@@ -69,7 +69,7 @@ class DetectReport:
 
 
 def detect(config: DetectConfig) -> DetectReport:
-    """Run detection as the options say, and write the files that they ask for.
+    """Run detection and write the requested files.
 
     Raises:
         UserError: options, weights or sources that cannot be used; nothing has been written then.
@@ -259,14 +259,14 @@ class Predictor:
             yield prepared
 
     def predict(self, prepared: Prepared) -> list[Detections]:
-        """Run one batch and count it; see `infer`."""
+        """Run `infer` on one batch, and count its frames and detections."""
         out = infer(self._tiled or self.runtime, prepared, self.nms, self.inference_time, self.nms_time)
         self._frames += len(prepared.frames)
         self._detections += sum(len(d.boxes) for d in out)
         return out
 
     def _outputs(self) -> Outputs:
-        """Create the run folder if anything is to be written, and return the writers."""
+        """Create the run folder if files are requested, and return the writers."""
         c = self.config
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
@@ -287,7 +287,7 @@ class Predictor:
         folder = make_folder(self.folder / "features" / self._file_names.stem_for(frame))
         shown = cv2.cvtColor(image[0].permute(1, 2, 0).contiguous().numpy(), cv2.COLOR_RGB2BGR).astype(np.uint8)
         for slot, features in maps.items():
-            row, _, rest = slot.partition("_")  # 01_..., 02_..., so that a listing has the order of the network
+            row, _, rest = slot.partition("_")  # 01_..., 02_..., so that file names sort in network order
             write_image(folder / f"{row:>02}_{rest}.png", feature_map_image(features[0], slot, shown))
         heats = {level: heat[0].numpy() for level, heat in heat_maps(model, pixels).items()}
         write_image(folder / "eigencam.png", heat_map_sheet(shown, heats, "EigenCAM of the maps that the head reads"))

@@ -15,11 +15,11 @@ from engine.predict.detections import Detections, counts_text, describe
 
 LOGGER = logging.getLogger(__name__)
 LIVE_LINE_S = 1.0
-VIDEO_LINE_S = 10.0  # where standard error is not a terminal: lines instead of the bar
+VIDEO_LINE_S = 10.0  # interval of the lines that replace the bar if standard error is not a terminal
 
 
 class Progress:
-    """Logs each processed frame; to be closed, so that the bar of an unfinished video is.
+    """Logs each processed frame; call `close` to close the bar of an unfinished video.
 
     Args:
         names: class names by number.

@@ -30,11 +30,11 @@ Image = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class TileSettings:
-    """How images are divided.
+    """Division of images into tiles.
 
     Attributes:
-        side: of a tile in pixels; at the borders tiles are moved into the image.
-        overlap: of neighboring tiles, as a fraction of the side; objects should be smaller than that.
+        side: tile side in pixels; tiles at the borders are moved into the image.
+        overlap: overlap of neighboring tiles as a fraction of the side; objects should be smaller than it.
         full_image: detect on the whole image, too.
     """
 
@@ -56,13 +56,13 @@ class TileSettings:
 
 
 class TiledRuntime:
-    """A runtime whose input are whole images, and whose output are boxes after NMS as rows.
+    """A runtime that takes whole images and returns boxes after NMS as rows.
 
     Args:
         runtime: detects on tiles.
-        tiles: how images are divided.
+        tiles: division of images into tiles.
         size: (height, width) of the runtime's input, to which tiles are resized.
-        nms: of the tiles; `classes` and `max_det` apply to each of them.
+        nms: NMS settings of the tiles; `classes` and `max_det` apply to each tile.
     """
 
     imgsz: tuple[int, int] | None = None
@@ -93,7 +93,7 @@ class TiledRuntime:
             image: (H, W, 3) uint8 BGR.
 
         Returns:
-            (n, 6) float32 xyxy in pixels of the image, confidence, class; by falling confidence.
+            (n, 6) float32 xyxy in pixels of the image, confidence, class; sorted by descending confidence.
         """
         boxes = self.tiles.boxes(*image.shape[:2])
         together: dict[tuple[int, int], list[tuple[int, int, int, int]]] = {}
@@ -125,19 +125,19 @@ class TiledRuntime:
 
 
 def merge(boxes: torch.Tensor, agnostic: bool = False, threshold: float = MERGE_IOS) -> torch.Tensor:
-    """Keep the most confident ones of boxes that overlap by more than a fraction of the smaller one's area.
+    """Keep the most confident of boxes that overlap by more than a fraction of the smaller box's area.
 
-    Unlike the IoU this measure also drops the part of an object that a tile's border has cut off.
+    Unlike IoU, this criterion also drops the part of an object that was cut off by a tile border.
 
     Args:
         boxes: (n, 6) xyxy, confidence, class.
         agnostic: compare boxes of different classes, too.
 
     Returns:
-        (m, 6), by falling confidence.
+        (m, 6), sorted by descending confidence.
     """
     area = (boxes[:, 2:4] - boxes[:, :2]).prod(1)
-    order = area.argsort(descending=True, stable=True)  # of boxes with equal confidence the larger one wins
+    order = area.argsort(descending=True, stable=True)  # for equal confidence the larger box wins
     order = order[boxes[order, 4].argsort(descending=True, stable=True)]
     boxes, area = boxes[order], area[order]
     keep = torch.ones(len(boxes), dtype=torch.bool)
@@ -151,7 +151,7 @@ def merge(boxes: torch.Tensor, agnostic: bool = False, threshold: float = MERGE_
 
 
 def tile_settings(config: DetectConfig | ValConfig) -> TileSettings | None:
-    """Return what `--tile`, `--overlap` and `--full-image` ask for, None without `--tile`."""
+    """Return the settings of `--tile`, `--overlap` and `--full-image`; None without `--tile`."""
     if config.tile is None:
         if config.full_image or config.is_given("overlap"):
             LOGGER.warning("--overlap and --full-image have no effect without --tile")

@@ -38,14 +38,14 @@ CROP_GAIN, CROP_PAD = 1.02, 10
 """Crops are boxes enlarged by this factor and then by this many pixels, on each axis."""
 CSV_COLUMNS = ("Image Name", "Prediction", "Confidence", "xmin", "ymin", "xmax", "ymax")
 MAX_FAILURES = 10
-"""Files that a writer may fail to write before it is given no more frames."""
+"""Failed files after which a writer gets no more frames."""
 
 
 class Writer(Protocol):
     """Something that writes detections to files."""
 
     def write(self, found: Detections, drawn: NDArray[np.uint8] | None) -> None:
-        """Write the detections of one frame; `drawn` (H, W, 3) is the annotated image if it exists already.
+        """Write the detections of one frame; `drawn` (H, W, 3) is the annotated image if it already exists.
 
         Raises:
             UserError, OSError: a file could not be written.
@@ -56,7 +56,7 @@ class Writer(Protocol):
 
 
 class FileNames:
-    """Gives every input of a run a stem of its own, shared by its image, labels and crops."""
+    """Assigns each input of a run a unique stem, shared by its image, labels and crops."""
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
@@ -129,7 +129,7 @@ def write_image(path: Path, image: NDArray[np.uint8]) -> None:
 
 
 def writable_rate(fps: float) -> float:
-    """Return the nearest frame rate that MPEG-4 can store: a fraction whose numerator is at most 65535."""
+    """Return the nearest frame rate that MPEG-4 can store: a fraction with a numerator of at most 65535."""
     if not 0 < fps < math.inf:
         return DEFAULT_FPS
     base = 1
@@ -141,7 +141,7 @@ def writable_rate(fps: float) -> float:
 class VideoFile:
     """An mp4 file (MPEG-4 part 2), renamed to its final name when it is complete.
 
-    The format has even sides only: the encoder drops an odd last row or column.
+    The format supports even sides only: the encoder drops an odd last row or column.
 
     Args:
         path: final name.
@@ -230,10 +230,10 @@ class ImageWriter:
 class LabelWriter:
     """One text file per frame with detections, lowest confidence first: class, box, and the confidence if asked for.
 
-    Boxes are rounded to whole pixels before they are normalized, as in YOLOv5.
+    Boxes are rounded to integer pixels before normalization, as in YOLOv5.
 
     Args:
-        folder: for `<stem>.txt` (frames of videos: `<stem>_<frame>.txt`).
+        folder: folder of `<stem>.txt` (frames of videos: `<stem>_<frame>.txt`).
         xyxy: write xyxy instead of cxcywh.
         confidence: append the confidence.
     """
@@ -261,7 +261,7 @@ class LabelWriter:
 
 
 class TableWriter:
-    """Base of files that grow with every frame and get their name when they are complete."""
+    """Base of writers that append to one file, which gets its name when it is complete."""
 
     def __init__(self, path: Path, names: Mapping[int, str]) -> None:
         self._names, self._path = names, path
@@ -277,7 +277,7 @@ class TableWriter:
 
     def discard(self) -> None:
         """Remove the incomplete file."""
-        with suppress(OSError):  # of the text that is still in the buffer
+        with suppress(OSError):  # from flushing the buffer
             self._stream.close()
         self._part.unlink(missing_ok=True)
 
@@ -286,7 +286,7 @@ class CsvWriter(TableWriter):
     """predictions.csv: image, class, confidence, xyxy in pixels; one line per box, best first within an image.
 
     The image is named by its path, relative to the working directory where it is below it; a frame of a video as
-    `<path>_<frame>`. Cells that a spreadsheet would take for a formula get a leading apostrophe.
+    `<path>_<frame>`. Cells that a spreadsheet would interpret as a formula get a leading apostrophe.
     """
 
     def __init__(self, path: Path, names: Mapping[int, str]) -> None:
@@ -303,7 +303,7 @@ class CsvWriter(TableWriter):
 
 
 class JsonWriter(TableWriter):
-    """predictions.json: one entry per frame; detections by falling confidence, boxes in pixels of the frame."""
+    """predictions.json: one entry per frame; boxes in pixels of the frame, sorted by descending confidence."""
 
     _separator = "["
 
@@ -381,7 +381,7 @@ def _relative(frame: Frame) -> str:
 
 
 def _cell(text: str) -> str:
-    """Return a cell of a table as text that no spreadsheet takes for a formula."""
+    """Return a table cell that no spreadsheet interprets as a formula."""
     return f"'{text}" if text[:1] in ("=", "+", "-", "@", "\t", "\r") else text
 
 
@@ -391,7 +391,7 @@ def _folder_name(name: str) -> str:
 
 
 class Outputs:
-    """All writers of a run. What one of them cannot write is logged and recorded; the others continue.
+    """All writers of a run. Failures of one are logged and recorded; the others continue.
 
     Attributes:
         failures: one line per file that could not be written.
@@ -403,7 +403,7 @@ class Outputs:
         self._counts: Counter[Writer] = Counter()
 
     def write(self, item: tuple[Detections, NDArray[np.uint8] | None]) -> None:
-        """Pass a frame, and its annotated image (H, W, 3) if it exists already, to every writer."""
+        """Pass a frame, and its annotated image (H, W, 3) if it already exists, to every writer."""
         for writer in list(self._writers):
             try:
                 writer.write(*item)

@@ -1,4 +1,4 @@
-"""Reports rendered from the templates of this package: files that need no other file. jinja2 escapes all text."""
+"""Self-contained reports rendered from the templates of this package. jinja2 escapes all text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from utils.errors import DataError
 from utils.files import atomic_path
 from utils.plots import new_figure
 
-# Okabe and Ito's colors, which people with any color vision can tell apart.
+# Okabe and Ito's colors, distinguishable with any color vision.
 LINE_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 IMAGE_SIDE = 720
 PLOT_SIDE = 1200
@@ -38,7 +38,7 @@ class EmbeddedImage:
 
 
 def digits(value: object) -> str:
-    """Format floats (metrics) with three decimals, or `-` if not finite; other values as they are."""
+    """Format floats (metrics) with three decimals, or `-` if not finite; other values unchanged."""
     if isinstance(value, float):
         return f"{value:.3f}" if math.isfinite(value) else "-"
     return str(value)
@@ -103,12 +103,12 @@ def line_chart(
     """Plot values over epochs as SVG; None where no value is finite.
 
     Args:
-        title: above the chart.
+        title: title above the chart.
         epochs: (n,) ascending.
-        lines: by label (n,) values; those that are not finite are left out.
+        lines: (n,) values by label; non-finite ones are left out.
         best: epoch to mark; None = none.
     """
-    from matplotlib import rc_context  # here: a training without plots does not need it
+    from matplotlib import rc_context  # lazy: a training without plots does not need it
     from matplotlib.ticker import MaxNLocator
 
     values = np.array(list(lines.values()), np.float64)
@@ -148,8 +148,8 @@ class ReportImage:
 
     Attributes:
         found: detections and missed labels.
-        name: of the file.
-        address: data URL; empty where the file can no longer be read.
+        name: file name.
+        address: data URL; empty if the file can no longer be read.
         error: why it cannot be read.
         boxes: (kind, text, left, top, width, height) in pixels of the image; kind is correct, missed or wrong.
     """
@@ -165,7 +165,7 @@ class ReportImage:
         return scale * max(self.found.shape) / 45
 
     def fits(self, text: str, left: float, scale: float = 1.0) -> bool:
-        """Whether a text that begins at `left` (pixels) ends within the image; letters are 0.65 of their height."""
+        """Return whether a text that begins at `left` (pixels) fits into the image; letters are 0.65 em wide."""
         return left + 0.65 * self.font_size(scale) * len(text) <= self.found.shape[1]
 
 

@@ -1,4 +1,4 @@
-"""Interface of a detector, whatever runs it, for predictor and evaluator."""
+"""Interface between a detector in any runtime and the predictor and evaluator."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Runtime(Protocol):
         imgsz: (height, width) of the input where it is fixed, else None.
         fixed_batch: batch size of the exported file where it is fixed, else None; the runtime pads smaller batches
             and refuses larger ones.
-        device: of the output.
+        device: device of the output.
     """
 
     @property

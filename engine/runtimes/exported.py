@@ -39,8 +39,8 @@ class ExportedRuntime(ABC):
 
         Args:
             where: name of the file, for messages.
-            shape: (B, 3, H, W) of its input; None where a dimension is free.
-            output: of its output, in the same way.
+            shape: (B, 3, H, W) of its input; None for free dimensions.
+            output: shape of its output, likewise.
         """
         batch, _, height, width = shape
         self.where, self.metadata, self.device = where, metadata, device
@@ -50,7 +50,7 @@ class ExportedRuntime(ABC):
         self.best_conf = _number(metadata.about.get("best_conf"))
         self.imgsz = None if height is None or width is None else (height, width)
         classes = len(metadata.names)
-        self.transposed = metadata.about.get("layout") == "v8" or (  # files of other exporters do not name it
+        self.transposed = metadata.about.get("layout") == "v8" or (  # files of other exporters do not state it
             "layout" not in metadata.about and output[1] == 4 + classes and output[2] not in (5 + classes, None)
         )
         columns = (output[1] + 1 if output[1] else None) if self.transposed else output[2]

@@ -1,6 +1,6 @@
 """Metadata of exported files, written by export and read by the runtimes.
 
-Keys and spellings are those of YOLOv5's files where it has them (`stride`, and `names` as the text of a Python
+Keys and spellings are those of YOLOv5's files where it has them (`stride`, and `names` as the literal of a Python
 dictionary), so that either project's tools read the other's files.
 """
 
@@ -38,7 +38,7 @@ class Metadata:
     about: Mapping[str, str] = field(default_factory=dict)
 
     def to_texts(self) -> dict[str, str]:
-        """Return the metadata as texts by key, as ONNX files and OpenVINO folders store them."""
+        """Return the metadata as strings by key, as ONNX files and OpenVINO folders store them."""
         texts = {"stride": str(self.stride), "names": str(dict(self.names)), "dynamic": str(self.dynamic)}
         if self.imgsz is not None:
             texts["imgsz"] = str(list(self.imgsz))
@@ -48,7 +48,7 @@ class Metadata:
 
     @classmethod
     def from_texts(cls, texts: Mapping[str, str], where: str) -> Metadata:
-        """Read texts by `to_texts` or YOLOv5's exporter; missing keys get their defaults.
+        """Read strings from `to_texts` or YOLOv5's exporter; missing keys get their defaults.
 
         Raises:
             CheckpointError: a value that cannot be read or is out of range.
@@ -91,7 +91,7 @@ class Metadata:
 
     @classmethod
     def from_json(cls, text: str, where: str) -> Metadata:
-        """Read JSON by `to_json` or YOLOv5's exporter."""
+        """Read JSON from `to_json` or YOLOv5's exporter."""
         try:
             values = json.loads(text)
             batch, _, height, width = values.pop("shape")
@@ -105,5 +105,5 @@ class Metadata:
 def _value(key: str, text: str, where: str) -> object:
     try:
         return ast.literal_eval(text)  # numbers, lists and dictionaries only: nothing is executed
-    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two by the parser, for nesting
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as error:  # the last two: deep nesting in the parser
         raise CheckpointError(f"{where}: metadata '{key}' is {shown(text)}; it cannot be read") from error

@@ -29,7 +29,7 @@ class OnnxRuntime(ExportedRuntime):
     Args:
         path: the file.
         device: a CUDA device selects the CUDA provider.
-        provider: 'tensorrt' or 'openvino' select theirs; '' leaves it to the device.
+        provider: 'tensorrt' or 'openvino'; '' = chosen by the device.
 
     Raises:
         CheckpointError: the file cannot be opened, or is not a detector.
@@ -69,13 +69,13 @@ class OnnxRuntime(ExportedRuntime):
 
 
 def _is_image(shape: Sequence[object]) -> bool:
-    """Whether the dimensions are those of images (B, 3, H, W); names stand for free ones."""
+    """Return whether the dimensions are those of images (B, 3, H, W); free ones have names."""
     sizes = [d for d in shape if isinstance(d, int)]
     return len(shape) == 4 and (shape[1] == 3 or not isinstance(shape[1], int)) and all(0 < d < 2**16 for d in sizes)
 
 
 def onnxruntime_package() -> ModuleType:
-    """Return the package; raise a ConfigError with the pip command where it is missing."""
+    """Return the package; raise a ConfigError with the pip command if it is missing."""
     try:
         import onnxruntime
     except ImportError as error:

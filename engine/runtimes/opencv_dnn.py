@@ -23,8 +23,8 @@ class OpenCvRuntime(ExportedRuntime):
         device: the CPU.
 
     Raises:
-        CheckpointError: a file with NMS, or with operators that OpenCV does not have (it names them).
-        ConfigError: another device than the CPU.
+        CheckpointError: a file with NMS, or with operators that OpenCV lacks (the message names them).
+        ConfigError: a device other than the CPU.
     """
 
     def __init__(self, path: str | Path, device: torch.device) -> None:

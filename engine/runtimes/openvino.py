@@ -69,7 +69,7 @@ def model_file(path: Path) -> Path:
 
 
 def openvino_core() -> openvino.Core:
-    """Return an OpenVINO core; raise a ConfigError with the pip command where the package is missing."""
+    """Return an OpenVINO core; raise a ConfigError with the pip command if the package is missing."""
     try:
         import openvino
     except ImportError as error:

@@ -19,7 +19,7 @@ from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
 SIZE_FACTOR = 1.5
-"""Ratio between the sizes of training and use above which a warning is logged."""
+"""Ratio between training and inference size above which a warning is logged."""
 SMALLEST_GRID = 32  # input sides are multiples of at least this, as in YOLOv5
 
 
@@ -79,11 +79,11 @@ class PyTorchRuntime:
         autocast: torch.dtype | None = None,
         augment: bool = False,
     ) -> PyTorchRuntime:
-        """Run a model (of a training, for example) without changing it.
+        """Run a model (for example during training) without changing it.
 
         Args:
             model: in evaluation mode, on `device`.
-            autocast, augment: as for the class.
+            autocast, augment: see the class.
         """
         if model.training:
             raise ValueError("the model is in training mode; a runtime needs it in evaluation mode")
@@ -141,8 +141,8 @@ class PyTorchRuntime:
 def check_size(runtime: Runtime, height: int, width: int) -> None:
     """Raise SpecError where images of height x width pixels are too small for a kernel of a checkpoint's model.
 
-    The pass that finds out takes most of a second, so it is left out where the coarsest map holds each kernel. What
-    fails for another reason is found when the model is called.
+    The test pass takes most of a second, so it is skipped if the coarsest map is at least as large as each kernel.
+    Failures for other reasons appear when the model is called.
     """
     if isinstance(runtime, PyTorchRuntime):
         for model in runtime.models:
@@ -152,7 +152,7 @@ def check_size(runtime: Runtime, height: int, width: int) -> None:
 
 
 def largest_kernel(model: nn.Module) -> int:
-    """Return the cells, at most, that a map needs on each side for the kernels of a model, beyond their padding."""
+    """Return an upper bound of the cells per side that a map needs for the kernels of a model, beyond their padding."""
     sizes = [1]
     for module in model.modules():
         if isinstance(kernel := getattr(module, "kernel_size", None), int | tuple):
@@ -191,7 +191,7 @@ def chosen_sides(sides: Sequence[int], given: bool, models: Sequence[DetectionMo
     Args:
         sides: values of `--imgsz`, one or two.
         given: whether the user chose them.
-        models: of the checkpoints; none for exported files.
+        models: models of the checkpoints; none for exported files.
     """
     trained = [model.trained_imgsz for model in models if model.trained_imgsz is not None]
     if not trained:

@@ -35,10 +35,10 @@ OPENERS: Mapping[str, Opener] = {
 
 
 def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> list[str]:
-    """Return the given weights (of a run folder its best.pt), or those of the newest trained run; log what was chosen.
+    """Return the given weights (best.pt for a run folder), or those of the newest trained run; log the choice.
 
     Raises:
-        CheckpointError: none given, and nothing was trained here.
+        CheckpointError: none given, and there is no trained run.
     """
     if weights:
         return [_of_run_folder(name) for name in weights]
@@ -50,7 +50,7 @@ def choose_weights(weights: Sequence[str], runs: str | Path = "runs/train") -> l
 
 
 def _of_run_folder(name: str) -> str:
-    """Return `weights/best.pt` of a training run's folder, any other name as it is."""
+    """Return `weights/best.pt` of a training run's folder, any other name unchanged."""
     best = next((path for path in (Path(name, "weights/best.pt"), Path(name, "best.pt")) if os.path.isfile(path)), None)
     if best is None:
         return name
@@ -87,8 +87,8 @@ def open_runtime(
         half: float16 where the device has it; exported files keep their own precision.
         amp: mixed precision of checkpoints: `'fp16'`, `'bf16'`; `'auto'` and `'off'` for none.
         augment: test-time augmentation; checkpoints only.
-        dnn: run an ONNX file by OpenCV.
-        provider: of ONNX Runtime, see `split_device`.
+        dnn: run an ONNX file with OpenCV.
+        provider: ONNX Runtime provider, see `split_device`.
 
     Raises:
         CheckpointError: a file is missing, or cannot be used.
@@ -104,7 +104,7 @@ def open_runtime(
     if not exported_files:
         return PyTorchRuntime(weights, device, half=half, autocast=autocast, augment=augment)
     if len(weights) > 1:
-        raise ConfigError(f"--weights: {exported_files[0]} is run alone; an ensemble is made of several .pt files")
+        raise ConfigError(f"--weights: {exported_files[0]} is run alone; an ensemble consists of several .pt files")
     if augment:
         raise ConfigError(f"--augment: needs a .pt file; {exported_files[0]} is an exported file")
     if autocast is not None:

@@ -33,7 +33,7 @@ class TorchScriptRuntime(ExportedRuntime):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch recommends torch.export
                 module = torch.jit.load(str(path), map_location=device, _extra_files=extra)
-        except (RuntimeError, ValueError, OSError, IndexError) as error:  # the last: a damaged table of a record
+        except (RuntimeError, ValueError, OSError, IndexError) as error:  # IndexError: a damaged record table
             line = str(error).strip().splitlines()[0]
             raise CheckpointError(f"{path}: cannot be opened as TorchScript: {line}") from error
         self.module = module.eval()
@@ -42,7 +42,7 @@ class TorchScriptRuntime(ExportedRuntime):
             raise CheckpointError(f"{path}: has no {CONFIG} (shape, stride, names) in it; export it again")
         metadata = Metadata.from_json(text.decode() if isinstance(text, bytes) else text, str(path))
         weights = next(self.module.parameters(), None)
-        # The input of our files is float32 in any precision; that of YOLOv5's float16 files is float16.
+        # Our files have float32 input in any precision; YOLOv5's float16 files have float16 input.
         foreign_half = "precision" not in metadata.about and weights is not None and weights.dtype == torch.float16
         self.dtype = torch.float16 if foreign_half else torch.float32
         free = metadata.dynamic or metadata.imgsz is None

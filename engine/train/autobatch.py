@@ -26,11 +26,11 @@ def choose_batch(
     """Return the batch size for training: 16 on a CPU; on CUDA by measuring forward and backward of small batches.
 
     Args:
-        model: on the device.
+        model: model on `device`.
         imgsz: largest height and width of the images in pixels.
-        device: of the training.
+        device: training device.
         amp: autocast dtype, None for float32.
-        num_images: in the training split. A larger batch would only raise the weight decay, which scales with it.
+        num_images: size of the training split. A larger batch would only raise the weight decay, which scales with it.
 
     Raises:
         ConfigError: not even one image fits.
@@ -105,6 +105,6 @@ def needs_two_images(model: DetectionModel, shape: Sequence[int]) -> bool:
         if "more than 1 value per channel" in str(error):
             return True
         LOGGER.debug("no dry run of the network: %s", error)
-    except (RuntimeError, TypeError) as error:  # includes NotImplementedError: an operation without a meta form
+    except (RuntimeError, TypeError) as error:  # includes NotImplementedError: an operation without a meta kernel
         LOGGER.debug("no dry run of the network: %s", error)
     return False

@@ -22,7 +22,7 @@ class Frozen:
 
     Attributes:
         names: parameters without gradients, including those the backbone froze by itself.
-        unfreeze: those of them that were trainable before.
+        unfreeze: the subset that was trainable before.
     """
 
     names: frozenset[str] = frozenset()
@@ -122,7 +122,7 @@ def _of_stages(model: DetectionModel, stages: int) -> set[str]:
 
 
 def freeze(model: nn.Module, names: set[str]) -> Frozen:
-    """Disable gradients of these parameters; the result knows which of them were trainable."""
+    """Disable gradients of these parameters; the result records which of them were trainable."""
     trainable = tuple(name for name, p in model.named_parameters() if name in names and p.requires_grad)
     for name in trainable:
         model.get_parameter(name).requires_grad_(False)

@@ -34,13 +34,13 @@ def parameter_groups(
     scales, position embeddings, tokens) joins the norm weights: decaying those to zero is not regularization.
 
     Args:
-        model: each of its parameters, frozen ones too, is put in exactly one group.
+        model: each of its parameters, including frozen ones, is put in exactly one group.
         decay: weight decay of the decayed weights.
         scale_of: factor on the learning rate of a parameter, by its name; see `lr_scales`.
 
     Returns:
         Dicts with `params`, `weight_decay`, `name`, `kind` (index of the name in `KINDS`) and `lr_scale`: for each
-        scale, highest first, the kinds in YOLOv5's order. With one scale there are three, any of them may be empty.
+        scale, highest first, the kinds in YOLOv5's order. With one scale there are three, possibly empty groups.
     """
     kinds: dict[int, str] = {}
     in_backbone = {id(p) for m in model.modules() if isinstance(m, Backbone) for p in m.parameters()}
@@ -67,8 +67,8 @@ def lr_scales(model: DetectionModel, backbone_lr: float, layer_decay: float) -> 
     """Return a function from parameter name to learning-rate factor: 1 in neck and head, less in the backbone.
 
     Within the backbone a parameter at depth d of D gets `backbone_lr * layer_decay ** (D + 1 - d)`, so that early
-    layers move least (BEiT, https://arxiv.org/abs/2106.08254). A `Backbone` defines the depth by `param_depth`; in
-    a plain YOLOv5 model each row of the section `backbone:` is one deeper.
+    layers change least (BEiT, https://arxiv.org/abs/2106.08254). A `Backbone` defines the depth by `param_depth`; in
+    a plain YOLOv5 model it is the index of the row in the section `backbone:`.
     """
     depths: dict[str, int] = {}
     for index, row in enumerate(backbone_rows(model)):
@@ -93,9 +93,9 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """Optimizer that `--optimizer auto` chooses, with its rates.
+    """Optimizer that `--optimizer auto` chooses, with its learning rates.
 
-    AdamW makes more of few iterations; SGD is as good in long runs, and its rates are those of YOLOv5's recipe.
+    AdamW is better in short runs; SGD is as good in long runs, with the learning rates of YOLOv5's recipe.
     """
 
     optimizer: str
@@ -105,7 +105,7 @@ class AutoSettings:
 
 
 def auto_settings(iterations: int, num_classes: int) -> AutoSettings:
-    """Return AdamW with a learning rate that falls with the number of classes below 10,000 iterations, else SGD."""
+    """Return AdamW (with a lower learning rate for more classes) below 10,000 iterations, else SGD."""
     if iterations < AUTO_ITERATIONS:
         return AutoSettings("AdamW", round(0.002 * 5 / (4 + num_classes), 6), 0.9, 0.0)
     return AutoSettings("SGD", 0.01, 0.937, 0.1)
@@ -128,12 +128,12 @@ def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any], merged: Sequence[int] = ()) -> None:
     """Load the buffers of an optimizer state, which may come from another device.
 
-    Settings of the groups stay: they follow from the options and the schedule, and the implementation (fused or not)
-    from the device. Fused SGD gets zero momentum where the state has none.
+    Settings of the groups are kept: they depend on the options and the schedule, and the implementation (fused or not)
+    on the device. Fused SGD gets zero momentum where the state has none.
 
     Args:
         optimizer: changed in place.
-        state: of the checkpoint.
+        state: optimizer state of the checkpoint.
         merged: how many consecutive parameters of the state became each parameter, concatenated along the first
             dimension; empty if both have the same parameters.
 
@@ -170,10 +170,10 @@ def _merge_buffers(stored: Mapping[int, Mapping[str, Any]], merged: Sequence[int
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter of fused SGD a momentum of zeros, which computes the same first step as no momentum.
+    """Set zero momentum for every parameter of fused SGD; the first step is the same as without momentum.
 
     Without it the fused kernel allocates uninitialized memory in the first step and does not write it if that step is
-    skipped (non-finite gradients); and it refuses groups in which only some parameters have momentum (after thawing).
+    skipped (non-finite gradients); and it refuses groups in which only some parameters have momentum (when unfreezing).
     """
     if not isinstance(optimizer, torch.optim.SGD) or not optimizer.defaults["fused"]:
         return

@@ -41,7 +41,7 @@ def with_files(config: TrainConfig) -> TrainConfig:
 
 
 def warn_without_effect(config: TrainConfig, world_size: int) -> None:
-    """Log a warning for every given option that changes nothing together with the others."""
+    """Log a warning for every given option that has no effect with the other options."""
     frozen = any(word != "0" for word in config.freeze)
     rules = (
         ("--image-weights", config.image_weights and config.rect, "--rect keeps the order of the images"),
@@ -58,7 +58,7 @@ def warn_without_effect(config: TrainConfig, world_size: int) -> None:
 
 
 def head_form(config: TrainConfig) -> HeadForm:
-    """Return the form of the head that `--head`, `--cfg` or `--weights` name; that of the anchor head if unknown."""
+    """Return the head form that `--head`, `--cfg` or `--weights` selects; that of the anchor head if unknown."""
     if config.cfg:
         spec = read_model_spec(find_file(config.cfg, *FOLDERS))[0]
     elif config.weights:
@@ -97,7 +97,7 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
     """Return the hyperparameters of a resumed run, else those of `--hyp`.
 
     Raises:
-        ConfigError: the file is meant for another optimizer.
+        ConfigError: the file was made for another optimizer.
     """
     if resumed is not None and resumed.train is not None:
         return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
@@ -112,13 +112,13 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
 
 
 def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
-    """Resolve `--resume`: return the options of the interrupted run, changed as asked for, and its checkpoint.
+    """Resolve `--resume`: return the options of the interrupted run, updated by the given ones, and its checkpoint.
 
-    Plug-in files come from the command line only: a checkpoint names them, but what it names is never executed.
+    Plug-in files come from the command line only: a checkpoint names them, but named files are never executed.
 
     Raises:
         CheckpointError: nothing to resume, or the run is finished.
-        ConfigError: a given option that cannot differ from the interrupted run's, or a plug-in that is not given.
+        ConfigError: a given option that must equal that of the interrupted run, or a plug-in that is not given.
     """
     load_plugins(config.plugin)
     if not config.resume:
@@ -153,7 +153,7 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
 
 
 def _resumed_options(config: TrainConfig, saved: TrainConfig, path: Path, training: Mapping[str, Any]) -> TrainConfig:
-    """Return the saved options with those given that may differ; ConfigError for the others."""
+    """Return the saved options, updated by given ones that may differ; ConfigError for the others."""
     folder = path.resolve().parents[1]
     own_place: dict[str, Any] = {"project": str(folder.parent), "name": folder.name, "exist_ok": True}
     changed: dict[str, Any] = {}

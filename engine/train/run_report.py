@@ -1,4 +1,4 @@
-"""report.html of a training run: one file that needs no network and no other files."""
+"""report.html of a training run: a self-contained file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.evaluate.accumulator import EvalResult
-from engine.evaluate.worst_images import USE_SCORE, ImageErrors
+from engine.evaluate.worst_images import SHOWN_CONF, ImageErrors
 from engine.loggers.run_logger import best_epoch
 from engine.report.html import EmbeddedImage, image_files, line_chart, render, worst_image, write_text
 from models.yolo import DetectionModel
@@ -56,14 +56,14 @@ PACKAGES = ("torch", "torchvision", "timm", "numpy", "opencv-python", "opencv-py
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a report contains besides the files of the run folder.
+    """Content of a report besides the files of the run folder.
 
     Attributes:
         names: class names by number.
-        options, hyp: as resolved; plain values.
+        options, hyp: resolved values, plain.
         layers: table of the network's rows.
-        model: its size in one line.
-        device: what it was trained on, in one line.
+        model: size of the model in one line.
+        device: training device in one line.
         result: validation of the best weights, or None.
         worst: images with the most errors, the worst first.
     """
@@ -86,13 +86,13 @@ def collect_facts(
     result: EvalResult | None,
     worst: Sequence[ImageErrors] = (),
 ) -> RunFacts:
-    """Collect what the report of a training contains.
+    """Collect the content of a training report.
 
     Args:
         config: resolved options.
         hyp: hyperparameters.
         model: the trained model.
-        device: of the training.
+        device: training device.
         result: validation of the best weights, or None.
         worst: images with the most errors, the worst first.
     """
@@ -131,7 +131,7 @@ def write_report(folder: Path, facts: RunFacts) -> Path:
         classes=_classes(facts),
         curves=image_files(folder, CURVES),
         worst=[worst_image(found, facts.names) for found in facts.worst],
-        confidence=USE_SCORE,
+        confidence=SHOWN_CONF,
         examples=image_files(folder, EXAMPLES),
         facts=facts,
         environment=environment(facts.device),

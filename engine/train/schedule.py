@@ -36,9 +36,9 @@ class StepSettings:
 class Schedule:
     """YOLOv5's schedule: warm-up by iteration, then one learning rate per epoch.
 
-    Two properties are kept for equal numbers: warm-up lasts at least 100 iterations, even past
-    the end of a short training; and after warm-up epoch e runs at the curve's value for e - 1, since the official
-    scheduler is one step behind (the warm-up itself ends at the value for e).
+    Two properties are kept to reproduce YOLOv5: warm-up lasts at least 100 iterations, even past the end of a short
+    training; and after warm-up epoch e uses the schedule's value for e - 1, since the official scheduler is one step
+    behind (the warm-up itself ends at the value for e).
     """
 
     hyp: Hyperparameters

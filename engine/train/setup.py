@@ -55,13 +55,13 @@ SINGLE = World()
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Resolved options of a run and where it executes.
+    """Resolved options and environment of a run.
 
     Attributes:
         config: options; image size and batch size are resolved.
         hyp: hyperparameters.
         folder: run folder.
-        device: of this process.
+        device: device of this process.
         world: this process among those of the training.
         resumed: checkpoint of the interrupted run, None for a new one.
         given: options before they were resolved.
@@ -113,8 +113,8 @@ class ModelParts:
     """The trained model and its loss.
 
     Attributes:
-        model: on the device, in `memory_format`.
-        ema: averaged model. Every rank has one; before a validation rank zero's is copied to the others.
+        model: model on the device, in `memory_format`.
+        ema: averaged model. Every rank has one; before a validation that of rank zero is copied to the others.
         frozen: parameters that `--freeze` excludes from training at the start.
         criterion: loss.
         grid: input heights and widths are multiples of it.
@@ -201,7 +201,7 @@ def _model_parts(
     model: DetectionModel, frozen: Frozen, grid: int, config: TrainConfig, hyp: Hyperparameters,
     class_factors: tuple[float, ...] | None, device: torch.device, world: World,
 ) -> ModelParts:  # fmt: skip
-    copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero reads published ones
+    copy_from_main(model, world)  # each rank initialized its own weights, and only rank zero loads published ones
     layout = memory_format(model, device, config.channels_last)
     model = model.to(memory_format=layout)
     ema = ModelEma(model)
@@ -218,7 +218,7 @@ def memory_format(model: DetectionModel, device: torch.device, choice: str = "au
     if choice == "on" or device.type != "cpu" or not crashing:
         return torch.channels_last
     LOGGER.warning(
-        "%s: training in channels_last crashes on a CPU (a fault of oneDNN); contiguous tensors are used, which is "
+        "%s: training in channels_last crashes on a CPU (a bug in oneDNN); contiguous tensors are used, which is "
         "slower (--channels-last on: try it)", getattr(crashing[0], "name", type(crashing[0]).__name__),
     )  # fmt: skip
     return torch.contiguous_format
@@ -401,7 +401,7 @@ def _run_folder(config: TrainConfig, world: World) -> Path:
 def _fit_anchors(
     model: DetectionModel, sizes: torch.Tensor, train_set: Annotations, config: TrainConfig, hyp: Hyperparameters
 ) -> None:
-    """Check how well the anchors fit the labels; replace them by fitted ones where they do not."""
+    """Check how well the anchors fit the labels; replace them if they do not."""
     report = check_anchors(train_set.records, sizes.cpu().numpy(), config.imgsz, thr=hyp.anchor_t, seed=config.seed)
     LOGGER.info("%s", report)
     if report.changed:

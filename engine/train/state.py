@@ -17,7 +17,7 @@ from models.yolo import DetectionModel
 from utils.errors import CheckpointError, TrainingError, UserError
 
 OPTIONAL = {"skipped", "batches", "counted", "losses", "cuda"}
-"""Entries of a training state that version 0.1, or another device, does not write."""
+"""Entries that training states of version 0.1 or of another device lack."""
 CHECKED_ELSEWHERE = {"options", "hyp", "data_hash", "data_file", "scaler", "optimizer", "others"}
 
 
@@ -54,14 +54,14 @@ def save_checkpoints(
     last.pt is written last: a run killed between two files repeats the epoch and writes both again.
 
     Args:
-        folder: for the checkpoints.
+        folder: folder of the checkpoints.
         content: see `inference_content`.
         training: state of the trainer, for `--resume`.
         best: also write best.pt, without the training state.
         periodic: also write epoch<N>.pt.
 
     Raises:
-        TrainingError: weights are not finite; no file is written, those of earlier epochs stay.
+        TrainingError: weights are not finite; no file is written, and those of earlier epochs are kept.
     """
     _check_finite(folder / "last.pt", {"averaged weights": content["state"], "weights": training["model"]})
     full = {**content, "train": training}
@@ -85,7 +85,7 @@ def _check_finite(last: Path, states: Mapping[str, Mapping[str, torch.Tensor]]) 
 
 @contextmanager
 def damage_reported(path: Path) -> Iterator[None]:
-    """Turn what a damaged training state raises inside the block into one CheckpointError."""
+    """Convert errors that a damaged training state raises inside the block to a CheckpointError."""
     try:
         yield
     except UserError:
@@ -98,16 +98,16 @@ def damage_reported(path: Path) -> Iterator[None]:
 
 
 def check_structure(found: object, own: object, name: str = "train") -> None:
-    """Raise ValueError unless a stored value has the keys, types, lengths and shapes of the trainer's own one.
+    """Raise ValueError unless a stored value has the keys, types, lengths and shapes of the trainer's own.
 
     Args:
         found: value of the checkpoint.
         own: value of the trainer at its start; `OPTIONAL` entries may be missing in `found`.
-        name: of the value.
+        name: name of the value, for messages.
     """
     if isinstance(own, Mapping):
         if not isinstance(found, Mapping):
-            raise ValueError(f"{name} is no mapping")
+            raise ValueError(f"{name} is not a mapping")
         for key in own.keys() - CHECKED_ELSEWHERE:
             if key in found:
                 check_structure(found[key], own[key], f"{name}.{key}")
@@ -117,7 +117,7 @@ def check_structure(found: object, own: object, name: str = "train") -> None:
         _check_tensor(found, own, name)
     elif isinstance(own, list):
         if not isinstance(found, list) or len(found) != len(own):
-            raise ValueError(f"{name} is no list of {len(own)}")
+            raise ValueError(f"{name} is not a list of {len(own)}")
         for index, pair in enumerate(zip(found, own)):
             check_structure(*pair, name=f"{name}[{index}]")
     elif isinstance(own, (int, float)):

@@ -27,14 +27,14 @@ from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
 MAX_SKIPPED = 5
-"""Consecutive steps that may be skipped; more of them mean that the training has diverged."""
+"""Maximum number of consecutive skipped steps; beyond it the training has diverged."""
 _MULTI_SCALE_STREAM = 2**31
 
 
 class TrainStep:
     """Model wrapped for training (mixed precision, DistributedDataParallel, torch.compile) with its optimizer.
 
-    A step whose gradients are not finite is skipped: weights and EMA stay as they are, and BatchNorm statistics that
+    A step whose gradients are not finite is skipped: weights and EMA are unchanged, and BatchNorm statistics that
     became non-finite are restored from the EMA. After `MAX_SKIPPED` consecutive steps the training stops. (With
     float16, GradScaler skips steps by design while it searches the loss scale, which is logged as INFO; there the
     scale must be below 1, too.)
@@ -46,7 +46,7 @@ class TrainStep:
         clip_norm: maximum norm of the gradient.
         device: the model's device.
         world: this process among those of the training.
-        last: checkpoint to name when the training diverges.
+        last: checkpoint named in the error if the training diverges.
 
     Attributes:
         amp: autocast dtype, None for float32.
@@ -74,7 +74,7 @@ class TrainStep:
         self.sizes_vary = config.multi_scale or config.rect
         self.full_batch = 0
         self.shape: Sequence[int] = (0, 3, 0, 0)
-        # Others count by themselves: synchronized ones need their counter.
+        # Other layers count themselves: synchronized ones need their counter.
         norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
         self.norms = [m for m in self.model.modules() if type(m) in norms and m.num_batches_tracked is not None]
         self.network: nn.Module = self.model
@@ -156,7 +156,7 @@ class TrainStep:
 
     @contextmanager
     def _compiled(self, batch: int) -> Iterator[None]:
-        """Run the compiled graph, except for an epoch's smaller last batch, which runs eagerly: no graph for it.
+        """Run the compiled graph, except for an epoch's smaller last batch, which runs eagerly without a new graph.
 
         Raises:
             ConfigError: torch.compile fails on this network.
@@ -194,7 +194,7 @@ class TrainStep:
         """Step the optimizer unless the gradients are not finite; returns whether they are."""
         self.scaler.unscale_(self.optimizer)
         norm = clip_grad_norm_(self.model.parameters(), max_norm=self.clip_norm)
-        finite = bool(torch.isfinite(norm))  # gradients are averaged over ranks: all of them decide alike
+        finite = bool(torch.isfinite(norm))  # gradients are averaged over ranks: all ranks decide equally
         if finite or self.scaler.is_enabled():
             self.scaler.step(self.optimizer)
         self.scaler.update()

@@ -14,14 +14,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class EarlyStopping:
-    """Tracks the best fitness; of equal values the latest epoch counts.
+    """Tracks the best fitness; for equal values the latest epoch counts.
 
     Args:
         patience: epochs without a better fitness after which the training stops; 0 = never.
 
     Attributes:
         best_fitness: highest fitness so far.
-        best_epoch: its epoch, -1 before the first update.
+        best_epoch: epoch of the best fitness, -1 before the first update.
     """
 
     def __init__(self, patience: int) -> None:

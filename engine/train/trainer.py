@@ -58,7 +58,7 @@ LOGGER = logging.getLogger(__name__)
 TABLE = "%9s%9s%10s%10s%10s%10s%6s"
 BAR = "{desc} {percentage:3.0f}%|{bar}| {remaining}"
 LEARNED_NOTHING = 0.01
-"""Fitness of the best epoch below which a training has learned nothing that can be used."""
+"""Fitness of the best epoch below which a training has learned nothing useful."""
 
 
 def counted_epochs(number: int) -> str:
@@ -67,7 +67,7 @@ def counted_epochs(number: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people read it, such as `1 h 02 min 05 s`."""
+    """Return a human-readable time such as `1 h 02 min 05 s`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -159,7 +159,7 @@ class Trainer:
 
     Args:
         parts: model, data, optimizer and loss.
-        on_epoch: as in `train`.
+        on_epoch: see `train`.
     """
 
     def __init__(self, parts: TrainingParts, on_epoch: Callable[[int, float], bool] | None = None) -> None:
@@ -195,7 +195,7 @@ class Trainer:
         if is_main_process():
             self._open_run()
         done, begin = start, time.time()
-        loaders = closing(self.data.loader), closing(self.data.val_loader)  # a loss may be noticed at their end, too
+        loaders = closing(self.data.loader), closing(self.data.val_loader)  # closing may reveal a lost worker, too
         with worker_losses_reported(), self.logs, loaders[0], loaders[1], worker_losses_reported():
             with self.stop:
                 for epoch in range(start, self.config.epochs):
@@ -310,7 +310,7 @@ class Trainer:
         return conclude(tallies, self.eval_options) if tallies else None
 
     def _log_epoch(self, epoch: int, losses: list[float], lr: tuple[float, ...], result: EvalResult | None) -> bool:
-        """Log an epoch and update the best fitness. Returns whether to stop: patience is exhausted, or `on_epoch`."""
+        """Log an epoch and update the best fitness. Returns whether to stop, by patience or `on_epoch`."""
         metrics, val_losses, value = [0.0] * 4, [0.0] * 3, 0.0
         if result is not None:
             metrics, val_losses = [result.mp, result.mr, result.map50, result.map], list(result.losses)
@@ -395,9 +395,9 @@ class Trainer:
             checkpoints.save_checkpoints(folder, content, training, best=best, periodic=periodic)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return everything a resumed training needs to continue bit-equal, apart from the averaged weights.
+        """Return the state that a resumed training needs to continue bit-equal, apart from the averaged weights.
 
-        Every rank must call it; `others` holds the states of ranks 1.. and is complete on rank zero only.
+        Every rank must call it; `others` holds the states of ranks 1, 2, ... and is complete on rank zero only.
         """
         rng: dict[str, Any] = {"torch": torch.get_rng_state()}
         if self.device.type == "cuda":
@@ -426,7 +426,7 @@ class Trainer:
         A rank that the interrupted run did not have keeps its own random number generators.
 
         Args:
-            state: of the checkpoint.
+            state: training state of the checkpoint.
 
         Raises:
             ValueError: a damaged state.

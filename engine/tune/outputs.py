@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger(__name__)
 CSV, YAML, IMAGE, IMPORTANCE = "evolve.csv", "hyp_evolve.yaml", "evolve.png", "importance.png"
 IMPORTANCE_FROM, IMPORTANCE_SURE = 5, 50
-"""Complete trials from which importances are computed, and from which they are reliable."""
+"""Minimum numbers of complete trials to compute importances, and for reliable ones."""
 STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 SHOWN = ("complete", "pruned")
 _COLUMNS = 6
@@ -42,8 +42,8 @@ class TrialRow:
     """A finished trial.
 
     Attributes:
-        number: of the trial.
-        state: complete, pruned, failed, or interrupted (its process ended first).
+        number: trial number.
+        state: complete, pruned, failed, or interrupted (its process ended early).
         fitness: None when nothing was validated.
         metrics: precision, recall, mAP50, mAP50-95 of its best epoch, or nothing.
         epochs: number of validated epochs.
@@ -71,7 +71,7 @@ def rows_of(study: Study) -> list[TrialRow]:
 
 
 def best_of(rows: Sequence[TrialRow]) -> TrialRow | None:
-    """Return the completed trial of the highest fitness (the first of equals), or None."""
+    """Return the completed trial with the highest fitness (the first of equal ones), or None."""
     complete = [r for r in rows if r.state == "complete" and r.fitness is not None]
     return max(complete, key=lambda r: (r.fitness or 0.0, -r.number), default=None)
 
@@ -84,7 +84,7 @@ def unranked_note(best: TrialRow | None) -> str:
 
 
 def command_of(plan: Plan, folder: Path) -> str:
-    """Return the command line that joins the hyperparameter search; options with passwords have to be completed."""
+    """Return the command line that joins the hyperparameter search; hidden passwords must be filled in."""
     secret = [word for name, text in plan.secret_options().items() for word in (f"--{name.replace('_', '-')}", text)]
     return shlex.join(["python", "train.py", "--evolve", str(plan.target), "--resume_evolve", str(folder), *secret])
 

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 
 LOGGER = logging.getLogger(__name__)
 OWN_CHOICE = ("device", "workers", "cache", "noplots")
-"""Options that each process of a study may choose; they do not affect the results of a trial."""
+"""Options that may differ between the processes of a study; they do not affect the results of a trial."""
 NO_OPTIONS = ("evolve", "resume_evolve", "evolve_population", "project", "name", "exist_ok", "resume", "local_rank")
 POLL = 3.0
 """Seconds between checks of the trials of other processes."""
@@ -63,7 +63,7 @@ class EvolveResult:
     """Result of a hyperparameter search.
 
     Attributes:
-        folder: with study.db, evolve.csv and the rest.
+        folder: folder of study.db, evolve.csv and the other files.
         hyp: the best hyperparameters; None when no trial is complete.
         trials: complete and pruned ones.
         best_trial, fitness: number of the best trial and its fitness; -1 and 0 without one.
@@ -129,7 +129,7 @@ def _start(config: TrainConfig) -> EvolveResult:
 def _concrete_recipe(config: TrainConfig) -> tuple[str, Hyperparameters]:
     """Return optimizer and hyperparameters, those that `--optimizer auto` chooses included.
 
-    Otherwise each trial would replace the learning rate and momentum that it is to try.
+    Otherwise each trial would overwrite the learning rate and momentum that it tests.
     """
     hyp = choose_hyperparameters(config, None)
     if config.optimizer == "auto":
@@ -174,7 +174,7 @@ def _resume(config: TrainConfig, text: str) -> EvolveResult:
 
 
 def _remove(folder: Path, is_new: bool) -> None:
-    """Remove what `_start` made, and nothing that was there before."""
+    """Remove the files of `_start`, and nothing that existed before."""
     made = [folder] if is_new else [p for p in folder.iterdir() if p.name.startswith(("study.", "trial"))]
     for path in made:
         if path.is_dir():
@@ -187,7 +187,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
     """Make the folder of the hyperparameter search: runs/evolve/exp, exp2, ...; two processes never get the same one.
 
     Returns:
-        The folder, and whether it was not there before (`--exist-ok`).
+        The folder, and whether it is new (it may exist with `--exist-ok`).
     """
     project = config.project if config.is_given("project") else studies.RUNS
     wanted = Path(project) / (Path(config.cfg).stem if config.name == "cfg" else config.name)
@@ -209,7 +209,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def _drop_weights(trial: Path) -> None:
-    """Remove the weights of a trial, which nobody needs of hundreds of trainings."""
+    """Remove the weights of a trial to save disk space."""
     shutil.rmtree(trial / "weights", ignore_errors=True)
 
 
@@ -217,10 +217,10 @@ class SearchRun:
     """The trials of this process.
 
     Args:
-        study: optuna's.
-        plan: what it is about.
+        study: optuna study.
+        plan: plan of the study.
         config: options of the trainings.
-        folder: of the study.
+        folder: folder of the study.
     """
 
     def __init__(self, study: Study, plan: Plan, config: TrainConfig, folder: Path) -> None:

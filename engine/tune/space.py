@@ -21,7 +21,7 @@ class SearchRow:
     """One hyperparameter that is varied.
 
     Attributes:
-        key: its name in hyperparameter files.
+        key: name in hyperparameter files.
         low, high: bounds, both included.
         log: logarithmic scale.
     """
@@ -78,8 +78,8 @@ def population(folder: str | Path, optimizer: str, space: Space) -> dict[str, Po
 
     Args:
         folder: contains the files.
-        optimizer: that of the trainings; files made for another one are left out, with a warning.
-        space: what is varied.
+        optimizer: optimizer of the trainings; files made for another one are skipped with a warning.
+        space: search space.
 
     Raises:
         ConfigError: no such folder, no YAML file in it, or invalid files.

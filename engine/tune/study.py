@@ -36,19 +36,19 @@ HEARTBEAT, GRACE = 15, 60
 WAIT = 120
 """Seconds that a process waits for the study or the lock while others use it."""
 MOST_TRIES = 5
-"""How often an interrupted trial is started."""
+"""Maximum number of starts of an interrupted trial."""
 PRUNE_AFTER = 5
 """Complete trials before any trial is stopped early."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What all trials of a study share; stored in it.
+    """Settings that all trials of a study share; stored in it.
 
     Attributes:
-        options: those of the trainings, plain values; passwords in URLs are hidden.
+        options: options of the trainings, plain values; passwords in URLs are hidden.
         hyp: hyperparameters that are not varied, and the order of all.
-        space: what is varied.
+        space: search space.
         target: requested number of trials.
     """
 
@@ -96,7 +96,7 @@ def _storage(path: Path) -> RDBStorage:
     """Open the SQLite file as Optuna storage.
 
     SQLite has no row locks: with its usual transactions, two processes could take the same waiting trial. Each
-    transaction therefore begins as a writing one, and waits for its turn.
+    transaction therefore starts as a write transaction and waits for its turn.
     """
     from optuna.storages import RDBStorage
     from sqlalchemy import event
@@ -104,7 +104,7 @@ def _storage(path: Path) -> RDBStorage:
     def connect() -> sqlite3.Connection:
         return sqlite3.connect(path, timeout=WAIT, isolation_level=None, check_same_thread=False)
 
-    storage = RDBStorage(  # the path goes by `creator`, since a URL cannot contain each name that a folder may have
+    storage = RDBStorage(  # `creator` takes the path, since a URL cannot represent every folder name
         f"sqlite:///{FILE}", engine_kwargs={"creator": connect}, heartbeat_interval=HEARTBEAT, grace_period=GRACE
     )
     event.listen(storage.engine, "begin", lambda connection: connection.exec_driver_sql("BEGIN IMMEDIATE"))
@@ -119,12 +119,12 @@ def pruner(epochs: int) -> MedianPruner:
 
 
 def create(path: Path, plan: Plan, points: Mapping[str, Point]) -> tuple[Study, Plan]:
-    """Create a study, complete or not at all, and open it.
+    """Create a study atomically and open it.
 
     Args:
         path: file to create.
         plan: shared by all trials.
-        points: tried first, in this order, by name.
+        points: starting points by name, tried first in this order.
     """
     import optuna
 
@@ -147,7 +147,7 @@ def find(text: str) -> Path:
     """Return the study.db that `--resume_evolve` names, as a file or its folder.
 
     Raises:
-        ConfigError: there is none, it contains something else, or it cannot be written.
+        ConfigError: there is none, it is not a study, or it cannot be written.
     """
     path = Path(text)
     path = path / FILE if path.is_dir() else path
@@ -215,11 +215,11 @@ def was_interrupted(trial: FrozenTrial) -> bool:
 
 
 def revive(study: Study, folder: Path) -> None:
-    """Queue interrupted trials again; the lock has to be held.
+    """Queue interrupted trials again; the lock must be held.
 
     Args:
-        study: of the hyperparameter search.
-        folder: of the trials; weights of interrupted trials are removed.
+        study: study of the hyperparameter search.
+        folder: folder of the trials; weights of interrupted trials are removed.
     """
     import optuna
 

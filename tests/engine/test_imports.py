@@ -18,7 +18,7 @@ HEAVY = ("torchvision", "torch._dynamo", "timm", "onnx", "matplotlib")
 
 
 def imported(script: str, folder: Path, options: Mapping[str, object]) -> str:
-    """Run a command in a new process and return those of HEAVY that it imported, joined by spaces."""
+    """Run a command in a new process and return the modules of HEAVY that it imported, joined by spaces."""
     code = f"import sys, {script}\n{script}.run(**{dict(options)!r})\n"
     code += f"print('imported', *(name for name in {HEAVY} if name in sys.modules))"
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A lack of memory is reported in one line that names batch, size and what to try."""
+"""Out-of-memory errors are one line with batch, size and advice."""
 
 from __future__ import annotations
 

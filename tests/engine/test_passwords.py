@@ -1,4 +1,4 @@
-"""Passwords in URLs: the server gets them, the files of the runs do not hold them."""
+"""Passwords in URLs are sent to the server, but not written to run files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRET = "Zuk4mu2Tok9"
 
 
 class _Guarded(http.server.SimpleHTTPRequestHandler):
-    """Serves files to those who know the password."""
+    """Serves files if the request has the password."""
 
     def send_head(self):  # type: ignore[no-untyped-def]
         return super().send_head() if self.path.endswith(f"?token={SECRET}") else self.send_error(403)
@@ -39,7 +39,7 @@ class _Guarded(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def address(tmp_path: Path) -> Iterator[str]:
-    """Address of a server of `tmp_path / "www"` that wants a password."""
+    """Address of a server of `tmp_path / "www"` that requires a password."""
     (tmp_path / "www").mkdir()
     handler = functools.partial(_Guarded, directory=str(tmp_path / "www"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

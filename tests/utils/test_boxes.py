@@ -1,4 +1,4 @@
-"""Box arithmetic on small cases worked out by hand."""
+"""Box operations on small cases computed by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_round_trips_keep_shape_and_type(form, shape):
         np.testing.assert_allclose(again, given, atol=1e-4)
 
 
-def test_whole_numbers_are_not_rounded():
+def test_integers_are_not_rounded():
     np.testing.assert_allclose(boxes.xyxy2xywh(np.array([[0, 0, 3, 5]])), [[1.5, 2.5, 3, 5]])
 
 
@@ -49,7 +49,7 @@ def test_half_precision_stays_half():
 
 
 def test_scale_boxes_undoes_a_letterbox():
-    # 1280x720 shrunk to 640x360, padded by 12 rows at the top and the bottom
+    # 1280x720 resized to 640x360, padded by 12 rows at the top and bottom
     original = np.array([[100, 50, 1200, 700.0]])
     fitted = original / 2 + [0, 12, 0, 12]
     for ratio_pad in (None, ((0.5, 0.5), (0.0, 12.0))):
@@ -60,7 +60,7 @@ SEGMENTS = [
     # polygon, expected box in an image of 100 x 50 (width x height)
     ([[10, 10], [30, 5], [20, 40]], [10, 5, 30, 40]),
     ([[10, 10], [300, 5], [20, 40]], [10, 10, 20, 40]),  # one point outside
-    ([[0, 0], [100, 50]], [0, 0, 100, 50]),  # on the border is inside
+    ([[0, 0], [100, 50]], [0, 0, 100, 50]),  # border points are inside
     ([[-5, 3], [200, 10]], [0, 0, 0, 0]),  # nothing inside
 ]
 
@@ -109,7 +109,7 @@ def test_aspect_ratio_lowers_ciou_only():
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_covered_part_and_shape_overlap(form):
+def test_bbox_ioa_and_wh_iou(form):
     one = form(np.array([0, 0, 10, 10], np.float32))
     many = form(np.array([[0, 0, 5, 5], [5, 5, 15, 15], [20, 20, 30, 30]], np.float32))
     np.testing.assert_allclose(boxes.bbox_ioa(one, many), [1, 0.25, 0], atol=1e-6)

@@ -1,4 +1,4 @@
-"""What `--amp` means on a device, and how a processor's bfloat16 is seen."""
+"""Device selection, `--amp` on a device, and detection of bfloat16 support."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_what_is_no_device_is_refused(text):
 
 
 def test_no_float16_on_a_cpu():
-    with pytest.raises(ConfigError, match="allowed there are bf16 and off"):
+    with pytest.raises(ConfigError, match="allowed: bf16, off"):
         amp_dtype("fp16", CPU)
 
 
 @pytest.mark.gpu
 def test_no_bfloat16_on_an_old_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    with pytest.raises(ConfigError, match="--amp bf16: .* has no bfloat16 arithmetic; allowed there are fp16 and off"):
+    with pytest.raises(ConfigError, match="--amp bf16: .* has no bfloat16 arithmetic; allowed: fp16, off"):
         amp_dtype("bf16", CUDA)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert amp_dtype("bf16", CUDA) == torch.bfloat16

@@ -1,4 +1,4 @@
-"""Images from arrays: what is drawn, where, and that no name and no size stops it."""
+"""Images from arrays: content and position, for any name and size."""
 
 import itertools
 
@@ -25,7 +25,7 @@ def _gray(height=120, width=160):
 
 
 def _changed(a, b):
-    """Rows and columns of the pixels in which two images differ: left, top, right, bottom."""
+    """Return the bounding box (xyxy) of the pixels in which two images differ."""
     rows, columns = np.nonzero((a != b).any(2))
     return columns.min(), rows.min(), columns.max(), rows.max()
 
@@ -44,7 +44,7 @@ def test_a_box_is_drawn_on_its_edges_and_the_image_is_not_changed():
     ("box", "plate"),
     [
         ([40, 60, 90, 100], "above"),  # room above the box
-        ([40, 2, 90, 100], "inside"),  # none: inside, below the upper edge
+        ([40, 2, 90, 100], "inside"),  # no room: inside, below the upper edge
         ([150, 60, 159, 100], "above"),  # too far right: moved left into the image
     ],
 )
@@ -52,7 +52,7 @@ def test_captions_stay_in_the_image(box, plate):
     image = _gray()
     bare = draw_boxes(image, np.array([box], float), [1], None, 2)
     left, top, right, bottom = _changed(bare, draw_boxes(image, np.array([box], float), [1], ["cat 0.5"], 2))
-    assert left >= 0 and right <= 159 and right - left > 25  # all of the text is there
+    assert left >= 0 and right <= 159 and right - left > 25  # the text is complete
     assert (bottom <= box[1] + 2) if plate == "above" else (top <= box[1] + 2 and bottom < box[3])
 
 
@@ -79,7 +79,7 @@ def test_captions_do_not_cover_one_another(count):
 
 
 def test_title_of_a_cell_is_drawn_once():
-    """A single pass of text on a plate: OpenCV 5 spaces an outline differently, which doubled every name."""
+    """Text is drawn once: OpenCV 5 spaces an outline differently, which doubled every name."""
     images = torch.full((1, 3, 320, 320), 128, dtype=torch.uint8)
     title = image_grid(images, torch.zeros(0, 6), ["a/IMG_2470.jpg"])[1:19, 1:100]
     (width, height), _ = cv2.getTextSize("IMG_2470.jpg", plots.FONT, 0.4, 1)
@@ -89,7 +89,7 @@ def test_title_of_a_cell_is_drawn_once():
 
 
 def test_captions_lie_above_all_boxes():
-    """A box drawn later must not strike through the text of an earlier one."""
+    """A later box must not be drawn over the caption of an earlier one."""
     boxes = np.array([[10, 60, 150, 110.0], [12, 50, 140, 100.0]])
     alone = draw_boxes(_gray(), boxes[:1], [0], ["first"], 2)
     both = draw_boxes(_gray(), boxes, [0, 1], ["first", ""], 2)
@@ -143,7 +143,7 @@ def test_colors_are_distinct_and_fixed():
     assert all(0 <= v <= 255 for c in colors for v in c)
     assert class_color(np.int64(5)) == class_color(5) and isinstance(class_color(np.int64(5))[0], int)
     near = [np.abs(np.subtract(a, b)).max() for a, b in itertools.pairwise(colors)]
-    assert min(near) > 60  # neighbors in number differ
+    assert min(near) > 60  # consecutive classes differ
 
 
 @pytest.mark.parametrize(
@@ -166,12 +166,12 @@ def test_grid_puts_boxes_on_their_images_in_rgb_order():
     images[2, 0] = 200  # the third image is red
     targets = torch.tensor([[3, 1, 0.5, 0.5, 0.4, 0.2]])
     grid = image_grid(images, targets, names={1: "x"})
-    assert tuple(grid[480, 160]) == (0, 0, 200)  # BGR; lower left place, enlarged from 100 to 320 pixels
-    assert tuple(grid[512, 480]) == class_color(1)  # lower edge of the box in the lower right place
+    assert tuple(grid[480, 160]) == (0, 0, 200)  # BGR; lower left cell, enlarged from 100 to 320 pixels
+    assert tuple(grid[512, 480]) == class_color(1)  # lower edge of the box in the lower right cell
     assert not grid[5:315, 325:635].any()  # nothing on the second image
 
 
-def test_grid_takes_floats_and_leaves_out_doubtful_detections():
+def test_grid_takes_floats_and_leaves_out_low_confidence():
     images = np.zeros((1, 3, 100, 100), np.float32)
     images[0, 1] = 1.0
     row = [0, 0, 0.5, 0.5, 0.4, 0.4]

@@ -1,4 +1,4 @@
-"""What may be shown: passwords hidden, control characters escaped, long values cut."""
+"""Printed values: passwords hidden, control characters escaped, long values cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders, atomic writes, look-ups."""
+"""Run folders, atomic writes, file look-up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of logging set-up and process ranks."""
+"""Logging setup and process ranks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics on cases whose answer is known."""
+"""Metrics of cases with known results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_perfect_detector():
     result = ap_per_class(np.ones((5, 10), bool), np.linspace(0.5, 0.9, 5), labels, labels)
     assert result.classes.tolist() == [0, 3]
     assert result.tp.tolist() == [2, 3] and result.fp.tolist() == [0, 0]
-    # the recall curve ends at recall 1 with precision 0: the last of 100 steps counts half
+    # the curve ends at recall 1 with precision 0: the last of 100 steps counts half
     np.testing.assert_allclose(result.ap, 0.995)
     np.testing.assert_allclose([result.p, result.r, result.f1], 1)
 
@@ -35,7 +35,7 @@ def test_ties_keep_the_given_order():
 
 @pytest.mark.parametrize("detections", [0, 6])
 @pytest.mark.parametrize("labels", [0, 4])
-def test_nothing_right(detections, labels):
+def test_no_true_positives(detections, labels):
     result = ap_per_class(
         np.zeros((detections, 10), bool), np.linspace(0.1, 0.9, detections), np.zeros(detections), np.zeros(labels)
     )
@@ -63,18 +63,18 @@ def test_smoothing_keeps_ends_and_level():
 BOX = [10.0, 10, 110, 110]
 FAR = [300.0, 300, 400, 400]
 MATCHES = [
-    # detections (box, class), labels (class, box), right at IoU 0.5, what it is
+    # detections (box, class), labels (class, box), TP at IoU 0.5, description
     ([(BOX, 0)], [(0, BOX)], [True], "equal"),
     ([(BOX, 1)], [(0, BOX)], [False], "wrong class"),
-    ([(BOX, 0), (BOX, 0)], [(0, BOX)], [True, False], "one label serves one detection, the first"),
-    ([(FAR, 0), (BOX, 0)], [(0, BOX)], [False, True], "a miss before the hit"),
-    ([(BOX, 0), (BOX, 1)], [(0, BOX), (1, BOX)], [True, True], "two classes in one place"),
+    ([(BOX, 0), (BOX, 0)], [(0, BOX)], [True, False], "a label matches one detection, the first"),
+    ([(FAR, 0), (BOX, 0)], [(0, BOX)], [False, True], "FP before TP"),
+    ([(BOX, 0), (BOX, 1)], [(0, BOX), (1, BOX)], [True, True], "two classes at one position"),
     ([(BOX, 0), (FAR, 0)], [(0, BOX), (0, FAR)], [True, True], "two places"),
     (
         [([0, 0, 100, 100], 0), ([0, 0, 100, 55], 0)],
         [(0, [0, 0, 100, 60]), (0, [0, 40, 100, 100])],
         [True, True],
-        "the first overlaps both alike: it stands for the later one and leaves the other free",
+        "equal IoU with both: matched with the later one, the other label stays free",
     ),
     ([], [(0, BOX)], [], "no detections"),
     ([(BOX, 0)], [], [False], "no labels"),
@@ -118,9 +118,9 @@ def test_matching_equals_the_rule_one_by_one():
 
 def test_confusion_matrix_counts():
     matrix = ConfusionMatrix(2)
-    matrix.process_batch(*tensors([(BOX, 1), (FAR, 0)], [(0, BOX)]))  # wrong class, false alarm
-    matrix.process_batch(None, torch.tensor([[1, *BOX]]))  # missed
-    matrix.process_batch(torch.tensor([[*BOX, 0.25, 1]]), torch.tensor([[1, *BOX]]))  # not above the score: missed
+    matrix.process_batch(*tensors([(BOX, 1), (FAR, 0)], [(0, BOX)]))  # wrong class, FP
+    matrix.process_batch(None, torch.tensor([[1, *BOX]]))  # FN
+    matrix.process_batch(torch.tensor([[*BOX, 0.25, 1]]), torch.tensor([[1, *BOX]]))  # not above the threshold: FN
     assert matrix.matrix.tolist() == [[0, 0, 1], [1, 0, 0], [0, 2, 0]]
     right, wrong = matrix.tp_fp()
     assert right.tolist() == [0, 0] and wrong.tolist() == [1, 1]

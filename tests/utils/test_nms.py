@@ -1,4 +1,4 @@
-"""NMS: equal to the plain greedy rule, in order, cut, and quick where much is thrown away."""
+"""NMS: agreement with plain greedy NMS, order, limits, and cost."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.nms import non_max_suppression
 
 
 def predictions(rows, nc):
-    """(1, N, 5 + nc) from (cx, cy, w, h, objectness, {class: score})."""
+    """Return (1, N, 5 + nc) from (cx, cy, w, h, objectness, {class: score})."""
     out = torch.zeros(1, len(rows), 5 + nc)
     for k, (*box, scores) in enumerate(rows):
         out[0, k, :5] = torch.tensor(box)
@@ -26,7 +26,7 @@ def predictions(rows, nc):
 
 
 def crowd(seed, images, rows, nc, objects=30):
-    """Clusters of boxes with random scores, some of them equal."""
+    """Return clusters of boxes with random confidences, some of them equal."""
     rng = np.random.default_rng(seed)
     center, side = rng.uniform(40, 600, (objects, 2)), rng.uniform(20, 200, (objects, 2))
     which = rng.integers(0, objects, (images, rows))
@@ -37,7 +37,7 @@ def crowd(seed, images, rows, nc, objects=30):
 
 
 def plain_greedy(rows, conf, iou, agnostic, multi_label, max_det):
-    """The rule itself, one box after the other, in float64."""
+    """Plain greedy NMS in float64, box by box."""
     found = []
     for cx, cy, w, h, objectness, *scores in rows.tolist():
         if objectness <= np.float32(conf):
@@ -90,7 +90,7 @@ def test_cost_follows_what_is_kept(monkeypatch):
     assert sum(compared) < 1000
 
 
-def test_equal_scores_keep_the_order_of_rows():
+def test_equal_confidences_keep_the_order_of_rows():
     rows = [(50, 50, 20, 20, 1.0, {0: 0.5}), (52, 50, 20, 20, 1.0, {0: 0.5}), (300, 50, 20, 20, 1.0, {0: 0.5})]
     (out,) = non_max_suppression(predictions(rows, 2), 0.1, 0.5)
     assert out[:, 0].tolist() == [40, 290]
@@ -100,7 +100,7 @@ def test_thresholds_are_strict():
     rows = [(50, 50, 20, 20, 0.5, {0: 1.0}), (150, 50, 20, 20, 1.0, {0: 0.5}), (250, 50, 20, 20, 0.75, {0: 0.75})]
     (out,) = non_max_suppression(predictions(rows, 2), 0.5, 0.5)
     assert out[:, 4].tolist() == [0.5625]
-    # two boxes that share one half exactly
+    # two boxes with an IoU of exactly one half
     rows = [(50, 50, 100, 100, 1.0, {0: 0.9}), (50, 25, 100, 50, 1.0, {0: 0.8})]
     assert [len(non_max_suppression(predictions(rows, 2), 0.1, t)[0]) for t in (0.49, 0.5)] == [1, 2]
 
@@ -112,7 +112,7 @@ def test_several_classes_of_one_box():
         assert out[:, 5].tolist() == expected
     (out,) = non_max_suppression(predictions(rows, 3), 0.1, 0.5, classes=[2], multi_label=True)
     assert out[:, 5].tolist() == [2]
-    # without several labels only the best class exists, wanted or not
+    # without multi_label only the best class counts, whether selected or not
     assert len(non_max_suppression(predictions(rows, 3), 0.1, 0.5, classes=[2])[0]) == 0
 
 

@@ -1,4 +1,4 @@
-"""Charts: every one is a whole image, for empty data too, and draws what it was given."""
+"""Charts: complete images, also for empty data, that show their data."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ def load_sample(files: SampleFiles) -> Sample:
 
 
 class Subject(Protocol):
-    """What is timed."""
+    """Interface of a timed subject."""
 
     def call(self, number: int) -> Times:
         """Run call `number` and return its times; equal numbers use equal images."""
@@ -63,7 +63,7 @@ class Inference:
         runtime: the detector.
         sample: images; each call uses the next ones.
         batch: images per call.
-        side: of the input in pixels.
+        side: input side in pixels.
     """
 
     def __init__(self, runtime: Runtime, sample: Sample, batch: int, side: int) -> None:
@@ -143,8 +143,8 @@ def visit(subject: Subject, calls: int) -> Times:
     """Time one turn of a candidate and return medians over the calls.
 
     Args:
-        subject: what is timed.
-        calls: that are counted, after one that is not (other candidates emptied the caches).
+        subject: timed subject.
+        calls: number of counted calls, after one that is not counted (other candidates evicted the caches).
     """
     subject.call(0)
     found = [subject.call(number) for number in range(1, calls + 1)]
@@ -164,7 +164,7 @@ def kept_for_backward(forward: Callable[[], Tensor], model: torch.nn.Module) -> 
 
     Args:
         forward: returns the loss, a scalar, or an output of any shape.
-        model: whose parameters are not counted.
+        model: its parameters are not counted.
     """
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     storages: dict[int, int] = {}

@@ -76,7 +76,7 @@ def peak_mb() -> float:
 
 
 def limit_memory(limit: float) -> None:
-    """Limit the private writable memory of this process to so many bytes, where the system can (Linux)."""
+    """Limit the private writable memory of this process to `limit` bytes, where the system supports it (Linux)."""
     if limit != float("inf") and hasattr(psutil, "RLIMIT_DATA"):
         process = psutil.Process()
         process.rlimit(psutil.RLIMIT_DATA, (int(limit), process.rlimit(psutil.RLIMIT_DATA)[1]))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 FEWEST_ROUNDS = 5
-VISIT_S = 0.2  # a turn lasts about so long, and at least one call
+VISIT_S = 0.2  # seconds of a turn, which has at least one call
 MOST_CALLS = 20
 
 
@@ -35,7 +35,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Median and quartiles (linear interpolation)."""
+        """Return median and quartiles (linear interpolation)."""
         low, middle, high = np.percentile(np.asarray(values, np.float64), (25, 50, 75)).tolist()
         return cls(middle, low, high, tuple(values))
 
@@ -45,7 +45,7 @@ class Spread:
         return Spread(self.middle * factor, low, high, tuple(v * factor for v in self.values))
 
     def overlaps(self, other: Spread) -> bool:
-        """Whether the ranges have a point in common."""
+        """Return whether the ranges overlap."""
         return self.low <= other.high and other.low <= self.high
 
 
@@ -67,7 +67,7 @@ def rounds_that_fit(call_s: Mapping[str, float], seconds: float, most: int) -> i
     Args:
         call_s: seconds of a call by candidate.
         seconds: time for all candidates together.
-        most: rounds at most; at least `FEWEST_ROUNDS` are made even where they take longer (or `most`, if fewer).
+        most: maximum number of rounds; at least `FEWEST_ROUNDS` (or `most`, if fewer) run even if they take longer.
     """
     one = sum(took * (calls_per_visit(took) + 1) for took in call_s.values())
     return max(min(most, FEWEST_ROUNDS), min(most, int(seconds / one) if one > 0 else most))

@@ -25,7 +25,7 @@ LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Phase:
-    """What is measured of all candidates in the same rounds.
+    """A measurement of all candidates in the same rounds.
 
     Attributes:
         runtime: key of `RUNTIMES`.
@@ -45,7 +45,7 @@ class Phase:
 def groups_of_phases(config: CompareConfig, step_batch: int) -> list[list[Phase]]:
     """Return the phases in groups that share the candidates' processes: one group per runtime.
 
-    Re-parameterized models come first, small batches before large ones, so that the peak of memory is that of the
+    Re-parameterized models come first, small batches before large ones, so that the peak memory is that of the
     phase.
     """
     batches = sorted(config.batch)
@@ -61,8 +61,8 @@ class PhaseRun:
     """One phase: open and warm up all candidates, and measure them in rounds.
 
     Args:
-        context: of the comparison.
-        phase: what is measured.
+        context: context of the comparison.
+        phase: measured phase.
         workers: processes by label; those that are missing are started.
 
     Attributes:
@@ -103,13 +103,13 @@ class PhaseRun:
         return {"phase": str(self.phase), "rounds": rounds, "calls": calls, "before": before, "after": after}
 
     def _file(self, row: CandidateResult) -> dict[str, Any]:
-        """Return path, size and verification of the file that is run, which is exported where the runtime needs it."""
+        """Return path, size and verification of the file to run; export it if the runtime needs that."""
         if self.phase.runtime == PYTORCH:
             path = row.weights
             return {"path": str(path), "disk_mb": path.stat().st_size / MB if path and path.is_file() else None}
         config, name = self.context.config, f"{safe(row.label)}-{row.weights_key}"
         folder = self.context.exports / name / f"{self.phase.runtime}-{self.phase.batch}"
-        with self.context.worker(row) as worker:  # of its own: an export would count as memory of the inference
+        with self.context.worker(row) as worker:  # separate process: an export would count as memory of the inference
             try:
                 return worker.run(
                     "export", weights=str(row.weights), folder=folder, format=self.phase.runtime,
@@ -147,7 +147,7 @@ def measure_speed(context: Context, rows: Sequence[CandidateResult]) -> list[dic
     """Measure phase by phase; stored phases are not measured again.
 
     Args:
-        context: of the comparison.
+        context: context of the comparison.
         rows: the candidates; latencies and training speed are added to them.
 
     Returns:
@@ -185,7 +185,7 @@ def _take_stored(
 
 
 def _write_initial(context: Context, rows: Sequence[CandidateResult]) -> None:
-    """Write the checkpoints of candidates whose structure is stored, but whose random weights are not."""
+    """Write the checkpoints of candidates with a stored structure but without stored random weights."""
     for row in measured(rows):
         if row.weights is not None and not row.weights.is_file():
             try:

@@ -60,7 +60,7 @@ class CandidateJobs:
     """State of a candidate's process; a job is a method called by its name, which returns plain values.
 
     Args:
-        setting: of the candidate.
+        setting: setting of the candidate.
     """
 
     def __init__(self, setting: Setting) -> None:
@@ -138,7 +138,7 @@ class CandidateJobs:
             batch: images per step.
 
         Returns:
-            Memory of two steps, `took` (seconds of one), `kept_mb` (what a forward pass keeps for the backward pass).
+            Memory of two steps, `took` (seconds of one), `kept_mb` (memory kept for the backward pass).
         """
         model = self.build()
         config = TrainConfig(**{**recipe, "imgsz": rounded_size(recipe["imgsz"], grid_of(model))})
@@ -174,10 +174,10 @@ class CandidateJobs:
         return {**self._memory_of(lambda: warm_up(subject)), "side": side}
 
     def _memory_of(self, work: Callable[[], float]) -> dict[str, Any]:
-        """Do some work; return its result as `took`, and the peak of memory.
+        """Run `work`; return its result as `took`, and the peak memory.
 
         CUDA: the allocator's peak during the work. CPU: the peak of the process since its start, and its memory before
-        the model was built; so the process has to be new.
+        the model was built, so the process must be new.
         """
         if self.device.type != "cuda":
             return {"took": work(), "peak_mb": machine.peak_mb(), "baseline_mb": self.baseline_mb}
@@ -195,7 +195,7 @@ class CandidateJobs:
         return times
 
     def close(self) -> None:
-        """Free what was timed."""
+        """Free the timed subject."""
         self.subject = None
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -207,11 +207,11 @@ class CandidateJobs:
             weights: checkpoint.
             folder: where the file is written.
             format: key of `FORMATS`.
-            batch, imgsz: of the graph.
+            batch, imgsz: batch size and input side of the graph.
             data: dataset YAML: images for the verification.
 
         Raises:
-            ExportError: it cannot be made, or its outputs differ from the model's.
+            ExportError: the export fails, or its outputs differ from the model's.
         """
         copy = make_folder(folder) / "model.pt"
         shutil.copyfile(weights, copy)
@@ -230,7 +230,7 @@ class CandidateJobs:
 
         Args:
             recipe: options of train.py.
-            folder: of the run.
+            folder: run folder.
         """
         place = Path(folder)
         last, best = place / "weights" / "last.pt", place / "weights" / "best.pt"
@@ -245,7 +245,7 @@ class CandidateJobs:
         """Return the accuracy of a checkpoint: overall, per class, for small, medium and large objects (COCO's areas).
 
         Args:
-            options: of val.py.
+            options: options of val.py.
             sample: images of which some are returned with their detections and heat maps.
             scratch: folder for COCO's files.
         """

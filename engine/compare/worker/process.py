@@ -28,11 +28,11 @@ MAX_REASON = 300
 OOM_SCORE = "500"  # the kernel ends these processes before any other of the user's
 TICK_S = 0.5
 EXIT_WAIT_S = 5.0  # for the exit status of a process that has closed its connection
-CLOSE_WAIT_S = 2.0  # for a process to end by itself
+CLOSE_WAIT_S = 2.0  # for a process to exit by itself
 
 
 class JobFailedError(Exception):
-    """A job that a candidate could not do.
+    """A failed job of a candidate.
 
     Attributes:
         kind: MEMORY, CRASH, MISTAKE, UNSUPPORTED or OTHER.
@@ -61,7 +61,7 @@ class Worker:
         context = multiprocessing.get_context("spawn")  # CUDA and threads do not survive a fork
         self._connection, theirs = context.Pipe()
         arguments = theirs, self.setting, self.log
-        self._process = context.Process(target=serve, args=arguments, daemon=False)  # it has loaders
+        self._process = context.Process(target=serve, args=arguments, daemon=False)  # it starts loader workers
         self._process.start()
         theirs.close()
 
@@ -81,7 +81,7 @@ class Worker:
         Args:
             job: method of `engine.compare.worker.jobs.CandidateJobs`.
             tick: called twice a second while waiting.
-            arguments: of the job.
+            arguments: arguments of the job.
 
         Raises:
             JobFailedError: the job failed, or the process ended.
@@ -111,14 +111,14 @@ class Worker:
         return kind, f"{reason}; last stderr line: {last}" if last and kind == CRASH else reason
 
     def stop(self, patience: float) -> None:
-        """Ask the process to save what it trains and to end; wait so many seconds for that."""
+        """Ask the process to save its training and exit; wait `patience` seconds for that."""
         self._process.terminate()
         self._process.join(patience)
         if self.is_alive:
             LOGGER.warning("a process did not end within %g s; its work since the last epoch is lost", patience)
 
     def close(self) -> None:
-        """End the process; one that does not end by itself is killed with its process group, its loaders included."""
+        """End the process; if it does not exit, it is killed with its process group, including its loaders."""
         self._connection.close()
         self._process.join(CLOSE_WAIT_S)
         if self.is_alive:
@@ -136,7 +136,7 @@ class Worker:
 
 
 def serve(connection: Connection, setting: Setting, log: Path) -> None:
-    """Run jobs until the connection is closed; ends with its parent, in the middle of a job too."""
+    """Run jobs until the connection is closed; exit with the parent, even in the middle of a job."""
     if hasattr(os, "setsid"):
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent

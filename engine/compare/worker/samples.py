@@ -1,4 +1,4 @@
-"""What a candidate makes of a few validation images: detections against the labels, and heat maps."""
+"""A candidate's detections and heat maps of a few validation images."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from utils.draw import heat_map_image
 from utils.structures import to_unit
 
 SHOWN_SAMPLES = slice(0, None, 2)
-"""Those of the sample images that the report shows."""
+"""Sample images that the report shows."""
 HEAT_SIDE = 320
 """Longer side of a heat map in pixels, at most."""
 
 
 class SampleDetections:
-    """Collect correct and wrong detections and missed labels of the images that are shown; a sink of `EvalOptions`."""
+    """Collect TP, FP and FN of the images that the report shows; a sink of `EvalOptions`."""
 
     def __init__(self, sample: SampleFiles) -> None:
         self.found: dict[str, dict[str, Any]] = {}
@@ -46,9 +46,9 @@ def heat_map_urls(runtime: PyTorchRuntime, image: NDArray[np.uint8], side: int) 
     """Return the EigenCAM of each level that the head reads, blended over the image, as data URLs by level name.
 
     Args:
-        runtime: the detector; of an ensemble the first model.
+        runtime: the detector; for an ensemble its first model is used.
         image: (H, W, 3) uint8 BGR.
-        side: of the network's input in pixels.
+        side: input side of the network in pixels.
     """
     geometry = fit(image.shape[:2], (side, side), auto=True, stride=runtime.stride)
     (left, top), (height, width) = geometry.offset, geometry.size

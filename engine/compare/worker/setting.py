@@ -13,11 +13,11 @@ class Setting:
     Attributes:
         file: model YAML or checkpoint.
         names: class names of the dataset by index.
-        device: as `--device`.
-        threads: of PyTorch; 0 = its own choice.
+        device: value of `--device`.
+        threads: PyTorch threads; 0 = PyTorch's default.
         memory: bytes that may be allocated on a CPU; infinity = no limit.
         plugin: files that register backbones.
-        head: as `--head` of train.py; None = the head of the file.
+        head: value of `--head` of train.py; None = the head of the file.
     """
 
     file: Path

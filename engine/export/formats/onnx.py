@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 LOGGER = logging.getLogger(__name__)
-NATIVE_OPSET = 18  # of torch's exporter
+NATIVE_OPSET = 18  # native operator set of torch's exporter
 LARGEST_SIDE = 8192
-LIMIT = 2**31  # a protobuf file cannot be longer
-GRAPH_BYTES = 2**26  # for everything but the weights, at most
+LIMIT = 2**31  # maximum size of a protobuf file
+GRAPH_BYTES = 2**26  # upper bound for everything except the weights
 
 
 def onnx_model(graph: ExportGraph, shape: GraphShape, opset: int) -> ModelProto:
     """Return a detector as an ONNX `ModelProto` without stack traces: input `images`, output `output0`.
 
     Args:
-        graph: on the CPU or a GPU, in evaluation mode.
-        shape: of the input.
+        graph: detector on the CPU or a GPU, in evaluation mode.
+        shape: input of the graph.
         opset: ONNX operator set.
 
     Raises:
@@ -154,7 +154,7 @@ def save_onnx(model: ModelProto, path: Path, metadata: Metadata, shape: GraphSha
 
 
 def _name_dimensions(model: ModelProto) -> None:
-    """Replace the exporter's formulas for free dimensions by readable names."""
+    """Replace the exporter's expressions of free dimensions by readable names."""
     sides = model.graph.input[0].type.tensor_type.shape.dim
     for axis, name in {0: "batch", 2: "height", 3: "width"}.items():
         sides[axis].dim_param = name

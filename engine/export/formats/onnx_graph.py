@@ -1,4 +1,4 @@
-"""Passes over an ONNX graph after torch's exporter, which do not change the result."""
+"""Passes over an ONNX graph after torch's exporter, which do not change its outputs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def lower_to_17(model: ModelProto) -> None:
     """Convert a graph of operator set 18 to 17, in place: reductions and splits differ.
 
     Raises:
-        ExportError: set 17 does not have an operator, or this use of it.
+        ExportError: set 17 lacks an operator, or does not support this use of it.
     """
     import onnx
 

@@ -1,8 +1,9 @@
 """NMS inside an ONNX graph, from standard operators.
 
-Input: `output0` rows (B, N, 5 + nc). Output: `output0` (B, K, 6): xyxy in input pixels, confidence, class; by falling
-confidence, zeros after the last box. A row has its best class only, as in `detect.py`. The thresholds are inputs with
-defaults (`conf_thres`, `iou_thres`), which ONNX Runtime lets a caller override; other runtimes use the defaults.
+Input: `output0` rows (B, N, 5 + nc). Output: `output0` (B, K, 6): xyxy in input pixels, confidence, class; sorted
+by descending confidence, zeros after the last box. A row has its best class only, as in `detect.py`. The thresholds are
+inputs with defaults (`conf_thres`, `iou_thres`), which a caller of ONNX Runtime can override; other runtimes use the
+defaults.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class NmsOptions:
     agnostic: bool
 
     def describe(self) -> str:
-        """Return the options in words, for metadata."""
+        """Return a description of the options for the metadata."""
         across = ", over all classes together" if self.agnostic else f", {self.per_class} boxes per class"
         return f"confidence {self.conf_thres:g}, IoU {self.iou_thres:g}, {self.per_image} boxes per image{across}"
 

@@ -21,7 +21,7 @@ def save_openvino(model: ModelProto, folder: Path, name: str, metadata: Metadata
 
     Args:
         model: ONNX `ModelProto`, float32 or quantized.
-        folder: exists.
+        folder: existing folder.
         name: stem of the files.
         half: store weights in float16.
 

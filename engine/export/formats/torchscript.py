@@ -14,14 +14,14 @@ from utils.errors import ExportError
 
 
 def save_torchscript(graph: ExportGraph, path: Path, metadata: Metadata, shape: GraphShape) -> None:
-    """Trace and write.
+    """Trace and write a TorchScript file.
 
     Args:
-        graph: in evaluation mode.
+        graph: detector in evaluation mode.
         path: file to write.
-        metadata: for `config.txt`.
-        shape: of the input. A trace may serve all sizes where layers compute with the sizes of their input; the
-            verification tests whether it does.
+        metadata: content of `config.txt`.
+        shape: input of the graph. A trace is valid for all sizes if the layers use the sizes of their input; the
+            verification tests this.
 
     Raises:
         ExportError: the tracer failed.
@@ -29,7 +29,7 @@ def save_torchscript(graph: ExportGraph, path: Path, metadata: Metadata, shape: 
     example = torch.rand(shape.example, device=next(graph.parameters()).device)
     try:
         with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # the verification tests what the tracer warns of
+            warnings.simplefilter("ignore")  # the verification tests what the tracer warns about
             module = torch.jit.trace(TupleGraph(graph), example, strict=False, check_trace=False)
             config = metadata.to_json((shape.batch, 3, shape.height, shape.width))
             torch.jit.save(module, str(path), _extra_files={CONFIG: config})

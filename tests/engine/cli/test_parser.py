@@ -42,7 +42,7 @@ def test_spellings(argv, name, value):
 
 
 def _argument(field, default) -> list[str]:
-    """Command line of one option at its default value; none for options that have no such spelling."""
+    """Return the command line of an option at its default value; empty if it cannot be spelled."""
     if default is None or default is False or default == [] or "missing" in field.metadata:
         return []
     return [f"--{field.name}", *(map(str, default) if isinstance(default, list) else [str(default)])]

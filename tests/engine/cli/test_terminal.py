@@ -1,4 +1,4 @@
-"""The output of commands in a terminal of 80 columns: nothing wraps within a word, what matters is on the line."""
+"""Output of commands in a terminal of 80 columns: no word is split, and tables fit the line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tests.helpers.terminal import printed_lines, run_in_terminal, visible_lines
 from tests.helpers.training import write_project
 from utils.files import ROOT
 
-pytest.importorskip("pty", reason="pseudo terminals are a part of Unix")
+pytest.importorskip("pty", reason="pseudo terminals need Unix")
 TRAIN = "--cfg tiny.yaml --data data.yaml --imgsz 64 --epochs 1 --batch-size 4 --workers 0 --device cpu --project runs"
 
 
 def shown(script: str, options: str, folder: Path) -> str:
-    """Run a script and return what the terminal shows; a line is too long only if it is a single word (a path)."""
+    """Run a script and return the terminal output; only a single word (a path) may exceed the width."""
     status, text = run_in_terminal([sys.executable, str(ROOT / script), *options.split()], folder)
     assert status == 0, text
     for line in printed_lines(text):
@@ -28,7 +28,7 @@ def shown(script: str, options: str, folder: Path) -> str:
 def test_train_val_and_detect_fit_80_columns(tmp_path: Path) -> None:
     write_project(tmp_path)
     text = shown("train.py", TRAIN, tmp_path)
-    assert "verifying" not in text, "its bar is gone when it ends"
+    assert "verifying" not in text, "its bar is removed at the end"
     assert re.search(r"^slot +from +n +params +output +module$", text, re.M)
     assert re.search(r"^ +5 +\[2, 3, 4\] .* predictions +Detect \[3, \[\[10, 13.*\.\.\.$", text, re.M), (
         "arguments are cut"

@@ -98,13 +98,13 @@ def test_quick_candidates_make_more_calls_in_a_turn():
         ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, True, {"a": "1", "b": "2"}),
         ({"a": spread(2, 1, 3), "b": spread(10, 9, 11)}, False, {"b": "1", "a": "2"}),
         ({"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(9)}, True, {"a": "1=", "b": "1=", "c": "3"}),
-        # c overlaps with b, but not with a, which is better beyond doubt
+        # c overlaps with b, but not with a, which is clearly better
         (
             {"a": spread(2, 1, 3), "b": spread(3.5, 3, 4), "c": spread(4.5, 4, 5)},
             True,
             {"a": "1=", "b": "1=", "c": "2="},
         ),
-        # the wide one is behind nobody but a, whatever its mean
+        # the wide one is behind a only, whatever its mean
         (
             {"a": spread(0.476), "b": spread(0.45), "c": spread(0.447), "wide": spread(0.442, 0.42, 0.463)},
             False,
@@ -300,7 +300,7 @@ def test_data_key_changes_with_images_labels_and_classes(dataset: Path):
     label.write_text("1 .5 .5 .1 .1")
     os.utime(label, ns=(1, 1))
     assert key("train", "val") != first
-    assert key("val") == validation  # the other split is as it was
+    assert key("val") == validation  # the other split is unchanged
     os.utime(dataset.parent / "set/images/val/a.jpg", ns=(1, 1))
     assert key("val") != validation
     validation = key("val")
@@ -484,7 +484,7 @@ def test_labels_follow_the_images_into_the_square():
     sample = [(wide, np.array([[1, 0.5, 0.5, 0.2, 1.0]], np.float32))]
     images, targets = training_batch(sample, 2, 64)
     assert images.shape == (2, 3, 64, 64)
-    expected = [[0, 1, 0.5, 0.5, 0.2, 0.5], [1, 1, 0.5, 0.5, 0.2, 0.5]]  # half as high as the square, in its middle
+    expected = [[0, 1, 0.5, 0.5, 0.2, 0.5], [1, 1, 0.5, 0.5, 0.2, 0.5]]  # half the height of the square, centered
     torch.testing.assert_close(targets, torch.tensor(expected), rtol=0, atol=1e-6)
 
 

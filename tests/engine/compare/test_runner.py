@@ -52,7 +52,7 @@ FILES = {"pareto.png", "latency.png", "memory.png", "results.json", "results.csv
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a dataset of a few images, two small models, and one that cannot be built."""
+    """A folder with a dataset of a few images, two small models, and an invalid one."""
     folder = tmp_path_factory.mktemp("compare")
     (folder / "data.yaml").write_text(
         "path: set\ntrain: images/train\nval: images/val\nnames: {0: circle, 1: square, 2: cross}\n"
@@ -73,7 +73,7 @@ def options(place: Path, *names: str, **more) -> dict:
 
 
 class Page(HTMLParser):
-    """Counts what a report holds, and what it would fetch."""
+    """Counts the elements of a report and collects external resources."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def worker(path: Path, folder: Path, memory: float = float("inf")) -> Worker:
     return Worker(Setting(path, {0: "a"}, "cpu", 1, memory), folder / "log.txt")
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of memory is Linux's")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the memory limit needs Linux")
 def test_worker_survives_out_of_memory_and_ends_with_its_connection(place, tmp_path):
     text = TINY.format(width=10).replace("[64, 3, 2]", "[640, 3, 2]").replace("[128, 3, 2]", "[1280, 3, 2]")
     (tmp_path / "huge.yaml").write_text(text)
@@ -299,7 +299,7 @@ def test_compare_continues_after_a_kill(place, tmp_path):
         "--rounds", "3", "--seconds", "0",
     ]  # fmt: skip
     words += ["--workers", "1", "--batch-size", "4", "--device", "cpu", "--project", str(tmp_path)]
-    own = tmp_path / "project"  # a copy: a change of the sources in between is a reason to train again
+    own = tmp_path / "project"  # a copy: a change of the sources would trigger another training
     for name in ("models", "data", "engine", "utils"):
         shutil.copytree(ROOT / name, own / name, ignore=shutil.ignore_patterns("__pycache__", "*.cache.npz"))
     shutil.copy(ROOT / "compare.py", own)

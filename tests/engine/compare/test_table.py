@@ -1,4 +1,4 @@
-"""Tables and images of a comparison."""
+"""Tables and plots of a comparison."""
 
 from __future__ import annotations
 

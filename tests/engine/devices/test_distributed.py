@@ -1,4 +1,4 @@
-"""Several processes on one training: shares of the data, gradients, validation, and how they end."""
+"""Training with several processes: data sharding, gradients, validation, and exits."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_shares_with_and_without_repetition() -> None:
 
 
 class Coarse(PyTorchRuntime):
-    """A detector with few different scores, so that the order of the images decides about many of them."""
+    """A detector with few distinct confidences, so that the order of the images matters."""
 
     def with_raw(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         decoded, raw = super().with_raw(images)
@@ -118,7 +118,7 @@ def judge() -> tuple[Coarse, Any]:
 
 
 def same_results(a: EvalResult, b: EvalResult) -> None:
-    """Raise AssertionError unless all figures are equal, to the last bit; the speeds apart."""
+    """Raise AssertionError unless all metrics except the speeds are bit-equal."""
     for f in fields(EvalResult):
         if f.name != "speeds":
             x, y = getattr(a, f.name), getattr(b, f.name)
@@ -157,7 +157,7 @@ def test_parts_of_a_validation_give_the_metrics_of_the_whole(images, tmp_path, m
 
 
 class Doubled(nn.Module):
-    """A model in float64, whatever it is given."""
+    """A model in float64 with any input."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ GRADIENTS = {
 
 
 def step(case: str, world: World) -> dict[str, Tensor]:
-    """Gradients and batch statistics of a training step, each rank with its half of the batch."""
+    """Return gradients and batch statistics of a training step; each rank has half of the batch."""
     family, statistics, loss, _ = GRADIENTS[case]
     model = build(family, seed=4)
     if loss == "free":
@@ -204,10 +204,10 @@ def step(case: str, world: World) -> dict[str, Tensor]:
     elif world.size > 1:
         convert_sync_batchnorm(network, world, CPU)
     images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    # The loss is a mean over the matches of each process: equal halves of targets make it the mean over all.
+    # The loss is a mean over the matches of each process; with equal halves of targets it is the mean over all.
     boxes = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
     if loss == "free" and world.rank == 1:
-        boxes = boxes[:1]  # the sums of soft targets of the ranks differ
+        boxes = boxes[:1]  # the ranks' sums of soft targets differ
     half = slice(2 * world.rank, 2 * world.rank + 2) if world.size > 1 else slice(None)
     second = boxes[:1] if loss == "free" else boxes
     targets = boxes if world.size > 1 else torch.cat((boxes, second + torch.tensor([2.0, 0, 0, 0, 0, 0])))
@@ -227,7 +227,7 @@ WRITERS = {"shapes": (shapes, "generate"), "labels": (label_cache, "write"), "im
 
 
 def watch(project: Any, name: str) -> list[Any]:
-    """The arguments of all calls of a function from now on."""
+    """Return a list that records the arguments of all further calls of a function."""
     calls: list[Any] = []
     original = getattr(project, name)
 
@@ -240,7 +240,7 @@ def watch(project: Any, name: str) -> list[Any]:
 
 
 def pair(folder: Path) -> None:
-    """What two processes do for the tests below; each writes what it found."""
+    """Work of the two processes for the tests below; each writes its results."""
     rank = world_from_environment().rank
     log.LINGER = 0.5
     found: dict[str, Any] = {}
@@ -254,7 +254,7 @@ def pair(folder: Path) -> None:
         model = build("yolov5", seed=rank)
         distributed.copy_from_main(model, world)
         found["copied"] = model.state_dict()
-        with distributed.file_from_main(folder / f"file{rank}", world) as path:  # a disk of its own for each
+        with distributed.file_from_main(folder / f"file{rank}", world) as path:  # as if each had its own disk
             found["file"] = path.read_text() if path is not None else None
     next_group()
     weights = watch(DetectionLoader, "set_image_weights")
@@ -286,7 +286,7 @@ def pair(folder: Path) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """As the other processes: the last bits of sums, and of initial weights, depend on the number of threads."""
+    """Use one thread as the other processes: sums and initial weights depend on it in the last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -295,7 +295,7 @@ def _one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What the two processes of `pair` found; [2] are their exit codes, [3] their folder."""
+    """Results of the two processes of `pair`; [2] are their exit codes, [3] their folder."""
     folder = tmp_path_factory.mktemp("pair")
     (folder / "images").mkdir()
     write_data(folder / "images")
@@ -315,7 +315,7 @@ def test_gradients_are_those_of_one_process_with_the_double_batch(found, case) -
     largest = max(float(value.abs().max()) for value in wanted.values())
     for name, value in wanted.items():
         torch.testing.assert_close(first[name], second[name], rtol=0, atol=0, msg=name)
-        size = max(float(value.abs().max()), 1e-6 * largest)  # a bias before a norm: nothing but rounding
+        size = max(float(value.abs().max()), 1e-6 * largest)  # a bias before a norm: only rounding
         torch.testing.assert_close(first[name], value, rtol=tolerance, atol=tolerance * size, msg=name)
 
 
@@ -342,7 +342,7 @@ def test_a_training_reports_what_one_process_measures(found, tmp_path) -> None:
 
 
 def validation_loader(folder: Path) -> DetectionLoader:
-    """As the training of `pair` has it: twice the batch of a process."""
+    """The validation loader of `pair`: twice the batch of a process."""
     records = load_annotations(load_data_config(folder / "data.yaml").split("val"), 3, progress=False).records
     dataset = DetectionDataset(records, 64, rect=True, batch_size=4, stride=32, pad=0.5)
     return DetectionLoader(dataset, 4)
@@ -386,7 +386,7 @@ def test_a_mistake_of_rank_zero_ends_all_and_is_reported_once(found) -> None:
 
 
 def test_a_mistake_of_another_rank_ends_all(found) -> None:
-    assert found[2]["codes"] == [1, 1]  # rank zero silently, rank 1 with its error
+    assert found[2]["codes"] == [1, 1]  # rank zero silently, rank 1 with an error
 
 
 # ---- options --------------------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_the_progress_bar_is_rank_zeros(images, monkeypatch) -> None:
     assert shown == [True, False]
 
 
-def test_a_repeated_sigterm_does_not_break_off_the_saving() -> None:
+def test_a_repeated_sigterm_does_not_interrupt_saving() -> None:
     """torchrun and a scheduler may both send one."""
     with StopRequest() as stop:
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""Whole trainings of two processes under torchrun: how they fail, stop and go on."""
+"""Trainings of two processes under torchrun: failures, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.helpers.training import assert_equal_runs, config, detection_loss, ro
 from utils.files import ROOT
 from utils.yaml_lines import dump_yaml
 
-BOUND = 60  # seconds that two processes may take to start, to fail and to end
+BOUND = 60  # seconds for two processes to start, fail and exit
 SCRIPT = str(ROOT / "tests/helpers/faulty_train.py")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with a dataset of a few images and a small model that draws random numbers while it trains."""
+    """A folder with a dataset of a few images and a small model that uses random numbers in training."""
     write_project(tmp_path, val=9)
     arch = {"layers": [1, 1, 1, 1], "embed_dims": [8, 8, 16, 16]}
     backbone = [[-1, 1, "RIFormer", {"arch": arch, "drop_path_rate": 0.5}]]
@@ -58,7 +58,7 @@ def command(project: Path, *more: str, epochs: int = 3) -> list[str]:
 
 
 def run(arguments: list[str], fault: str = "none:0:0:0") -> tuple[int, str]:
-    """Status and standard error of a command."""
+    """Return exit status and standard error of a command."""
     environment = {**os.environ, "FAULT": fault, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, capture_output=True, text=True, timeout=2 * BOUND, env=environment)
     return done.returncode, done.stderr
@@ -112,7 +112,7 @@ def test_commands_of_one_process_say_so(project, script) -> None:
 
 
 FAULTS = [
-    # what happens in rank 1, own lines and tracebacks besides torchrun's
+    # fault in rank 1, number of our own lines, tracebacks besides torchrun's
     ("raise", 0, 1),
     ("exit", 1, 0),
     ("kill", 1, 0),
@@ -125,7 +125,7 @@ def test_a_dying_rank_ends_all_and_leaves_the_checkpoint(project, kind, lines, t
     begin = time.time()
     status, text = run(command(project), f"{kind}:1:2:1")
     assert status != 0 and time.time() - begin < BOUND
-    assert len(own_lines(text)) <= lines  # torchrun may be quicker to end rank zero than it to notice
+    assert len(own_lines(text)) <= lines  # torchrun may end rank zero before it notices
     assert all("rank 0: another process of this training is gone" in line for line in own_lines(text))
     assert text.count("Traceback") == traces + 1 and text.count("KeyError: 'a fault'") == traces
     last = read_checkpoint(project / "runs/exp/weights/last.pt")
@@ -133,7 +133,7 @@ def test_a_dying_rank_ends_all_and_leaves_the_checkpoint(project, kind, lines, t
     assert not list((project / "runs/exp/weights").glob(".*"))
 
 
-# ---- going on -------------------------------------------------------------------------------------------------------
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def resume(project: Path, name: str) -> list[str]:
@@ -145,14 +145,14 @@ def resume(project: Path, name: str) -> list[str]:
     ]
 
 
-# 10 images in steps of 4 are 3 batches an epoch; in this warm-up a step follows on batches 0, 1, 3 and 6.
+# 10 images in batches of 4 are 3 batches per epoch; in this warm-up the optimizer steps after batches 0, 1, 3 and 6.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "at", "batches", "workers"),
     [("term", 1, 2, 1), ("term-one", 1, 2, 0), ("int", 1, 2, 1), ("term", -1, 3, 0), ("term-one", -1, 3, 1)],
 )
 def test_a_signal_in_the_middle_of_an_epoch(project, kind, at, batches, workers) -> None:
-    """At torchrun, which passes it on, or at one process; in training, or in validation (-1)."""
+    """Sent to torchrun, which forwards it, or to one process; in training, or in validation (-1)."""
     assert run(command(project, "--name=whole"))[0] == 0
     status, text = run(command(project, "--name=cut", f"--workers={workers}"), f"{kind}:1:0:{at}")
     assert status != 0 and "Stopped in epoch 0" in text
@@ -165,8 +165,8 @@ def test_a_signal_in_the_middle_of_an_epoch(project, kind, at, batches, workers)
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on(project, monkeypatch) -> None:
-    """One process, then two, then one: each does the rest of what the one before left."""
+def test_another_number_of_processes_resumes(project, monkeypatch) -> None:
+    """One process, then two, then one: each run continues the previous one."""
     last = project / "runs/exp/weights/last.pt"
     with monkeypatch.context() as patch:
         signal_at(patch, signal.SIGTERM, (0, 1))
@@ -180,7 +180,7 @@ def test_another_number_of_processes_goes_on(project, monkeypatch) -> None:
 
 @pytest.mark.slow
 def test_kills_of_everything_leave_no_trace(project) -> None:
-    """SIGKILL for torchrun and both processes, at random moments."""
+    """SIGKILL to torchrun and both processes, at random times."""
     epochs = 60
     assert run(command(project, "--name=whole", epochs=epochs))[0] == 0
     last = project / "runs/cut/weights/last.pt"
@@ -195,7 +195,7 @@ def test_kills_of_everything_leave_no_trace(project) -> None:
         while agent.poll() is None and not (last.is_file() and last.stat().st_mtime_ns > before):
             time.sleep(0.01)  # until it trains
         time.sleep(draw.uniform(0, 0.5))
-        assert agent.poll() is None, "it ended before it was killed"
+        assert agent.poll() is None, "it exited before it was killed"
         found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(agent.pid)], capture_output=True, text=True)
         for number in [agent.pid, *map(int, found.stdout.split())]:
             os.kill(number, signal.SIGKILL)
@@ -232,7 +232,7 @@ def test_every_model_file_is_tried() -> None:
 
 
 def two_steps(folder: Path) -> None:
-    """Two training steps of every model that models.txt names; what went wrong is written to a file per rank."""
+    """Run two training steps of every model in models.txt; write problems to a file per rank."""
     problems = []
     targets = torch.tensor([[0, 1, 0.5, 0.5, 0.4, 0.4], [1, 2, 0.3, 0.6, 0.2, 0.5]])
     with process_group(world_from_environment()):
@@ -242,7 +242,7 @@ def two_steps(folder: Path) -> None:
             step = train_step(model, detection_loss(model), world)
             before = next(model.head.parameters()).detach().clone()
             try:
-                for number in range(2):  # data-parallel training tells of missed parameters at the second forward pass
+                for number in range(2):  # DDP reports unused parameters at the second forward pass
                     step.backward(torch.rand(2, 3, 64, 64), targets, (0, number))
                     step.optimizer.step()
                     step.optimizer.zero_grad()

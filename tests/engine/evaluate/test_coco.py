@@ -1,4 +1,4 @@
-"""COCO result files: numbers of images and categories, corners, and the score of known answers."""
+"""COCO result files: image and category ids, boxes, and the metrics of known answers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NUMBERS = [
     (["a/000000000139.jpg", "a/000000000285.jpg"], [139, 285], "COCO's names are the ids"),
     (["a/1.jpg", "b/01.jpg"], [1, 2], "the same number twice: counted"),
     (["cat.jpg", "2.jpg"], [1, 2], "not all are numbers: counted"),
-    (["²3.jpg", "5.jpg"], [1, 2], "what looks like a digit is no number"),
+    (["²3.jpg", "5.jpg"], [1, 2], "superscripts are not digits"),
 ]
 
 
@@ -40,7 +40,7 @@ def test_categories_of_coco():
     assert [COCO_CATEGORIES[k] for k in (0, 11, 15, 24, 60, 79)] == [1, 13, 17, 27, 67, 90]
 
 
-def test_rows_name_the_corner():
+def test_rows_hold_the_upper_left_corner():
     (row,) = result_rows(torch.tensor([[10.0, 20, 40, 80, 0.123456, 2]]), 7, (5, 6, 8))
     assert row == {"image_id": 7, "category_id": 8, "bbox": [10, 20, 30, 60], "score": 0.12346}
 
@@ -105,7 +105,7 @@ def test_score_from_a_file_and_its_errors(tmp_path):
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(annotation_file(IMAGES, (0, 1), NAMES, polygons=False)))
     assert score(path, perfect(), [1, 2])[0] == pytest.approx(1, abs=0.01)
-    with pytest.raises(DataError, match=r"truth\.json: does not know 1 of the images, such as id 3"):
+    with pytest.raises(DataError, match=r"truth\.json: lacks 1 of the images, such as id 3"):
         score(path, perfect(), [1, 3])
     for text in ("{", "[]", '{"images": []}'):
         path.write_text(text)

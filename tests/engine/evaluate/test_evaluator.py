@@ -41,7 +41,7 @@ def data_file(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """A yolov5n checkpoint with random weights that see something everywhere."""
+    """A yolov5n checkpoint with random weights that detects something everywhere."""
     torch.manual_seed(0)
     model = DetectionModel("models/yolov5n.yaml", nc=3).eval()
     with torch.no_grad():
@@ -69,8 +69,8 @@ class Oracle:
         for k, (path, fit) in enumerate(zip(batch.paths, batch.shapes)):
             rows = torch.as_tensor(self.answers(int(path[-5])), dtype=torch.float32).reshape(-1, 6)
             scale, (left, top) = fit.ratio[0], fit.pad
-            corners = rows[:, :4] * scale + torch.tensor([left, top, left, top])
-            decoded[k, : len(rows), :4] = xyxy2xywh(corners)
+            boxes_xyxy = rows[:, :4] * scale + torch.tensor([left, top, left, top])
+            decoded[k, : len(rows), :4] = xyxy2xywh(boxes_xyxy)
             decoded[k, : len(rows), 4] = rows[:, 4]
             decoded[k, torch.arange(len(rows)), 5 + rows[:, 5].long()] = 1
         return decoded
@@ -80,7 +80,7 @@ class Oracle:
 
 
 def truth(number):
-    """The labels of an image as detections with score 0.9."""
+    """Return the labels of an image as detections with confidence 0.9."""
     height, width = SIZES[number]
     found = []
     for label, cx, cy, w, h in boxes_of(number):
@@ -90,7 +90,7 @@ def truth(number):
 
 
 def moved(number):
-    """Every box moved by a fifth of its width: IoU 2 / 3."""
+    """Return every box shifted by a fifth of its width: IoU 2 / 3."""
     found = truth(number)
     found[:, [0, 2]] += 0.2 * (found[:, 2:3] - found[:, :1])
     return found
@@ -113,13 +113,13 @@ def judged(data_file, answers, **options):
     return evaluate(Oracle(loader, answers), loader, EvalOptions(names=NAMES, **options))
 
 
-# ---- figures --------------------------------------------------------------------------------------------------------
+# ---- metrics --------------------------------------------------------------------------------------------------------
 
 FIGURES = [
     # answers, mAP50, mAP50-95, recall, what it shows
-    (truth, 0.995, 0.995, 1.0, "boxes and labels meet in original pixels, whatever the shape"),
+    (truth, 0.995, 0.995, 1.0, "boxes and labels are matched in original pixels, for any shape"),
     (moved, 0.995, 0.995 * 4 / 10, 1.0, "IoU 2 / 3 counts at 0.5, 0.55, 0.6 and 0.65"),
-    (wrong_class, 0.0, 0.0, 0.0, "right boxes of the wrong class are wrong"),
+    (wrong_class, 0.0, 0.0, 0.0, "correct boxes of another class are FP"),
     (lambda n: truth(n)[:0], 0.0, 0.0, 0.0, "nothing found"),
     (lambda n: truth(n)[: n % 2 * 9], None, None, None, "some images without detections"),
 ]
@@ -134,7 +134,7 @@ def test_metrics_of_known_answers(data_file, answers, map50, mean_ap, recall, te
         assert 0 < result.map50 < 0.9
         return
     assert (result.map50, result.mr) == pytest.approx((map50, recall), abs=2e-3)
-    assert result.map == pytest.approx(mean_ap, abs=0.03)  # sides are rounded to pixels: IoUs near a threshold may tip
+    assert result.map == pytest.approx(mean_ap, abs=0.03)  # rounding to pixels changes IoUs near a threshold
     assert result.losses == (0, 0, 0) and min(result.speeds) > 0
 
 
@@ -259,7 +259,7 @@ def test_sides_are_rounded_up_to_the_grid(wanted, used):
 
 
 def test_batches_are_rectangles_with_half_a_stride_of_margin(data_file):
-    # By shape: 50 x 111, 60 x 80 and two squares; then 97 x 71 and 80 x 60, which need 48 + 16 columns.
+    # Sorted by shape: 50 x 111, 60 x 80 and two squares; then 97 x 71 and 80 x 60, which need 48 + 16 columns.
     shapes = [tuple(b.images.shape) for b in loader_for(data_file)]
     assert shapes == [(4, 3, 96, 96), (2, 3, 96, 64)]
     config = ValConfig(imgsz=128, batch_size=1, workers=0)
@@ -287,7 +287,7 @@ def test_fixed_inputs_decide(data_file):
 
 @pytest.fixture
 def command(data_file, weights, tmp_path):
-    """Runs val.py's work with small defaults."""
+    """Return a function that runs val.py with small defaults."""
 
     def go(**options):
         usual = {"data": str(data_file), "weights": [str(weights)], "imgsz": SIDE, "batch_size": 4, "workers": 0}

@@ -61,7 +61,7 @@ def one(weights, include="onnx", imgsz=SIZE, **options):
 
 @pytest.mark.parametrize("opset", [pytest.param(n, marks=pytest.mark.slow) for n in (18, 19, 20, 21)] + [22])
 def test_operator_set(weights, opset):
-    """17, the default, is what all other tests have."""
+    """17 is the default and covered by the other tests."""
     path = one(weights, opset=opset).path
     model = onnx.load(str(path))
     onnx.checker.check_model(model, full_check=True)
@@ -145,7 +145,7 @@ def test_openvino_with_nms(weights):
 def test_verification_without_boxes_is_logged(weights, caplog):
     """OpenVINO's threshold cannot be lowered for the verification, as ONNX Runtime's can."""
     assert one(weights, "openvino", nms=True, conf_thres=0.999).comparison.reference == 0
-    assert "no box scores above --conf-thres 0.999" in caplog.text
+    assert "no box above --conf-thres 0.999" in caplog.text
 
 
 # ---- precision ------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ def test_half_with_free_sizes(weights, include):
 
 
 def dataset(folder, splits):
-    """A dataset YAML whose first split has two images, and each further one an image more."""
+    """Write a dataset YAML; its first split has two images, each further split one more."""
     images = sorted((ROOT / "data/images").glob("*.jpg"))
     lines = ["path: .", "names: [disc, bar, dot]"]
     for more, split in enumerate(splits):
@@ -229,7 +229,7 @@ def test_int8(weights, tmp_path, caplog, monkeypatch):
 
 
 def test_check_size_refuses_two_gigabytes():
-    """As tensors without memory: 2.1 GB in float32, half of that in float16."""
+    """Meta tensors: 2.1 GB in float32, half of that in float16."""
     layer = nn.Linear(23000, 23000, bias=False, device="meta")
     with pytest.raises(ExportError, match=r"onnx: 2.12 GB; one file holds 2 GB: use --half"):
         onnx_export.check_size(layer)
@@ -243,7 +243,7 @@ def test_export_above_two_gigabytes_leaves_no_file(weights, monkeypatch, capsys)
     assert "one file holds 2 GB" in capsys.readouterr().err
     monkeypatch.setattr(onnx_export, "GRAPH_BYTES", 0)
     monkeypatch.setattr(onnx_export, "LIMIT", 10**5)
-    monkeypatch.setattr(onnx_export, "check_size", lambda graph: None)  # the graph itself is looked at too
+    monkeypatch.setattr(onnx_export, "check_size", lambda graph: None)  # the graph itself is checked, too
     assert run_main(ExportConfig, "export.py", "", export.work, argv) == 1
     assert "one file holds 2 GB" in capsys.readouterr().err
     assert [p.name for p in weights.parent.iterdir()] == ["best.pt"]

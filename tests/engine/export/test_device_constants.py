@@ -29,7 +29,7 @@ def with_head(model: DetectionModel, head: str) -> DetectionModel:
 
 
 def nodes(block: Any) -> Iterator[Any]:
-    """All nodes of a graph, those of nested blocks too."""
+    """Yield all nodes of a graph, including those of nested blocks."""
     for node in block.nodes():
         yield node
         for inner in node.blocks():
@@ -37,7 +37,7 @@ def nodes(block: Any) -> Iterator[Any]:
 
 
 def device_constants(traced: Any) -> list[str]:
-    """Devices in a graph, with the operators that use them."""
+    """Return the devices in a graph with the operators that use them."""
     return [
         f"{node.output().toIValue()} in {use.user.kind()}"
         for node in nodes(traced.inlined_graph)
@@ -81,7 +81,7 @@ def test_trace_of_another_device_runs(family, head, gpu_block) -> None:
     traced = trace(model, torch.device("cpu"))
     graph, parameters = torch._C._jit_pass_lower_graph(traced.graph, traced._c)
     function = torch._C._create_function_from_graph("forward", graph)
-    with gpu_block(), torch.jit.optimized_execution(False):  # the pretended device cannot be optimized for
+    with gpu_block(), torch.jit.optimized_execution(False):  # the fake device cannot be optimized for
         (found,) = function(images.to(GPU), *(value.to(GPU) for value in parameters))
         assert found.device == GPU
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-3, atol=1e-2)

@@ -1,4 +1,4 @@
-"""export.py from checkpoint to file: what is written, verified and refused, and that nothing else is left."""
+"""export.py from checkpoint to file: output, verification, refusals, and no leftover files."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(weights):
-    """Every installed format of one checkpoint; the report, and the checkpoint's bytes before."""
+    """Export one checkpoint to every installed format; return the report and the original checkpoint bytes."""
     before = hashlib.sha256(weights.read_bytes()).hexdigest()
     report = export.run(weights=[str(weights)], imgsz=SIZE, include=INSTALLED)
     return report, before
 
 
 def cli(argv, capsys):
-    """Exit status and what went to stderr."""
+    """Return exit status and stderr."""
     status = run_main(ExportConfig, "export.py", "", export.work, [str(a) for a in argv])
     return status, capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_every_format_equals_eager(weights, exported):
 
 def test_anchor_free_head_exports_to_every_format(tmp_path):
     # Several seconds: OpenVINO fused an earlier form of the decoder into an invalid graph, and ONNX Runtime's sigmoid
-    # has an absolute error that showed in the class columns.
+    # has an absolute error that was visible in the class columns.
     torch.manual_seed(0)
     model = DetectionModel(build("yolov5").yaml, head="free").eval()
     for branch in model.head.cls:
@@ -152,7 +152,7 @@ def test_opencv_equals_eager(weights, exported):
 
 
 def test_detect_gives_the_same_boxes_for_every_format(weights, exported, tmp_path):
-    """Files of one fixed size see the same letterboxed images."""
+    """Files of one fixed size get the same letterboxed images."""
     found = {}
     for exported_file in exported[0].exported_files:
         folder = tmp_path / exported_file.format
@@ -213,7 +213,7 @@ def test_model_without_free_sizes_is_refused(tmp_path, capsys):
 
 
 def with_nms(count, columns, options):
-    """A session over a graph that has nothing but NMS: `images` are the rows."""
+    """Return a session over a graph with NMS only: `images` are the rows."""
     rows = helper.make_tensor_value_info("images", 1, ["batch", count, columns])
     answer = helper.make_tensor_value_info("output0", 1, ["batch", count, columns])
     graph = helper.make_graph([helper.make_node("Identity", ["images"], ["output0"])], "g", [rows], [answer])
@@ -238,7 +238,7 @@ def random_rows(batch, count, columns, seed=0):
         NmsOptions(0.1, 0.7, 100, 100, agnostic=True),
         NmsOptions(0.1, 0.6, 3, 100, agnostic=False),
         NmsOptions(0.1, 0.6, 100, 7, agnostic=False),
-        NmsOptions(0.25, 0.45, 400, 400, agnostic=False),  # more than there are rows
+        NmsOptions(0.25, 0.45, 400, 400, agnostic=False),  # more than the number of rows
         NmsOptions(0.999, 0.45, 100, 100, agnostic=False),  # nothing is left
     ],
 )
@@ -363,7 +363,7 @@ def test_export_continues_after_failed_format(own_weights, monkeypatch, capsys):
     assert left == ["best.pt", "best.torchscript", "best.torchscript.proof.json"]
 
 
-def test_export_with_broken_fold_writes_nothing(own_weights, monkeypatch, capsys):
+def test_export_with_faulty_fold_writes_nothing(own_weights, monkeypatch, capsys):
     import models.fuse as fuse
 
     right = fuse.fused_weights

@@ -25,7 +25,7 @@ SIZE = [64, 96]
 
 
 def check_layout_v8(weights, report):
-    """Compare raw output (B, 4 + nc, N), and the rows that the runtimes make of it, with the eager model."""
+    """Compare raw output (B, 4 + nc, N), and the rows that the runtimes return, with the eager model."""
     assert not report.failures
     images = torch.rand(1, 3, *SIZE)
     with torch.no_grad():

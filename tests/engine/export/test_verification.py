@@ -1,4 +1,4 @@
-"""The verification: equal forms pass, and folds that are broken on purpose do not."""
+"""Verification: equal forms pass, injected faults in folding do not."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_verification_passes_and_keeps_model(family):
     before = copy.deepcopy(model.state_dict())
     verification = verified(model)
     assert not verification.deployment.problems
-    assert verification.deployment.reference >= 20  # there was something to compare
+    assert verification.deployment.reference >= 20  # enough boxes to compare
     assert verification.deployment.row_px < 0.02 and verification.deployment.row_score < 1e-4
     after = model.state_dict()
     assert list(before) == list(after)
@@ -54,7 +54,7 @@ def test_verification_passes_and_keeps_model(family):
         torch.testing.assert_close(after[key], value, rtol=0, atol=0)
 
 
-# ---- broken on purpose ----------------------------------------------------------------------------------------------
+# ---- injected faults ------------------------------------------------------------------------------------------------
 
 RIGHT_FOLDED = fuse.fused_weights
 RIGHT_FC3 = repmlp.folded_fc3
@@ -91,7 +91,7 @@ def norm_forgotten(norm, *layers):
 
 
 def affine_sign(model):
-    """The affine mixer's shift comes with the wrong sign."""
+    """Flip the sign of the affine mixer's shift."""
     for module in model.modules():
         if isinstance(module, riformer.AffineMixer):
             module.affine.bias.data.neg_()
@@ -112,14 +112,14 @@ BREAKS = [
 @pytest.mark.parametrize(
     ("family", "module", "name", "broken"), BREAKS, ids=[f"{b[0]}-{b[3].__name__}" for b in BREAKS]
 )
-def test_verification_detects_broken_fold(monkeypatch, family, module, name, broken):
+def test_verification_detects_faulty_fold(monkeypatch, family, module, name, broken):
     model = build(family)
     monkeypatch.setattr(module, name, broken)
     with pytest.raises(ExportError, match="stage 1, training model -> re-parameterized model"):
         verified(model)
 
 
-def test_verification_detects_broken_riformer_fold(monkeypatch):
+def test_verification_detects_faulty_riformer_fold(monkeypatch):
     model = build("riformer")
     right = riformer.RIFormer.reparameterize
 
@@ -133,7 +133,7 @@ def test_verification_detects_broken_riformer_fold(monkeypatch):
 
 
 def test_verification_detects_skipped_branch_of_timm(monkeypatch):
-    """RepVGG's identity branch, left out by the function that fuses a block."""
+    """RepVGG's identity branch is skipped when a block is fused."""
     model = build("timm-repvgg")
     right = timm.utils.model.reparameterize_model
 
@@ -153,7 +153,7 @@ def test_verification_detects_skipped_branch_of_timm(monkeypatch):
 
 
 def rows(count=60, seed=0):
-    """(1, count, 8): boxes on a grid that do not overlap, scores 0.3 ... 0.9."""
+    """Return (1, count, 8): boxes on a grid without overlap, confidences 0.3 ... 0.9."""
     generator = torch.Generator().manual_seed(seed)
     out = torch.zeros(1, count, 8)
     index = torch.arange(count)
@@ -216,14 +216,14 @@ def boxes(*lines):
 
 
 def row(box):
-    """A row for corners, score, class."""
+    """Return the row of a box: xyxy, confidence, class."""
     x1, y1, x2, y2, score, label = box
     hot = [float(k == label) for k in range(3)]
     return [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, score, *hot]
 
 
 A = [10, 10, 30, 30, 0.8, 0]
-NEAR_A = [14, 10, 34, 30, 0.79999, 0]  # IoU 2/3 with A, nearly the same score: either may win
+NEAR_A = [14, 10, 34, 30, 0.79999, 0]  # IoU 2/3 with A, nearly the same confidence: NMS may keep either
 WEAKER = [14, 10, 34, 30, 0.5, 0]
 FAR = [50, 50, 70, 70, 0.6, 1]
 
@@ -232,12 +232,12 @@ FAR = [50, 50, 70, 70, 0.6, 1]
     ("before", "after", "edge", "same"),
     [
         ([A, FAR], [A, FAR], 0, True),
-        ([A, NEAR_A, FAR], [NEAR_A, FAR], 2, True),  # a tie may fall either way
-        ([A, WEAKER], [A, WEAKER], 0, False),  # NMS was left out
-        ([A, WEAKER], [WEAKER], 0, False),  # the weaker one won
-        ([A, FAR], [A], 0, False),  # lost
-        ([A], [A, FAR], 0, False),  # invented
-        ([A], [A, A], 0, False),  # twice
+        ([A, NEAR_A, FAR], [NEAR_A, FAR], 2, True),  # tie: NMS may keep either
+        ([A, WEAKER], [A, WEAKER], 0, False),  # NMS was skipped
+        ([A, WEAKER], [WEAKER], 0, False),  # the less confident box was kept
+        ([A, FAR], [A], 0, False),  # missing
+        ([A], [A, FAR], 0, False),  # additional
+        ([A], [A, A], 0, False),  # duplicate
     ],
 )
 def test_compare_boxes(before, after, edge, same):
@@ -248,13 +248,13 @@ def test_compare_boxes(before, after, edge, same):
 
 
 def test_compare_boxes_matches_boxes_without_height():
-    """They overlap nothing, not even themselves; a flat image gives many."""
+    """They have no IoU, not even with themselves; a flat image gives many."""
     thin = [[10 + 30 * k, 20, 35 + 30 * k, 20, 0.9 - 0.1 * k, 0] for k in range(3)]
     reference = torch.tensor([[row(box) for box in thin]], dtype=torch.float32)
     found = boxes(*thin)
     found[:, :4] += 0.01
     assert not compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25)).problems
-    found[1, 1] += 0.2  # that is another one
+    found[1, 1] += 0.2  # a different box
     assert compare_boxes("x", [reference], [[found]], FP32, NmsRule(0.25)).problems
 
 
@@ -273,7 +273,7 @@ def test_match_is_one_to_one():
 
 def test_choose_conf_keeps_enough_rows():
     r = rows(400)
-    assert choose_conf([r]) == 0.25  # more than a hundred lie above
+    assert choose_conf([r]) == 0.25  # more than a hundred are above
     r[..., 4] *= 0.1
     assert 0 < choose_conf([r]) < 0.1
 

@@ -1,4 +1,4 @@
-"""Entry points of hubconf.py, loaded as torch.hub does from wherever the caller is."""
+"""Entry points of hubconf.py, loaded by torch.hub from any folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_hub_network_by_name_with_weights(weights):
 
 
 def test_hub_works_from_another_folder_with_declared_dependencies(weights, files, tmp_path):
-    """torch.hub takes the project off the import path after loading: nothing may be imported later."""
+    """torch.hub removes the project from the import path after loading: nothing may be imported later."""
     code = f"""
 import json, sys
 sys.path = [p for p in sys.path if p not in ("", {str(ROOT)!r})]
@@ -104,7 +104,7 @@ print(json.dumps([mine, late]))
 
 @pytest.mark.parametrize("name", ["utils", "models"])
 def test_hub_names_imported_module_of_caller(weights, tmp_path, name):
-    """Folders of the caller do not matter, modules that are imported already do."""
+    """Folders of the caller do not matter, but its imported modules do."""
     for other in ("utils", "models"):
         (tmp_path / f"{other}.py").write_text("helper = 1\n")
     load = f"torch.hub.load({str(ROOT)!r}, 'custom', path={str(weights)!r}, source='local', device='cpu')"

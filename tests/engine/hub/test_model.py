@@ -1,4 +1,4 @@
-"""Models for Python by way of torch.hub: what goes in, what comes out, and that it is what detect.py finds."""
+"""Models from torch.hub: inputs, results, and agreement with detect.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers import detectors
 from utils.errors import CheckpointError, ConfigError, DataError, UserError
 from utils.files import ROOT
 
-CONF, BEST = 0.05, 20  # few enough boxes that none of them is a matter of rounding
+CONF, BEST = 0.05, 20  # few enough boxes that none depends on rounding
 SIZES = ((60, 80), (97, 64), (80, 60), (33, 133), (60, 80))  # height, width
 
 
@@ -37,7 +37,7 @@ def weights(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> list[Path]:
-    """Images of several shapes, without loss, one name used twice."""
+    """Lossless images of several shapes; one name is used twice."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     names = ("a.png", "b.png", "c.d.png", "größe.png", "more/a.png")
     (folder / "more").mkdir()
@@ -109,7 +109,7 @@ def test_hub_repeats_gray_channel(model):
 def test_hub_applies_exif_of_pil_image(model, files, tmp_path):
     turned = Image.open(files[1]).transpose(Image.Transpose.ROTATE_90)
     exif = turned.getexif()
-    exif[0x0112] = 6  # shown turned by 90 degrees clockwise
+    exif[0x0112] = 6  # displayed rotated by 90 degrees clockwise
     turned.save(tmp_path / "turned.png", exif=exif)
     expected = model(files[1], size=160)
     close(model(Image.open(tmp_path / "turned.png"), size=160), expected)
@@ -179,7 +179,7 @@ def test_hub_attributes_have_effect(model, files):
     assert len(model(files[0], size=160).pred[0]) > len(plain)
     model.multi_label = False
     assert len(model(files[0], size=160, augment=True).pred[0]) != len(plain)
-    torch.testing.assert_close(model(files[0], size=160).pred[0], plain)  # nothing is left of all that
+    torch.testing.assert_close(model(files[0], size=160).pred[0], plain)  # all settings are reset
 
 
 def test_size_is_the_longer_side(model, files):
@@ -196,13 +196,13 @@ def test_results_formats_agree(model, files):
     np.testing.assert_array_equal(results.ims[1], rgb(files[1]))
     assert len(results.t) == 3 and all(t > 0 for t in results.t)
     for (height, width), *forms in zip(SIZES, results.xyxy, results.xywh, results.xyxyn, results.xywhn, results.pred):
-        corners, centers, corners_n, centers_n, pred = (f[0].tolist() for f in forms)
-        left, top, right, bottom, *rest = corners
-        assert corners == pred and rest == centers[4:] == corners_n[4:]
-        assert centers[:4] == pytest.approx([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
+        xyxy, xywh, xyxyn, xywhn, pred = (f[0].tolist() for f in forms)
+        left, top, right, bottom, *rest = xyxy
+        assert xyxy == pred and rest == xywh[4:] == xyxyn[4:]
+        assert xywh[:4] == pytest.approx([(left + right) / 2, (top + bottom) / 2, right - left, bottom - top])
         sides = [width, height, width, height]
-        assert corners_n[:4] == pytest.approx([v / s for v, s in zip(corners, sides)])
-        assert centers_n[:4] == pytest.approx([v / s for v, s in zip(centers, sides)])
+        assert xyxyn[:4] == pytest.approx([v / s for v, s in zip(xyxy, sides)])
+        assert xywhn[:4] == pytest.approx([v / s for v, s in zip(xywh, sides)])
     singles = results.tolist()
     assert [s.files[0] for s in singles] == results.files and all(len(s) == 1 for s in singles)
     torch.testing.assert_close(singles[3].xywhn[0], results.xywhn[3])

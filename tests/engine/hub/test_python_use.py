@@ -1,4 +1,4 @@
-"""train.run, val.run, detect.run and export.run: keywords in, result objects out, one kind of error."""
+"""train.run, val.run, detect.run and export.run: keywords, result objects, UserError."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def place(tmp_path_factory) -> Path:
 
 
 def test_train_val_detect_export(place):
-    """What docs/python.md shows, with paths as paths."""
+    """The example of docs/python.md with `Path` objects."""
     result = train.run(
         cfg=place / "tiny.yaml", data=place / "data.yaml", imgsz=64, epochs=1, batch_size=2, workers=0, noplots=True,
         device="cpu", project=place / "runs",

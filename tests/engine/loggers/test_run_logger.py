@@ -1,4 +1,4 @@
-"""results.csv, TensorBoard, and how trackers are opened, fed, given up and closed."""
+"""results.csv, TensorBoard, and life cycle of trackers."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_csv_log_replaces_repeated_and_truncated_rows(tmp_path, cut):
         whole.add(results_row(epoch))
     expected = (tmp_path / "results.csv").read_text()
     lines = expected.splitlines(keepends=True)
-    (tmp_path / "results.csv").write_text("".join(lines[:4]) + lines[4][:cut])  # a full disk cut the last row
+    (tmp_path / "results.csv").write_text("".join(lines[:4]) + lines[4][:cut])  # a full disk truncated the last row
     whole.drop_from(2)
     assert epochs(tmp_path) == [0, 1]
     whole.add(results_row(2))
@@ -138,7 +138,7 @@ def test_tensorboard_holds_the_numbers_and_forgets_epochs_done_again(tmp_path):
         ([], "me", "--entity me: names an account of wandb or comet; add --logger wandb"),
     ],
 )
-def test_what_cannot_be_meant(names, entity, message):
+def test_check_loggers_refuses_unknown_names(names, entity, message):
     with pytest.raises(ConfigError, match=message):
         check_loggers(names, entity)
 
@@ -209,7 +209,7 @@ def test_logs_disable_a_tracker_that_fails(recorder, tmp_path, caplog, step):
             logs.add(results_row(epoch))
         logs.finish()
     assert [what for what, _ in recorder.calls].count(step) == 1
-    assert "--logger recorder: given up: RuntimeError: no network" in caplog.text
+    assert "--logger recorder: disabled: RuntimeError: no network" in caplog.text
     assert epochs(tmp_path) == [0, 1, 2]
 
 

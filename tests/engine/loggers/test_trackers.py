@@ -1,4 +1,4 @@
-"""W&B and MLflow for real, offline: what was written is read back. ClearML and Comet against a stand-in."""
+"""W&B and MLflow offline: written values are read back. ClearML and Comet are tested with mocks."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def folder(tmp_path):
 
 
 def train(name, folder):
-    """Two epochs, a break, a resumed third, and the end."""
+    """Log two epochs, close, resume with a third, and finish."""
     with make_logs([name], folder, OPTIONS, HYP) as logs:
         logs.add(results_row(0, 0.1))
         logs.add(results_row(1, 0.2))
     with make_logs([name], folder, OPTIONS, HYP, start_epoch=2) as logs:
         logs.add(results_row(2, 0.3))
         logs.finish()
-        assert logs.hosted, "given up"
+        assert logs.hosted, "disabled"
 
 
 @pytest.mark.slow  # imports for seven seconds
@@ -51,7 +51,7 @@ def test_mlflow(folder, monkeypatch):
     client = MlflowClient(f"sqlite:///{folder.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("blood")
     runs = client.search_runs([experiment.experiment_id])
-    assert [run.info.run_name for run in runs] == ["exp"], "resumed, not begun again"
+    assert [run.info.run_name for run in runs] == ["exp"], "resumed, not restarted"
     data, info = runs[0].data, runs[0].info
     assert info.status == "FINISHED"
     assert data.params["hyp/momentum"] == "0.937" and data.params["epochs"] == "3"
@@ -65,7 +65,7 @@ def test_mlflow(folder, monkeypatch):
 
 
 def wandb_records(path):
-    """The records of an offline file: a log of LevelDB's format (32 KiB blocks) with protocol buffers."""
+    """Return the records of an offline file: a LevelDB log (32 KiB blocks) of protocol buffers."""
     from wandb.proto import wandb_internal_pb2
 
     data, at, part = path.read_bytes(), 7, b""
@@ -77,7 +77,7 @@ def wandb_records(path):
         _, length, kind = struct.unpack("<IHB", data[at : at + 7])
         part += data[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last part
+        if kind in (1, 4):  # complete, or the last part
             record = wandb_internal_pb2.Record()
             record.ParseFromString(part)
             part = b""
@@ -112,8 +112,8 @@ def test_wandb(folder, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clearml", "comet"])
-def test_stand_ins_receive_everything(name, folder, monkeypatch):
-    """Neither runs without its server here: this holds the calls, not the packages, to what is wanted."""
+def test_mocks_receive_everything(name, folder, monkeypatch):
+    """Neither runs without its server: mocks check the calls only."""
     module = "comet_ml" if name == "comet" else name
     package = MagicMock(spec_set=["Task", "start", "ExperimentConfig", "__spec__"])
     package.__spec__ = types.SimpleNamespace(origin="here")

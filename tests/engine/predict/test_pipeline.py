@@ -1,4 +1,4 @@
-"""The two ends of the pipeline: order, bounds, and errors that surface."""
+"""`Feed` and `Drain`: order, bounds, and propagation of errors."""
 
 import threading
 import time
@@ -25,7 +25,7 @@ def test_feed_keeps_order_within_its_depth():
     for item in feed:
         if item == 0:
             time.sleep(0.2)
-            assert len(made) <= 6  # one here, three waiting, one on its way
+            assert len(made) <= 6  # one received, three queued, one in progress
         seen.append(item)
     assert seen == list(range(50))
 
@@ -49,7 +49,7 @@ def test_feed_close_closes_generator_in_its_thread():
     assert next(iterator) == 0
     feed.close()
     assert closed == ["feed"]
-    assert list(iterator) == [1, 2] or len(list(iterator)) <= 2  # what was waiting; then it ends
+    assert list(iterator) == [1, 2] or len(list(iterator)) <= 2  # queued items, then the end
 
 
 def test_drain_works_in_order_in_its_thread():

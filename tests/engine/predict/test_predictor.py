@@ -1,4 +1,4 @@
-"""Tests of detection from source to files, with a runtime that finds rectangles by color and a real checkpoint."""
+"""Detection from source to files, with a runtime that finds rectangles by color, and with a checkpoint."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ ONE = rectangles((240, 480), (0, 48, 24, 240, 120), (2, 300, 120, 420, 216))
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, [[2, 0.75, 0.7, 0.25, 0.4], [0, 0.3, 0.3, 0.4, 0.4]]),  # lowest score first
+        ({}, [[2, 0.75, 0.7, 0.25, 0.4], [0, 0.3, 0.3, 0.4, 0.4]]),  # lowest confidence first
         ({"save_conf": True}, [[2, 0.75, 0.7, 0.25, 0.4, 0.3], [0, 0.3, 0.3, 0.4, 0.4, 0.9]]),
         ({"save_format": 1}, [[2, 0.625, 0.5, 0.875, 0.9], [0, 0.1, 0.1, 0.5, 0.5]]),
         ({"classes": [0, 1]}, [[0, 0.3, 0.3, 0.4, 0.4]]),
@@ -70,15 +70,15 @@ def test_label_files(runtime, tmp_path, options, expected):
     assert [r[0] for r in rows] == [e[0] for e in expected]
     np.testing.assert_allclose([r[1:] for r in rows], [e[1:] for e in expected], atol=1.6 / 240)
     assert report.frames == 1 and report.detections == len(expected)
-    corners = np.array([r[1:5] for r in rows]) if options.get("save_format") else None
-    if corners is not None:  # whole pixels
-        pixels = corners * (480, 240, 480, 240)
+    xyxyn = np.array([r[1:5] for r in rows]) if options.get("save_format") else None
+    if xyxyn is not None:  # integer pixels
+        pixels = xyxyn * (480, 240, 480, 240)
         np.testing.assert_allclose(pixels, pixels.round(), atol=2e-3)
 
 
 def test_agnostic_nms(runtime, tmp_path):
     image = rectangles((320, 320), (0, 50, 50, 250, 250))
-    image[60:64, 60:240] = COLORS[1]  # green lines inside the red box, with about the same bounds
+    image[60:64, 60:240] = COLORS[1]  # green lines inside the red box, with almost the same bounding box
     image[236:240, 60:240] = COLORS[1]
     save(tmp_path / "a.png", image)
     assert run(tmp_path / "a.png").detections == 2
@@ -153,14 +153,14 @@ def test_csv_json_and_crops(runtime, tmp_path):
     np.testing.assert_allclose([[float(v) for v in row[3:]] for row in rows[1:]], [BOX_A, BOX_B], atol=1.6)
     a, b = json.loads((report.folder / "predictions.json").read_text(encoding="utf-8"))
     assert (a["height"], a["width"], a["frame"]) == (240, 480, None) and b["detections"] == []
-    assert [d["name"] for d in a["detections"]] == ["red", "green/../x"]  # surest first
+    assert [d["name"] for d in a["detections"]] == ["red", "green/../x"]  # most confident first
     np.testing.assert_allclose(a["detections"][0]["box_xyxy"], [48, 24, 240, 120], atol=1.6)
     folders = sorted(p.name for p in (report.folder / "crops").iterdir())
     assert folders == ["green_.._x", "red"]  # a class name cannot leave the folder
     crop = cv2.imread(str(report.folder / "crops/red/a.jpg"))
     # 192 x 96 grown by 2 % and 10 pixels
     assert abs(crop.shape[1] - 206) <= 3 and abs(crop.shape[0] - 108) <= 3
-    assert abs(crop[50, 100].astype(int) - (0, 0, 255)).max() < 30  # unmarked
+    assert abs(crop[50, 100].astype(int) - (0, 0, 255)).max() < 30  # no box is drawn
 
 
 def test_nosave_creates_no_folder(runtime, tmp_path):
@@ -345,7 +345,7 @@ def test_default_source_is_shipped_images(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def tiny():
-    """A random network; nothing is learnt from its boxes but that they are the same everywhere."""
+    """A random network; its boxes are only compared with each other."""
     torch.manual_seed(0)
     spec = {
         "nc": 2, "depth_multiple": 1.0, "width_multiple": 1.0, "anchors": [[10, 13, 16, 30, 33, 23]],
@@ -369,7 +369,7 @@ def test_feature_maps_of_every_slot(runtime, tiny, tmp_path, monkeypatch):
 
 
 def test_predictor_returns_rows_of_the_model(tiny):
-    """Boxes are the network's rows in the frame's pixels: 64 x 32 input pixels show 200 x 100 of the frame."""
+    """Boxes are the network's rows scaled to the frame: 64 x 32 input pixels are 200 x 100 of the frame."""
     image = np.random.default_rng(0).integers(0, 256, (100, 200, 3), dtype=np.uint8)
     runtime = PyTorchRuntime.from_model(tiny, torch.device("cpu"))
     frame = predictor.Frame(image, Path("a"), "a", "image")
@@ -379,16 +379,16 @@ def test_predictor_returns_rows_of_the_model(tiny):
     assert (np.diff(found.boxes[:, 4]) <= 0).all()
     rows = runtime(prepared.images)[0].numpy()
     half = rows[:, 2:4] / 2
-    corners = np.clip(np.concatenate((rows[:, :2] - half, rows[:, :2] + half), 1) * 200 / 64, 0, (200, 100, 200, 100))
+    expected = np.clip(np.concatenate((rows[:, :2] - half, rows[:, :2] + half), 1) * 200 / 64, 0, (200, 100, 200, 100))
     for box in found.boxes:
-        row = np.abs(corners - box[:4]).max(1).argmin()
-        np.testing.assert_allclose(box[:4], corners[row], atol=1e-3)
+        row = np.abs(expected - box[:4]).max(1).argmin()
+        np.testing.assert_allclose(box[:4], expected[row], atol=1e-3)
         np.testing.assert_allclose(box[4], rows[row, 4] * rows[row, 5:].max(), rtol=1e-5)
         assert box[5] == rows[row, 5:].argmax()
 
 
 def test_detect_command_on_real_weights(tmp_path):
-    """As a user starts it: exit status, lines, files."""
+    """The command line: exit status, output, files."""
     save(tmp_path / "in/a.png", ONE)
     (tmp_path / "in/bad.jpg").write_bytes(b"")
     command = [sys.executable, str(ROOT / "detect.py"), "--weights", str(CHECKPOINT), "--device", "cpu", "--img", "96"]

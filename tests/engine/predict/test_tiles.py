@@ -1,4 +1,4 @@
-"""Tests of tiled detection: tiles, merging, objects across tile borders, agreement with SAHI."""
+"""Tiled detection: tiles, merging, objects across tile borders, agreement with SAHI."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ BOXES = [[10.4, 19.6, 50.4, 79.6, 0.87654321, 2], [0.4, 0.0, 33.3, 50.0, 0.25, 0
 
 
 @pytest.mark.parametrize(
-    ("corners", "scores", "expected"),
+    ("xyxy", "confidence", "expected"),
     [
         # (0, 0, 33, 50) and (10, 20, 50, 80) in an image of 200 x 100
         (False, False, "0 0.0825 0.25 0.165 0.5\n2 0.15 0.5 0.2 0.6\n"),
@@ -42,8 +42,8 @@ BOXES = [[10.4, 19.6, 50.4, 79.6, 0.87654321, 2], [0.4, 0.0, 33.3, 50.0, 0.25, 0
         (True, False, "0 0 0 0.165 0.5\n2 0.05 0.2 0.25 0.8\n"),
     ],
 )
-def test_label_text(tmp_path, corners, scores, expected):
-    writer = LabelWriter(tmp_path, FileNames(), corners, scores)
+def test_label_text(tmp_path, xyxy, confidence, expected):
+    writer = LabelWriter(tmp_path, FileNames(), xyxy, confidence)
     writer.write(detections(BOXES), None)
     writer.write(detections([], "empty.jpg", number=2), None)
     writer.write(detections(BOXES, "v.mp4", "video", frame=12, number=3), None)
@@ -100,7 +100,7 @@ def test_outputs_continue_after_video_that_cannot_be_opened(tmp_path, monkeypatc
 
 
 def test_outputs_record_video_that_fails_on_closing(tmp_path):
-    """The first video is short of a frame; the second one and the table are complete."""
+    """The first video lacks a frame; the second one and the table are complete."""
     names = {0: "a", 2: "b"}
     images = ImageWriter(tmp_path, DrawStyle(names), FileNames())
     outputs = Outputs([images, CsvWriter(tmp_path / "p.csv", names)])

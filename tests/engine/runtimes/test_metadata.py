@@ -1,4 +1,4 @@
-"""Tests of metadata texts that are not what an exporter writes."""
+"""Metadata strings that no exporter writes."""
 
 from __future__ import annotations
 

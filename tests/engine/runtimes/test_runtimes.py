@@ -1,4 +1,4 @@
-"""Runtimes of exported files: what they read from a file, what they take, what they refuse."""
+"""Runtimes of exported files: metadata, inputs, refusals."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ ROWS = 3 * SIDE * SIDE // 6
 
 
 def onnx_file(path, batch=1, side=SIDE, kind=TensorProto.FLOAT, texts=None, rows=(ROWS, 6)):
-    """A "detector" that returns its pixels, times 2, as rows of 6 numbers."""
+    """Write a "detector" that returns its pixels, times 2, as rows of 6 values."""
     sizes = [batch if isinstance(batch, int) else -1, *rows]
     shape = numpy_helper.from_array(np.array(sizes, np.int64), "shape")
     two = numpy_helper.from_array(np.array(2, helper.tensor_dtype_to_np_dtype(kind)), "two")
@@ -90,13 +90,13 @@ def test_runtime_reads_shape_and_converts_pixels(tmp_path, kind):
     assert (runtime.names, runtime.stride, runtime.imgsz, runtime.fixed_batch) == (NAMES, 32, (SIDE, SIDE), 2)
     images = torch.randint(0, 256, (2, 3, SIDE, SIDE), dtype=torch.uint8)
     expected = (images.float() / 255 * 2).reshape(2, -1, 6)
-    # As the predictor hands them over: rows of RGB pixels in memory.
+    # As from the predictor: channels_last memory layout.
     turned = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     for given in (images, images.float() / 255, turned):
         torch.testing.assert_close(runtime(given), expected, rtol=0, atol=1e-6)
     first = runtime(images).clone()
     runtime(255 - images)
-    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)  # answers do not share memory
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-6)  # outputs do not share memory
 
 
 @pytest.mark.parametrize("kind", ["onnx", "dnn", "torchscript", "openvino"])
@@ -273,14 +273,14 @@ def test_refused_in_one_line(tmp_path, case):
 
 
 def test_openers_accept_another_runtime(tmp_path, monkeypatch):
-    """Someone's own kind of file: nothing but the row is needed."""
+    """A new file type only needs a row in `OPENERS`."""
     (tmp_path / "x.mine").write_bytes(b"")
     marker = open_runtime([onnx_file(tmp_path / "x.onnx")], CPU)
     monkeypatch.setitem(OPENERS, ".mine", lambda path, device, provider: marker)
     assert open_runtime([str(tmp_path / "x.mine")], CPU) is marker
 
 
-# ---- files that suppress by themselves ------------------------------------------------------------------------------
+# ---- files with NMS -------------------------------------------------------------------------------------------------
 
 
 def test_rows_from_boxes_keeps_boxes_after_nms():

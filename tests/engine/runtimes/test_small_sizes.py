@@ -1,4 +1,4 @@
-"""Inputs that are too small for a row of the model are one-line errors that name it, whoever runs the model."""
+"""Inputs that are too small for a row of the model give one-line errors that name the row, in every command."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ BACKBONE = [[-1, 1, "Conv", [8, 6, 2, 2]], [-1, 1, "Conv", [8, 3, 16]], [-1, 1, 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with set.yaml (squares, and images up to 2.2 times as wide as high), flat.yaml, m.yaml and m.pt."""
+    """A folder with set.yaml (squares, and images with aspect ratios up to 2.2), flat.yaml, m.yaml and m.pt."""
     folder = tmp_path_factory.mktemp("small")
     text = write_data(folder).read_text()
     (folder / "flat.yaml").write_text(text.replace("val: images/val", "val: flat.txt"))
@@ -77,7 +77,7 @@ def test_validation(files, tmp_path, monkeypatch, options, shape):
 
 @pytest.mark.parametrize(("imgsz", "shape"), [(64, (64, 64)), (128, (64, 128))])
 def test_detection(files, tmp_path, imgsz, shape):
-    """Of a square before the first image, of a rectangle when there is one."""
+    """Squares fail before the first image, rectangles with the first such image."""
     source = str(files / "images/val/p3.png")
     options = {"weights": [str(files / "m.pt")], "source": source, "imgsz": [imgsz], "device": "cpu"}
     with pytest.raises(SpecError, match=named(*shape)):
@@ -115,7 +115,7 @@ def test_candidate_of_a_comparison(files, tmp_path):
     ("options", "shape"),
     [
         ({"imgsz": 128, "rect": True, "batch_size": 1}, (64, 128)),
-        ({"imgsz": 128, "batch_size": 6, "data": "flat.yaml"}, (96, 160)),  # of the validation
+        ({"imgsz": 128, "batch_size": 6, "data": "flat.yaml"}, (96, 160)),  # validation batch
         ({"imgsz": 192, "multi_scale": True}, (96, 96)),
     ],
 )
@@ -128,7 +128,7 @@ def test_training(files, tmp_path, options, shape):
 
 
 def test_sizes_that_hold_each_kernel_need_no_pass(files, monkeypatch):
-    """The pass imports much of PyTorch, so val.py and detect.py leave it out where they can."""
+    """The test pass imports much of PyTorch, so val.py and detect.py skip it if possible."""
     checked: list[tuple[int, int]] = []
     monkeypatch.setattr(DetectionModel, "check_size", lambda _self, height, width, *_: checked.append((height, width)))
     runtime = open_runtime([str(files / "m.pt")], CPU)
@@ -148,7 +148,7 @@ def test_sizes_that_hold_each_kernel_need_no_pass(files, monkeypatch):
         (nn.Conv2d(3, 8, 3, padding=1), 1),
         (nn.Conv2d(3, 8, (5, 1), padding=(1, 0)), 3),
         (nn.Conv2d(3, 8, 3, dilation=4), 9),
-        (nn.Conv2d(3, 8, 7, padding="same"), 7),  # at most
+        (nn.Conv2d(3, 8, 7, padding="same"), 7),  # upper bound
         (nn.MaxPool2d(5, 1, 2), 1),
         (nn.MaxPool2d(5, 1, 1, dilation=2), 7),
         (nn.AvgPool2d((2, 4)), 4),
@@ -168,7 +168,7 @@ def test_half_precision(files):
 
 
 def test_other_errors_stay(files, monkeypatch):
-    """A RuntimeError for another reason than the size is no user error."""
+    """A RuntimeError for reasons other than the size is not a user error."""
     runtime = open_runtime([str(files / "m.pt")], CPU)
 
     def fail(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Budgets of kernel launches and host waits, counted on the pretended CUDA device: the same on every machine."""
+"""Budgets of kernel launches and host waits, counted on the fake CUDA device: equal on every machine."""
 
 from __future__ import annotations
 

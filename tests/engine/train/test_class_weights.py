@@ -1,4 +1,4 @@
-"""The hyperparameter `class_weights`: read, refused, printed, and at work in a training."""
+"""The hyperparameter `class_weights`: parsing, refusals, logging, and effect in training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_forms(given, read, tmp_path: Path) -> None:
     [
         ("balance", "class_weights is 'balance'; allowed: none, balanced, a list of numbers, or numbers by class name"),
         (2.0, "class_weights is 2.0"),
-        ([1, -1], "class_weights holds -1; finite numbers from 0 on are needed"),
+        ([1, -1], "class_weights holds -1; finite numbers of at least 0 are needed"),
         ([1, "x"], "class_weights holds 'x'"),
         ({"cross": float("inf")}, "class_weights holds inf"),
         ({"cross": float("nan")}, "class_weights holds nan"),
@@ -75,14 +75,14 @@ def test_a_training_uses_and_prints_them(project: Path, caplog) -> None:
         doubled = train(config(project, epochs=1, name="two", hyp=hyp_file(project, [2, 2, 2]), image_weights=True))
     assert "Class loss weighted (class_weights): circle 2, square 2, cross 2" in caplog.text
     first, second = rows(plain.folder)[0], rows(doubled.folder)[0]
-    # Rates of the first steps are next to nothing, so that the networks are still alike.
+    # The first learning rates are close to 0, so the networks are still almost equal.
     assert second[3] == pytest.approx(2 * first[3], rel=0.01) and second[1:3] == pytest.approx(first[1:3], rel=0.01)
     kept = yaml.safe_load((doubled.folder / "hyp.yaml").read_text())
     assert kept["class_weights"] == [2, 2, 2]
 
 
 def test_resumed_with_the_same_weights(project: Path, monkeypatch) -> None:
-    """Plain values in the checkpoint; rows and weights as those of a run that was not interrupted."""
+    """Plain values in the checkpoint; rows and weights equal those of an uninterrupted run."""
     options = {"hyp": hyp_file(project, "balanced"), "epochs": 2}
     whole = train(config(project, name="whole", **options))
     with monkeypatch.context() as patch:

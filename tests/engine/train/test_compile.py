@@ -1,7 +1,7 @@
 """`--compile`: the same training, few graphs, ordinary checkpoints, one-line errors.
 
-Most tests capture graphs with a backend that runs them as they are: what PyTorch generates from a graph is not ours to
-test, and takes a minute. Those with generated code are slow.
+Most tests capture graphs with a backend that runs them unchanged: code generation is PyTorch's part, and takes a
+minute. Tests with generated code are slow.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def assert_same(found: TrainResult, wanted: TrainResult, tolerance: float = 0.0) -> None:
-    """Equal rows and weights, under the same keys."""
+    """Assert equal rows and weights, under the same keys."""
     torch.testing.assert_close(
         torch.tensor(rows(found.folder)), torch.tensor(rows(wanted.folder)), rtol=1e-3, atol=1e-4
     )
@@ -102,7 +102,7 @@ def test_compile_error_is_one_line(project: Path, monkeypatch) -> None:
     "options", [{}, {"multi_scale": True}, {"head": "free"}], ids=["one size", "many sizes", "anchor-free head"]
 )
 def test_generated_code(options, project: Path) -> None:
-    """For real: code generated for the CPU computes the same up to the order of sums."""
+    """Generated CPU code computes the same up to the order of sums."""
     torch._dynamo.reset()
     plain = train(config(project, name="plain", epochs=1, amp="off", **options))
     assert_same(train(config(project, name="compiled", epochs=1, amp="off", compile=True, **options)), plain, 1e-3)

@@ -1,4 +1,4 @@
-"""What --freeze means: rows, backbone stages, expressions; and that what is frozen neither learns nor moves."""
+"""--freeze: rows, backbone stages, expressions; frozen parameters and statistics do not change."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_refusals(selection: list[str], message: str) -> None:
 
 
 def test_rows_beyond_a_backbone_of_one_row_are_explained(caplog: pytest.LogCaptureFixture) -> None:
-    """`--freeze 10` is all of the backbone of YOLOv5's own models, and reaches into the neck of others."""
+    """`--freeze 10` is the whole backbone of YOLOv5's own models, but includes neck rows of others."""
     model = build("riformer")
     hint = "the whole backbone (RIFormer) is row 0, the others are neck and head: to freeze its stem and first K stages"
     with pytest.raises(ConfigError, match="no row 9; the model has rows 0 to 8; .*backbone:K, K = 0 to 4") as error:
@@ -80,7 +80,7 @@ def test_stages_of_a_backbone(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["yolov5", *FAMILIES])
-def test_frozen_parts_neither_learn_nor_move(family: str) -> None:
+def test_frozen_parts_do_not_change(family: str) -> None:
     model = build(family)
     names = names_to_freeze(model, ["backbone:1"])
     frozen = freeze(model, names)
@@ -110,7 +110,7 @@ def test_a_frozen_backbone_keeps_its_statistics(family: str) -> None:
         assert torch.equal(after[key], before[key]) == key.startswith(prefixes), key
 
 
-def test_thawing_leaves_alone_what_a_backbone_froze_itself() -> None:
+def test_unfreeze_keeps_what_a_backbone_froze_itself() -> None:
     name, arguments = BACKBONES["riformer"]
     spec = build("riformer").yaml
     model = DetectionModel({**spec, "backbone": [[-1, 1, name, {**arguments, "frozen_stages": 0}]]})

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of training and evaluation: `pytest -m gpu`."""
+"""Training and validation on a CUDA device: `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def finite_rows(folder: Path) -> torch.Tensor:
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 @pytest.mark.parametrize(("amp", "word"), [("auto", "float16"), ("bf16", "bfloat16"), ("off", "float32")])
 def test_an_epoch_in_each_precision(amp, word, optimizer, project: Path, caplog) -> None:
-    """Finite numbers, the losses of the CPU in float32, weights saved in float32."""
+    """Finite values, losses close to those of the CPU in float32, weights saved in float32."""
     with caplog.at_level("INFO"):
         result = train(config(project, device="0", amp=amp, optimizer=optimizer, name="gpu", workers=2))
     assert f"Precision: {word} (--amp {amp})" in caplog.text
@@ -54,7 +54,7 @@ def test_an_epoch_in_each_precision(amp, word, optimizer, project: Path, caplog)
 
 
 def test_resume(project: Path, monkeypatch) -> None:
-    """Scale, momentum and generators come back; sums on a GPU have no fixed order, so equal up to rounding."""
+    """Loss scale, momentum and generators are restored; equal up to rounding, since GPU sums have no fixed order."""
     whole = finite_rows(train(config(project, device="0", epochs=3, name="whole")).folder)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
@@ -125,7 +125,7 @@ def test_detection_in_each_precision(family, tmp_path: Path) -> None:
 
 
 def test_images_arrive_whole() -> None:
-    """Copies on their own stream, from page-locked memory, while the device is busy with the batch before."""
+    """Copies on a separate stream from page-locked memory, while the device processes the previous batch."""
     made = [torch.full((4, 3, 256, 256), k, dtype=torch.uint8) for k in range(8)]
     batches = [Batch(images, torch.zeros(0, 6), ("",) * 4, (None,) * 4).pin_memory() for images in made]
     assert all(batch.images.is_pinned() for batch in batches)
@@ -140,7 +140,7 @@ def test_images_arrive_whole() -> None:
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_fused_optimizer_steps_as_the_plain_one(name) -> None:
-    """With frozen parameters, groups that are empty, and channels_last weights."""
+    """With frozen parameters, empty groups, and channels_last weights."""
     moved = []
     for device in (torch.device("cpu"), GPU):
         model = build("nextvit").to(device, memory_format=torch.channels_last).train()
@@ -218,7 +218,7 @@ def test_resume_on_another_device(start, end, amp, optimizer, project: Path, mon
 
 
 def _optimizers(patch: pytest.MonkeyPatch) -> list[torch.optim.Optimizer]:
-    """Return a list to which the optimizer of each training that starts is added."""
+    """Return a list that collects the optimizer of each started training."""
     seen: list[torch.optim.Optimizer] = []
     original = Trainer.load_state_dict
 
@@ -279,27 +279,27 @@ def test_float16_of_a_gpu_is_resumed_on_a_cpu_with_another_precision(project: Pa
         with pytest.raises(KeyboardInterrupt):
             train(config(project, device="0", amp="fp16", name="cut"))
     last = str(project / "runs/cut/weights/last.pt")
-    with pytest.raises(ConfigError, match="--amp fp16: not on a CPU"):
+    with pytest.raises(ConfigError, match="--amp fp16: not supported on a CPU"):
         train(TrainConfig.from_keywords(resume=last, device="cpu"))
     finite_rows(train(TrainConfig.from_keywords(resume=last, device="cpu", amp="off")).folder)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_frozen_rows_are_trained_later(optimizer, project: Path, dirty_memory) -> None:
-    """`--freeze-epochs`: the thawed parameters join groups of a fused optimizer that has state already."""
+    """`--freeze-epochs`: the unfrozen parameters join groups of a fused optimizer that has state already."""
     result = train(config(project, device="0", freeze=["2"], freeze_epochs=1, optimizer=optimizer))
     finite_rows(result.folder)
 
 
 def sgd_on_gpu(*values: float) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """Parameters of four equal values each, on the device, and the trainer's SGD over them."""
+    """Return parameters of four equal values each, on the device, and the trainer's SGD over them."""
     parameters = [torch.nn.Parameter(torch.full((4,), value, device=GPU)) for value in values]
     group = {"params": parameters, "weight_decay": 5e-4}
     return parameters, build_optimizer("SGD", [group], 0.1, 0.9)
 
 
 def expected_sgd(value: float, gradients: list[float]) -> float:
-    """Nesterov momentum 0.9, learning rate 0.1 and weight decay 5e-4 in plain arithmetic."""
+    """Compute SGD with Nesterov momentum 0.9, learning rate 0.1 and weight decay 5e-4 in plain Python."""
     momentum = 0.0
     for gradient in gradients:
         gradient += 5e-4 * value

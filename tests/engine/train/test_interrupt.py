@@ -1,4 +1,4 @@
-"""Stopping and going on: signals in the middle of an epoch, kills at any moment, a disk that is full."""
+"""Stopping and resuming: signals in the middle of an epoch, kills at any time, a full disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.errors import CheckpointError
 ROOT = Path(__file__).resolve().parents[3]
 
 
-# 10 images in batches of 2 are 5 batches an epoch; in this warm-up a step follows on batches 0, 1, 3, 6 and 10.
+# 10 images in batches of 2 are 5 batches per epoch; in this warm-up the optimizer steps after batches 0, 1, 3, 6, 10.
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize(
     ("number", "at", "epoch"), [(signal.SIGTERM, (1, 0), 0), (signal.SIGINT, (0, 1), -1)], ids=["term", "int"]
@@ -66,7 +66,7 @@ def test_a_signal_during_validation_saves_the_finished_training_part(project, mo
     assert_equal_runs(whole.folder, project / "runs/cut")
 
 
-def test_handlers_come_back(project) -> None:
+def test_handlers_are_restored(project) -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     train(config(project, epochs=1))
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
@@ -126,7 +126,7 @@ def command(project: Path, *more: str, epochs: int = 4) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 def test_twenty_kills_leave_no_trace(project, workers) -> None:
-    """SIGKILL at 20 random moments, every second one in the middle of writing a checkpoint."""
+    """SIGKILL at 20 random times, every second one while a checkpoint is being written."""
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     epochs = 150
     subprocess.run(command(project, f"--workers={workers}", "--name=whole", epochs=epochs), check=True, **quiet)
@@ -145,7 +145,7 @@ def test_twenty_kills_leave_no_trace(project, workers) -> None:
             time.sleep(0.001)
         while kill % 2 and process.poll() is None and not list(weights.glob(".*.pt")):
             pass  # until a checkpoint is being written
-        assert process.poll() is None, "it ended before it was killed"
+        assert process.poll() is None, "it exited before it was killed"
         process.kill()
         process.wait()
     subprocess.run(resume, check=True, **quiet)

@@ -24,7 +24,7 @@ from utils.files import ROOT
 
 
 class _Odd(Backbone):
-    """A backbone whose parameters have names that no rule by name foresees."""
+    """A backbone with parameter names that no rule by name covers."""
 
     levels = (FeatureLevel(4, 4),)
 
@@ -56,7 +56,7 @@ def test_no_decay_for_tokens_scales_and_embeddings():
     model = _Model()
     names = {id(p): n for n, p in model.named_parameters()}
     biases, weights, norms = [{names[id(p)] for p in g["params"]} for g in parameter_groups(model, 0.1)]
-    # outside a backbone YOLOv5's rule by name holds, so in_proj_bias is decayed
+    # outside a backbone YOLOv5's rule by name applies, so in_proj_bias is decayed
     assert weights == {"model.0.proj.weight", "model.1.weight", "model.3.in_proj_weight", "model.3.in_proj_bias"} | {
         "model.3.out_proj.weight"
     }

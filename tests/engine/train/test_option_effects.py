@@ -1,7 +1,7 @@
 """Every option of train.py has an observable effect: one row per field of `TrainConfig`.
 
 A row asserts the effect of its options. It runs twice: with the options, and with the options dropped, where its
-assertion has to fail; a row that passes without its options proves nothing.
+assertion must fail; a row that passes without its options tests nothing.
 """
 
 from __future__ import annotations
@@ -354,7 +354,7 @@ ELSEWHERE = {
         "test_gradients_are_those_of_one_process_with_the_double_batch",
     ),
     "logger": ("tests/engine/loggers/test_run_logger.py", "test_logs_report_a_run_from_start_to_end"),
-    "entity": ("tests/engine/loggers/test_run_logger.py", "test_what_cannot_be_meant"),
+    "entity": ("tests/engine/loggers/test_run_logger.py", "test_check_loggers_refuses_unknown_names"),
     "backbone_weights": ("tests/models/test_yolo.py", "test_backbone_weights_go_into_the_backbone_row"),
     "partial_weights": ("tests/models/test_transfer.py", "test_partial_transfer_takes_the_rows_that_agree"),
 }  # fmt: skip

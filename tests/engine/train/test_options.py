@@ -19,7 +19,7 @@ from tests.helpers.training import TINY, config
 from utils.errors import CheckpointError, ConfigError, DataError
 from utils.files import ROOT
 
-# A squeeze-and-excitation block with BatchNorm after global pooling, as many timm networks have it.
+# A squeeze-and-excitation block with BatchNorm after global pooling, as in many timm networks.
 POOLED = """
 import torch
 from torch import nn

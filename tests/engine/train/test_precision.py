@@ -1,4 +1,4 @@
-"""`--amp` of val.py and detect.py: what it computes in, what stays float32, and what is refused."""
+"""`--amp` of val.py and detect.py: its dtype, what stays float32, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def pixels(height: int = 64, width: int = 96) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("amp", "half", "device", "dtype"),
     [
-        ("auto", False, CPU, None),  # also on a processor with instructions for bfloat16: figures stay comparable
+        ("auto", False, CPU, None),  # also on a CPU with bfloat16 instructions: metrics stay comparable
         ("auto", False, CUDA, None),
         ("auto", True, CUDA, None),  # the weights themselves are float16 then
         ("off", False, CUDA, None),
@@ -52,7 +52,7 @@ def test_what_amp_means(amp, half, device, dtype, monkeypatch) -> None:
     [
         ("off", True, "--half: means float16, which contradicts --amp off"),
         ("bf16", True, "--half: means float16, which contradicts --amp bf16"),
-        ("fp16", False, "--amp fp16: not on a CPU"),
+        ("fp16", False, "--amp fp16: not supported on a CPU"),
     ],
 )
 def test_contradictions_are_refused(amp, half, words, weights) -> None:
@@ -97,7 +97,7 @@ def test_without_amp_the_numbers_are_those_of_float32(weights) -> None:
 
 
 def test_positions_at_the_far_edge_keep_their_fraction(weights) -> None:
-    """At 640 pixels bfloat16 numbers lie 4 pixels apart."""
+    """At 640 pixels bfloat16 has a resolution of 4 pixels."""
     found = open_runtime([weights["yolov5"]], CPU, amp="bf16")(pixels(64, 640))
     far = found[..., 0][found[..., 0] > 512]
     assert len(far) and float((far % 4).unique().numel()) > 100

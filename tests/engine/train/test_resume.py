@@ -1,4 +1,4 @@
-"""`--resume` with other options, from another place, and plug-ins that a checkpoint names."""
+"""`--resume` with other options, from another folder, and with plug-ins named in a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.yaml_lines import dump_yaml
 
 @pytest.fixture
 def last(project, monkeypatch):
-    """last.pt of a run of three epochs that was interrupted in the second one; the dataset is given relative."""
+    """last.pt of a run of three epochs, interrupted in the second one; the dataset path is relative."""
     monkeypatch.chdir(project)
     with monkeypatch.context() as patch:
         interrupt_at(patch, epoch=1)
@@ -102,7 +102,7 @@ def test_plugins_named_by_a_checkpoint_are_not_executed(last, tmp_path):
 
 
 def _older_layout(last: Path) -> None:
-    """Rewrite last.pt as older versions did: q and k of cross-covariance attention apart, in weights and optimizer."""
+    """Rewrite last.pt in the older layout: separate q and k of cross-covariance attention, in weights and optimizer."""
     tree = torch.load(last, weights_only=True)
     training, options = tree["train"], TrainConfig.from_keywords(**tree["train"]["options"])
     model = DetectionModel(tree["spec"])

@@ -28,7 +28,7 @@ NASTY = "\"><script>alert('x')</script><img src=http://x/y onerror=alert(1)>&amp
 
 
 def outcome(detections, labels, path="a.jpg", shape=(100, 200)) -> ImageOutcome:
-    """Detections (corners, score, class) and labels (class, corners) as the evaluator counts them."""
+    """Return the outcome of detections (xyxy, confidence, class) and labels (class, xyxy) as in the evaluator."""
     detections = torch.tensor(detections, dtype=torch.float32).reshape(-1, 6)
     return Tally(3).add(path, shape, detections, torch.tensor(labels, dtype=torch.float32).reshape(-1, 5))
 
@@ -44,7 +44,7 @@ A, B, FAR = (10, 10, 30, 30), (50, 10, 80, 40), (120, 50, 150, 80)
         pytest.param([(*A, 0.9, 0)], [], (0, 1, 0), id="false positive"),
         pytest.param([(*A, 0.9, 0)], [(0, *A)], (1, 0, 0), id="right"),
         pytest.param([(*A, 0.9, 1)], [(0, *A)], (0, 1, 1), id="wrong class"),
-        pytest.param([(*A, 0.2, 0)], [(0, *A)], (0, 0, 1), id="too weak to be seen"),
+        pytest.param([(*A, 0.2, 0)], [(0, *A)], (0, 0, 1), id="below the threshold"),
         pytest.param([(*A, 0.9, 0), (*A, 0.8, 0)], [(0, *A)], (1, 1, 0), id="twice"),
         pytest.param([(10, 10, 30, 19, 0.9, 0)], [(0, *A)], (0, 1, 1), id="too little overlap"),
         pytest.param([(*A, 0.9, 0), (*FAR, 0.5, 2)], [(0, *A), (0, *B)], (1, 1, 1), id="one of each"),
@@ -57,10 +57,10 @@ def test_image_errors(detections, labels, expected):
     found = image_errors(outcome(detections, labels))
     assert (len(found.right), len(found.wrong), len(found.missed)) == expected
     assert found.errors == expected[1] + expected[2]
-    assert len(found.right) + len(found.missed) == len(labels), "every label is either found or missed"
+    assert len(found.right) + len(found.missed) == len(labels), "every label is either matched or missed"
 
 
-def test_errors_agree_with_the_count_of_the_evaluation():
+def test_errors_agree_with_the_metrics():
     rng = np.random.default_rng(0)
     for _ in range(50):
         center, size = rng.uniform(20, 80, (12, 2)), rng.uniform(10, 30, (12, 2))
@@ -162,7 +162,7 @@ def test_write_report_contains_all_sections(run):
     kinds = {kind: source.count(f'<g class="{kind}">') for kind in ("correct", "wrong", "missed")}
     assert kinds == {"correct": 1, "wrong": 1, "missed": 1}
     box = re.search(r'<g class="missed"><rect x="([\d.]+)" y="([\d.]+)" width="([\d.]+)" height="([\d.]+)"', source)
-    assert [float(v) for v in box.groups()] == [50, 10, 30, 30], "corners of B, in pixels of the image"
+    assert [float(v) for v in box.groups()] == [50, 10, 30, 30], "box B, in pixels of the image"
     assert 'viewBox="0 0 2000 1000"' in source
     cells = re.findall(r'<td class="n">([^<]*)</td>', source)
     assert len(cells) == 5 * 3 and all(re.fullmatch(r"\d+|\d\.\d{3}", cell) for cell in cells), cells

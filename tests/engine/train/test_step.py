@@ -54,7 +54,7 @@ def test_step_error_without_checkpoint(project: Path, monkeypatch) -> None:
 
 @pytest.mark.parametrize("kind", ["weights", "averaged weights"])
 def test_checkpoint_with_non_finite_weights_is_not_written(kind, project: Path, monkeypatch, capsys) -> None:
-    """One message, exit status 1, and the checkpoints of the epoch before stay."""
+    """One message, exit status 1, and the checkpoints of the previous epoch are kept."""
     original = Trainer._validate
 
     def validate(self: Trainer, epoch: int) -> Any:
@@ -78,10 +78,10 @@ def test_checkpoint_with_non_finite_weights_is_not_written(kind, project: Path, 
 
 
 def test_statistics_of_batches_after_the_last_step_are_restored(project: Path, monkeypatch) -> None:
-    """The batches of an epoch that no step follows must not leave non-finite batch statistics either."""
+    """Batches after the last step of an epoch must not leave non-finite batch statistics either."""
     hyp = yaml.safe_load((ROOT / "data/hyps/hyp.scratch-low.yaml").read_text())
     (project / "hyp.yaml").write_text(yaml.safe_dump({**hyp, "warmup_epochs": 0, "nominal_batch": 8}))
-    poison(monkeypatch, {(0, 2)})  # of 3 batches, with a step after every second one
+    poison(monkeypatch, {(0, 2)})  # 3 batches, with a step after every second one
     result = train(config(project, hyp=str(project / "hyp.yaml")))
     assert all(torch.isfinite(v.float()).all() for v in read_checkpoint(result.last).state.values())
 
@@ -103,7 +103,7 @@ def test_restore_statistics_replaces_only_non_finite() -> None:
         ((1, 2, 4, 8), (1.5, 2.5, 4.5, 8.5), 20.4, 19),
         ((1, 2), (3.0, 5.0), 2.0, 1),  # never 0
         ((1,), (3.0,), 100.0, 1),  # two images did not fit
-        ((1, 2, 4), (5.0, 5.0, 5.0), 9.0, 4),  # nothing to extrapolate from
+        ((1, 2, 4), (5.0, 5.0, 5.0), 9.0, 4),  # no slope to extrapolate
     ],
 )
 def test_largest_batch(batches, used, capacity, chosen) -> None:

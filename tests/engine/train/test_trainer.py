@@ -1,4 +1,4 @@
-"""Training end to end on a small generated set: what is written, resuming, mistakes."""
+"""Training end to end on a small generated dataset: output files, resuming, user errors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.parity import rules
 from utils.errors import CheckpointError, ConfigError, DataError, SpecError, UserError
 
 
-def test_a_run_leaves_what_yolov5_leaves(project):
+def test_a_run_writes_the_files_of_yolov5(project):
     result = train(config(project, noplots=False, epochs=1))
     written = {p.name for p in result.folder.iterdir()} | {p.name for p in (result.folder / "weights").iterdir()}
     expected = {
@@ -139,7 +139,7 @@ def test_weights_of_a_run_start_another(project, caplog):
 
 
 def test_validation_split_without_objects_trains(project, caplog):
-    load_data_config(project / "data.yaml").split("val")  # draws the dataset
+    load_data_config(project / "data.yaml").split("val")  # generates the dataset
     for label in (project / "set/labels/val").iterdir():
         label.write_text("")
     result = train(config(project, epochs=1))

@@ -1,4 +1,4 @@
-"""Several processes on one study, one of them killed: exactly the trials that were asked for, none lost, none twice."""
+"""Several processes on one study, one of them killed: exactly the requested trials, none lost or repeated."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ OPTIONS = (
 
 
 def start(place: Path, *more: str) -> subprocess.Popen:
-    """A process on the study."""
+    """Start a process on the study."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen([sys.executable, "-c", SCRIPT, *OPTIONS.split(), *more], cwd=place, env=env)
 
@@ -69,5 +69,5 @@ def test_processes_share_a_study(tmp_path):
     assert len(rows) == 7 and set(states[1:]) <= {"complete", "pruned"}
     keys = list(rows[0])[8:]
     points = [tuple(row[key] for key in keys) for row in rows]
-    assert points.count(points[0]) == 2 and len(set(points)) == 6, "only the broken one is repeated"
+    assert points.count(points[0]) == 2 and len(set(points)) == 6, "only the interrupted one is repeated"
     assert len(list((tmp_path / "runs").iterdir())) == 1

@@ -1,4 +1,4 @@
-"""Tests of the hyperparameter search. Trainings are replaced by functions, except in the last test."""
+"""Hyperparameter search. Trainings are mocked, except in the last test."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SPACE = space_for("SGD", "Detect")
 
 
 class Trainings:
-    """Stands in for `engine.train.trainer.train`: remembers what it was asked for; the lower `scale`, the better.
+    """Mock of `engine.train.trainer.train` that records its calls; lower `scale` is better.
 
     Attributes:
         hyps: hyperparameters by trial number.
@@ -137,7 +137,7 @@ def test_values_stay_within_bounds_and_the_rest_as_given(tmp_path, trainings):
             high = 170.0 if key == "degrees" else rows[key].high
             assert rows[key].low <= value <= high, (number, key, value)
     assert trainings.hyps[0].degrees == 170.0, "bounds hold the starting values"
-    assert trainings.hyps[0].weight_decay == rows["weight_decay"].low, "zero has no place on a log scale"
+    assert trainings.hyps[0].weight_decay == rows["weight_decay"].low, "zero is not on a log scale"
 
 
 def test_resumed_search_tries_the_same_points(tmp_path, trainings):
@@ -179,13 +179,13 @@ def test_killed_trial_is_found_by_its_missing_heartbeat(tmp_path, trainings, mon
     with studies.quiet_optuna():
         study, plan = studies.load(tmp_path / "runs/exp/study.db")
         study.set_user_attr("target", 2)
-        trial = study.ask()  # a process that dies here leaves it running
+        trial = study.ask()  # a process killed here leaves the trial running
         killed = [trial.suggest_float(r.key, r.low, r.high, log=r.log) for r in plan.space]
         study._storage.record_heartbeat(trial._trial_id)
     (tmp_path / "runs/exp/trial1/weights").mkdir(parents=True)
     begin = time.time()
     result = evolve(TrainConfig.from_keywords(resume_evolve=tmp_path / "runs/exp", noplots=True))
-    assert time.time() - begin > 1, "a trial in work counts: its process may still be alive"
+    assert time.time() - begin > 1, "a running trial counts: its process may still be alive"
     assert [r["state"] for r in table(result.folder)] == ["complete", "interrupted", "complete"]
     assert list(point_of(trainings.hyps[2], SPACE, "").values()) == killed
     assert not (tmp_path / "runs/exp/trial1/weights").exists()
@@ -325,7 +325,7 @@ def test_documented_bounds_are_those_in_use():
 
 
 def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
-    """Whoever asks for a waiting trial first has it, without the lock, too."""
+    """The first process to request a waiting trial gets it, even without the lock."""
     evolve(config(tmp_path, evolve=1))
     path = tmp_path / "runs/exp/study.db"
     with studies.quiet_optuna():
@@ -351,7 +351,7 @@ def test_two_processes_never_take_the_same_trial(tmp_path, trainings):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A folder with a hyperparameter search of one trial, a text and a database of another kind."""
+    """A folder with a hyperparameter search of one trial, a text file and another database."""
     place = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evolve_module, "train", Trainings())
@@ -372,7 +372,7 @@ def finished(tmp_path_factory) -> Path:
         ({"resume_evolve": "other.db"}, ["other.db: is not the study of a hyperparameter search"]),
         ({"resume_evolve": "runs/exp", "epochs": 9, "seed": 1},
          ["--epochs is 9, the study was started with 3", "--seed is 1, the study was started with 0"]),
-        # given at its default value is given
+        # an option at its default value counts as given
         ({"resume_evolve": "runs/exp", "epochs": 100}, ["--epochs is 100, the study was started with 3"]),
         ({"evolve_population": "nowhere"}, ["--evolve_population nowhere: no such folder"]),
         ({"evolve_population": "runs"}, ["contains no *.yaml file"]),
