@@ -232,7 +232,7 @@ class TrainConfig(Options):
     )  # fmt: skip
     compile: bool = flag("compile the network with torch.compile for training")
     channels_last: str = option(
-        "auto", "memory format channels_last in training; auto = on, but for networks that crash in it on a CPU",
+        "auto", "channels_last memory format in training; auto = on, except for networks that crash with it on a CPU",
         choices=("auto", "on", "off"),
     )  # fmt: skip
     save_period: int = option(-1, "extra checkpoint epoch<N>.pt every n epochs", int, low=-1)
