@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -68,7 +69,12 @@ class Head(nn.Module):
             decoded as returned by `decode`.
         """
         raw = self.raw(features)
-        return raw if self.training else (self.decode(raw), raw)
+        if self.training:
+            return raw
+        device = raw[0].device.type
+        # Box distances are a matrix product, which autocast would round. There is no autocast for `meta`.
+        with torch.autocast(device, enabled=False) if device != "meta" else nullcontext():
+            return self.decode(raw), raw
 
     @abstractmethod
     def reset_biases(self) -> None:
@@ -251,17 +257,20 @@ class AnchorFreeDetect(Head):
         logits, classes = level.flatten(1, 3).split((4 * self.reg_max, self.nc), dim=2)  # (B, H * W, ...)
         boxes = boxes_around(cell_centers(level, stride), distances(logits, self.bins) * stride)
         top_left, bottom_right = boxes.split(2, dim=2)
-        # 1 / sigmoid, so that the ratio of tiny confidences is exact in every runtime: some compute sigmoid with an
-        # absolute error of 1e-7. The clamp avoids inf / inf.
-        inverse = 1 + (-classes.clamp(min=-60)).exp()
-        smallest = inverse.amin(2, keepdim=True)
+        # With the largest logit m, sigmoid(z) / sigmoid(m) is e (a + b) / (b + a e) for e = exp(z - m), a / b = exp(m):
+        # exact for tiny confidences, where some runtimes compute sigmoid with an absolute error of 1e-7, and without
+        # overflow where they compute in float16.
+        largest = classes.amax(2, keepdim=True)
+        bounded = largest.clamp(-60, 60)
+        a, b = (-(-bounded).relu()).exp(), (-bounded.relu()).exp()
+        e = (classes - largest).exp()
         center, size = (top_left + bottom_right) / 2, bottom_right - top_left
-        return torch.cat((center, size, 1 / smallest, smallest / inverse), 2)
+        return torch.cat((center, size, a / (a + b), e * (a + b) / (b + a * e)), 2)
 
     def loss(self, hyp: Mapping[str, Any], options: LossOptions) -> AnchorFreeLoss:
         """See `Head`."""
         config = AnchorFreeLossConfig.from_hyp(hyp, options.class_weights)
-        return AnchorFreeLoss(self.strides, self.nc, self.reg_max, config, options.mean)
+        return AnchorFreeLoss(self.strides, self.nc, self.reg_max, config, options.mean, options.processes)
 
 
 def ordered_anchors(anchors: Sequence[Sequence[float]], strides: Sequence[int]) -> list[Sequence[float]]:

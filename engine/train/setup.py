@@ -298,7 +298,7 @@ def build_loss(
 ) -> LossModule:
     """Build the loss of the head with gains scaled to the number of levels and classes and to the image size."""
     mean = None if world.size == 1 else partial(mean_over_ranks, world=world)
-    options = LossOptions(config.imgsz, config.label_smoothing, class_weights, mean)
+    options = LossOptions(config.imgsz, config.label_smoothing, class_weights, mean, world.size)
     if model.head.unused:
         LOGGER.info("%s: without effect: %s", type(model.head).__name__, ", ".join(model.head.unused))
     return model.head.loss(hyp.to_dict(), options)

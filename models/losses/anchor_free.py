@@ -6,6 +6,7 @@ for the distribution focal loss, CIoU (https://arxiv.org/abs/1911.08287).
 Letters in comments: B images, N points of all levels, R bins per distance, C classes, M targets, P candidates (pairs of
 a target and a point inside it). Everything that depends on the candidates alone is computed on the CPU, so that the
 host never waits for a GPU. The rest is one pass over the P candidates on a GPU, most of which get the weight 0.
+Distances are decoded once per point, however many targets contain it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from utils.boxes import xywh2xyxy
 
 TOP_K = 10  # points per target
 ALPHA, BETA = 0.5, 6.0  # exponents of class confidence and IoU in the alignment metric
-MIN_SIDE = 8.0  # pixels: smaller targets are widened to it when their candidates are collected
+MIN_SIDE = 8.0  # pixels: smaller targets are widened to it, or to the finest stride, to collect their candidates
+TIE = 0.01  # pixels more, so that a target of this side in the middle of grid points contains them all, not none
 MIN_IOU = 1e-9
 EPS = 1e-7  # added to denominators of the CIoU, as in `utils.boxes`
 METRIC_RANGE = 2048  # more than the span of the logarithm of the metric
@@ -71,21 +73,22 @@ class Candidates(NamedTuple):
     stride: Tensor
 
 
-def find_candidates(
-    targets: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[int], min_side: float = MIN_SIDE
-) -> Candidates:
+def find_candidates(targets: Tensor, sizes: Sequence[tuple[int, int]], strides: Sequence[int]) -> Candidates:
     """Collect the points inside each target by ranges of cells, never as a matrix of targets and points.
+
+    Every target whose center is inside the image has at least one: sides below `MIN_SIDE` and below the finest stride
+    are widened around the center.
 
     Args:
         targets: (M, 6) float32 image, class, xyxy in pixels, on the CPU.
         sizes: height and width of each level in cells.
         strides: pixels per cell, per level.
-        min_side: shorter sides are widened to it around the center of the target.
 
     Returns:
         The candidates, ordered by target, level, y, x.
     """
     boxes = targets[:, 2:]
+    min_side = max(MIN_SIDE, min(strides)) + TIE
     center, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]).clamp(min=min_side) / 2
     parts, first = [], 0
     for (height, width), stride in zip(sizes, strides, strict=True):
@@ -116,6 +119,7 @@ class Pairs(NamedTuple):
 
     Attributes:
         place, cls, target: (P,) int64 row among the B * N predictions, class, target.
+        row: (P,) int64 row among the distinct places.
         sort_key: (P,) int64 target times `METRIC_RANGE`.
         is_best: (P,) int64 1 where the rank within the target, after sorting, is below `TOP_K`, else 0.
         reverse_row: (P,) int64 2^31 - 1 - row.
@@ -132,6 +136,7 @@ class Pairs(NamedTuple):
     place: Tensor
     cls: Tensor
     target: Tensor
+    row: Tensor
     sort_key: Tensor
     is_best: Tensor
     reverse_row: Tensor
@@ -145,21 +150,26 @@ class Pairs(NamedTuple):
     bin_weight: Tensor
 
 
-def prepare(candidates: Candidates, num_points: int, reg_max: int, device: torch.device) -> Pairs:
-    """Compute what the loss needs of candidates, on the CPU, and copy it in two tensors without waiting.
+def prepare(candidates: Candidates, shape: tuple[int, int], reg_max: int, device: torch.device) -> tuple[Pairs, Tensor]:
+    """Compute what the loss needs of candidates, on the CPU, and copy it in three tensors without waiting.
 
     Args:
         candidates: P of them.
-        num_points: N.
+        shape: B, N.
         reg_max: R.
         device: of the predictions.
+
+    Returns:
+        The pairs, and the distinct places (U,) int64 in ascending order.
     """
     target, image, point, cls, box, center, stride = candidates
     row = torch.arange(len(target))
     count = torch.bincount(target)
     rank = row - (count.cumsum(0) - count)[target]
-    place, sort_key = image * num_points + point, target * METRIC_RANGE
-    integers = torch.stack((place, cls, target, sort_key, rank < TOP_K, 2**31 - 1 - row), 1)
+    place, sort_key = image * shape[1] + point, target * METRIC_RANGE
+    taken = torch.zeros(shape[0] * shape[1], dtype=torch.bool).index_fill_(0, place, True)
+    places, distinct_row = taken.nonzero()[:, 0], (taken.cumsum(0) - 1)[place]
+    integers = torch.stack((place, cls, target, distinct_row, sort_key, rank < TOP_K, 2**31 - 1 - row), 1)
 
     corners, centers = torch.cat((-box[:, :2], box[:, 2:]), 1), torch.cat((-center, center), 1)
     sides = box[:, 2:] - box[:, :2]
@@ -172,12 +182,12 @@ def prepare(candidates: Candidates, num_points: int, reg_max: int, device: torch
     integers = torch.cat((integers, bins.long()), 1)
     floats = torch.cat((corners, sides, sides.prod(1, keepdim=True) + EPS, angle, centers, stride, bin_weight / 4), 1)
     if device.type == "cuda":
-        integers, floats = integers.pin_memory(), floats.pin_memory()
-    integers, floats = (values.to(device, non_blocking=True) for values in (integers, floats))
+        integers, floats, places = integers.pin_memory(), floats.pin_memory(), places.pin_memory()
+    integers, floats, places = (values.to(device, non_blocking=True) for values in (integers, floats, places))
     corners, sides, area, angle, centers, stride, bin_weight = floats.split((4, 2, 1, 1, 4, 1, 8), dim=1)
-    columns = [*integers[:, :6].unbind(1), integers[:, 6:].unflatten(1, (4, 2))]
+    columns = [*integers[:, :7].unbind(1), integers[:, 7:].unflatten(1, (4, 2))]
     columns += [corners, sides, area[:, 0], angle[:, 0], centers, stride, bin_weight.unflatten(1, (4, 2))]
-    return Pairs(*columns)
+    return Pairs(*columns), places
 
 
 def _opposite_sums(corners: Tensor) -> Tensor:
@@ -247,8 +257,8 @@ def assign(iou: Tensor, logit: Tensor, pairs: Pairs, num_targets: int, num_place
 class AnchorFreeLoss(LossModule):
     """Box (CIoU), class (binary cross-entropy on soft targets) and distribution focal loss of the anchor-free head.
 
-    Each part is a sum over the batch divided by Z = max(sum of soft targets, 1). In distributed training the sum is
-    averaged over the processes, so that the gradients equal those of one process with the whole batch.
+    Each part is a sum over the batch divided by Z = max(sum of soft targets, 1). With W processes Z is that of all of
+    them divided by W, so that the averaged gradients times W equal those of one process with the whole batch.
 
     Args:
         strides: pixels per cell, per level.
@@ -256,6 +266,7 @@ class AnchorFreeLoss(LossModule):
         reg_max: bins per distance R; the third part is 0 for R = 1.
         config: gains.
         mean: mean of a 0-d tensor over the processes, applied in training mode.
+        processes: number of processes that `mean` is over.
     """
 
     names: ClassVar[tuple[str, str, str]] = ("box", "cls", "dfl")
@@ -270,9 +281,11 @@ class AnchorFreeLoss(LossModule):
         reg_max: int,
         config: AnchorFreeLossConfig,
         mean: Callable[[Tensor], Tensor] | None = None,
+        processes: int = 1,
     ) -> None:
         super().__init__()
-        self.strides, self.num_classes, self.reg_max, self.mean = tuple(strides), num_classes, reg_max, mean
+        self.strides, self.num_classes, self.reg_max = tuple(strides), num_classes, reg_max
+        self.mean, self.processes = mean, processes
         weights = None if config.class_weights is None else torch.tensor(config.class_weights)
         # Buffers, so that no step copies constants to the device.
         self.register_buffer("bins", torch.arange(reg_max, dtype=torch.float32), persistent=False)
@@ -292,26 +305,26 @@ class AnchorFreeLoss(LossModule):
         targets = targets.detach().cpu().float().unique(dim=0)
         boxes = xywh2xyxy(targets[:, 2:] * torch.tensor([width, height, width, height]))
         targets = torch.cat((targets[:, :2], boxes), 1)
-        pairs = prepare(
-            find_candidates(targets, sizes, self.strides), sum(h * w for h, w in sizes), self.reg_max, device
-        )
+        shape = len(raw[0]), sum(h * w for h, w in sizes)
+        pairs, places = prepare(find_candidates(targets, sizes, self.strides), shape, self.reg_max, device)
         with torch.autocast(device.type, enabled=False):
             flat = torch.cat([level.flatten(1, 3) for level in raw], 1).flatten(0, 1)  # (B * N, 4R + C)
-            parts = self._parts(flat, pairs, len(targets)) * self.gains
+            parts = self._parts(flat, pairs, places, len(targets)) * self.gains
             return LossOutput(parts.sum() * len(raw[0]), parts.detach())
 
-    def _parts(self, flat: Tensor, pairs: Pairs, num_targets: int) -> Tensor:
+    def _parts(self, flat: Tensor, pairs: Pairs, places: Tensor, num_targets: int) -> Tensor:
         """Return box, class and distribution focal loss (3,), without gains."""
         box_logits, cls_logits = flat.split((4 * self.reg_max, self.num_classes), dim=1)
         cls_logits = cls_logits.float()
         on_cpu = flat.device.type == "cpu"
         with torch.set_grad_enabled(not on_cpu and torch.is_grad_enabled()):
-            picked, logit, iou = self._predictions(box_logits, cls_logits, pairs)
+            picked, logit, iou = self._predictions(box_logits[places], cls_logits, pairs)
         weight = assign(iou, logit, pairs, num_targets, len(flat))
         if on_cpu:  # nothing to wait for: a second pass over the positives alone costs less than gradients of all pairs
             positive = weight.nonzero()[:, 0]
             pairs, weight = Pairs(*(column[positive] for column in pairs)), weight[positive]
-            picked, logit, iou = self._predictions(box_logits, cls_logits, pairs)
+            pairs = pairs._replace(row=torch.arange(len(positive)))
+            picked, logit, iou = self._predictions(box_logits[pairs.place], cls_logits, pairs)
         total = weight.sum()
         box = total - weight.dot(iou)
         # Binary cross-entropy of logit z and soft target y: softplus(z) - y z; only positives have y > 0.
@@ -321,15 +334,25 @@ class AnchorFreeLoss(LossModule):
             cls = cls + extra.dot(F.softplus(logit) - weight * logit)
         dfl = weight.dot(self._focal(picked, pairs)) if self.reg_max > 1 else torch.zeros_like(box)
         z = total if self.mean is None or not self.training else self.mean(total)
-        return torch.stack((box, cls, dfl)) / z.clamp(min=1)
+        return torch.stack((box, cls, dfl)) / z.clamp(min=1 / self.processes if self.training else 1)
 
-    def _predictions(self, box_logits: Tensor, cls_logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the distance logits (P, 4R), the logit of the target's class (P,) and the CIoU (P,) of the pairs."""
-        picked = box_logits[pairs.place].float()
-        corners = torch.addcmul(pairs.center, distances(picked, self.bins), pairs.stride)
-        return picked, cls_logits[pairs.place, pairs.cls], paired_ciou(corners, pairs)
+    def _predictions(self, logits: Tensor, cls_logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """Decode the distances of distinct points, and pair them with targets.
+
+        Args:
+            logits: (U, 4R) distance logits; `pairs.row` are rows of it.
+            cls_logits: (B * N, C) float32.
+            pairs: P of them.
+
+        Returns:
+            The distance logits (U, 4R) float32, the logit of the target's class (P,) and the CIoU (P,) of the pairs.
+        """
+        logits = logits.float()
+        corners = torch.addcmul(pairs.center, distances(logits, self.bins)[pairs.row], pairs.stride)
+        return logits, cls_logits[pairs.place, pairs.cls], paired_ciou(corners, pairs)
 
     def _focal(self, logits: Tensor, pairs: Pairs) -> Tensor:
         """Return the distribution focal loss (P,), mean over the four distances (GFL, equation 6)."""
         log_p = logits.unflatten(1, (4, self.reg_max)).log_softmax(-1)
-        return (log_p.gather(-1, pairs.bins) * pairs.bin_weight).sum((1, 2))
+        side = torch.arange(4, device=logits.device)[:, None]
+        return (log_p[pairs.row[:, None, None], side, pairs.bins] * pairs.bin_weight).sum((1, 2))

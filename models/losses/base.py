@@ -31,12 +31,14 @@ class LossOptions:
         label_smoothing: epsilon of the class targets.
         class_weights: factor on the class loss of each class; None = 1 for all.
         mean: mean of a 0-d tensor over the processes of the training; None for a single process.
+        processes: their number.
     """
 
     imgsz: int
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] | None = None
     mean: Callable[[Tensor], Tensor] | None = None
+    processes: int = 1
 
 
 class LossModule(nn.Module):

@@ -117,6 +117,33 @@ def test_confidences_that_underflow_stay_finite():
     assert (decoded[..., 5:] <= 1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_confidences_of_any_logits(dtype, monkeypatch):
+    """Also if a runtime computes in float16, where exp overflows above 11.1 and is 0 below -17.4."""
+    promote = torch.promote_types
+    monkeypatch.setattr(torch, "promote_types", lambda a, b: dtype if a == dtype else promote(a, b))
+    head = AnchorFreeDetect(3, (8,), (8,), 1)
+    classes = torch.cartesian_prod(*[torch.tensor([-14.0, -11.5, -5.0, 0.0, 6.0, 13.0, 16.0])] * 3).to(dtype)
+    raw = torch.cat((classes.new_zeros(len(classes), 4), classes), 1).view(1, 1, 7, 49, 7)
+    decoded = head.decode([raw])[0].float()
+    rtol, atol = (2e-6, 0) if dtype == torch.float32 else (0.03, 0.01)
+    expected = classes.double().sigmoid()
+    torch.testing.assert_close((decoded[:, 4:5] * decoded[:, 5:]).double(), expected, rtol=rtol, atol=atol)
+    assert (decoded[:, 4:] <= 1).all() and (decoded[:, 5:].amax(1) > 0.99).all()
+
+
+@pytest.mark.parametrize("name", ["yolov5n.yaml", "yolov5n-free.yaml"])
+def test_boxes_are_float32_under_autocast(name):
+    torch.manual_seed(0)
+    head = DetectionModel(name, nc=3).head.eval()
+    raw = [level.bfloat16() for level in head.raw([torch.randn(1, c, 8, 8) for c in (64, 128, 256)])]
+    head.raw = lambda features: raw
+    plain, _ = head([])
+    with torch.autocast("cpu", torch.bfloat16):
+        under, _ = head([])
+    torch.testing.assert_close(under, plain, rtol=0, atol=0)
+
+
 def test_nms_keeps_the_class_confidences():
     head = AnchorFreeDetect(3, (8,), (8,), 16)
     raw = torch.full((1, 1, 4, 4, 67), -9.0)

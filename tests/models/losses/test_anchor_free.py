@@ -187,7 +187,7 @@ def test_order_and_repetition_of_targets_have_no_effect():
 def soft_targets(raw, rows):
     """Assign targets (M, 6) in pixels: {(image, point): (target, soft target)}."""
     candidates = find_candidates(rows, [(128 // s, 128 // s) for s in STRIDES], STRIDES)
-    pairs = prepare(candidates, raw.shape[1], 16, raw.device)
+    pairs, _ = prepare(candidates, (raw.shape[0], raw.shape[1]), 16, raw.device)
     flat = raw.flatten(0, 1)
     ltrb = distances(flat[pairs.place, :64], torch.arange(16.0))
     iou = paired_ciou(torch.addcmul(pairs.center, ltrb, pairs.stride), pairs)
@@ -219,6 +219,19 @@ def test_small_targets_get_positives_at_the_first_step():
     level = torch.cat(((-0.5 * torch.arange(16)).repeat(4), torch.full((CLASSES,), -7.0)))
     raw = level.expand(1, sum(h * w for h, w in sizes), -1)
     assert {target for target, _ in soft_targets(raw, pixels).values()} == set(range(10))
+
+
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (8, 16, 32), (16, 32)])
+def test_every_target_has_a_candidate(strides):
+    """Boxes of whole pixels: those of 8 pixels around a grid line have their nearest points on their borders."""
+    sides = torch.cartesian_prod(*[torch.tensor([1.0, 2, 7, 8, 9, 16, 17])] * 2)
+    first = torch.cartesian_prod(*[torch.arange(0.0, 47, 3)] * 2)
+    boxes = torch.cat((first.repeat_interleave(len(sides), 0), sides.repeat(len(first), 1)), 1)
+    boxes[:, 2:] += boxes[:, :2]
+    boxes = boxes[(boxes[:, :2] + boxes[:, 2:]).amax(1) <= 2 * 64]
+    targets = torch.cat((torch.zeros(len(boxes), 2), boxes), 1)
+    candidates = find_candidates(targets, [(64 // s, 64 // s) for s in strides], strides)
+    assert len(boxes) > 10_000 and len(candidates.target.unique()) == len(boxes)
 
 
 def test_bfloat16_outputs_are_computed_in_float32():
@@ -264,14 +277,31 @@ def test_class_weights_scale_the_class_loss_of_positives_only():
     torch.testing.assert_close(own[[0, 2]], plain[[0, 2]], rtol=0, atol=0)
 
 
-def test_mean_over_processes_replaces_the_local_sum_in_training_mode_only():
+@pytest.mark.parametrize("count", [0, 1, 40])
+def test_two_processes_equal_one_with_the_whole_batch(count):
+    """Sums over the batch are divided by one normalizer, also where the soft targets sum to less than 1."""
+    targets, raw = random_targets(count, 1), raw_levels(16)
+    sums = []
+
+    def loss(image, mean):
+        own = targets[targets[:, 0] == image] * torch.tensor([0, 1, 1, 1, 1, 1])
+        criterion = AnchorFreeLoss(STRIDES, CLASSES, 16, AnchorFreeLossConfig(), mean, processes=2)
+        return criterion([level[image : image + 1] for level in raw], own)
+
+    for image in (0, 1):
+        loss(image, lambda total: sums.append(total) or total)
+    mean = torch.stack(sums).mean()
+    total = sum(loss(image, lambda _: mean).total for image in (0, 1))
+    assert (2 * mean < 1) == (count < 40)
+    torch.testing.assert_close(total, criterion(16)(raw, targets).total, rtol=1e-5, atol=0)
+
+
+def test_normalizer_of_processes_is_for_training_only():
     targets = random_targets(10, 1)
-    loss = AnchorFreeLoss(STRIDES, CLASSES, 16, AnchorFreeLossConfig(), mean=lambda total: 50 * total)
-    plain = criterion(16)(raw_levels(16), targets).parts
-    changed = loss(raw_levels(16), targets).parts
-    torch.testing.assert_close(changed / changed[0], plain / plain[0], rtol=1e-6, atol=0)
-    assert changed[0] < plain[0] / 2
-    torch.testing.assert_close(loss.eval()(raw_levels(16), targets).parts, plain, rtol=0, atol=0)
+    loss = AnchorFreeLoss(STRIDES, CLASSES, 16, AnchorFreeLossConfig(), lambda total: 50 * total, processes=2).eval()
+    torch.testing.assert_close(
+        loss(raw_levels(16), targets).parts, criterion(16)(raw_levels(16), targets).parts, rtol=0, atol=0
+    )
 
 
 @pytest.mark.gpu
@@ -291,7 +321,8 @@ def test_gpu_equals_cpu_with_targets_on_the_cpu(weights):
 def test_paired_ciou_and_its_gradient_equal_bbox_iou():
     rows = random_targets(40, 7)
     boxes = torch.cat((rows[:, 2:4] - rows[:, 4:] / 2, rows[:, 2:4] + rows[:, 4:] / 2), 1) * 128
-    pairs = prepare(find_candidates(torch.cat((rows[:, :2], boxes), 1), [(16, 16)], [8]), 256, 16, torch.device("cpu"))
+    candidates = find_candidates(torch.cat((rows[:, :2], boxes), 1), [(16, 16)], [8])
+    pairs, _ = prepare(candidates, (2, 256), 16, torch.device("cpu"))
     side = torch.rand(len(pairs.target), 4, generator=torch.Generator().manual_seed(0)) * 60
     corners, same = ((pairs.center + side).requires_grad_() for _ in range(2))
     sign = torch.tensor([-1, -1, 1, 1])
