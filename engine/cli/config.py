@@ -202,8 +202,8 @@ class TrainConfig(Options):
     multi_scale: bool = flag("random size 0.5 to 1.5 times --imgsz per step")
     single_cls: bool = flag("treat all labels as one class")
     optimizer: str | None = option(
-        None, "optimizer; auto = AdamW in runs below 10,000 iterations, else SGD; not given = auto if --hyp says so, "
-        "else SGD", choices=(None, *OPTIMIZERS),
+        None, "optimizer; auto = AdamW in runs below 10,000 iterations, else SGD; not given = that of --hyp, else SGD",
+        choices=(None, *OPTIMIZERS),
     )  # fmt: skip
     sync_bn: bool = flag("synchronized batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
@@ -355,7 +355,8 @@ class Hyperparameters:
     - `clip_norm`: maximum norm of the gradient.
     - `close_mosaic`: epochs at the end without mosaic, unless `--close-mosaic` is given.
     - `free_box`, `free_cls`, `free_dfl`: gains of the anchor-free head, which ignores `box`, `cls` and `obj`.
-    - `optimizer`: the one that the learning rates are made for (another `--optimizer` is refused), or `auto`.
+    - `optimizer`: the one that the learning rates are made for, and the default of `--optimizer` (another one is
+      refused), or `auto`.
     - `class_weights`: factors on the class loss of each class: `none`, `balanced` (by rarity), one number per class, or
       numbers by class name (1 for the others).
     """

@@ -52,7 +52,7 @@ class CompareConfig(Options):
     batch_size: int = option(16, "training: images per step", int, low=1)
     hyp: str = option("data/hyps/hyp.scratch-low.yaml", "training: hyperparameter YAML")
     optimizer: str | None = option(
-        None, "training: optimizer; as in train.py, not given = auto if --hyp says so, else SGD",
+        None, "training: optimizer; as in train.py, not given = that of --hyp, else SGD",
         choices=(None, *OPTIMIZERS),
     )  # fmt: skip
     cos_lr: bool = flag("training: cosine instead of linear decay of the learning rate")

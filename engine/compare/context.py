@@ -158,11 +158,11 @@ def resolve_recipe(config: CompareConfig, data: DataConfig) -> tuple[str, Hyperp
     options = {name: getattr(config, name) for name in ("hyp", "optimizer", "batch_size")}
     training = with_recipe(TrainConfig(**options, epochs=max(config.epochs, 1)))
     hyp = choose_hyperparameters(training, None)
-    if training.optimizer == "auto":
-        images = len(load_annotations(data.split("train"), len(data.names)).records) if config.epochs else 1
-        resolved, settings = resolve_auto(training, hyp, len(data.names), images)
-        return str(resolved.optimizer), replace(settings, optimizer="auto")
-    return str(training.optimizer), replace(hyp, optimizer=training.optimizer)
+    is_auto, images = training.optimizer == "auto", 1
+    if is_auto and config.epochs:
+        images = len(load_annotations(data.split("train"), len(data.names)).records)
+    training, hyp = resolve_auto(training, hyp, len(data.names), images)
+    return str(training.optimizer), replace(hyp, optimizer="auto" if is_auto else training.optimizer)
 
 
 def cache_folder(config: CompareConfig) -> Path:

@@ -85,10 +85,12 @@ class EvalResult:
 
     @property
     def best_conf(self) -> float | None:
-        """Return the confidence with the best mean F1, at which `mp` and `mr` are given; None without labels."""
+        """Return the confidence with the best mean F1, the middle one of equal ones; None if F1 is 0 everywhere."""
         if not len(self.classes):
             return None
-        return float(self.curves.confidence[smooth(self.curves.f1.mean(0), F1_SMOOTHING).argmax()])
+        f1 = smooth(self.curves.f1.mean(0), F1_SMOOTHING)
+        best = (f1 == f1.max()).nonzero()[0]
+        return float(self.curves.confidence[best[len(best) // 2]]) if f1.any() else None
 
 
 @dataclass
@@ -199,15 +201,13 @@ def table_head() -> str:
     return HEAD % COLUMNS
 
 
-def log_table(result: EvalResult, names: Mapping[int, str], per_class: bool) -> None:
-    """Log the row of all classes; with `per_class`, also one row per labeled class if there are several."""
+def log_table(result: EvalResult, names: Mapping[int, str], class_rows: bool) -> None:
+    """Log the row of all classes; with `class_rows`, also one row per labeled class if there are several."""
     instances = int(result.nt.sum())
     LOGGER.info(ROW, "all", result.images, instances, result.mp, result.mr, result.map50, result.map)
     if not instances:
         LOGGER.warning("there are no labels: mAP is undefined and reported as 0")
-    elif per_class:
-        LOGGER.info("Best F1 at confidence %.3f", result.best_conf)
-    if per_class and len(names) > 1:
+    if class_rows and len(names) > 1:
         for k, c in enumerate(result.classes.tolist()):
             values = result.p[k], result.r[k], result.ap50[k], result.ap[k]
             LOGGER.info(ROW, names.get(c, c), result.images, result.nt[c], *values)

@@ -62,7 +62,8 @@ class EvalOptions:
         folder: folder of the plots; required by `plots`.
         plots: plot curves, the confusion matrix, and the first batches.
         charts: the process that draws the curves; None = this one.
-        verbose: log the speed and a row per class.
+        verbose: log the speed and the confidence with the best F1.
+        class_rows: log a row per class.
         sinks: called in order with the outcome of every image at the end.
     """
 
@@ -76,6 +77,7 @@ class EvalOptions:
     plots: bool = False
     charts: ChartProcess | None = None
     verbose: bool = False
+    class_rows: bool = False
     sinks: tuple[Callable[[ImageOutcome], None], ...] = ()
 
 
@@ -139,8 +141,10 @@ def conclude(parts: Sequence[Tally], options: EvalOptions) -> EvalResult:
         for sink in options.sinks:
             sink(outcome)
     result = summarize(tally)
-    log_table(result, options.names, options.verbose)
+    log_table(result, options.names, options.class_rows)
     if options.verbose:
+        if result.best_conf is not None:
+            LOGGER.info("Best F1 at confidence %.3f", result.best_conf)
         LOGGER.info("Speed per image: %.1f ms preprocess, %.1f ms inference, %.1f ms NMS", *result.speeds)
     if options.plots and options.folder is not None:
         draw = options.charts.draw if options.charts is not None else call
@@ -251,7 +255,8 @@ def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResul
             folder=run.folder,
             plots=not (speed or config.noplots),
             charts=charts,
-            verbose=config.verbose or len(names) < FEW_CLASSES,
+            verbose=True,
+            class_rows=config.verbose or len(names) < FEW_CLASSES,
             sinks=tuple(sink for sink in (text, coco) if sink is not None),
         )
         result = evaluate(runtime, loader, options)

@@ -68,8 +68,9 @@ def _rows(config: ValConfig, sides: tuple[int, ...]) -> tuple[np.ndarray, np.nda
     annotations = split_annotations(config, data)
     names = {0: "item"} if config.single_cls else data.names
     options = EvalOptions(
-        names, config.single_cls, config.conf_thres, config.iou_thres, config.max_det, verbose=config.verbose
-    )
+        names, config.single_cls, config.conf_thres, config.iou_thres, config.max_det,
+        verbose=config.verbose, class_rows=config.verbose,
+    )  # fmt: skip
     rows, used = [], []
     for wanted in sides:
         side = input_side(wanted, runtime)

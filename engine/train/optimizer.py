@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -91,24 +90,24 @@ def describe_groups(groups: Sequence[dict[str, Any]]) -> str:
     return "\n".join(aligned(rows))
 
 
-@dataclass(frozen=True)
-class AutoSettings:
-    """Optimizer that `--optimizer auto` chooses, with its learning rates.
+def auto_optimizer(iterations: int) -> str:
+    """Return AdamW, which is better in short runs, below 10,000 iterations, else SGD, which is as good in long ones."""
+    return "AdamW" if iterations < AUTO_ITERATIONS else "SGD"
 
-    AdamW is better in short runs; SGD is as good in long runs, with the learning rates of YOLOv5's recipe.
-    """
 
-    optimizer: str
+class AutoSettings(NamedTuple):
+    """Hyperparameters of an optimizer that `auto` chooses, or that is chosen for a file with `optimizer: auto`."""
+
     lr0: float
     momentum: float
     warmup_bias_lr: float
 
 
-def auto_settings(iterations: int, num_classes: int) -> AutoSettings:
-    """Return AdamW (with a lower learning rate for more classes) below 10,000 iterations, else SGD."""
-    if iterations < AUTO_ITERATIONS:
-        return AutoSettings("AdamW", round(0.002 * 5 / (4 + num_classes), 6), 0.9, 0.0)
-    return AutoSettings("SGD", 0.01, 0.937, 0.1)
+def auto_settings(optimizer: str, num_classes: int) -> AutoSettings:
+    """Return a lower learning rate for more classes with AdamW and Adam, and those of YOLOv5's recipe with SGD."""
+    if optimizer == "SGD":
+        return AutoSettings(0.01, 0.937, 0.1)
+    return AutoSettings(round(0.002 * 5 / (4 + num_classes), 6), 0.9, 0.0)
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:

@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.cli.config import Hyperparameters, TrainConfig
 from engine.cli.plugins import load_plugins
-from engine.train.optimizer import auto_settings
+from engine.train.optimizer import auto_optimizer, auto_settings
 from engine.train.state import damage_reported
 from models.build.spec import FOLDERS, HEADS, HeadForm, read_model_spec
 from models.checkpoint.file_kinds import find_checkpoint
@@ -73,24 +73,34 @@ def with_recipe(config: TrainConfig) -> TrainConfig:
     if not config.hyp:
         config = replace(config, hyp=str(find_file(f"data/hyps/{head_form(config).recipe}").absolute()))
     if config.optimizer is None:
-        auto = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps")).optimizer == "auto"
-        config = replace(config, optimizer="auto" if auto else "SGD")
+        hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
+        config = replace(config, optimizer=hyp.optimizer or "SGD")
     return config
 
 
 def resolve_auto(
     config: TrainConfig, hyp: Hyperparameters, num_classes: int, images: int
 ) -> tuple[TrainConfig, Hyperparameters]:
-    """Replace `--optimizer auto` and `--close-mosaic -1` by values; a resumed run has them already."""
+    """Replace `auto` (of `--optimizer` or of the file) and `--close-mosaic -1` by values, unless a resumed run did.
+
+    Args:
+        config: the options.
+        hyp: hyperparameters; with `optimizer: auto` their learning rates are those of SGD.
+        num_classes: of the dataset.
+        images: in the training split; not used unless `--optimizer auto`.
+    """
     if config.close_mosaic < 0:
         config = replace(config, close_mosaic=min(round(hyp.close_mosaic), config.epochs // 6))
-    if config.optimizer != "auto":
+    if "auto" not in (config.optimizer, hyp.optimizer):
         return config, hyp
-    auto = auto_settings(math.ceil(images / config.batch_size) * config.epochs, num_classes)
-    hyp = replace(
-        hyp, optimizer=auto.optimizer, lr0=auto.lr0, momentum=auto.momentum, warmup_bias_lr=auto.warmup_bias_lr
-    )
-    return replace(config, optimizer=auto.optimizer), hyp
+    optimizer = config.optimizer or "SGD"
+    if optimizer == "auto":
+        optimizer = auto_optimizer(math.ceil(images / config.batch_size) * config.epochs)
+    if optimizer == "SGD" and hyp.optimizer in (None, "auto", "SGD"):
+        hyp = replace(hyp, optimizer=optimizer)
+    else:
+        hyp = replace(hyp, optimizer=optimizer, **auto_settings(optimizer, num_classes)._asdict())
+    return replace(config, optimizer=optimizer), hyp
 
 
 def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> Hyperparameters:
@@ -102,7 +112,7 @@ def choose_hyperparameters(config: TrainConfig, resumed: Checkpoint | None) -> H
     if resumed is not None and resumed.train is not None:
         return Hyperparameters.from_mapping(resumed.train["hyp"], where="--resume")
     hyp = Hyperparameters.from_yaml(find_file(config.hyp, "data/hyps"))
-    optimizer = config.optimizer or "SGD"
+    optimizer = config.optimizer or hyp.optimizer or "SGD"
     if hyp.optimizer not in (None, "auto", optimizer) and optimizer != "auto":
         raise ConfigError(
             f"{config.hyp}: its learning rates are made for {hyp.optimizer}, not {optimizer}; add --optimizer "

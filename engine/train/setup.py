@@ -301,6 +301,8 @@ def build_loss(
     options = LossOptions(config.imgsz, config.label_smoothing, class_weights, mean, world.size)
     if model.head.unused:
         LOGGER.info("%s: without effect: %s", type(model.head).__name__, ", ".join(model.head.unused))
+    if config.label_smoothing and "--label-smoothing" in model.head.unused:
+        LOGGER.warning("--label-smoothing has no effect: %s has no label smoothing", type(model.head).__name__)
     return model.head.loss(hyp.to_dict(), options)
 
 

@@ -192,6 +192,7 @@ class Trainer:
         if self.run.resumed is not None and self.run.resumed.train is not None:
             with damage_reported(self.run.resumed.path):
                 self.load_state_dict(self.run.resumed.train)
+                self.best_conf = self.run.resumed.metadata.get("best_conf")
         if is_main_process():
             self._open_run()
         done, begin = start, time.time()
@@ -351,7 +352,9 @@ class Trainer:
         """Validate best.pt, re-parameterized; each rank evaluates its batches, rank zero plots and reports."""
         worst = WorstImages()
         draw = not self.config.noplots
-        options = replace(self.eval_options, folder=self.run.folder, plots=draw, verbose=True, sinks=(worst,))
+        options = replace(
+            self.eval_options, folder=self.run.folder, plots=draw, verbose=True, class_rows=True, sinks=(worst,)
+        )
         with file_from_main(best, self.world) as file:
             if file is None:
                 return None

@@ -132,18 +132,17 @@ def _concrete_recipe(config: TrainConfig) -> tuple[str, Hyperparameters]:
     Otherwise each trial would overwrite the learning rate and momentum that it tests.
     """
     hyp = choose_hyperparameters(config, None)
-    if config.optimizer == "auto":
-        if config.batch_size < 1:
-            raise ConfigError(
-                "--evolve: --optimizer auto depends on the number of iterations: give --batch-size as a number, or "
-                "--optimizer SGD, Adam or AdamW"
-            )
+    if config.optimizer == "auto" and config.batch_size < 1:
+        raise ConfigError(
+            "--evolve: --optimizer auto depends on the number of iterations: give --batch-size as a number, or "
+            "--optimizer SGD, Adam or AdamW"
+        )
+    if "auto" in (config.optimizer, hyp.optimizer):
         data = load_data_config(config.data)
         images = len(load_annotations(data.split("train"), len(data.names), single_cls=config.single_cls).records)
         config, hyp = resolve_auto(config, hyp, 1 if config.single_cls else len(data.names), images)
-        LOGGER.info("--optimizer auto: %s, lr0 %g, momentum %g", config.optimizer, hyp.lr0, hyp.momentum)
-    optimizer = str(config.optimizer)
-    return optimizer, replace(hyp, optimizer=optimizer if hyp.optimizer == "auto" else hyp.optimizer)
+        LOGGER.info("Optimizer: %s, lr0 %g, momentum %g", config.optimizer, hyp.lr0, hyp.momentum)
+    return str(config.optimizer), hyp
 
 
 def _resume(config: TrainConfig, text: str) -> EvolveResult:

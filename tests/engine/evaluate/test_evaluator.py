@@ -164,11 +164,23 @@ def test_classes_without_labels_get_the_mean(data_file):
 
 def test_table_is_logged(data_file, caplog):
     caplog.set_level(logging.INFO)
-    judged(data_file, truth, verbose=True)
+    judged(data_file, truth, class_rows=True)
     lines = [line.split() for line in caplog.text.splitlines()]
     rows = [line[-7:] for line in lines if line and line[-1].startswith("0.99")]
     assert [row[0] for row in rows] == ["all", "disc", "bar", "dot"]
     assert rows[0][1:3] == ["6", "15"]
+
+
+def test_confidence_with_the_best_f1_is_logged(data_file, caplog):
+    """Without the rows of classes, as val.py logs from 50 classes on; nothing is logged if F1 is 0 everywhere."""
+    caplog.set_level(logging.INFO)
+    result = judged(data_file, truth, verbose=True)
+    assert 0 < result.best_conf < 1
+    assert f"Best F1 at confidence {result.best_conf:.3f}" in caplog.messages
+    assert not any("disc" in message for message in caplog.messages)
+    caplog.clear()
+    assert judged(data_file, lambda n: truth(n)[:0], verbose=True).best_conf is None
+    assert not any("Best F1" in message for message in caplog.messages)
 
 
 def test_images_and_charts(data_file, tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +13,11 @@ import torch
 from engine.cli.config import DetectConfig, Hyperparameters
 from engine.predict.predictor import detect
 from engine.runtimes.pytorch import PyTorchRuntime
-from engine.train.optimizer import AUTO_ITERATIONS, auto_settings
-from engine.train.options import resolve_auto, with_recipe
+from engine.train.optimizer import AUTO_ITERATIONS, auto_optimizer, auto_settings
+from engine.train.options import choose_hyperparameters, resolve_auto, with_recipe
 from engine.train.trainer import train
 from models.loading import load_detector
-from tests.helpers.training import assert_equal_runs, config, interrupt_at, write_project
+from tests.helpers.training import assert_equal_runs, config, interrupt_at, signal_at, write_project
 from utils.errors import ConfigError
 from utils.files import ROOT
 
@@ -44,7 +46,7 @@ def test_run_files_hold_the_resolved_recipe(run):
     assert "head: free" in options
     assert "optimizer: AdamW" in options
     assert "hyp.auto.yaml" in options
-    assert f"lr0: {auto_settings(1, 3).lr0}" in hyp
+    assert f"lr0: {auto_settings('AdamW', 3).lr0}" in hyp
     assert load_detector(run / "weights/best.pt").head.kind == "free"
 
 
@@ -62,6 +64,32 @@ def test_options_of_a_training_work(project, options):
     assert result.best is not None
 
 
+def test_freeze_keeps_the_weights(project, run):
+    result = train(config(project, head="free", weights=str(run / "weights/best.pt"), cfg="", freeze=["3"], epochs=1))
+    before, after = load_detector(run / "weights/best.pt").state_dict(), load_detector(result.last).state_dict()
+    changed = {name.split(".")[1] for name, value in before.items() if not torch.equal(value, after[name])}
+    assert changed == {"3", "4", "5"}
+
+
+def test_label_smoothing_without_effect_is_reported(project, caplog):
+    train(config(project, head="free", epochs=1, label_smoothing=0.1))
+    assert "--label-smoothing has no effect: AnchorFreeDetect has no label smoothing" in caplog.messages
+
+
+def test_resumed_run_keeps_the_confidence_of_its_last_validation(project, run, monkeypatch):
+    last = project / "runs/kept/weights/last.pt"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
+        train(config(project, head="free", name="kept"))
+    content = torch.load(last, weights_only=True)
+    content["metadata"]["best_conf"] = 0.375
+    torch.save(content, last)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, (1, 0))
+        train(config(project, resume=str(last)))
+    assert torch.load(last, weights_only=True)["metadata"]["best_conf"] == 0.375
+
+
 def test_transfer_takes_all_but_the_head_and_reports_it(project, run, caplog):
     caplog.set_level(logging.INFO)
     result = train(config(project, weights=str(run / "weights/best.pt"), cfg="", head="anchor", epochs=1, name="back"))
@@ -72,16 +100,15 @@ def test_transfer_takes_all_but_the_head_and_reports_it(project, run, caplog):
 def test_ensemble_of_both_heads_has_the_rows_of_both(project, run):
     other = train(config(project, epochs=1, name="anchor")).last
     runtime = PyTorchRuntime([run / "weights/best.pt", other], torch.device("cpu"))
-    decoded = runtime(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
-    cells = 16**2 + 8**2 + 4**2
-    assert decoded.shape[1] in (cells + 3 * cells, (8**2 + 4**2 + 2**2) * 4)
+    images = torch.rand(1, 3, 64, 64)
+    alone = [PyTorchRuntime([weights], torch.device("cpu"))(images) for weights in (run / "weights/best.pt", other)]
+    assert alone[1].shape[1] == 3 * alone[0].shape[1]
+    torch.testing.assert_close(runtime(images), torch.cat(alone, 1), rtol=0, atol=0)
 
 
 def test_conf_thres_auto_uses_the_threshold_of_the_validation(project, run, caplog):
     weights = run / "weights/best.pt"
     content = torch.load(weights, weights_only=True)
-    stored = content["metadata"]["best_conf"]
-    assert 0 <= stored <= 1
     caplog.set_level(logging.INFO)
     content["metadata"]["best_conf"] = 0.125
     torch.save(content, project / "auto.pt")
@@ -103,8 +130,9 @@ AUTO_CASES = [
 
 @pytest.mark.parametrize(("iterations", "classes", "name", "lr"), AUTO_CASES)
 def test_auto_chooses_by_iterations_and_classes(iterations, classes, name, lr):
-    settings = auto_settings(iterations, classes)
-    assert (settings.optimizer, settings.lr0) == (name, lr)
+    assert auto_optimizer(iterations) == name
+    settings = auto_settings(name, classes)
+    assert settings.lr0 == lr
     assert settings.warmup_bias_lr == (0 if name == "AdamW" else 0.1)
 
 
@@ -112,6 +140,33 @@ def test_auto_is_resolved_once(project):
     options, hyp = resolve_auto(config(project, optimizer="auto", epochs=60), AUTO, 3, 205)
     assert (options.optimizer, options.close_mosaic, hyp.optimizer, hyp.lr0) == ("AdamW", 10, "AdamW", 0.001429)
     assert resolve_auto(options, hyp, 3, 205) == (options, hyp)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "own", "iterations", "chosen", "lr0"),
+    [
+        ("auto", "auto", 100, "AdamW", 0.001429),
+        ("auto", "auto", 10**6, "SGD", 0.02),  # the file's
+        ("auto", "AdamW", 10**6, "SGD", 0.01),  # the file's is for AdamW
+        ("AdamW", "auto", 10**6, "AdamW", 0.001429),
+        ("Adam", "auto", 10**6, "Adam", 0.001429),
+        ("SGD", "auto", 100, "SGD", 0.02),
+        ("SGD", None, 100, None, 0.02),
+        ("AdamW", None, 100, None, 0.02),
+    ],
+)
+def test_learning_rates_of_auto_are_for_the_optimizer(project, optimizer, own, iterations, chosen, lr0):
+    options = config(project, optimizer=optimizer, epochs=iterations, batch_size=1)
+    resolved, hyp = resolve_auto(options, replace(AUTO, optimizer=own, lr0=0.02), 3, 1)
+    assert (resolved.optimizer, hyp.optimizer, hyp.lr0) == (chosen or optimizer, chosen, lr0)
+
+
+def test_hyperparameters_of_a_run_are_read_without_further_options(project, run):
+    """Those of --evolve, too: hyp_evolve.yaml names its optimizer."""
+    options = with_recipe(config(project, head="free", hyp=str(run / "hyp.yaml")))
+    assert options.optimizer == "AdamW"
+    hyp = choose_hyperparameters(options, None)
+    assert resolve_auto(options, hyp, 3, 10) == (replace(options, close_mosaic=0), hyp)
 
 
 @pytest.mark.parametrize(("given", "epochs", "expected"), [(-1, 30, 5), (-1, 600, 10), (3, 6, 3), (0, 60, 0)])

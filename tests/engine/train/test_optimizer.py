@@ -14,7 +14,7 @@ from engine.train.optimizer import (
     lr_scales,
     parameter_groups,
 )
-from engine.train.options import choose_hyperparameters
+from engine.train.options import choose_hyperparameters, with_recipe
 from engine.train.schedule import StepSettings, apply_settings
 from models.backbones.base import Backbone, FeatureLevel
 from models.yolo import DetectionModel
@@ -141,5 +141,6 @@ def test_every_recipe_in_the_project_is_complete(path):
 def test_a_recipe_made_for_another_optimizer_is_refused():
     path = str(ROOT / "data/hyps/hyp.finetune-transformer.yaml")
     with pytest.raises(ConfigError, match="made for AdamW, not SGD; add --optimizer AdamW"):
-        choose_hyperparameters(TrainConfig(hyp=path), None)
+        choose_hyperparameters(TrainConfig(hyp=path, optimizer="SGD"), None)
+    assert with_recipe(TrainConfig(hyp=path)).optimizer == "AdamW"
     assert choose_hyperparameters(TrainConfig(hyp=path, optimizer="AdamW"), None).clip_norm == 1.0
