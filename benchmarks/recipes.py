@@ -25,6 +25,7 @@ from torch import nn
 
 import train
 import val
+from engine.train import schedule
 from models.common import Conv
 from models.heads import AnchorFreeDetect
 from models.losses import anchor_free
@@ -154,11 +155,18 @@ def dense_class_branch(
     head.reset_biases()
 
 
+def flat_cosine(epoch: int, epochs: int, lrf: float, _cosine: bool) -> float:
+    """Return the factor on lr0: 1 for the first half of the training, then half a cosine to `lrf`."""
+    return 1.0 if epoch < epochs / 2 else LR_FACTOR(epoch - epochs // 2, epochs - epochs // 2, lrf, cosine=True)
+
+
+LR_FACTOR = schedule.lr_factor
 RESET_BIASES, INIT = AnchorFreeDetect.reset_biases, AnchorFreeDetect.__init__
 VARIANTS = {
     "uniform": (AnchorFreeDetect, "reset_biases", uniform_biases),
     "dense": (AnchorFreeDetect, "__init__", dense_class_branch),
     "top13": (anchor_free, "TOP_K", 13),
+    "flat": (schedule, "lr_factor", flat_cosine),
 }
 """Changes of the code: object, attribute, other value."""
 
@@ -179,6 +187,8 @@ SHORT = {**FREE, "epochs": 30}
 SCREENING = {
     "base": Run("bccd", SHORT),
     "cosine": Run("bccd", {**SHORT, "cos_lr": True}),
+    "flat": Run("bccd", SHORT, variant="flat"),
+    "decay": Run("bccd", SHORT, hyp={"weight_decay": 0.05}),
     "mixup": Run("bccd", SHORT, hyp={"mixup": 0.1}),
     "scale": Run("bccd", SHORT, hyp={"scale": 0.9}),
     "sgd": Run("bccd", {**SHORT, "optimizer": "SGD"}),

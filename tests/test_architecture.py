@@ -31,6 +31,7 @@ RULES: dict[str, Callable[[SourceTree], list]] = {
     "unique class names": structure.repeated_classes,
     "function length": structure.long_bodies,
     "file length": structure.long_files,
+    "any head": structure.distinguished_heads,
     "forbidden constructs": structure.forbidden_constructs,
 }
 BAD_TREES: dict[str, list[dict[str, str]]] = {
@@ -60,6 +61,10 @@ BAD_TREES: dict[str, list[dict[str, str]]] = {
     "file length": [
         {"utils/a.py": "x = 1\n" * (structure.MAX_FILE + 1)},
         {"train.py": "x = 1\n" * (structure.MAX_SCRIPT + 1)},
+    ],
+    "any head": [
+        {"engine/a.py": "from models.heads import AnchorFreeDetect", "models/heads.py": ""},
+        {"engine/a.py": "import models.heads\nisinstance(x, models.heads.Detect)", "models/heads.py": ""},
     ],
     "forbidden constructs": [
         {"utils/a.py": text}

@@ -11,6 +11,7 @@ import pytest
 from benchmarks import side_by_side
 from benchmarks.recipes import EDITED, PLAN, VARIANTS, summary, written_hyp, written_yaml
 from engine.cli.config import Hyperparameters
+from engine.train import schedule
 from models.heads import AnchorFreeDetect
 from models.losses import anchor_free
 from models.yolo import DetectionModel
@@ -59,10 +60,13 @@ def test_variant_changes_the_code_and_is_undone(name) -> None:
 
     with patch.object(*VARIANTS[name]):
         changed, top_k = build(), anchor_free.TOP_K
+        factors = [schedule.lr_factor(epoch, 10, 0.1, False) for epoch in (3, 5, 10)]
+    assert factors == pytest.approx([1, 1, 0.1] if name == "flat" else [0.73, 0.55, 0.1])
     head = build()
     assert all(branch[-1].bias.any() for branch in head.box) and anchor_free.TOP_K == 10
     assert any(branch[-1].bias.any() for branch in changed.box) == (name != "uniform")
     assert all(branch[-1].bias.any() for branch in changed.cls)
+    assert schedule.lr_factor(3, 10, 0.1, False) == pytest.approx(0.73)
     assert top_k == (13 if name == "top13" else 10)
     assert {len(branch) for branch in changed.cls} == ({3} if name == "dense" else {5})
 

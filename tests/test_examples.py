@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from models.yolo import DetectionModel
+from tests.helpers import detectors
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGE = ROOT / "data/images/shapes_1.jpg"
@@ -35,6 +36,17 @@ def trained(tmp_path_factory) -> tuple[Path, str]:
     return Path(weights[1]), out
 
 
+@pytest.fixture(scope="module", params=["anchor", "free"])
+def onnx_file(request, trained, tmp_path_factory) -> Path:
+    """An exported detector of each head; the anchor-free one is random."""
+    folder = tmp_path_factory.mktemp("onnx")
+    weights = shutil.copy(trained[0], folder / "best.pt")
+    if request.param == "free":
+        detectors.save(detectors.build_anchor_free(), Path(weights))
+    run("export.py", "--weights", weights, "--include", "onnx", "--imgsz", 64)
+    return Path(weights).with_suffix(".onnx")
+
+
 def test_train_from_python_trains_and_detects(trained):
     weights, out = trained
     assert weights.is_file()
@@ -50,23 +62,19 @@ def test_custom_backbone_trains_one_epoch(tmp_path):
     assert (tmp_path / "exp/weights/last.pt").is_file()
 
 
-def test_onnx_with_opencv_finds_the_boxes_of_the_detector(trained, tmp_path):
-    weights, _ = trained
-    run("export.py", "--weights", weights, "--include", "onnx", "--imgsz", 64)
-    model, drawn = weights.with_suffix(".onnx"), tmp_path / "out.png"
-    out = run("examples/onnx_with_opencv.py", model, IMAGE, drawn, "--imgsz", 64, "--conf", 0.001)
+def test_onnx_with_opencv_finds_the_boxes_of_the_detector(onnx_file, tmp_path):
+    drawn = tmp_path / "out.png"
+    out = run("examples/onnx_with_opencv.py", onnx_file, IMAGE, drawn, "--imgsz", 64, "--conf", 0.001)
     boxes = re.findall(r"class \d+, confidence", out)
     assert boxes
     assert (cv2.imread(str(drawn)) != cv2.imread(str(IMAGE))).any()
 
 
-def test_onnx_runtime_prints_named_boxes(trained, tmp_path):
+def test_onnx_runtime_prints_named_boxes(onnx_file, tmp_path):
     pytest.importorskip("onnxruntime")
-    weights = shutil.copy(trained[0], tmp_path / "best.pt")
-    run("export.py", "--weights", weights, "--include", "onnx", "--imgsz", 64)
     script = (ROOT / "examples/onnx_runtime.py").read_text().replace("0.25", "0.001")
     (tmp_path / "low.py").write_text(script)
-    out = run(tmp_path / "low.py", tmp_path / "best.onnx", IMAGE)
+    out = run(tmp_path / "low.py", onnx_file, IMAGE)
     assert re.search(r"^\w+ 0\.\d\d -?\d+ -?\d+ \d+ \d+$", out, re.MULTILINE), out
 
 

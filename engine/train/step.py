@@ -106,7 +106,7 @@ class TrainStep:
             average: average the gradients over the ranks; False for a batch whose gradients are only accumulated.
 
         Returns:
-            Loss components (3,) box, objectness, class on the device, and the input width used.
+            Loss parts (3,), named by the loss of the head, on the device, and the input width used.
         """
         config = self.config
         images = to_unit(images).contiguous(memory_format=self.memory_format)

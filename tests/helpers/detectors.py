@@ -71,6 +71,17 @@ def build(family: str, seed: int = 0) -> DetectionModel:
 
 
 @torch.no_grad()
+def build_anchor_free(bias: float = -2, seed: int = 0) -> DetectionModel:
+    """The detector `build("yolov5")` with new weights, an anchor-free head, and a bias of the classes."""
+    torch.manual_seed(seed)
+    model = DetectionModel(build("yolov5").yaml, head="free").eval()
+    for branch in model.head.cls:
+        branch[-1].weight.normal_(0, 0.5)
+        branch[-1].bias.fill_(bias)
+    return model
+
+
+@torch.no_grad()
 def randomise(model: DetectionModel) -> None:
     """Scales, shifts and layer scales as after training, statistics of noise, and about one object per 50 rows."""
     norms = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]

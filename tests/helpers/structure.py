@@ -203,6 +203,22 @@ def long_files(tree: SourceTree) -> list[str]:
     return bad
 
 
+HEAD_MODULES = ("models.heads", "models.losses", "models.build.layer_rules")
+
+
+def distinguished_heads(tree: SourceTree) -> list[str]:
+    """Return uses of a particular head outside `HEAD_MODULES`: all other code works with any `Head`."""
+    names = {"Detect", "AnchorFreeDetect"}
+    return [
+        f"{module}:{node.lineno}: {name}"
+        for module, parsed in tree.trees.items()
+        if not any(_within(module, package) for package in HEAD_MODULES)
+        for node in ast.walk(parsed)
+        if isinstance(node, (ast.Name, ast.Attribute, ast.alias))
+        and (name := getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "name", "")) in names
+    ]
+
+
 FORBIDDEN_CALLS = ("eval", "exec", "builtins.eval", "builtins.exec", "os.system")
 UNPICKLERS = ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler")
 

@@ -11,7 +11,7 @@ import torch
 from models.build.spec import load_model_spec
 from models.heads import AnchorFreeDetect
 from models.losses.base import LossOptions
-from models.yolo import DetectionModel
+from models.yolo import DetectionModel, scaled_image
 from utils.errors import SpecError
 from utils.files import ROOT
 from utils.nms import non_max_suppression
@@ -163,12 +163,22 @@ def test_every_parameter_gets_a_gradient_without_targets(bins):
 
 
 def test_test_time_augmentation_adds_rows_of_three_scales():
+    """The first scale is the image itself without its coarsest level, the third lacks its finest level."""
+    torch.manual_seed(0)
     model = DetectionModel("yolov5n-free.yaml", nc=2).eval()
+    image = torch.rand(1, 3, 256, 256)
     with torch.no_grad():
-        plain, _ = model(torch.rand(1, 3, 128, 128))
-        augmented, _ = model(torch.rand(1, 3, 128, 128), augment=True)
-    assert plain.shape[1] == 16**2 + 8**2 + 4**2
-    assert augmented.shape[1] > 1.5 * plain.shape[1]
+        plain, _ = model(image)
+        augmented, _ = model(image, augment=True)
+        second, _ = model(scaled_image(image.flip(3), 0.83, 32))
+    fine = 32**2 + 16**2
+    assert plain.shape[1] == fine + 8**2
+    torch.testing.assert_close(augmented[:, :fine], plain[:, :fine], rtol=0, atol=0)
+    middle = augmented[:, fine : fine + second.shape[1]]
+    torch.testing.assert_close(middle[..., 0], 256 - second[..., 0] / 0.83, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(middle[..., 1:4], second[..., 1:4] / 0.83, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(middle[..., 4:], second[..., 4:], rtol=0, atol=0)
+    assert augmented.shape[1] > fine + second.shape[1]
 
 
 def test_fused_model_gives_equal_outputs():

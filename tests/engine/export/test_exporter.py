@@ -28,8 +28,7 @@ from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
-from models.yolo import DetectionModel
-from tests.helpers.detectors import BACKBONES, build, save
+from tests.helpers.detectors import BACKBONES, build, build_anchor_free, save
 from utils.errors import ExportError
 from utils.files import ROOT
 
@@ -81,12 +80,7 @@ def test_every_format_equals_eager(weights, exported):
 def test_anchor_free_head_exports_to_every_format(tmp_path):
     # Several seconds: OpenVINO fused an earlier form of the decoder into an invalid graph, and ONNX Runtime's sigmoid
     # has an absolute error that was visible in the class columns.
-    torch.manual_seed(0)
-    model = DetectionModel(build("yolov5").yaml, head="free").eval()
-    for branch in model.head.cls:
-        branch[-1].weight.data.normal_(0, 0.5)
-        branch[-1].bias.data.fill_(-2)
-    weights = save(model, tmp_path / "free.pt")
+    weights = save(build_anchor_free(), tmp_path / "free.pt")
     report = export.run(weights=[str(weights)], imgsz=SIZE, include=INSTALLED)
     images = torch.rand(1, 3, *SIZE)
     for exported_file in report.exported_files:

@@ -16,8 +16,7 @@ from engine.export.formats.onnx import _name_dimensions
 from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
-from models.yolo import DetectionModel
-from tests.helpers.detectors import build, save
+from tests.helpers.detectors import build, build_anchor_free, save
 
 CPU = torch.device("cpu")
 INSTALLED = [name for name in FORMATS if name != "openvino" or importlib.util.find_spec("openvino") is not None]
@@ -49,11 +48,7 @@ def test_layout_v8_of_every_format(tmp_path):  # several seconds: every format i
 
 
 def test_layout_v8_of_anchor_free_head(tmp_path):
-    torch.manual_seed(0)
-    model = DetectionModel(build("yolov5").yaml, head="free").eval()
-    for branch in model.head.cls:
-        branch[-1].weight.data.normal_(0, 0.5)
-    weights = save(model, tmp_path / "m.pt")
+    weights = save(build_anchor_free(), tmp_path / "m.pt")
     check_layout_v8(weights, export.run(weights=[str(weights)], imgsz=SIZE, include=["onnx"], layout="v8"))
 
 
