@@ -36,13 +36,15 @@ class ModelEma(Generic[M]):
     def update(self, model: nn.Module) -> None:
         """Update the average with the model's current state; called once per optimizer step, always with one model.
 
-        The tensors are listed once: both models are changed in place only.
+        The tensors are listed once: both models are changed in place only. A tensor that the state dict has under two
+        names (a layer used twice) is listed once, too: it would be averaged twice.
         """
         self.updates += 1
         d = self.decay_at(self.updates)
         if self._tensors is None:
-            source = model.state_dict()
-            pairs = [(v, source[k]) for k, v in self.module.state_dict().items() if v.dtype.is_floating_point]
+            source = model.state_dict(keep_vars=True)
+            own = {id(v): (v, source[k]) for k, v in self.module.state_dict(keep_vars=True).items()}
+            pairs = [pair for pair in own.values() if pair[0].dtype.is_floating_point]
             self._tensors = [v for v, _ in pairs], [v for _, v in pairs]
         averages, values = self._tensors
         torch._foreach_mul_(averages, d)

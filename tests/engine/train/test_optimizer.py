@@ -87,6 +87,17 @@ def test_ema_averages_floats_and_keeps_integers():
     assert not ema.module.training and not any(p.requires_grad for p in ema.module.parameters())
 
 
+def test_ema_averages_shared_layers_once():
+    """CoaT has its position encodings under three names."""
+    shared = nn.Linear(3, 3)
+    model = nn.ModuleDict({"first": shared, "second": nn.Sequential(shared, nn.BatchNorm1d(3))})
+    ema = ModelEma(model)
+    for _ in range(3):
+        ema.update(model)
+    for k, v in ema.module.state_dict().items():
+        torch.testing.assert_close(v, model.state_dict()[k], rtol=1e-6, atol=1e-7)
+
+
 def scales_of(model: DetectionModel, backbone_lr: float, layer_decay: float) -> dict[str, float]:
     scale_of = lr_scales(model, backbone_lr, layer_decay)
     return {name: scale_of(name) for name, _ in model.named_parameters()}
