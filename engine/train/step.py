@@ -74,9 +74,10 @@ class TrainStep:
         self.sizes_vary = config.multi_scale or config.rect
         self.full_batch = 0
         self.shape: Sequence[int] = (0, 3, 0, 0)
-        # Other layers count themselves: synchronized ones need their counter.
+        # Other layers count themselves: synchronized ones and cumulative averages (momentum None) need their counter.
         norms = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-        self.norms = [m for m in self.model.modules() if type(m) in norms and m.num_batches_tracked is not None]
+        counted = (m for m in self.model.modules() if type(m) in norms and m.num_batches_tracked is not None)
+        self.norms = [m for m in counted if m.momentum is not None]
         self.network: nn.Module = self.model
         self.wrap()
 

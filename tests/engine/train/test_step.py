@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
 from engine.cli.config import TrainConfig
 from engine.cli.parser import run_main
@@ -22,6 +23,7 @@ from engine.train.step import MAX_SKIPPED, TrainStep, restore_statistics
 from engine.train.trainer import Trainer, train
 from models.backbones.timm_backbone import TimmBackbone
 from models.checkpoint.io import read_checkpoint
+from models.yolo import DetectionModel
 from tests.helpers.detectors import build
 from tests.helpers.training import config, detection_loss, poison, rows
 from utils.errors import TrainingError
@@ -114,9 +116,9 @@ def test_batch_on_a_cpu() -> None:
     assert choose_batch(build("yolov5"), 64, torch.device("cpu"), None, 10) == CPU_BATCH
 
 
-def prepared_step(**options: Any) -> TrainStep:
+def prepared_step(model: DetectionModel | None = None, **options: Any) -> TrainStep:
     """A training step of a small detector on the CPU."""
-    model = build("yolov5").train()
+    model = (model or build("yolov5")).train()
     parts = ModelParts(model, ModelEma(model), Frozen(), detection_loss(model), 32)
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     return TrainStep(parts, optimizer, TrainConfig(imgsz=64, **options), 10.0, torch.device("cpu"), World())
@@ -132,6 +134,18 @@ def test_step_starts_the_next_one_without_gradients() -> None:
     assert any(p.grad is not None for p in step.model.parameters())
     step.step()
     assert all(p.grad is None for p in step.model.parameters())
+
+
+def test_step_updates_cumulative_batch_statistics() -> None:
+    """BatchNorm(momentum=None) averages over all batches and needs its counter for that."""
+    model = build("yolov5")
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+    before = [norm.running_mean.clone() for norm in norms]
+    prepared_step(model).backward(IMAGES, TARGETS, (0, 0))
+    assert not any(torch.equal(norm.running_mean, mean) for norm, mean in zip(norms, before, strict=True))
+    assert {int(norm.num_batches_tracked) for norm in norms} == {2}  # `build` runs one batch
 
 
 def test_multi_scale_draws_a_size_for_every_batch_and_epoch() -> None:
