@@ -39,6 +39,9 @@ _CHUNK = 256  # images of one task
 def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, progress: bool = False) -> ImageTable:
     """Return the table of images: from the cache where size and time of both files are unchanged, else verified.
 
+    Files that could not be read or decoded are tried again: the reason may be gone (permissions, a network drive, the
+    limit of pixels, a format that a newer decoder knows) although the files are unchanged.
+
     Args:
         paths: the images.
         listed: where the labels of each are.
@@ -56,6 +59,8 @@ def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, prog
     if len(cached):
         now = np.concatenate(list(_in_parallel(partial(_stamps, listed), _parts(paths, cached), by_processes=False)))
         rows[cached[(known.stamps[rows[cached]] != now).any(1)]] = -1
+    unread = np.append(known.numbers[:, 0] == 0, False)[rows]  # rows of -1 take the last entry
+    rows[unread] = -1
     todo = np.flatnonzero(rows < 0)
     tables = [known]
     name = cache.name.split(".")[0]
@@ -65,7 +70,7 @@ def scan(paths: Sequence[Path], listed: Mapping[Path, Listed], cache: Path, prog
             bar.update(len(table))
     rows[todo] = len(known) + np.arange(len(todo))
     table = join(tables).take(rows)
-    if len(todo) or len(known) != len(paths):
+    if (~unread[todo] | table.usable[todo]).any() or len(known) != len(paths):
         label_cache.write(cache, [str(path) for path in paths], table)
     return table
 
@@ -112,6 +117,8 @@ def verify(image: Path, stamp: tuple[int, int, int, int], listed: Listed) -> Ent
         raise
     except DataError as error:
         status = "corrupt"
+        if isinstance(error.__cause__, OSError):
+            height = width = 0  # nothing is known about the files; see `scan`
         found = LabelFile(found.labels, notes=(f"{error} (left out)",))
     return Entry(stamp, height, width, status, found)
 

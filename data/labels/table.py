@@ -29,7 +29,7 @@ class Entry:
     Attributes:
         stamp: size and modification time (ns) of the image, then of its label file; -1 = missing, -2 =
             cannot be read.
-        height, width: pixels, upright; 0 if unknown.
+        height, width: pixels, upright; 0 if image or labels could not be read.
         status: one of STATUSES.
         found: the labels, and notes on them.
     """

@@ -86,6 +86,13 @@ def test_batch_by_memory(project: Path) -> None:
     assert 1 <= yaml.safe_load((result.folder / "opt.yaml").read_text())["batch_size"] <= 10, "images"
 
 
+def test_batch_by_memory_of_a_network_that_needs_two_images() -> None:
+    model = build("yolov5").to(GPU)
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model.train()(torch.zeros(1, 3, 32, 32, device=GPU))
+    assert choose_batch(model, 32, GPU, None, 10**6) >= 2
+
+
 @pytest.mark.parametrize(("multi_scale", "size"), [(False, 64), (True, 96)])
 def test_batch_by_memory_is_measured_at_the_largest_size(multi_scale, size, project: Path, monkeypatch) -> None:
     sizes = []
