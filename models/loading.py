@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from models.backbones import is_backbone_name
+from models.backbones import arguments_without_weights, is_backbone_name
 from models.checkpoint.io import Checkpoint, read_checkpoint
 from models.checkpoint.state_dict import LoadReport, load_state, shorten, upgraded
 from models.transfer import matching_rows, split_key
 from models.yolo import DetectionModel
 from utils.errors import CheckpointError, SpecError, shown
-
-WEIGHT_ARGUMENTS = ("weights", "pretrained", "partial_weights")
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> DetectionModel:
@@ -135,7 +133,7 @@ def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a model mapping whose backbone rows ask for no pretrained weights.
 
     A model that is rebuilt from a checkpoint gets its weights from there; fetching others first would need a network.
-    `weights: ...`, `pretrained: ...`, `pretrained` and `True` are removed from a backbone's arguments.
+    See `models.backbones.arguments_without_weights`.
     """
     plain_spec = deepcopy(dict(spec))
     for section in ("backbone", "head"):
@@ -147,14 +145,6 @@ def spec_without_weights(spec: Mapping[str, Any]) -> dict[str, Any]:
 def _row_without_weights(row: object) -> object:
     if not isinstance(row, (list, tuple)) or len(row) != 4 or not is_backbone_name(str(row[2])):
         return row
-    if isinstance(row[3], Mapping):
-        return [*row[:3], _without_weights(row[3])]
-    if not isinstance(row[3], (list, tuple)):
+    if not isinstance(row[3], (list, tuple, Mapping)):
         return row
-    return [*row[:3], [_without_weights(value) for value in row[3] if value is not True and value != "pretrained"]]
-
-
-def _without_weights(value: object) -> object:
-    if not isinstance(value, Mapping):
-        return value
-    return {key: entry for key, entry in value.items() if key not in WEIGHT_ARGUMENTS}
+    return [*row[:3], arguments_without_weights(str(row[2]), row[3])]

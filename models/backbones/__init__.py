@@ -27,6 +27,8 @@ __all__ = [
     "Backbone",
     "BackboneEntry",
     "FeatureLevel",
+    "arguments_with_weights",
+    "arguments_without_weights",
     "backbone_class",
     "backbone_from_row",
     "create_backbone",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 TIMM_PREFIX = "timm/"
+WEIGHT_ARGUMENTS = ("weights", "pretrained")
 BackboneClass = TypeVar("BackboneClass", bound=type[Backbone])
 
 
@@ -347,7 +350,7 @@ def backbone_from_row(
     if source is not None and "in_channels" not in inspect.signature(backbone_class(name)).parameters:
         raise SpecError(f"{name} takes RGB images; it has no argument in_channels for {source.channels} channels")
     if name in _PLAIN and not isinstance(args, Mapping):
-        return create_backbone(name, args=() if list(args) in ([False], [""], [None]) else tuple(args))
+        args = _plain_arguments(args)
     arguments: dict[str, Any] = {}
     if source is not None:
         arguments = {"in_channels": source.channels} | ({"normalize": False} if source.stride > 1 else {})
@@ -387,3 +390,51 @@ def _row_argument(name: str, arg: object, has_arch: bool) -> dict[str, Any]:
         f"{name}: argument {arg!r} is not allowed; allowed: an architecture's name, pretrained, True, False, or a "
         "mapping such as {arch: s12, weights: path}"
     )
+
+
+def arguments_without_weights(name: str, args: Sequence[Any] | Mapping[str, Any]) -> list[Any] | dict[str, Any]:
+    """Return the arguments of a model row without its request for pretrained weights.
+
+    Args:
+        name: of a backbone, see `create_backbone`.
+        args: see `backbone_from_row`. Of the positional arguments of a plain class or function, those of parameters
+            named `weights` or `pretrained` become False.
+
+    Raises:
+        SpecError: an argument that is not allowed.
+    """
+    if isinstance(args, Mapping):
+        return {key: value for key, value in args.items() if key not in WEIGHT_ARGUMENTS}
+    if name in _PLAIN:
+        parameters = list(inspect.signature(_PLAIN[name].arguments["factory"]).parameters)
+        unset = {i for i, parameter in enumerate(parameters) if parameter in WEIGHT_ARGUMENTS}
+        return [False if i in unset else arg for i, arg in enumerate(args)]
+    kept: list[Any] = []
+    has_arch = False
+    for arg in args:
+        meaning = _row_argument(name, arg, has_arch)
+        has_arch |= "arch" in meaning
+        if isinstance(arg, Mapping):
+            kept.append(arguments_without_weights(name, arg))
+        elif "weights" not in meaning:
+            kept.append(arg)
+    return kept
+
+
+def arguments_with_weights(
+    name: str, args: Sequence[Any] | Mapping[str, Any], weights: str
+) -> tuple[Any, ...] | dict[str, Any]:
+    """Return the arguments of a model row with `weights` in place of those that it requests.
+
+    Raises:
+        SpecError: an argument that is not allowed.
+    """
+    kept = arguments_without_weights(name, args)
+    if name in _PLAIN and not isinstance(kept, dict):
+        kept = _plain_arguments(kept)
+    return {**kept, "weights": weights} if isinstance(kept, dict) else (*kept, {"weights": weights})
+
+
+def _plain_arguments(args: Sequence[Any]) -> dict[str, Any]:
+    """Return the positional arguments of a plain class or function of a plug-in file by name."""
+    return {"args": () if list(args) in ([False], [""], [None]) else tuple(args)}

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import nn
 
 from models.arguments import activation_from_text
-from models.backbones import backbone_from_row, is_backbone_name, is_plugin_name, row_names
+from models.backbones import arguments_with_weights, backbone_from_row, is_backbone_name, is_plugin_name, row_names
 from models.backbones.base import FeatureLevel
 from models.build.layer_rules import LAYERS, Built, Row, Rule
 from models.build.rows import IMAGE, Route, Rows
@@ -60,19 +59,9 @@ def with_backbone_weights(spec: ModelSpec, weights: str) -> ModelSpec:
     if len(rows) != 1:
         raise SpecError(f"{spec.path}: {len(rows)} rows are backbones; weights for the backbone need exactly one")
     layer = spec.layers[rows[0]]
-    if isinstance(layer.args, tuple):
-        # Positional arguments that select weights (True, False, "pretrained", a mapping) are dropped.
-        kept = tuple(arg for arg in layer.args if isinstance(arg, str) and arg != "pretrained")
-        mapping = {key: value for arg in layer.args if isinstance(arg, Mapping) for key, value in arg.items()}
-        args: Any = (*kept, {**_without_weights(mapping), "weights": weights})
-    else:
-        args = {**_without_weights(layer.args), "weights": weights}
+    args = arguments_with_weights(layer.module, layer.args, weights)
     layers = [replace(layer, args=args) if i == rows[0] else other for i, other in enumerate(spec.layers)]
     return replace(spec, layers=tuple(layers))
-
-
-def _without_weights(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in arguments.items() if key not in ("weights", "pretrained")}
 
 
 @dataclass(frozen=True)

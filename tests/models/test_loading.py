@@ -22,7 +22,9 @@ from utils.errors import CheckpointError
         ([-1, 1, "RIFormer", ["s12"]], ["s12"]),
         ([-1, 1, "RIFormer", ["s12", True]], ["s12"]),
         ([-1, 1, "RIFormer", [True]], []),
-        ([-1, 1, "RIFormer", [False]], [False]),
+        ([-1, 1, "RIFormer", ["s12", "x.pth"]], ["s12"]),
+        ([-1, 1, "RIFormer", [{"arch": "s12"}, "x.pth"]], [{"arch": "s12"}]),
+        ([-1, 1, "RIFormer", [False]], []),
         ([-1, 1, "RIFormer", []], []),
         ([-1, 1, "riformer_s12", ["pretrained"]], []),
         (

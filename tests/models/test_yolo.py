@@ -188,7 +188,8 @@ def test_backbone_weights_go_into_the_backbone_row(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr("models.build.builder.backbone_from_row", note)
     cases = [("[s12]", ("s12", {"weights": "w.pt"})), ("[False]", ({"weights": "w.pt"},)),
-             ("[pretrained, {a: 1, weights: x}]", ({"a": 1, "weights": "w.pt"},)),
+             ("[pretrained, {a: 1, weights: x}]", ({"a": 1}, {"weights": "w.pt"})),
+             ("[s12, x.pth]", ("s12", {"weights": "w.pt"})),
              ("{arch: s12, weights: x}", {"arch": "s12", "weights": "w.pt"})]  # fmt: skip
     for row, _ in cases:
         (tmp_path / "five.yaml").write_text(FIVE_SLOTS.replace("[s12]", row), encoding="utf-8")

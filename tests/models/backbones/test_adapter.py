@@ -12,6 +12,7 @@ import torch
 import models.backbones as registry
 from engine.cli.plugins import load_plugins
 from models.backbones import backbone_from_row
+from models.loading import spec_without_weights
 from models.yolo import DetectionModel
 from utils.errors import SpecError
 
@@ -128,3 +129,32 @@ def test_adapted_backbone_copies_and_reloads(tmp_path: Path) -> None:
     x = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(model(x)[0], again(x)[0])
+
+
+VARIANT = """
+
+class Variant(TutorialNet):
+    def __init__(self, half=False, width=8, pretrained=False):
+        super().__init__(width // 2 if half else width)
+        assert not pretrained
+"""
+
+
+def test_checkpoint_keeps_positional_arguments_of_plain_class(tmp_path: Path) -> None:
+    load(tmp_path, text=TUTORIAL + VARIANT)
+    row = [-1, 1, "Variant", [True, 32, False]]
+    model = DetectionModel({**MODEL, "backbone": [row, MODEL["backbone"][1]]})
+    again = DetectionModel(spec_without_weights(model.yaml))
+    assert [level.channels for level in again.model[0].levels] == [16, 32, 64, 128]
+    request = {"backbone": [[-1, 1, "Variant", [True, 32, True]]]}
+    assert spec_without_weights(request) == {"backbone": [row]}
+
+
+def test_backbone_weights_of_plain_class(tmp_path: Path) -> None:
+    load(tmp_path)
+    spec = {**MODEL, "backbone": [[-1, 1, "TutorialNet", [16]], MODEL["backbone"][1]]}
+    with pytest.raises(SpecError, match="weights: 'missing.pth' is not a file"):
+        DetectionModel(spec, backbone_weights="missing.pth")
+    torch.save(backbone_from_row("TutorialNet", [16]).state_dict(), tmp_path / "w.pth")
+    model = DetectionModel(spec, backbone_weights=str(tmp_path / "w.pth"))
+    assert model.model[0].levels[0].channels == 16
