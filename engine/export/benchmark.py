@@ -18,7 +18,7 @@ from data.labels.labels import load_annotations
 from data.loading.dataset import DetectionDataset
 from data.loading.loader import DetectionLoader
 from engine.evaluate.evaluator import EvalOptions, check_classes, evaluate
-from engine.export.config import FORMATS, ExportConfig
+from engine.export.config import FORMATS, ExportConfig, missing_packages
 from engine.export.exporter import export
 from engine.runtimes.base import Runtime
 from engine.runtimes.pytorch import chosen_sides
@@ -71,7 +71,7 @@ class BenchmarkReport:
 
 
 def benchmark(config: ExportConfig) -> BenchmarkReport:
-    """Export every format of `--include` (of its default: all), validate and time each.
+    """Export every format of `--include` (without it, each whose packages are installed), validate and time each.
 
     Writes `<weights>_benchmark.csv` and `.md` beside the weights.
 
@@ -86,9 +86,7 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
     data = config.data or str(read_checkpoint(weights[0]).metadata.get("data") or "")
     if not data:
         raise ConfigError("--benchmark: needs --data, a dataset YAML with a 'val:' split")
-    default = ExportConfig().include
-    include = list(FORMATS) if config.include == default and not (config.int8 or config.half) else config.include
-    exported = export(config.replaced(weights=weights, data=data, include=include))
+    exported = export(config.replaced(weights=weights, data=data, include=formats(config)))
     device = select_device(config.device)
     runtimes = {EAGER: open_runtime(weights, device)}
     runtimes |= {file.format: open_runtime([str(file.path)], device) for file in exported.exported_files}
@@ -109,6 +107,17 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
     ]  # fmt: skip
     files = write_table(path, rows, side)
     return BenchmarkReport(tuple(rows), files, exported.failures)
+
+
+def formats(config: ExportConfig) -> list[str]:
+    """Return the formats of `--include`; without it, --half and --int8 those whose packages are installed."""
+    if config.is_given("include") or config.int8 or config.half:
+        return config.include
+    missing = {name: missing_packages(form.packages) for name, form in FORMATS.items()}
+    for name, packages in missing.items():
+        if packages:
+            LOGGER.warning("%s is left out: pip install %s", name, " ".join(packages))
+    return [name for name in FORMATS if not missing[name]]
 
 
 def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUNDS) -> dict[str, float]:

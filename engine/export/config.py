@@ -133,9 +133,13 @@ def _format_problem(name: str) -> str:
     return f"--include {name}: unknown format; allowed: {', '.join(FORMATS)}{did_you_mean(name, FORMATS)}"
 
 
+def missing_packages(packages: Mapping[str, str]) -> list[str]:
+    """Return the pip names of the packages (import name -> pip name) that are not installed."""
+    return [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
+
+
 def require_packages(wish: str, packages: Mapping[str, str]) -> None:
     """Raise a ConfigError with the pip command unless all packages (import name -> pip name) are installed."""
-    missing = [pip for module, pip in packages.items() if importlib.util.find_spec(module) is None]
-    if missing:
+    if missing := missing_packages(packages):
         names = " ".join(missing)
         raise ConfigError(f"{wish}: needs {', '.join(missing)}, not installed here; pip install {names}")

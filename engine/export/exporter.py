@@ -39,7 +39,7 @@ from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector
 from models.yolo import DetectionModel
 from utils.device import out_of_memory, select_device
-from utils.errors import ConfigError, ExportError
+from utils.errors import CheckpointError, ConfigError, ExportError
 from utils.files import make_folder
 from utils.log import aligned
 
@@ -185,10 +185,7 @@ class Job:
             made = Path(scratch) / final.name
             with out_of_memory(self.shape.example, MEMORY_ADVICE):
                 self._write(name, made)
-                runtime = _opened(made, self.device)
-                assert isinstance(runtime, ExportedRuntime)
-                comparison = self.verification.of_file(name, runtime, self.config)
-            del runtime
+                comparison = self._verified(name, made)
             _move(made, final)
         verification_path = final.with_name(f"{final.name}.proof.json")
         self.verification.write(
@@ -196,6 +193,19 @@ class Job:
         )
         seconds = time.perf_counter() - start
         return ExportedFile(name, final, _megabytes(final), seconds, comparison, verification_path)
+
+    def _verified(self, name: str, file: Path) -> OutputDifference:
+        """Run a file and compare its outputs.
+
+        Raises:
+            ExportError: it cannot be run, or its outputs differ.
+        """
+        try:
+            runtime = _opened(file, self.device)
+            assert isinstance(runtime, ExportedRuntime)
+            return self.verification.of_file(name, runtime, self.config)
+        except CheckpointError as error:
+            raise ExportError(f"{name}: {str(error).removeprefix(f'{file}: ')}") from error
 
     def remaining_file(self, name: str) -> str:
         """Return, after a failure, whether an older file exists under the final name."""
@@ -288,10 +298,10 @@ def _nms_options(c: ExportConfig) -> NmsOptions:
 
 
 def _opened(path: Path, device: torch.device) -> Runtime:
-    """Open a file without logging its temporary name."""
+    """Open a file without logging its temporary name; its NMS is what the user asked for."""
     logger = logging.getLogger("engine.runtimes")
     level = logger.level
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         return open_runtime([str(path)], device)
     finally:

@@ -118,7 +118,8 @@ class NmsRule:
 
     def apply(self, rows: Tensor) -> list[Tensor]:
         """Return the boxes (n, 6) per image of rows (B, N, 5 + nc)."""
-        kept = non_max_suppression(rows, self.conf, self.iou, agnostic=self.agnostic, max_det=MAX_DET)
+        # The limit per class comes before the limit per image.
+        kept = non_max_suppression(rows, self.conf, self.iou, agnostic=self.agnostic, max_det=rows.shape[1])
         return [self._limited(boxes) for boxes in kept]
 
     def _limited(self, boxes: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ class ExportedRuntime(ABC):
         self.imgsz = None if height is None or width is None else (height, width)
         classes = len(metadata.names)
         self.transposed = metadata.about.get("layout") == "v8" or (  # files of other exporters do not state it
-            "layout" not in metadata.about and output[1] == 4 + classes and output[2] not in (5 + classes, None)
+            "layout" not in metadata.about and output[1] == 4 + classes and output[2] != 5 + classes
         )
         columns = (output[1] + 1 if output[1] else None) if self.transposed else output[2]
         self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range((columns or 6) - 5)}

@@ -19,7 +19,7 @@ import engine.export.exporter as job
 import export
 from engine.cli.config import DetectConfig
 from engine.cli.parser import run_main
-from engine.export.benchmark import time_in_turns
+from engine.export.benchmark import formats, time_in_turns
 from engine.export.config import FORMATS, ExportConfig
 from engine.export.formats.onnx_graph import lower_to_17, opset_of, reorder_gelu
 from engine.export.formats.onnx_nms import NmsOptions, embed_nms
@@ -262,6 +262,7 @@ def test_export_with_nms(weights, tmp_path, caplog):
     assert report.exported_files[0].comparison.matched > 20
     session = onnxruntime.InferenceSession(str(path))
     assert session.get_outputs()[0].shape == [1, 50, 6]
+    assert "NMS is part of the file" not in caplog.text  # would name a temporary file
     runtime = open_runtime([str(path)], CPU)
     assert "NMS is part of the file (confidence 0.3, IoU 0.45, 50 boxes per image" in caplog.text
     images = torch.rand(1, 3, *SIZE)
@@ -353,6 +354,14 @@ def test_export_continues_after_failed_format(own_weights, monkeypatch, capsys):
     monkeypatch.setattr(job, "onnx_model", fails)
     status, text = cli(["--weights", own_weights, "--imgsz", *SIZE, "--include", "onnx", "torchscript"], capsys)
     assert status == 1 and "onnx: this went wrong" in text
+    left = sorted(os.listdir(own_weights.parent))
+    assert left == ["best.pt", "best.torchscript", "best.torchscript.proof.json"]
+
+
+def test_export_continues_after_a_file_that_cannot_be_run(own_weights, monkeypatch, capsys):
+    monkeypatch.setattr(job, "save_onnx", lambda _graph, path, *_: path.write_bytes(b"no graph"))
+    status, text = cli(["--weights", own_weights, "--imgsz", *SIZE, "--include", "onnx", "torchscript"], capsys)
+    assert status == 1 and f"{own_weights}: onnx: ONNX Runtime cannot open it" in text
     left = sorted(os.listdir(own_weights.parent))
     assert left == ["best.pt", "best.torchscript", "best.torchscript.proof.json"]
 
@@ -455,3 +464,18 @@ def test_time_in_turns_alternates_formats():
     taken = time_in_turns(runtimes, 32, rounds=3)
     assert set(taken) == {"a", "b"} and all(0 <= t < 1000 for t in taken.values())
     assert [r.calls for r in runtimes.values()] == [5, 5]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "expected"),
+    [
+        ({}, "", ["torchscript", "onnx", "openvino"]),
+        ({}, "openvino", ["torchscript", "onnx"]),
+        ({"include": ["torchscript"]}, "", ["torchscript"]),
+        ({"int8": True, "include": ["onnx"]}, "", ["onnx"]),
+    ],
+)
+def test_formats_of_a_benchmark(monkeypatch, caplog, given, missing, expected):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == missing else object())
+    assert formats(ExportConfig.from_keywords(**given)) == expected
+    assert ("pip install openvino" in caplog.text) == bool(missing)

@@ -264,6 +264,11 @@ def test_nms_rule_limits():
     assert limited[:, 5].tolist() == [0, 1, 2]
     assert len(NmsRule(0.25, 0.45, per_class=2).apply(rows(9))[0]) == 6
     assert len(NmsRule(0.25, 0.45, agnostic=True, per_class=2).apply(rows(9))[0]) == 2
+    many = torch.zeros(1, 1200, 6)
+    many[0, :, 0] = 10 * torch.arange(1200)
+    many[..., 2:] = 1
+    assert len(NmsRule(0.25, per_class=1100, per_image=1100).apply(many)[0]) == 1100
+    assert len(NmsRule(0.25).apply(many)[0]) == 1000
 
 
 def test_match_is_one_to_one():

@@ -31,7 +31,9 @@ ROWS = 3 * SIDE * SIDE // 6
 
 def onnx_file(path, batch=1, side=SIDE, kind=TensorProto.FLOAT, texts=None, rows=(ROWS, 6)):
     """Write a "detector" that returns its pixels, times 2, as rows of 6 values."""
-    sizes = [batch if isinstance(batch, int) else -1, *rows]
+    sizes = [size if isinstance(size, int) else -1 for size in (batch, *rows)]
+    if sizes.count(-1) > 1:
+        sizes[0] = 0  # that of the input
     shape = numpy_helper.from_array(np.array(sizes, np.int64), "shape")
     two = numpy_helper.from_array(np.array(2, helper.tensor_dtype_to_np_dtype(kind)), "two")
     nodes = [
@@ -117,6 +119,8 @@ def test_layout_v8_of_other_exporters_is_recognized_by_its_shape(tmp_path, names
     rows = (4 + names, 3 * side * side // (4 + names))
     images = torch.rand(1, 3, side, side)
     found = open_runtime([onnx_file(tmp_path / "x.onnx", texts=texts, rows=rows, side=side)], CPU)(images)
+    free = [onnx_file(tmp_path / "free.onnx", texts=texts, rows=(rows[0], "anchors"), side="side", batch="batch")]
+    assert open_runtime(free, CPU)(images).equal(found)
     columns = (images * 2).reshape(1, *rows).transpose(1, 2)
     assert found.shape == (1, rows[1], 5 + names) and (found[..., 4] == 1).all()
     torch.testing.assert_close(found[..., [0, 1, 2, 3, *range(5, 5 + names)]], columns, rtol=0, atol=1e-6)
