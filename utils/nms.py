@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from utils.boxes import xywh2xyxy
@@ -17,6 +18,7 @@ LOGGER = logging.getLogger(__name__)
 CLASS_OFFSET = 7680.0  # pixels that boxes of consecutive classes are moved apart; also the largest side of a box
 MAX_CANDIDATES = 30000  # maximum number of boxes per image, the most confident ones
 CPU_CHUNK = 512  # minimum number of candidates per round
+Classes = int | Iterable[int] | torch.Tensor | np.ndarray | None
 
 
 def _operator() -> Callable[..., Any]:
@@ -62,7 +64,7 @@ def non_max_suppression(
     prediction: torch.Tensor | Sequence[torch.Tensor],
     conf_thres: float = 0.25,
     iou_thres: float = 0.45,
-    classes: Sequence[int] | None = None,
+    classes: Classes = None,
     agnostic: bool = False,
     multi_label: bool = False,
     labels: Sequence[torch.Tensor] = (),
@@ -78,7 +80,7 @@ def non_max_suppression(
             objectness, class scores. A tuple or list holds it as its first entry. Not changed.
         conf_thres: minimum (exclusive) of both objectness and confidence (objectness * class score); 0..1.
         iou_thres: IoU threshold; 0..1.
-        classes: keep only these class numbers; None = all.
+        classes: keep only this class or these classes; None = all.
         agnostic: let boxes of different classes suppress each other.
         multi_label: a box may have every class above the threshold, not only its best one.
         labels: per image (k, 5) class, cxcywh in pixels: boxes to add with confidence 1; empty = none.
@@ -101,9 +103,16 @@ def non_max_suppression(
     for start in range(0, len(prediction), images):
         group = slice(start, start + images)
         for candidates in _select(prediction[group], labels[group], conf_thres, multi_label):
-            found = _sorted(candidates, classes)
+            found = _sorted(candidates, class_numbers(classes))
             output.append(_best_boxes(found, iou_thres, agnostic, max_det))
     return output
+
+
+def class_numbers(classes: Classes) -> list[int] | None:
+    """Return one class number or several, of any shape, as a list; None for all classes."""
+    if isinstance(classes, (torch.Tensor, np.ndarray, np.generic)):
+        classes = np.ravel(classes.tolist()).tolist()
+    return [classes] if isinstance(classes, int) else None if classes is None else list(classes)
 
 
 def _check(
@@ -172,7 +181,7 @@ def _sorted(candidates: _Candidates, classes: Sequence[int] | None) -> torch.Ten
     """Return at most MAX_CANDIDATES candidates (m, 6): xyxy, confidence, class; sorted by descending confidence."""
     boxes, row, conf, label = candidates
     if classes is not None:
-        keep = torch.isin(label, torch.as_tensor(list(classes), dtype=label.dtype))
+        keep = torch.isin(label, torch.tensor(classes, dtype=label.dtype))
         row, label, conf = row[keep], label[keep], conf[keep]
     if len(conf) > MAX_CANDIDATES:  # top-k is much cheaper than sorting millions; ties are kept
         possible = conf >= conf.topk(MAX_CANDIDATES, sorted=False).values.min()

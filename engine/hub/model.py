@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from data.sources.frames import Frame
+from engine.cli.config import SIDE
 from engine.hub.inputs import as_frames, as_list, pixels_of
 from engine.hub.results import Results
 from engine.predict.detections import Detections
@@ -28,6 +31,7 @@ from models.yolo import DetectionModel
 from utils.device import Profile, select_device
 from utils.errors import ConfigError
 from utils.files import find_file
+from utils.nms import Classes, class_numbers
 from utils.structures import to_unit
 
 LOGGER = logging.getLogger(__name__)
@@ -45,7 +49,7 @@ class HubModel(nn.Module):
 
     Attributes:
         conf, iou: thresholds of confidence and IoU, 0..1.
-        classes: keep only these class numbers; None = all.
+        classes: keep only this class or these classes; None = all.
         agnostic: NMS over all classes together.
         multi_label: a box may have several classes.
         max_det: boxes per image.
@@ -59,7 +63,7 @@ class HubModel(nn.Module):
         super().__init__()
         self.runtime = runtime
         self.conf, self.iou, self.max_det = 0.25, 0.45, 1000
-        self.classes: Sequence[int] | None = None
+        self.classes: Classes = None
         self.agnostic = self.multi_label = self.amp = False
         if isinstance(runtime, PyTorchRuntime):
             self.models = nn.ModuleList(runtime.models)
@@ -123,7 +127,8 @@ class HubModel(nn.Module):
             ConfigError: a value that is not allowed.
             DataError: an image that cannot be read.
         """
-        check_classes(self.classes, self.runtime.names)
+        classes = class_numbers(self.classes)
+        check_classes(classes, self.runtime.names)
         if augment and not isinstance(self.runtime, PyTorchRuntime):
             raise ConfigError("augment=True: needs a .pt file; an exported file is made for the plain image")
         timers = Profile(), Profile(self.device), Profile(self.device)
@@ -133,7 +138,7 @@ class HubModel(nn.Module):
             groups = self._groups(as_list(ims), size, timers[0])
         found: dict[int, Detections] = {}
         shape = (0, 3, 0, 0)
-        nms = NmsSettings(self.conf, self.iou, self.classes, self.agnostic, self.multi_label, self.max_det)
+        nms = NmsSettings(self.conf, self.iou, classes, self.agnostic, self.multi_label, self.max_det)
         if isinstance(self.runtime, PyTorchRuntime):
             self.runtime.augment = augment
             self.runtime.autocast = torch.float16 if self.amp and self.device.type != "cpu" else None
@@ -148,10 +153,8 @@ class HubModel(nn.Module):
     def _groups(self, ims: Sequence[Any], size: int | Sequence[int] | None, timer: Profile) -> list[Prepared]:
         """Group images by the shape of their rectangle, in the order of the first of each group."""
         with timer:
-            given = [size or 640] if isinstance(size, (int, type(None))) else list(size)
-            wanted = input_size(
-                chosen_sides(given, size is not None, getattr(self.runtime, "models", ())), self.runtime
-            )
+            given = chosen_sides(_sides(size), size is not None, getattr(self.runtime, "models", ()))
+            wanted = input_size(given, self.runtime)
             auto = self.runtime.imgsz is None
             together: dict[torch.Size, list[Prepared]] = {}
             for frame in as_frames(ims):
@@ -176,6 +179,17 @@ class HubModel(nn.Module):
                 if bottom or right:
                     images = nn.functional.pad(to_unit(images), (0, right, 0, bottom), value=GRAY)
         return Prepared(frames, images, letterboxed=False)
+
+
+def _sides(size: int | Sequence[int] | None) -> list[int]:
+    """Return the sides that `size` gives in pixels, one or two, or raise ConfigError."""
+    try:
+        sides = [operator.index(side) for side in np.ravel(640 if size is None else size).tolist()]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or not all(1 <= side <= SIDE["high"] for side in sides):
+        raise ConfigError(f"size={size}: one integer or two (height, width), from 1 to {SIDE['high']}, are needed")
+    return sides
 
 
 def _empty() -> HubModel:

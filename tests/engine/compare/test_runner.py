@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 import compare as compare_script
 from engine.compare.candidates import Candidate
@@ -23,12 +24,14 @@ from engine.compare.config import CompareConfig
 from engine.compare.context import Context
 from engine.compare.results import CandidateResult
 from engine.compare.runner import exclusive, require_candidates
+from engine.compare.worker.jobs import CandidateJobs
 from engine.compare.worker.process import CRASH, MEMORY, JobFailedError, Worker
 from engine.compare.worker.setting import Setting
 from models.checkpoint.io import read_checkpoint
 from models.summary import PARTS
 from models.yolo import DetectionModel
 from tests.helpers import detectors
+from tests.helpers.training import interrupt_at
 from utils.errors import ConfigError
 from utils.files import ROOT
 
@@ -282,6 +285,24 @@ def test_ctrl_c_saves_the_training_and_ends_all_processes(place, tmp_path):
     assert psutil.wait_procs(children, timeout=10)[1] == []
     (last,) = tmp_path.glob("cache/trainings/*/weights/last.pt")
     assert read_checkpoint(last).train is not None
+
+
+def test_interrupted_training_continues_with_plugin_and_own_options(place, tmp_path, monkeypatch):
+    """A resumed run takes them from its checkpoint, except for plug-ins, which it refuses unless they are given."""
+    plugin, cfg = tmp_path / "own.py", place / "tiny.yaml"
+    plugin.touch()
+    recipe = {
+        "cfg": str(cfg), "data": str(place / "data.yaml"), "imgsz": 64, "epochs": 2, "batch_size": 4,
+        "device": "cpu", "workers": 1, "cache": None, "noplots": True, "plugin": [str(plugin)],
+    }  # fmt: skip
+    jobs, folder = CandidateJobs(Setting(cfg, {0: "circle", 1: "square", 2: "cross"})), tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 1)
+        jobs.train(recipe, str(folder))
+    assert jobs.train({**recipe, "workers": 0, "cache": "ram"}, str(folder)) == str(folder / "weights/best.pt")
+    used = yaml.safe_load((folder / "opt.yaml").read_text())
+    assert (used["workers"], used["cache"]) == (0, "ram")
+    assert len((folder / "results.csv").read_text().splitlines()) == 3
 
 
 def test_train_py_shows_the_parts():
