@@ -192,6 +192,8 @@ class ClearmlLogger(HostedLogger):
             auto_connect_arg_parser=False,
             auto_connect_frameworks=False,
         )
+        if run.resume_id:
+            self.task.set_initial_iteration(0)  # otherwise its last epoch + 1 is added to every epoch
         self.task.connect(dict(run.options), name="Options")
         self.task.connect(dict(run.hyp), name="Hyperparameters")
         return str(self.task.id)

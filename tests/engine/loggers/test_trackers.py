@@ -132,6 +132,7 @@ def test_mocks_receive_everything(name, folder, monkeypatch):
     else:
         started = [c.kwargs for c in package.Task.init.call_args_list]
         assert [s["continue_last_task"] for s in started] == [False, "id-7"] and started[0]["project_name"] == "blood"
+        run.set_initial_iteration.assert_called_once_with(0)  # ClearML would add an offset when a run is continued
         scalars = run.get_logger.return_value.report_scalar.call_args_list
         assert [c.kwargs["iteration"] for c in scalars if c.args[1] == "mAP_0.5"] == [0, 1, 2]
         assert run.close.call_count == 2 and not run.mark_failed.called
