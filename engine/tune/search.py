@@ -129,7 +129,8 @@ def _start(config: TrainConfig) -> EvolveResult:
 def _concrete_recipe(config: TrainConfig) -> tuple[str, Hyperparameters]:
     """Return optimizer and hyperparameters, those that `--optimizer auto` chooses included.
 
-    Otherwise each trial would overwrite the learning rate and momentum that it tests.
+    Otherwise each trial would overwrite the learning rate and momentum that it tests. The hyperparameters name the
+    optimizer unless it is SGD: hyp_evolve.yaml is used without the options of the search.
     """
     hyp = choose_hyperparameters(config, None)
     if config.optimizer == "auto" and config.batch_size < 1:
@@ -142,7 +143,7 @@ def _concrete_recipe(config: TrainConfig) -> tuple[str, Hyperparameters]:
         images = len(load_annotations(data.split("train"), len(data.names), single_cls=config.single_cls).records)
         config, hyp = resolve_auto(config, hyp, 1 if config.single_cls else len(data.names), images)
         LOGGER.info("Optimizer: %s, lr0 %g, momentum %g", config.optimizer, hyp.lr0, hyp.momentum)
-    return str(config.optimizer), hyp
+    return str(config.optimizer), hyp if config.optimizer == "SGD" else replace(hyp, optimizer=config.optimizer)
 
 
 def _resume(config: TrainConfig, text: str) -> EvolveResult:

@@ -239,6 +239,14 @@ def test_auto_recipe_is_resolved_once_and_its_values_are_varied(tmp_path, shapes
     assert again.trials == 4 and trainings.configs[3].optimizer == "AdamW"
 
 
+@pytest.mark.parametrize(("optimizer", "named"), [("SGD", None), ("Adam", "Adam")])
+def test_result_names_an_optimizer_other_than_the_default(tmp_path, trainings, optimizer, named):
+    """`--hyp hyp_evolve.yaml` alone would train with SGD at learning rates found for Adam."""
+    result = evolve(config(tmp_path, optimizer=optimizer))
+    assert {made.optimizer for made in trainings.configs.values()} == {optimizer}
+    assert Hyperparameters.from_yaml(result.hyp).optimizer == named
+
+
 def test_auto_recipe_needs_a_batch_size(tmp_path, trainings):
     with pytest.raises(ConfigError, match="--optimizer auto depends on the number of iterations: give --batch-size"):
         evolve(config(tmp_path, optimizer="auto", batch_size=-1))
