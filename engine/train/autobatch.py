@@ -17,6 +17,8 @@ CPU_BATCH = 16
 FRACTION = 0.8
 """Fraction of the free memory to use: optimizer state, fragmentation and other image sizes need the rest."""
 PROBED = (1, 2, 4, 8, 16)
+ONE_VALUE = "more than 1 value per channel"
+"""Part of the error of a BatchNorm that gets one value per channel in training."""
 _GIB = 2**30
 
 
@@ -38,18 +40,21 @@ def choose_batch(
     if device.type != "cuda":
         return CPU_BATCH
     free, total = torch.cuda.mem_get_info(device)
-    used: list[int] = []
+    used: dict[int, int] = {}
     for batch in PROBED:
         try:
-            used.append(_step_bytes(model, batch, imgsz, device, amp))
+            used[batch] = _step_bytes(model, batch, imgsz, device, amp)
         except torch.OutOfMemoryError:
             break
+        except ValueError as error:  # of one image
+            if ONE_VALUE not in str(error):
+                raise
         finally:
             model.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     if not used:
         raise ConfigError(f"--batch-size -1: not even one image of {imgsz} pixels fits in {free / _GIB:.1f} GiB")
-    chosen = min(largest_batch(PROBED[: len(used)], used, FRACTION * free), num_images)
+    chosen = min(largest_batch(list(used), list(used.values()), FRACTION * free), num_images)
     LOGGER.info("--batch-size -1: %d (%.1f of %.1f GiB are free)", chosen, free / _GIB, total / _GIB)
     return chosen
 
@@ -102,7 +107,7 @@ def needs_two_images(model: DetectionModel, shape: Sequence[int]) -> bool:
         with torch.no_grad():
             call_on_meta(model, torch.empty(1, 3, *shape, device="meta"))
     except ValueError as error:
-        if "more than 1 value per channel" in str(error):
+        if ONE_VALUE in str(error):
             return True
         LOGGER.debug("no dry run of the network: %s", error)
     except (RuntimeError, TypeError) as error:  # includes NotImplementedError: an operation without a meta kernel
