@@ -10,11 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import images
+from data.formats import yolo
 from data.labels import cache as label_cache
 from data.labels import scan
 from data.labels.labels import load_annotations
 from data.labels.table import Entry
 from tests.helpers.label_files import GOOD, MIXED, image, load, make_set, same
+from utils.errors import DataError
+from utils.files import read_text
 
 
 @pytest.fixture
@@ -96,6 +100,36 @@ def test_cache_notices_changes(tmp_path: Path, verified: list[str], change) -> N
     assert same(after, load(source))  # as by a fresh verification
     verified.clear()
     assert same(after, load(source)) and verified == []
+
+
+def test_files_that_could_not_be_read_are_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verified: list[str]
+) -> None:
+    source = make_set(tmp_path, {"a": GOOD, "b": GOOD, "c": GOOD, "d": "0 2 2 2 2\n", "e": GOOD})
+    image(source / "c.jpg", (99, 99))
+    read = scan.probe
+
+    def probe(path: Path) -> tuple[int, int]:
+        if path.stem == "a":  # a network drive that hangs up
+            raise DataError(f"{path}: cannot be read") from OSError(5, "Input/output error")
+        return read(path)
+
+    def read_labels(path: Path) -> str:
+        raise DataError(f"{path}: cannot be read") from PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(images, "MAX_PIXELS", 99 * 98)
+        patch.setattr(scan, "probe", probe)
+        patch.setattr(yolo, "read_text", lambda path: read_labels(path) if path.stem == "b" else read_text(path))
+        assert load(source).report.corrupt == 4
+        stamp = (tmp_path / "labels/train.cache.npz").stat().st_mtime_ns
+        verified.clear()
+        assert load(source).report.corrupt == 4 and sorted(verified) == ["a", "b", "c"]
+        assert (tmp_path / "labels/train.cache.npz").stat().st_mtime_ns == stamp  # nothing new to write
+    verified.clear()
+    assert load(source).report.corrupt == 1 and sorted(verified) == ["a", "b", "c"]
+    verified.clear()
+    assert load(source).report.corrupt == 1 and verified == []
 
 
 def test_cache_forgets_what_is_gone(tmp_path: Path) -> None:
