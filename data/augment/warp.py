@@ -68,11 +68,6 @@ class Warp:
     scale: float
     shape: HW
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether it maps every point onto itself."""
-        return bool((self.matrix == np.eye(3)).all())
-
 
 def draw_warp(
     config: AugmentConfig,

@@ -222,8 +222,6 @@ class DetectionDataset:
         canvas = warp.Canvas((warp.Tile(image.image, f.size, f.offset, (left, top, left + w, top + h)),), f.shape)
         move = warp.draw_warp(self.augment or AugmentConfig(), f.shape, f.shape, rng, flips)
         labels = mosaic.place_labels(image.labels, f.size, f.offset)
-        if move.is_identity:
-            return warp.render(canvas, move), labels, shapes
         placed = LabeledImage(image.image, f.size, image.labels, image.segments)
         segments = mosaic.place_segments(placed, f.offset) if image.segments else []
         return warp.render(canvas, move), warp.transform_labels(labels, segments, move), shapes

@@ -91,6 +91,17 @@ def test_boxes_lie_on_their_objects(tmp_path, config):
         assert bright.any() or not len(s.labels)
 
 
+def test_tiny_boxes_are_left_out_with_and_without_a_flip(tmp_path):
+    """Sides of at most 2 pixels, as in YOLOv5, also where the geometry does not change."""
+    record = write_set(tmp_path, 1, sizes=((100, 100),))[0]
+    rows = [(0, 0.5, 0.5, 0.02, 0.2), (1, 0.5, 0.5, 0.03, 0.2), (2, 0.001, 0.5, 0.4, 0.4), (3, 0, 0, 0.4, 0.1)]
+    record = replace(record, labels=np.array(rows, np.float32), segments=())
+    for flip in (0.0, 1.0):
+        dataset = DetectionDataset([record], 100, augment=AugmentConfig(fliplr=flip))
+        assert dataset[0].labels[:, 0].tolist() == [1, 2, 3]
+    assert DetectionDataset([record], 100)[0].labels[:, 0].tolist() == [0, 1, 2, 3]  # validation counts them all
+
+
 def test_mosaic_partners_are_other_images_of_the_window(tmp_path):
     """Images of one gray value each: the values in a mosaic identify its images."""
     records = []
