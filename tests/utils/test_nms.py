@@ -111,6 +111,8 @@ def test_several_classes_of_one_box():
         (out,) = non_max_suppression(predictions(rows, 3), 0.1, 0.5, multi_label=multi_label)
         assert out[:, 5].tolist() == expected
     (out,) = non_max_suppression(predictions(rows, 3), 0.1, 0.5, classes=[2], multi_label=True)
+    for classes in (2, torch.tensor(2), np.array([2.0]), {2}):
+        assert torch.equal(non_max_suppression(predictions(rows, 3), 0.1, 0.5, classes, multi_label=True)[0], out)
     assert out[:, 5].tolist() == [2]
     # without multi_label only the best class counts, whether selected or not
     assert len(non_max_suppression(predictions(rows, 3), 0.1, 0.5, classes=[2])[0]) == 0

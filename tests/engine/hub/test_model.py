@@ -165,6 +165,9 @@ def test_hub_attributes_have_effect(model, files):
     assert len(model(files[0], size=160).pred[0]) == 4
     model.conf, model.classes = CONF, [1]
     assert set(model(files[0], size=160).pred[0][:, 5].tolist()) == {1.0}
+    for classes in (1, np.array([1]), torch.tensor([1.0])):
+        model.classes = classes
+        assert set(model(files[0], size=160).pred[0][:, 5].tolist()) == {1.0}
     model.classes, model.max_det = None, 2
     torch.testing.assert_close(model(files[0], size=160).pred[0], plain[:2])
     model.max_det = 1000
@@ -185,6 +188,15 @@ def test_size_is_the_longer_side(model, files):
     assert model(files[0], size=160).s == (1, 3, 128, 160)
     assert model(files[0], size=(64, 200)).s == (1, 3, 64, 96)
     assert model(files[0]).s == (1, 3, 480, 640)
+    assert model(files[0], size=np.int64(160)).s == model(files[0], size=np.array([160])).s == (1, 3, 128, 160)
+
+
+@pytest.mark.parametrize("size", [-160, 0, 160.0, "160", [], [160, 0], [1, 2, 3], [[160], [1, 2]], 10**6])
+def test_sizes_that_are_refused(model, files, size):
+    with pytest.raises(
+        ConfigError, match=r"size=.*: one integer or two \(height, width\), from 1 to 16384, are needed"
+    ):
+        model(files[0], size=size)
 
 
 def test_results_formats_agree(model, files):
