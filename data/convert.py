@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 from data import command
@@ -30,14 +31,18 @@ from data.check.near_duplicates import group_near_duplicates, thumbnails
 from data.check.suggest import suggested_config
 from data.config import load_data_config
 from data.formats import coco, voc
-from data.formats.yolo import ImageRecord, to_pixels
+from data.formats.yolo import ImageRecord, enclosing_box, to_pixels
 from data.labels.labels import load_annotations
 from data.split import check_fractions, split_records
+from utils.boxes import xywh2xyxy
 from utils.errors import DataError, shown
 from utils.files import is_vacant, new_folder, unique_names
 from utils.yaml_lines import dump_yaml
 
 LOGGER = logging.getLogger(__name__)
+
+POLYGON_TOLERANCE = 0.1
+"""Pixels by which the box around a polygon may differ from the label's; COCO rounds both to hundredths."""
 
 
 @dataclass(frozen=True)
@@ -157,12 +162,20 @@ class _ImageWriter:
 
 
 def _write_yolo(loaded: LoadedSet, images: _ImageWriter) -> None:
+    dropped = 0
     for split, part in loaded.splits.items():
         names = file_names([record.path for record in part])
         for record in images.bar(part, split):
             name = names[record.path]
             images.put(record, f"images/{split}/{name}")
             images.write(f"labels/{split}/{Path(name).with_suffix('.txt')}", label_rows(record))
+            dropped += int((~_fits(record)).sum())
+    if dropped:
+        LOGGER.warning(
+            "%d polygons differ from their boxes by more than %g pixels; only the boxes are written",
+            dropped,
+            POLYGON_TOLERANCE,
+        )
     images.describe(loaded.names, {split: f"images/{split}" for split in loaded.splits})
 
 
@@ -215,12 +228,24 @@ _WRITERS: Mapping[str, Callable[[LoadedSet, _ImageWriter], None]] = {
 
 
 def label_rows(record: ImageRecord) -> str:
-    """Write a YOLO label file that reads back as the same float32 values; polygons where the record has them."""
+    """Write a YOLO label file that reads back as the same float32 values; polygons where they fit their boxes."""
     lines = []
+    fits = _fits(record)
     for i, row in enumerate(record.labels):
-        values = record.segments[i].reshape(-1) if record.segments else row[1:]
+        polygon = record.segments[i] if record.segments and fits[i] else None
+        inside = polygon is not None and ((polygon >= 0) & (polygon <= 1)).all()  # not the corners of a box beyond it
+        values = polygon.reshape(-1) if polygon is not None and inside else row[1:]
         lines.append(" ".join([f"{int(row[0])}", *(np.format_float_positional(v, trim="-") for v in values)]))
     return "".join(f"{line}\n" for line in lines)
+
+
+def _fits(record: ImageRecord) -> NDArray[np.bool_]:
+    """Return (n,) whether the box around each polygon is that of the label; True without polygons."""
+    if not record.segments:
+        return np.ones(len(record.labels), bool)
+    around = xywh2xyxy(np.array([enclosing_box(points) for points in record.segments], np.float64))
+    off = np.abs(around - xywh2xyxy(record.labels[:, 1:].astype(np.float64))) * ((record.width, record.height) * 2)
+    return off.max(1) <= POLYGON_TOLERANCE
 
 
 def file_names(paths: Sequence[Path], spaces: bool = True) -> dict[Path, str]:

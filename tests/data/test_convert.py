@@ -69,6 +69,27 @@ def test_records_stay_within_rounding(tmp_path: Path, source: Path, first: str, 
         assert_same(records(source, split), records(yaml, split), tolerance)
 
 
+def test_boxes_count_where_polygons_do_not_fit_them(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """YOLO's rows hold a box or a polygon, COCO's annotations both."""
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 200, 3), np.uint8))
+    polygon = [20, 30, 60, 30, 60, 50.02]
+    boxes = [[20, 30, 40, 20], [10, 30, 50, 20], [20, 30, 40, 20.2], [150, 50, 60, 20]]
+    items = [{"image_id": 1, "category_id": k, "bbox": box, "segmentation": [polygon]} for k, box in enumerate(boxes)]
+    items[-1]["segmentation"] = []
+    listed = [{"id": 1, "file_name": "a.png", "width": 200, "height": 100}]
+    content = {"images": listed, "categories": [{"id": k, "name": f"c{k}"} for k in range(4)]}
+    (tmp_path / "a.json").write_text(json.dumps(content | {"annotations": items}))
+    with caplog.at_level("WARNING"):
+        loaded = convert(tmp_path / "a.json", tmp_path / "yolo", "yolo")
+    assert "2 polygons differ from their boxes by more than 0.1 pixels" in caplog.text
+    config = load_data_config(tmp_path / "yolo/data.yaml")
+    (record,) = load_annotations(config.split("train"), 4).records
+    (given,) = loaded.splits["train"]
+    first, second = (sorted(r.labels.tolist()) * np.array([1, 200, 100, 200, 100]) for r in (record, given))
+    np.testing.assert_allclose(first, second, atol=0.1, rtol=0)
+    assert sorted(map(len, record.segments)) == [3, 4, 4, 4]  # four corners where there is none
+
+
 def test_single_annotation_file_is_a_source(tmp_path: Path, source: Path) -> None:
     convert(source, tmp_path / "coco", "coco")
     loaded = convert(tmp_path / "coco/annotations/train.json", tmp_path / "voc", "voc")
