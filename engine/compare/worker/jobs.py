@@ -238,7 +238,8 @@ class CandidateJobs:
         if last.is_file():
             if read_checkpoint(last).train is None:  # finished
                 return str(best)
-            config = TrainConfig(resume=str(last), device=recipe["device"], workers=recipe["workers"])
+            own = {name: recipe[name] for name in ("device", "workers", "cache", "plugin")}
+            config = TrainConfig.from_given({"resume": str(last), **own})
         return str(train(config).best)
 
     def validate(self, options: dict[str, Any], sample: SampleFiles, scratch: str) -> dict[str, Any]:
