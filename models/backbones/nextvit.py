@@ -22,7 +22,8 @@ after pooling, N heads, D channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar
@@ -385,7 +386,7 @@ class NextViT(Backbone):
         outputs, ends = [], list(accumulate(self.arch.depths))
         recompute = self.use_checkpoint and self.training and torch.is_grad_enabled()
         for number, block in enumerate(self.features, start=1):
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            x = _recomputed(block, x) if recompute else block(x)
             if number in ends and ends.index(number) in self.out_stages:
                 stage = ends.index(number)
                 outputs.append(self.extra_norm_list[stage](x) if len(self.extra_norm_list) else x)
@@ -420,8 +421,31 @@ class NextViT(Backbone):
         return published
 
     def param_depth(self, name: str) -> int:
-        """Return 0 for the stem, n + 1 for block n."""
-        return 1 + int(name.split(".")[1]) if name.startswith("features.") else 0
+        """Return 0 for the stem, n + 1 for block n, and one more than the last block for the output norms."""
+        if name.startswith("stem."):
+            return 0
+        return 1 + (int(name.split(".")[1]) if name.startswith("features.") else sum(self.stage_sizes))
+
+
+def _recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """Run a block whose activations are computed again in the backward pass."""
+    if torch.compiler.is_compiling():  # whose graph updates the statistics once
+        return checkpoint(block, x, use_reentrant=False)
+    return checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _fixed_statistics(block)))
+
+
+@contextmanager
+def _fixed_statistics(block: nn.Module) -> Iterator[None]:
+    """Run a block in training mode without an update of its BatchNorm statistics."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    try:
+        for norm in norms:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, kept):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def _blocks(channels: int, drop_path_rate: float, options: _BlockOptions) -> list[nn.Module]:

@@ -432,11 +432,13 @@ class RepMLPNet(Backbone):
         return key
 
     def param_depth(self, name: str) -> int:
-        """Return 0 for the embedding, 1 + i for unit i and the downsampling before it."""
+        """Return 0 for the embedding, 1 + i for unit i and the downsampling before it, one more for the final norm."""
         parts = name.split(".")
         if parts[0] == "stages":
             return 1 + sum(self.stage_sizes[: int(parts[1])]) + int(parts[2])
-        return 1 + sum(self.stage_sizes[: int(parts[1]) + 1]) if parts[0] == "embeds" else 0
+        if parts[0] == "embeds":
+            return 1 + sum(self.stage_sizes[: int(parts[1]) + 1])
+        return 1 + sum(self.stage_sizes) if parts[0] == "head_norm" else 0
 
 
 def _stages(arch: RepMLPNetArchitecture, tile_order: str, ratio: int | None) -> list[nn.ModuleList]:

@@ -232,6 +232,12 @@ def test_batch_norms_keep_the_published_settings() -> None:
     assert {(m.eps, m.momentum) for m in norms} == {(1e-5, 0.1)}
 
 
+def test_output_norms_are_not_part_of_the_stem() -> None:
+    model = build(frozen_stages=2, with_extra_norm=True).train()
+    assert model.extra_norm_list[0].training and model.get_parameter("extra_norm_list.0.weight").requires_grad
+    assert model.stage_of("extra_norm_list.0.weight") == model.num_stages + 1
+
+
 def test_param_depth() -> None:
     model = build()
     wanted = {"stem.3.norm.bias": 0, "features.0.mlp.conv1.weight": 1, "features.4.e_mhsa.q.weight": 5}
@@ -370,15 +376,17 @@ def test_published_arguments() -> None:
         create_backbone("NextViT", num_classes=10)
 
 
-def test_use_checkpoint_gives_equal_gradients() -> None:
-    gradients = []
+def test_use_checkpoint_gives_equal_gradients_and_statistics() -> None:
+    gradients, statistics = [], []
     for use_checkpoint in (False, True):
         model = build(drop_path_rate=0.3, use_checkpoint=use_checkpoint).train()
         torch.manual_seed(3)
         sum(y.square().mean() for y in model(image())).backward()
         gradients.append([p.grad for p in model.parameters()])
+        statistics.append(dict(model.named_buffers()))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(*statistics)  # recomputed blocks update theirs once
 
 
 def test_deploy_builds_the_reparameterized_model() -> None:

@@ -134,3 +134,5 @@ def test_depth_rises_through_the_network():
     assert depths[0] == 0 and max(depths) == 5
     stage = [model.param_depth(n) for n, _ in model.named_parameters() if n.startswith("stages")]
     assert stage == sorted(stage)
+    with_norm = make(final_norm=True, frozen_stages=4)
+    assert with_norm.param_depth("head_norm.weight") == 6 and with_norm.head_norm.weight.requires_grad
