@@ -95,6 +95,8 @@ class CompareConfig(Options):
                 for name in getattr(self, option_name)
                 if name not in allowed
             ]
+        if not self.hyp:
+            problems.append("--hyp: is empty; all candidates are trained with one hyperparameter file: name it")
         for name in ("head", "seeds", "runtimes", "batch"):
             values = getattr(self, name)
             if len(set(values)) < len(values):

@@ -98,7 +98,8 @@ class Context:
             measuring_key=digest([machine, config.imgsz, recipe["hyp"], optimizer, config.amp, config.batch_size,
                                   seen, code_key(MEASURING_CODE, REPORTING)]),
             training_key=digest([*training, data_key(data, dict.fromkeys(splits))] if config.epochs else []),
-            validation_key=digest([config.imgsz, config.task, seen, code_key(TRAINING_CODE), versions]),
+            validation_key=digest([config.imgsz, config.task, config.batch_size, seen, code_key(TRAINING_CODE),
+                                   versions]),
         )  # fmt: skip
 
     @property

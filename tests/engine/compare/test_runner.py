@@ -19,6 +19,7 @@ import pytest
 import yaml
 
 import compare as compare_script
+from data.config import load_data_config
 from engine.compare.candidates import Candidate
 from engine.compare.config import CompareConfig
 from engine.compare.context import Context
@@ -159,6 +160,7 @@ def test_require_candidates_gives_all_reasons():
         ({"data": "no.yaml"}, "no.yaml: no such file"),
         ({"project": "/proc/no"}, "/proc/no: cannot create this folder"),
         ({"hyp": "no.yaml"}, "no.yaml: no such file"),
+        ({"hyp": ""}, "--hyp: is empty; .*name it"),
         ({"device": "7"}, "--device 7: not available"),
     ],
 )
@@ -285,6 +287,16 @@ def test_ctrl_c_saves_the_training_and_ends_all_processes(place, tmp_path):
     assert psutil.wait_procs(children, timeout=10)[1] == []
     (last,) = tmp_path.glob("cache/trainings/*/weights/last.pt")
     assert read_checkpoint(last).train is not None
+
+
+def test_stored_validation_depends_on_the_batch_size(place, tmp_path):
+    """Rectangular batches of other images have other sizes, so the accuracy of a checkpoint differs."""
+
+    def key(**more):
+        config = CompareConfig.from_keywords(**options(place, "tiny", project=str(tmp_path), **more))
+        return Context.prepare(config, load_data_config(config.data)).validation_key
+
+    assert key(batch_size=2) == key(batch_size=2, workers=0) != key(batch_size=3)
 
 
 def test_interrupted_training_continues_with_plugin_and_own_options(place, tmp_path, monkeypatch):
