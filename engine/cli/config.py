@@ -62,14 +62,14 @@ HYP_RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("box", "cls", "cls_pw", "obj", "obj_pw", "free_box", "free_cls", "free_dfl"), (0, 1e4)),
     **dict.fromkeys(("hsv_h", "hsv_s", "hsv_v", "translate", "scale", "iou_t"), (0, 1)),
     **dict.fromkeys(("flipud", "fliplr", "mosaic", "mixup", "copy_paste"), (0, 1)),
-    "anchor_t": (0, 1e4),
+    "anchor_t": (1.01, 1e4),  # no anchor matches at 1
     "fl_gamma": (0, 100),
     "degrees": (0, 360),
     "shear": (0, 89),
     "perspective": (0, 0.1),
     "anchors": (0, 100),
     "nominal_batch": (1, 1e6),
-    "clip_norm": (0, 1e9),
+    "clip_norm": (1e-6, 1e9),  # 0 would clip every gradient to 0
 }
 
 
@@ -208,7 +208,7 @@ class TrainConfig(Options):
     sync_bn: bool = flag("synchronized batch norm over GPUs (under torchrun)")
     workers: int = option(8, "loader processes per rank (also limited by CPU count and batch)", int, low=0)
     project: str = option("runs/train", "parent folder of runs", resolved="runs/train, with --evolve runs/evolve")
-    name: str = option("exp", "run folder name; 'cfg' = the model YAML's name")
+    name: str = option("exp", "run folder name; 'cfg' = the name of the model YAML, without one of the weights")
     exist_ok: bool = flag("reuse the folder instead of counting up")
     quad: bool = flag("four-in-one collate: a quarter of the images at double size")
     cos_lr: bool = flag("cosine instead of linear decay of the learning rate")
@@ -256,6 +256,11 @@ class TrainConfig(Options):
     backbone_weights: str = option("", "weights of the backbone row: a file, a URL or a published name")
     partial_weights: bool = flag("accept weights that fit only in part")
     plugin: list[str] = option([], "Python files that register backbones of your own", str, form=MANY)
+
+    @property
+    def run_name(self) -> str:
+        """Name of the run folder."""
+        return Path(self.cfg or self.weights).stem if self.name == "cfg" else self.name
 
 
 @dataclass(frozen=True)

@@ -113,11 +113,11 @@ def auto_settings(optimizer: str, num_classes: int) -> AutoSettings:
 def build_optimizer(name: str, groups: list[dict[str, Any]], lr: float, momentum: float) -> torch.optim.Optimizer:
     """Return SGD with Nesterov momentum, Adam or AdamW (momentum is their beta1) over groups that may be empty.
 
-    On CUDA each step is one fused kernel per group.
+    PyTorch refuses Nesterov's form of SGD for momentum 0. On CUDA each step is one fused kernel per group.
     """
     fused = any(p.is_cuda for group in groups for p in group["params"]) or None
     if name == "SGD":
-        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=True, fused=fused)
+        sgd = torch.optim.SGD(groups, lr=lr, momentum=momentum, nesterov=momentum > 0, fused=fused)
         _fill_momentum(sgd)
         return sgd
     kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[name]

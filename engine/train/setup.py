@@ -390,8 +390,7 @@ def _hint_short_run(config: TrainConfig) -> None:
 
 
 def _run_folder(config: TrainConfig, world: World) -> Path:
-    name = Path(config.cfg).stem if config.name == "cfg" else config.name
-    folder = Path(config.project) / name
+    folder = Path(config.project) / config.run_name
     if is_main_process():
         folder = increment_path(folder, exist_ok=config.exist_ok)
         make_folder(folder / "weights")

@@ -190,7 +190,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
         The folder, and whether it is new (it may exist with `--exist-ok`).
     """
     project = config.project if config.is_given("project") else studies.RUNS
-    wanted = Path(project) / (Path(config.cfg).stem if config.name == "cfg" else config.name)
+    wanted = Path(project) / config.run_name
     if config.exist_ok:
         if (wanted / studies.FILE).exists() or any(wanted.glob("trial*")):
             raise ConfigError(

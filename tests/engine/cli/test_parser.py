@@ -166,7 +166,7 @@ def test_class_weights_of_a_hyp_file_name_classes_as_written(tmp_path):
     ("key", "value"),
     [
         ("lr0", float("nan")), ("box", float("inf")), ("momentum", 2), ("mosaic", 1e30), ("lr0", None), ("degrees", -1),
-        ("hsv_h", True), ("nominal_batch", 0),
+        ("hsv_h", True), ("nominal_batch", 0), ("anchor_t", 1), ("clip_norm", 0),
     ],
 )  # fmt: skip
 def test_hyperparameters_have_finite_ranges(key, value):

@@ -71,6 +71,17 @@ def test_optimizers_take_the_groups(name):
     assert [g["weight_decay"] for g in optimizer.param_groups] == [0.0, 0.1, 0.0]
 
 
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW"])
+def test_optimizers_take_every_allowed_momentum(name):
+    model = nn.Linear(2, 1)
+    optimizer = build_optimizer(name, parameter_groups(model, 0.1), 0.01, 0.0)
+    apply_settings(optimizer, StepSettings((0.1, 0.1, 0.1), 0.0, 1))
+    before = model.weight.detach().clone()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
 def test_ema_averages_floats_and_keeps_integers():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))

@@ -102,6 +102,19 @@ def test_usual_options_give_no_warning(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"cfg": "models/yolov5n.yaml"}, "yolov5n"),
+        ({"weights": "yolov5s.pt"}, "yolov5s"),  # once the parent folder itself
+        ({"cfg": "yolov5n.yaml", "weights": "yolov5s.pt"}, "yolov5n"),
+    ],
+    ids=["cfg", "weights", "both"],
+)
+def test_run_is_named_after_its_model(options, name):
+    assert TrainConfig.from_keywords(name="cfg", **options).run_name == name
+
+
 def test_options_without_effect_do_not_end_a_training(project):
     result = train(config(project, epochs=1, rect=True, image_weights=True, sync_bn=True, freeze_epochs=1))
     assert result.epochs == 1
