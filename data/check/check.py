@@ -192,10 +192,11 @@ def _anchors(splits: Sequence[SplitStatistics], anchors: Anchors, imgsz: int) ->
     rows: list[Sequence[object]] = [("split", "best recall", "anchors/box", *(f"stride {s}" for s in strides))]
     findings = []
     for split in splits:
-        if not len(split.sizes):
+        sizes = split.sizes[(split.sizes > 0).all(1)]  # as in training, boxes without area do not count
+        if not len(sizes):
             continue
-        fit = anchor_fit(np.maximum(split.sizes, 1e-3), anchors, ANCHOR_T)
-        shares = [f"{100 * share:.1f}%" for share in level_shares(split.sizes, anchors, ANCHOR_T)]
+        fit = anchor_fit(sizes, anchors, ANCHOR_T)
+        shares = [f"{100 * share:.1f}%" for share in level_shares(sizes, anchors, ANCHOR_T)]
         rows.append((split.name, f"{fit.best_possible_recall:.4f}", f"{fit.anchors_past_thr:.2f}", *shares))
         if split.name == "train" and fit.is_poor:
             findings.append("train: a poor fit; training looks for better anchors (unless --noautoanchor)")

@@ -11,7 +11,7 @@ import pytest
 
 from data.anchors import anchor_fit
 from data.check import near_duplicates
-from data.check.check import main, read_anchors, table
+from data.check.check import main, read_anchors, report, table
 from data.check.near_duplicates import find_pairs, thumbnails
 from data.check.statistics import below, doubled, gather, level_shares, outside
 from data.images import decoding_problem, read
@@ -226,6 +226,14 @@ def test_unusable_is_status_2_and_one_line(
 def test_missing_split_is_status_2(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dataset.write_text(dataset.read_text().replace("images/val", "images/vla"))
     assert main([str(dataset)]) == 2 and "split 'val': no such folder" in capsys.readouterr().err
+
+
+def test_boxes_without_area_do_not_count_for_the_anchors() -> None:
+    boxes = [[0, 0.5, 0.5, 0.1, 0.3]] * 9 + [[0, 0.5, 0.5, 0.1, 0]]
+    for rows, expected in ((boxes, "1.0000"), (boxes[-1:], None)):
+        split = gather("train", annotations(record("a", rows)), 1, 200)
+        text = next(s.text() for s in report([split], {0: "x"}, [], ANCHORS, 200) if s.title.startswith("Anchors"))
+        assert "poor" not in text and (expected in text.split() if expected else "train" not in text)
 
 
 def test_anchors_of_a_model_file(tmp_path: Path) -> None:
