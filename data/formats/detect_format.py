@@ -174,6 +174,15 @@ def _coco_images(source: AnnotatedSource, content: coco.CocoFile) -> Iterator[tu
     yield from repeated
 
 
+def coco_ids(source: AnnotatedSource) -> tuple[dict[Path, Any], dict[int, Any]]:
+    """Return the image id by path, and the category id by class number, of a COCO file."""
+    content = coco.read_coco(source.path)
+    images: dict[Path, Any] = {}
+    for path, image in located(source, content.images):
+        images.setdefault(path, image.id)
+    return images, {number: key for key, number in coco.class_numbers(content, source.classes).items()}
+
+
 def located(source: AnnotatedSource, images: Sequence[coco.CocoImage]) -> Iterator[tuple[Path, coco.CocoImage]]:
     """Return the path of each image; a missing one gets the first path that was tried."""
     names, folders = _names_and_folders(source, [image.file_name.replace("\\", "/") for image in images])

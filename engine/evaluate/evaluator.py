@@ -242,7 +242,10 @@ def validate(config: ValConfig, charts: ChartProcess | None = None) -> EvalResul
         loader = build_loader(config, annotations, runtime, rect=not speed)
     names = {0: "item"} if config.single_cls else data.names
     text = TextSink(config.save_conf) if config.save_txt or config.save_hybrid else None
-    coco = CocoSink.for_data(data, annotations, names) if config.save_json else None
+    coco = None
+    if config.save_json:
+        sources = () if config.single_cls else data.split(split_name(config, data))
+        coco = CocoSink.for_data(data, annotations, names, sources)
     runtime.warmup((loader.batch_size, 3, config.imgsz, config.imgsz))
     with run_folder(Path(config.project) / config.name, config.exist_ok) as run:
         options = EvalOptions(

@@ -16,6 +16,7 @@ import torch
 
 from data.config import DataConfig
 from data.formats.coco import annotation_file
+from data.formats.detect_format import AnnotatedSource, Source, coco_ids
 from data.labels.labels import Annotations
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
@@ -113,6 +114,22 @@ class TextSink:
 # ---- COCO -----------------------------------------------------------------------------------------------------------
 
 
+def _ids_of_file(
+    sources: Sequence[Source], ids: dict[str, int], categories: tuple[int, ...]
+) -> tuple[dict[str, int], tuple[int, ...]]:
+    """Return image ids by path and category ids by class as a single COCO file has them, else those given."""
+    if len(sources) != 1 or not isinstance(sources[0], AnnotatedSource) or sources[0].kind != "coco":
+        return ids, categories
+    images, classes = coco_ids(sources[0])
+    if not all(isinstance(image_id, int) for image_id in images.values()):
+        return ids, categories  # COCO's metrics need integers
+    unused = max(classes.values(), default=0) + 1  # classes that the file has no category for
+    return (
+        {path: images[Path(path)] for path in ids},
+        tuple(classes.get(number, unused + number) for number in categories),
+    )
+
+
 @dataclass
 class CocoSink:
     """Collects detections for a COCO result file and evaluates them.
@@ -134,12 +151,22 @@ class CocoSink:
         coco_eval.require_coco()
 
     @classmethod
-    def for_data(cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str]) -> CocoSink:
-        """Return the sink of a dataset: COCO's own ids and annotations for COCO, generated ones otherwise."""
+    def for_data(
+        cls, data: DataConfig, annotations: Annotations, names: Mapping[int, str], sources: Sequence[Source] = ()
+    ) -> CocoSink:
+        """Return the sink of a dataset: COCO's own ids and annotations for COCO, generated ones otherwise.
+
+        Args:
+            data, annotations: the dataset and the images of the split.
+            names: class names by number.
+            sources: sources of the split (none with --single-cls); the ids of a single COCO file are kept.
+        """
         records = annotations.records
         ids = coco_eval.image_numbers([record.path for record in records])
         is_coco = data.file.name == "coco.yaml" and len(names) == len(coco_eval.COCO_CATEGORIES)
         categories = coco_eval.COCO_CATEGORIES if is_coco else tuple(range(len(names)))
+        if not is_coco:
+            ids, categories = _ids_of_file(sources, ids, categories)
         official = data.root / coco_eval.OFFICIAL_ANNOTATIONS
         truth: Mapping[str, Any] | Path | None = None
         if is_coco and official.is_file() and all("val2017" in record.path.parts for record in records):

@@ -8,12 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import cv2
 import numpy as np
 import pytest
 import torch
 
 from data.formats.coco import annotation_file
-from data.labels.labels import ImageRecord
+from data.formats.detect_format import recognize
+from data.labels.labels import ImageRecord, load_annotations
 from engine.evaluate import coco as coco_eval
 from engine.evaluate.accumulator import ImageOutcome
 from engine.evaluate.coco import COCO_CATEGORIES, image_numbers, result_rows, score
@@ -153,3 +155,27 @@ def test_other_sets_are_scored_against_their_labels(tmp_path, caplog):
     assert {p.name for p in tmp_path.iterdir()} == {"p.json", "ground_truth.json"}
     bare = replace(CocoSink.for_data(*coco_like(tmp_path, "my.yaml", boxes=0), NAMES), rows=sink.rows)
     assert bare.write(tmp_path / "q.json") is None and "no labels" in caplog.text
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_ids_of_an_annotation_file_are_kept(tmp_path, integers):
+    """Results of a dataset in COCO's format can be scored against its own file; string ids are numbered instead."""
+    ids = [2, 1] if integers else ["y", "x"]  # not in the order of the names
+    listed = [{"id": key, "file_name": f"{name}.png", "width": 200, "height": 100} for key, name in zip(ids, "ab")]
+    boxes = [{"id": k, "image_id": ids[k], "category_id": 7, "bbox": [30, 10, 40, 30], "area": 1} for k in (0, 1)]
+    content = {"images": listed, "annotations": boxes, "categories": [{"id": 7, "name": "cat"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    for name in "ab":
+        cv2.imwrite(str(tmp_path / f"{name}.png"), np.zeros((100, 200, 3), np.uint8))
+    source = recognize(tmp_path / "a.json", ["dog", "cat"])
+    annotations = load_annotations([source], 2, progress=False)
+    data = SimpleNamespace(file=tmp_path / "my.yaml", root=tmp_path)
+    sink = CocoSink.for_data(data, annotations, NAMES, [source])
+    for record in annotations.records:
+        found = torch.tensor([[30, 10, 70, 40, 0.9, 1.0], [0, 0, 9, 9, 0.1, 0.0]])
+        sink(ImageOutcome(str(record.path), (100, 200), found, None, None))
+    assert sink.write(tmp_path / "p.json")[0] == pytest.approx(1, abs=0.01)
+    rows = [(row["image_id"], row["category_id"]) for row in json.loads((tmp_path / "p.json").read_text())]
+    assert rows == ([(2, 7), (2, 8), (1, 7), (1, 8)] if integers else [(1, 1), (1, 0), (2, 1), (2, 0)])
+    plain = CocoSink.for_data(data, annotations, NAMES)
+    assert sorted(plain.ids.values()) == [1, 2] and plain.categories == (0, 1)
