@@ -26,8 +26,8 @@ from engine.evaluate.whole_images import WholeImages
 from engine.predict.inference import NmsSettings
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.runtimes.base import RawRuntime, Runtime
-from engine.runtimes.pytorch import check_size, chosen_sides
-from engine.runtimes.registry import choose_weights, open_runtime, split_device
+from engine.runtimes.pytorch import check_size
+from engine.runtimes.registry import choose_weights, open_runtime, sides_for, split_device
 from models.losses.base import LossModule
 from utils.boxes import scale_boxes, xywh2xyxy
 from utils.device import Profile, describe_device, select_device, to_device
@@ -304,7 +304,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     if not config.single_cls:
         check_classes(runtime.names, data, config.weights[0])
     LOGGER.info("Validating on %s", describe_device(device))
-    (side,) = chosen_sides([config.imgsz], given, getattr(runtime, "models", ()))
+    side = max(sides_for(runtime, [config.imgsz], given))
     return replace(config, imgsz=input_side(side, runtime)), data, runtime
 
 

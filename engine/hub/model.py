@@ -23,8 +23,8 @@ from engine.predict.detections import Detections
 from engine.predict.inference import NmsSettings, Prepared, infer, prepare
 from engine.predict.predictor import check_classes, input_size
 from engine.runtimes.base import Runtime
-from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
-from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, split_device
+from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.registry import CHECKPOINT_SUFFIXES, open_runtime, sides_for, split_device
 from models.checkpoint.io import read_checkpoint
 from models.loading import load_detector, transfer_weights
 from models.yolo import DetectionModel
@@ -153,7 +153,7 @@ class HubModel(nn.Module):
     def _groups(self, ims: Sequence[Any], size: int | Sequence[int] | None, timer: Profile) -> list[Prepared]:
         """Group images by the shape of their rectangle, in the order of the first of each group."""
         with timer:
-            given = chosen_sides(_sides(size), size is not None, getattr(self.runtime, "models", ()))
+            given = sides_for(self.runtime, _sides(size), size is not None)
             wanted = input_size(given, self.runtime)
             auto = self.runtime.imgsz is None
             together: dict[torch.Size, list[Prepared]] = {}

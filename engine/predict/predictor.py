@@ -32,8 +32,8 @@ from engine.predict.progress import Progress
 from engine.predict.tiles import TiledRuntime, tile_settings
 from engine.predict.writers import FileNames, Outputs, open_outputs, write_image
 from engine.runtimes.base import Runtime
-from engine.runtimes.pytorch import PyTorchRuntime, check_size, chosen_sides
-from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, split_device
+from engine.runtimes.pytorch import PyTorchRuntime, check_size
+from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime, sides_for, split_device
 from models.checkpoint.io import strip
 from models.eigencam import heat_maps
 from utils.device import Profile, describe_device, select_device
@@ -94,7 +94,7 @@ def detect(config: DetectConfig) -> DetectReport:
     if config.visualize and config.tile is not None:
         raise ConfigError("--visualize: shows whole images; leave --tile out")
     with open_source(resolve_source(config.source), config.vid_stride) as source:
-        sides = chosen_sides(config.imgsz, config.is_given("imgsz"), getattr(runtime, "models", ()))
+        sides = sides_for(runtime, config.imgsz, config.is_given("imgsz"))
         size = input_size(sides, runtime)
         check_size(runtime, *size)
         predictor = Predictor(runtime, config, names, size)

@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from engine.runtimes.base import Runtime
+from engine.runtimes.exported import ExportedRuntime
 from engine.runtimes.onnxruntime import OnnxRuntime
 from engine.runtimes.opencv_dnn import OpenCvRuntime
 from engine.runtimes.openvino import OpenVinoRuntime
-from engine.runtimes.pytorch import PyTorchRuntime
+from engine.runtimes.pytorch import PyTorchRuntime, chosen_sides
 from engine.runtimes.torchscript import TorchScriptRuntime
 from utils.device import amp_dtype
 from utils.errors import CheckpointError, ConfigError, did_you_mean
@@ -113,6 +114,26 @@ def open_runtime(
         LOGGER.warning("--half is ignored for %s: its precision is that of the export", exported_files[0])
     opener = OPENERS[DNN if dnn else kinds[0]]
     return opener(Path(exported_files[0]), device, provider)
+
+
+def sides_for(runtime: Runtime, sides: Sequence[int], given: bool) -> list[int]:
+    """Return `--imgsz`; where it is not given, the size that the weights were trained or exported for.
+
+    Args:
+        runtime: the opened weights.
+        sides: values of `--imgsz`, one or two (height, width).
+        given: whether the user chose them.
+
+    Returns:
+        One or two numbers. YOLOv5's files do not state a size and keep 640.
+    """
+    if not isinstance(runtime, ExportedRuntime):
+        return chosen_sides(sides, given, getattr(runtime, "models", ()))
+    exported = runtime.metadata.imgsz
+    if given or exported is None or runtime.imgsz is not None:
+        return list(sides)
+    LOGGER.info("--imgsz not given: %d x %d is used, the size of the export", *exported)
+    return list(exported) if exported[0] != exported[1] else [exported[0]] * len(sides)
 
 
 def mixed_precision(amp: str, half: bool, device: torch.device) -> torch.dtype | None:

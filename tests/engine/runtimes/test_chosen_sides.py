@@ -13,7 +13,10 @@ from engine.export.config import ExportConfig
 from engine.export.exporter import input_shape
 from engine.hub.model import load
 from engine.predict.predictor import detect
+from engine.runtimes.exported import ExportedRuntime
+from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import chosen_sides
+from engine.runtimes.registry import sides_for
 from models.checkpoint.io import write_checkpoint
 from models.loading import load_detector
 from models.yolo import DetectionModel
@@ -98,3 +101,29 @@ def test_detect_defaults_to_the_training_size(checkpoint, tmp_path, monkeypatch)
     monkeypatch.setattr("engine.predict.predictor.input_size", stop)
     with pytest.raises(ConfigError, match=r"sides \[192\]"):
         detect(DetectConfig.from_keywords(weights=[str(checkpoint)], device="cpu", project=str(tmp_path)))
+
+
+class File(ExportedRuntime):
+    """An exported file for one class, with free sizes or a fixed one."""
+
+    def __init__(self, exported: tuple[int, int] | None, fixed: bool) -> None:
+        sides = (192, 192) if fixed else (None, None)
+        self._describe("x.onnx", Metadata({0: "x"}, imgsz=exported), torch.device("cpu"), (None, 3, *sides))
+
+    def _infer(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+
+@pytest.mark.parametrize(
+    ("imgsz", "fixed", "sides", "given", "chosen"),
+    [
+        ((192, 192), False, [640], False, [192]),
+        ((192, 192), False, [640, 640], False, [192, 192]),
+        ((192, 256), False, [640], False, [192, 256]),
+        ((192, 192), False, [640], True, [640]),
+        ((192, 192), True, [640], False, [640]),  # `input_size` takes the fixed size, and logs it
+        (None, False, [640], False, [640]),  # YOLOv5's files
+    ],
+)
+def test_sides_for_an_exported_file(imgsz, fixed, sides, given, chosen):
+    assert sides_for(File(imgsz, fixed), sides, given) == chosen
