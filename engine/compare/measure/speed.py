@@ -43,18 +43,17 @@ class Phase:
 
 
 def groups_of_phases(config: CompareConfig, step_batch: int) -> list[list[Phase]]:
-    """Return the phases in groups that share the candidates' processes: one group per runtime.
+    """Return the phases in groups that share the candidates' processes: one group per runtime and form.
 
-    Re-parameterized models come first, small batches before large ones, so that the peak memory is that of the
-    phase.
+    Small batches come before large ones, so that the peak memory of a process is that of the phase. (That of a training
+    step is measured with the structure.)
     """
-    batches = sorted(config.batch)
+    batches, step = sorted(config.batch), Phase(PYTORCH, STEP, step_batch)
     groups = [[Phase(name, DEPLOYED, batch) for batch in batches] for name in config.runtimes]
-    step = Phase(PYTORCH, STEP, step_batch)
     if PYTORCH not in config.runtimes:
         return [*groups, [step]]
-    groups[config.runtimes.index(PYTORCH)] += [*(Phase(PYTORCH, TRAINING, batch) for batch in batches), step]
-    return groups
+    after = config.runtimes.index(PYTORCH) + 1
+    return [*groups[:after], [*(Phase(PYTORCH, TRAINING, batch) for batch in batches), step], *groups[after:]]
 
 
 class PhaseRun:
