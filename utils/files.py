@@ -29,6 +29,9 @@ PART = ".part-"
 NAME_MAX, PATH_MAX = 255, 4095
 """Maximum bytes of a file name and of a path in Linux; other systems allow no more."""
 
+MAX_TRIES = 100
+"""Attempts to create a folder that no other process has created."""
+
 MAX_TEXT = 2**26
 """Maximum size of a text file in bytes."""
 
@@ -58,6 +61,25 @@ def make_folder(path: str | Path) -> Path:
     if not os.access(path, os.W_OK):
         raise ConfigError(f"{path}: this folder is not writable")
     return path
+
+
+def make_run_folder(path: str | Path, exist_ok: bool = False) -> Path:
+    """Create the folder that `increment_path` names; processes that start together get different ones.
+
+    Raises:
+        ConfigError: the folder cannot be created.
+    """
+    make_folder(Path(path).parent)
+    for _ in range(MAX_TRIES):
+        folder = increment_path(path, exist_ok)
+        try:
+            folder.mkdir(exist_ok=exist_ok)
+        except FileExistsError:
+            continue  # another process was faster
+        except OSError:
+            break  # `make_folder` gives the reason
+        return make_folder(folder)
+    return make_folder(folder)
 
 
 def is_writable(folder: Path) -> bool:

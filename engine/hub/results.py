@@ -18,7 +18,7 @@ from engine.predict.writers import CropWriter, FileNames, crop_box, write_image
 from utils.boxes import xyxy2xywh
 from utils.draw import class_name
 from utils.errors import ConfigError
-from utils.files import increment_path, make_folder
+from utils.files import make_run_folder
 
 SAVE_DIR = "runs/detect/exp"
 REPR_LINES = 16  # images that a notebook or debugger shows; print() shows all
@@ -154,7 +154,7 @@ class Results:
         Returns:
             The folder.
         """
-        folder = make_folder(increment_path(save_dir, exist_ok))
+        folder = make_run_folder(save_dir, exist_ok)
         names = FileNames()
         for found, drawn in zip(self._found, self._drawn(labels)):
             write_image(folder / f"{names.stem_for(found.frame)}.jpg", drawn)
@@ -172,7 +172,7 @@ class Results:
             `im` (H, W, 3) uint8 BGR.
         """
         if save:
-            folder = make_folder(increment_path(save_dir, exist_ok))
+            folder = make_run_folder(save_dir, exist_ok)
             writer = CropWriter(folder / "crops", self.names, FileNames())
             for found in self._found:
                 writer.write(found, None)

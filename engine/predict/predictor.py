@@ -39,7 +39,7 @@ from models.eigencam import heat_maps
 from utils.device import Profile, describe_device, select_device
 from utils.draw import feature_map_image, heat_map_sheet
 from utils.errors import ConfigError
-from utils.files import ROOT, increment_path, make_folder, warn_of_earlier_files
+from utils.files import ROOT, make_folder, make_run_folder, warn_of_earlier_files
 from utils.log import set_error_folder
 from utils.structures import to_unit
 
@@ -270,7 +270,7 @@ class Predictor:
         c = self.config
         if c.nosave and not (c.save_txt or c.save_csv or c.save_json or c.save_crop or c.visualize):
             return Outputs()
-        self.folder = make_folder(increment_path(Path(c.project) / c.name, exist_ok=c.exist_ok))
+        self.folder = make_run_folder(Path(c.project) / c.name, c.exist_ok)
         set_error_folder(self.folder)
         warn_of_earlier_files(self.folder)
         return open_outputs(c, self.folder, self.style, self._file_names)

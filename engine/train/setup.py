@@ -45,7 +45,7 @@ from models.losses.base import LossModule, LossOptions
 from models.yolo import DetectionModel
 from utils.device import amp_dtype, keep_freed_memory
 from utils.errors import CheckpointError, ConfigError
-from utils.files import increment_path, make_folder
+from utils.files import make_folder, make_run_folder
 from utils.log import LINE_WIDTH, is_main_process, set_error_folder
 from utils.seed import seed_everything
 
@@ -392,7 +392,7 @@ def _hint_short_run(config: TrainConfig) -> None:
 def _run_folder(config: TrainConfig, world: World) -> Path:
     folder = Path(config.project) / config.run_name
     if is_main_process():
-        folder = increment_path(folder, exist_ok=config.exist_ok)
+        folder = make_run_folder(folder, config.exist_ok)
         make_folder(folder / "weights")
     folder = broadcast(folder, world)
     set_error_folder(folder)

@@ -37,7 +37,7 @@ from engine.tune.outputs import (
 from engine.tune.space import inside, point_of, population, space_for, widened, with_values
 from engine.tune.study import Plan, StudyLock
 from utils.errors import ConfigError, TrainingError, UserError
-from utils.files import increment_path, make_folder
+from utils.files import make_folder, make_run_folder
 from utils.log import set_error_folder, world_size
 from utils.metrics import fitness
 from utils.plots import read_history
@@ -184,7 +184,7 @@ def _remove(folder: Path, is_new: bool) -> None:
 
 
 def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
-    """Make the folder of the hyperparameter search: runs/evolve/exp, exp2, ...; two processes never get the same one.
+    """Make the folder of the hyperparameter search: runs/evolve/exp, exp2, ...
 
     Returns:
         The folder, and whether it is new (it may exist with `--exist-ok`).
@@ -198,14 +198,7 @@ def _new_folder(config: TrainConfig) -> tuple[Path, bool]:
             )
         is_new = not wanted.exists()
         return make_folder(wanted), is_new
-    make_folder(wanted.parent)
-    while True:
-        folder = increment_path(wanted)
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue  # another process was faster
-        return folder, True
+    return make_run_folder(wanted), True
 
 
 def _drop_weights(trial: Path) -> None:

@@ -20,6 +20,7 @@ from utils.files import (
     increment_path,
     is_vacant,
     make_folder,
+    make_run_folder,
     new_folder,
     newest_weights,
     read_text,
@@ -36,6 +37,26 @@ def test_increment_path(tmp_path):
     (tmp_path / "expose9").mkdir()
     assert increment_path(tmp_path / "exp") == tmp_path / "exp8"
     assert increment_path(tmp_path / "exp", exist_ok=True) == tmp_path / "exp"
+
+
+@pytest.mark.parametrize("exist_ok", [False, True])
+def test_run_folders_of_processes_that_start_together_differ(tmp_path, monkeypatch, exist_ok):
+    """Each of the first three finds `exp` free, and another process creates it first."""
+    names = iter(["exp", "exp", "exp2"])
+
+    def faster(path, exist_ok):
+        folder = path if exist_ok else path.with_name(next(names))
+        (folder.parent / "exp").mkdir(exist_ok=True)
+        return folder
+
+    monkeypatch.setattr("utils.files.increment_path", faster)
+    assert make_run_folder(tmp_path / "runs/exp", exist_ok).name == ("exp" if exist_ok else "exp2")
+
+
+def test_run_folder_that_cannot_be_created_is_named(tmp_path):
+    (tmp_path / "exp").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match=r"exp: cannot create this folder"):
+        make_run_folder(tmp_path / "exp")
 
 
 def test_atomic_path_keeps_the_old_file_on_failure(tmp_path):
