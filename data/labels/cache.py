@@ -52,7 +52,7 @@ def write(path: Path, images: Sequence[str], table: ImageTable) -> None:
     }
     try:
         if not is_writable(path.parent):
-            raise OSError("the folder is read-only")
+            raise OSError("the folder does not exist" if not path.parent.is_dir() else "the folder is read-only")
         archive = io.BytesIO()
         np.savez(archive, **arrays)  # type: ignore[arg-type]
         with atomic_path(path) as temporary, open(temporary, "wb") as stream:

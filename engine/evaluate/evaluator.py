@@ -279,6 +279,7 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
         Resolved options (names of the weights, size on the grid), the dataset, the detector.
     """
     load_plugins(config.plugin)
+    warn_without_effect(config)
     given = config.is_given("imgsz")
     data = load_data_config(config.data)
     if config.task == "speed":
@@ -306,6 +307,25 @@ def prepare(config: ValConfig) -> tuple[ValConfig, DataConfig, Runtime]:
     LOGGER.info("Validating on %s", describe_device(device))
     side = max(sides_for(runtime, [config.imgsz], given))
     return replace(config, imgsz=input_side(side, runtime)), data, runtime
+
+
+def warn_without_effect(config: ValConfig) -> None:
+    """Log a warning for every given option that has no effect with the other options."""
+    thresholds = f"--task speed uses confidence {SPEED_CONF} and IoU {SPEED_IOU}"
+    rules = (
+        ("save_conf", not (config.save_txt or config.save_hybrid), "no label files are written; add --save-txt"),
+        ("conf_thres", config.task == "speed", thresholds),
+        ("iou_thres", config.task == "speed", thresholds),
+        ("imgsz", config.task == "study", "--task study chooses the sizes"),
+        ("save_txt", config.task == "study", "--task study writes metrics only"),
+        ("save_hybrid", config.task == "study", "--task study writes metrics only"),
+        ("save_json", config.task in ("speed", "study"), f"--task {config.task} writes no COCO results"),
+        ("batch_size", config.tile is not None, "with --tile images are read one by one"),
+        ("workers", config.tile is not None, "with --tile images are read one by one"),
+    )
+    for name, useless, reason in rules:
+        if useless and config.is_given(name):
+            LOGGER.warning("--%s has no effect: %s", name.replace("_", "-"), reason)
 
 
 def split_name(config: ValConfig, data: DataConfig) -> str:

@@ -76,6 +76,7 @@ def detect(config: DetectConfig) -> DetectReport:
         KeyboardInterrupt: Ctrl-C, after the files have been completed (a live source just ends).
     """
     load_plugins(config.plugin)
+    warn_without_effect(config)
     if config.view_img:
         check_display()
     device_name, provider = split_device(config.device)
@@ -104,6 +105,21 @@ def detect(config: DetectConfig) -> DetectReport:
             strip(Path(path))
             LOGGER.info("%s: rewritten without its training state", path)
     return report
+
+
+def warn_without_effect(config: DetectConfig) -> None:
+    """Log a warning for every given option that has no effect with the other options."""
+    drawn = config.view_img or not config.nosave
+    rules = (
+        ("save_conf", not config.save_txt, "no label files are written; add --save-txt"),
+        ("save_format", not config.save_txt, "no label files are written; add --save-txt"),
+        ("line_thickness", not drawn, "--nosave draws nothing"),
+        ("hide_labels", not drawn, "--nosave draws nothing"),
+        ("hide_conf", config.hide_labels or not drawn, "no captions are drawn"),
+    )
+    for name, useless, reason in rules:
+        if useless and config.is_given(name):
+            LOGGER.warning("--%s has no effect: %s", name.replace("_", "-"), reason)
 
 
 def resolve_source(text: str) -> str:

@@ -16,7 +16,7 @@ from data.config import load_data_config
 from data.labels.labels import load_annotations
 from engine.cli.config import ValConfig
 from engine.cli.parser import run_main
-from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, input_side, validate
+from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, input_side, validate, warn_without_effect
 from engine.evaluate.outputs import TextSink, run_folder
 from engine.evaluate.size_sweep import study
 from engine.runtimes.base import RawRuntime
@@ -250,6 +250,25 @@ def test_augmentation_adds_rows(weights):
     plain = PyTorchRuntime([weights], torch.device("cpu"))(images)
     augmented = PyTorchRuntime([weights], torch.device("cpu"), augment=True)(images)
     assert augmented.shape[1] > plain.shape[1] and augmented.shape[2] == 8
+
+
+NO_EFFECT = [
+    ({"save_conf": True}, ["save-conf"]),
+    ({"save_conf": True, "save_hybrid": True}, []),
+    (
+        {"task": "speed", "conf_thres": 0.5, "iou_thres": 0.5, "save_json": True},
+        ["conf-thres", "iou-thres", "save-json"],
+    ),
+    ({"task": "study", "imgsz": 96, "save_txt": True, "save_hybrid": True}, ["imgsz", "save-txt", "save-hybrid"]),
+    ({"tile": 64, "batch_size": 2, "workers": 0}, ["batch-size", "workers"]),
+    ({"batch_size": 2, "workers": 0, "imgsz": 96, "save_json": True, "save_txt": True}, []),
+]
+
+
+@pytest.mark.parametrize(("options", "named"), NO_EFFECT)
+def test_options_without_effect_are_named(caplog, options, named):
+    warn_without_effect(ValConfig(**options))
+    assert [message.split(" has no effect: ")[0] for message in caplog.messages] == [f"--{name}" for name in named]
 
 
 def test_half_on_a_cpu_is_logged_as_ignored(weights, caplog):

@@ -15,7 +15,7 @@ import detect as script
 from engine.cli.config import DetectConfig
 from engine.predict import predictor
 from engine.predict.inference import prepare
-from engine.predict.predictor import Predictor, detect, input_size
+from engine.predict.predictor import Predictor, detect, input_size, warn_without_effect
 from engine.runtimes.pytorch import PyTorchRuntime
 from models.yolo import DetectionModel
 from tests.helpers.color_runtime import COLORS, ColorRuntime, rectangles
@@ -161,6 +161,21 @@ def test_csv_json_and_crops(runtime, tmp_path):
     # 192 x 96 grown by 2 % and 10 pixels
     assert abs(crop.shape[1] - 206) <= 3 and abs(crop.shape[0] - 108) <= 3
     assert abs(crop[50, 100].astype(int) - (0, 0, 255)).max() < 30  # no box is drawn
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"save_conf": True, "save_format": 1}, ["save-conf", "save-format"]),
+        ({"save_conf": True, "save_txt": True, "hide_conf": True, "line_thickness": 2}, []),
+        ({"nosave": True, "line_thickness": 2, "hide_labels": True}, ["line-thickness", "hide-labels"]),
+        ({"nosave": True, "view_img": True, "line_thickness": 2}, []),
+        ({"hide_labels": True, "hide_conf": True}, ["hide-conf"]),
+    ],
+)
+def test_options_without_effect_are_named(caplog, options, named):
+    warn_without_effect(DetectConfig(**options))
+    assert [message.split(" has no effect: ")[0] for message in caplog.messages] == [f"--{name}" for name in named]
 
 
 def test_nosave_creates_no_folder(runtime, tmp_path):
