@@ -59,6 +59,7 @@ REFUSED_FORMATS: dict[str, str] = {
     "mnn": "MNN is not written; export onnx, which MNNConvert reads",
     "rknn": "RKNN is not written; export onnx, which rknn-toolkit2 reads",
 }
+NMS_OPTIONS = ("agnostic_nms", "topk_per_class", "topk_all", "iou_thres", "conf_thres")
 _NO_TENSORFLOW = "belongs to TensorFlow formats, which are not written"
 _NO_ENGINE = "belongs to TensorRT engine files, which are not written; onnx runs with --device tensorrt"
 
@@ -118,6 +119,13 @@ class ExportConfig(Options):
             require_packages(name, FORMATS[name].packages)
         if self.simplify and set(self.include) != {"torchscript"}:
             require_packages("--simplify", {"onnxslim": "onnxslim"})
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the options that were given but have no effect with the others, and why."""
+        reasons = dict.fromkeys(NMS_OPTIONS, "it belongs to --nms") if not self.nms else {}
+        if set(self.include) == {"torchscript"} and not self.benchmark:
+            reasons |= dict.fromkeys(("simplify", "opset"), "it belongs to onnx and openvino")
+        return {f"--{name.replace('_', '-')}": why for name, why in reasons.items() if self.is_given(name)}
 
     def _refusals(self, name: str) -> list[str]:
         refuses = FORMATS[name].refuses

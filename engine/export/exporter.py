@@ -96,6 +96,8 @@ def export(config: ExportConfig) -> ExportReport:
         LOGGER.warning(
             "--half on a CPU: float16 files are written and verified; they are smaller, not faster, on a CPU"
         )
+    for flag, reason in config.without_effect().items():
+        LOGGER.warning("%s has no effect: %s", flag, reason)
     exported_files: list[ExportedFile] = []
     failures: list[str] = []
     for weights in choose_weights(config.weights):

@@ -56,6 +56,21 @@ def one(weights, include="onnx", imgsz=SIZE, **options):
     return report.exported_files[0]
 
 
+@pytest.mark.parametrize(
+    ("options", "flags"),
+    [
+        ({}, []),
+        ({"agnostic_nms": True, "conf_thres": 0.4}, ["--agnostic-nms", "--conf-thres"]),
+        ({"agnostic_nms": True, "conf_thres": 0.4, "nms": True, "include": ["onnx"]}, []),
+        ({"opset": 18}, ["--opset"]),
+        ({"opset": 18, "include": ["torchscript", "onnx"]}, []),
+        ({"opset": 18, "benchmark": True}, []),
+    ],
+)
+def test_options_without_effect_are_named(options, flags):
+    assert list(ExportConfig.from_keywords(**options).without_effect()) == flags
+
+
 # ---- operator sets and simplification -------------------------------------------------------------------------------
 
 
