@@ -60,14 +60,16 @@ def _spelling(name: str) -> str:
 
 
 def _respelled(config: type[Options], argv: Sequence[str]) -> list[str]:
-    """Return the arguments with each option name in the parser's spelling."""
+    """Return the arguments with each option name, or its unique prefix, in the parser's spelling."""
     known = {_spelling(f.name).replace("_", "-"): _spelling(f.name) for f in fields(config)}  # type: ignore[arg-type]
     out = []
     for argument in argv:
         name, equals, value = argument.partition("=")
         if argument.startswith("--"):
             dashed = name.replace("_", "-")
-            name = known.get(dashed, dashed)
+            longer = [known[key] for key in known if key.startswith(dashed)]
+            unique = longer[0] if len(longer) == 1 and "_" in longer[0] else dashed
+            name = known.get(dashed, unique)
         out.append(name + equals + value)
     return out
 

@@ -33,6 +33,8 @@ def _run(argv, config=TrainConfig, work=None):
         (["--cache"], "cache", "ram"),
         (["--freeze", "3", "4"], "freeze", ["3", "4"]),
         (["--cos-lr"], "cos_lr", True),
+        (["--evolve_pop", "x"], "evolve_population", "x"),
+        (["--resume-ev=x"], "resume_evolve", "x"),
     ],
 )
 def test_spellings(argv, name, value):
