@@ -27,6 +27,9 @@ T = TypeVar("T")
 TIMEOUT = timedelta(hours=6)
 """How long processes wait for each other outside of a training step: for a download, a label scan, a slow disk."""
 
+TORCHRUN = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that torchrun sets besides WORLD_SIZE."""
+
 _LOST = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe")  # in messages about a lost peer
 
 
@@ -48,9 +51,21 @@ class World:
 
 
 def world_from_environment() -> World:
-    """Read torchrun's environment variables."""
+    """Read torchrun's environment variables.
+
+    Raises:
+        ConfigError: another launcher set WORLD_SIZE, but not all of them.
+    """
     size = world_size()
-    return World() if size == 1 else World(process_rank(), int(os.environ["LOCAL_RANK"]), size)
+    if size == 1:
+        return World()
+    missing = [name for name in TORCHRUN if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {size}, but {', '.join(missing)} not set: start several processes by torchrun, or unset "
+            "WORLD_SIZE for a single one"
+        )
+    return World(process_rank(), int(os.environ["LOCAL_RANK"]), size)
 
 
 def rank_device(text: str, world: World) -> str:

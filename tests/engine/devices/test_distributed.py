@@ -400,6 +400,17 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch, text, local_rank, want
     assert distributed.rank_device(text, World(local_rank, local_rank, 2)) == wanted
 
 
+def test_environment_of_another_launcher_is_named(monkeypatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in distributed.TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        ConfigError, match="WORLD_SIZE is 2, but LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set.*torchrun"
+    ):
+        distributed.world_from_environment()
+
+
 def test_too_few_gpus_are_named(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ConfigError, match="--device 0: 1 GPU"):
