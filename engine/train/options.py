@@ -23,7 +23,7 @@ from utils.files import find_file, newest_file
 LOGGER = logging.getLogger(__name__)
 NO_MODEL = "--cfg and --weights are empty; give a model YAML, for example models/yolov5-riformer.yaml"
 CHANGED_ON_RESUME = ("epochs", "workers", "device", "patience", "save_period", "data", "cache", "amp")
-UNRESOLVED = {"batch_size": -1}
+UNRESOLVED = {"batch_size": -1, "optimizer": "auto", "close_mosaic": -1}
 
 
 def with_files(config: TrainConfig) -> TrainConfig:

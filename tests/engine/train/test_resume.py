@@ -50,6 +50,7 @@ def test_resume_applies_what_may_differ(last, caplog):
         ({"optimizer": "AdamW"}, "--optimizer 'AdamW': the run has 'SGD'"),
         ({"name": "other"}, "--name other: the run stays in"),
         ({"seed": 0, "name": "cut", "imgsz": 60}, None),  # as in the run: nothing to refuse
+        ({"batch_size": -1, "optimizer": "auto", "close_mosaic": -1}, None),  # resolved by the run
     ],
 )
 def test_resume_refuses_what_may_not_differ(last, options, message):
