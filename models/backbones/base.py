@@ -6,6 +6,7 @@ BatchNorm statistics and fail for fixed-size networks).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -63,7 +64,8 @@ class Backbone(nn.Module):
         in_channels: channels of the input.
 
     Raises:
-        SpecError: if the number of means or standard deviations differs from the number of channels.
+        SpecError: if the number of means or standard deviations differs from the number of channels, or a value is not
+            one for pixels in [0, 1].
     """
 
     ALIASES: ClassVar[Mapping[str, str]] = {}
@@ -94,9 +96,21 @@ class Backbone(nn.Module):
             raise SpecError(
                 f"{kind}: {len(mean)} means and {len(std)} stds for {in_channels} channels; one each is needed"
             )
+        highest = 1 if in_channels == 3 else math.inf
+        valid = all(value <= highest for value in mean) and all(0 < value <= highest for value in std)  # NaN is not
+        if self.normalize and not valid:
+            kind = type(self).__name__
+            raise SpecError(
+                f"{kind}: mean is {list(mean)}, std is {list(std)}; allowed: values for pixels in [0, 1] (those for "
+                "pixels up to 255, divided by 255), and std above 0"
+            )
         # Not persistent, so that the state-dict keys equal the published ones.
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer(
+            "pixel_mean", torch.tensor(mean, dtype=torch.get_default_dtype()).view(1, -1, 1, 1), persistent=False
+        )
+        self.register_buffer(
+            "pixel_std", torch.tensor(std, dtype=torch.get_default_dtype()).view(1, -1, 1, 1), persistent=False
+        )
 
     def normalized(self, image: Tensor) -> Tensor:
         """Normalize an image (B, C, H, W) in [0, 1]; return it unchanged if `normalize` is False."""

@@ -362,6 +362,7 @@ class SimpleFeaturePyramid(nn.Module):
             f"feature pyramid: {len(self.widths)} widths for {len(self.strides)} strides; give one width per stride, "
             "or one number for all",
         )
+        require(min(self.widths) >= 1, f"feature pyramid: widths are {list(self.widths)}; allowed: integers >= 1")
         self.levels = nn.ModuleList(
             _pyramid_level(in_channels, in_stride, stride, width, fast_norm)
             for stride, width in zip(self.strides, self.widths)

@@ -401,3 +401,25 @@ def test_repmlp_training_mode_equals_reference() -> None:
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
     sum(y.square().mean() for y in outputs).backward()
     torch.testing.assert_close(model.conv_embedding.conv.weight.grad, gradient, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "valid"),
+    [
+        ({"mean": [0, 0, 0], "std": [1, 1, 1]}, True),
+        ({"mean": [123.675, 116.28, 103.53], "std": [58.395, 57.12, 57.375]}, False),  # for pixels up to 255
+        ({"mean": [123.675, 116.28, 103.53]}, False),
+        ({"std": [0, 1, 1]}, False),
+        ({"std": [float("nan"), 1, 1]}, False),
+        ({"std": [0, 1, 1], "normalize": False}, True),
+        ({"in_channels": 1, "mean": [20.0], "std": [5.0]}, True),  # not pixels
+    ],
+)
+def test_mean_and_std_are_for_pixels_from_0_to_1(arguments: dict[str, Any], valid: bool) -> None:
+    if valid:
+        channels = arguments.get("in_channels", 3)
+        maps = create_backbone("RIFormer", arch=RIFORMER, **arguments)(torch.rand(1, channels, 64, 64))
+        assert all(bool(y.isfinite().all()) for y in maps)
+    else:
+        with pytest.raises(SpecError, match=r"allowed: values for pixels in \[0, 1\]"):
+            create_backbone("RIFormer", arch=RIFORMER, **arguments)

@@ -174,6 +174,7 @@ def test_slowfast_layout() -> None:
         ({"strides": (8, 4)}, "must increase"),
         ({"strides": (8, 24), "widths": 8}, "stride 24"),
         ({"widths": (8, 8)}, "2 widths for 4 strides"),
+        ({"widths": 0}, r"widths are \[0, 0, 0, 0\]; allowed: integers >= 1"),
     ],
 )
 def test_wrong_arguments(arguments: dict[str, Any], sentence: str) -> None:
