@@ -331,21 +331,22 @@ def newest_weights(runs: str | Path = "runs/train") -> Path | None:
     return newest_file(runs, "*/weights/best.pt") or newest_file(runs, "*/weights/last.pt")
 
 
-def download(url: str, dest: str | Path, sha256_prefix: str | None = None) -> Path:
+def download(url: str, dest: str | Path, sha256_prefix: str | None = None, hint: str = "") -> Path:
     """Fetch `url` into the file `dest` with a progress bar; the file exists only if it is complete.
 
     Args:
         url: http(s) or file URL.
         dest: final path; returned at once if it exists.
         sha256_prefix: leading hex digits that the file's SHA-256 must have.
+        hint: what to do if that fails; '' = put the file at `dest`.
 
     Raises:
-        DataError: no network, an HTTP error, fewer bytes than announced, or another hash; names where to put the file.
+        DataError: no network, an HTTP error, fewer bytes than announced, or another hash; ends with the hint.
     """
     dest = Path(dest)
     if dest.is_file():
         return dest
-    hint = f"fetch it by hand and put it at {dest}"
+    hint = hint or f"fetch it by hand and put it at {dest}"
     try:
         with atomic_path(dest) as part, urllib.request.urlopen(url, timeout=30) as reply, open(part, "wb") as out:
             announced = str(reply.headers.get("Content-Length") or "")

@@ -12,7 +12,7 @@ import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from data.images import IMAGE_SUFFIXES, VIDEO_SUFFIXES, read
 from data.lists import read_list
 from data.sources.frames import DEFAULT_FPS, Frame, Source
 from data.sources.streams import ScreenSource, StreamSource
-from utils.errors import DataError, did_you_mean
+from utils.errors import DataError, did_you_mean, hide_passwords
 from utils.files import check_regular, download, expand_user, folder_names, read_text, url_file_name
 
 LOGGER = logging.getLogger(__name__)
@@ -225,16 +225,29 @@ class FileSource(Source):
 
 
 class DownloadedSource(FileSource):
-    """An image or video behind an http address, downloaded into a temporary folder that is removed with the source."""
+    """An image or video behind an http address, downloaded into a temporary folder that is removed with the source.
+
+    Frames are named by the address, since the file is gone when the output is read.
+    """
 
     def __init__(self, url: str, vid_stride: int = 1) -> None:
+        self._origin = hide_passwords(url)
         self._folder = tempfile.TemporaryDirectory(prefix="detect-")
         try:
-            file = download(url, Path(self._folder.name) / url_file_name(url))
+            file = download(
+                url, Path(self._folder.name) / url_file_name(url), hint="fetch it by hand and name the file"
+            )
         except DataError:
             self._folder.cleanup()
             raise
         super().__init__(FoundFiles([file]), vid_stride)
+
+    def __iter__(self) -> Iterator[tuple[Frame, ...]]:
+        for (frame,) in super().__iter__():
+            yield (replace(frame, path=Path(frame.path.name), origin=self._origin),)
+
+    def reject(self, message: str) -> None:
+        super().reject(message.replace(str(self.files[0]), self._origin))
 
     def close(self) -> None:
         self._folder.cleanup()

@@ -73,7 +73,7 @@ def _file(text: str) -> tuple[NDArray[np.uint8], str]:
         return read(Path(text).expanduser()), Path(text).name
     name = url_file_name(text) or "image"
     with tempfile.TemporaryDirectory(prefix="hub-") as folder:
-        return read(download(text, Path(folder) / name)), name
+        return read(download(text, Path(folder) / name, hint="fetch it by hand and give its path")), name
 
 
 def _array(array: NDArray[Any], where: str) -> NDArray[np.uint8]:

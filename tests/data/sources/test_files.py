@@ -119,7 +119,7 @@ def test_errors_of_files(tree, text, parts):
         ("screen x", ["allowed", "left top width height"]),
         ("screen 1 2 3", ["allowed"]),
         ("screen 0 0 0 10", ["at least 1 pixel"]),
-        ("http://127.0.0.1:9/image.jpg", ["cannot be fetched"]),
+        ("http://127.0.0.1:9/image.jpg", ["cannot be fetched", "; fetch it by hand and name the file"]),
         ("rtsp://user:secret@127.0.0.1:9/x", ["rtsp://***@127.0.0.1", "cannot be opened"]),
         ("99", ["99", "camera number"]),
     ],
@@ -186,11 +186,16 @@ def test_http_files_are_fetched_and_removed_afterwards(tmp_path):
     handler = functools.partial(QuietHandler, directory=str(tmp_path / "served"))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        source = open_source(f"http://127.0.0.1:{server.server_port}/gr%C3%B6%C3%9Fe%201.png?key=1")
+        (tmp_path / "served/cut.png").write_bytes(b"no image")
+        url = f"http://127.0.0.1:{server.server_port}/"
+        source = open_source(f"{url}gr%C3%B6%C3%9Fe%201.png?key=1")
+        folder = source.files[0].parent
         (frame,) = read_all(source)
+        cut = open_source(f"{url}cut.png")
+        assert not read_all(cut) and cut.failures == [f"{url}cut.png: cannot be decoded: no known image format"]
         server.shutdown()
-    assert frame.path.name == "größe 1.png" and frame.image.mean() == 77
-    assert not frame.path.exists()
+    assert frame.image.mean() == 77 and not folder.exists()
+    assert str(frame.path) == "größe 1.png" and frame.origin == f"{url}gr%C3%B6%C3%9Fe%201.png?key=***"
 
 
 class QuietHandler(http.server.SimpleHTTPRequestHandler):
