@@ -9,20 +9,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.devices.distributed import World
+from utils.errors import ConfigError
+
+ACTIVATED = "BatchNormAct2d"
+"""timm's BatchNorm with dropout and activation: its own forward applies `drop` and `act` after the norm."""
 
 
 def convert_sync_batchnorm(model: nn.Module, world: World, device: torch.device) -> None:
     """Synchronize the statistics of all BatchNorm layers inside a model; keys and values of its state are unchanged.
 
-    On CUDA they become `nn.SyncBatchNorm`, which refuses CPU tensors; on a CPU they become `CpuSyncBatchNorm`.
+    On CUDA they become `nn.SyncBatchNorm`, which refuses CPU tensors; on a CPU they become `CpuSyncBatchNorm`. timm's
+    layers with an activation keep it.
+
+    Raises:
+        ConfigError: a subclass of BatchNorm with a forward of its own, which would be lost.
     """
-    if device.type != "cpu":
-        nn.SyncBatchNorm.convert_sync_batchnorm(model, world.gradients)
-        return
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.__class__ = CpuSyncBatchNorm
-            module.process_group = world.gradients  # type: ignore[assignment]
+    on_cpu = device.type == "cpu"
+    plain, activated = (CpuSyncBatchNorm, CpuSyncBatchNormAct) if on_cpu else (nn.SyncBatchNorm, SyncBatchNormAct)
+    base = nn.modules.batchnorm._BatchNorm
+    norms = [module for module in model.modules() if isinstance(module, base)]
+    own = {type(m).__name__ for m in norms if type(m).forward is not base.forward} - {ACTIVATED}
+    if own:
+        raise ConfigError(
+            f"--sync-bn: {min(own)} is a BatchNorm with a forward of its own, which cannot be synchronized"
+        )
+    for module in norms:
+        module.__class__ = activated if type(module).__name__ == ACTIVATED else plain
+        module.process_group = world.gradients  # type: ignore[assignment]
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -60,6 +73,28 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         factor = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean.to(self.running_mean), factor)
         self.running_var.lerp_(variance.to(self.running_var), factor)
+
+
+class CpuSyncBatchNormAct(CpuSyncBatchNorm):
+    """`CpuSyncBatchNorm` followed by the dropout and activation of timm's BatchNormAct2d."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (B, C, H, W), then apply dropout and activation."""
+        return self.act(self.drop(super().forward(input)))
+
+
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """`nn.SyncBatchNorm` followed by the dropout and activation of timm's BatchNormAct2d."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalize (B, C, H, W), then apply dropout and activation."""
+        return self.act(self.drop(super().forward(input)))
 
 
 class _AllReduceSum(torch.autograd.Function):
