@@ -33,7 +33,7 @@ class OnnxRuntime(ExportedRuntime):
 
     Raises:
         CheckpointError: the file cannot be opened, or is not a detector.
-        ConfigError: ONNX Runtime, or the provider, is not installed.
+        ConfigError: ONNX Runtime, or the provider, is not installed or cannot be started.
     """
 
     def __init__(self, path: str | Path, device: torch.device, provider: str = "") -> None:
@@ -58,6 +58,13 @@ class OnnxRuntime(ExportedRuntime):
         output = tuple(d if isinstance(d, int) else None for d in outputs[0].shape)
         self._describe(str(path), metadata, device, shape, output)
         used = self.session.get_providers()
+        wanted = providers[0] if isinstance(providers[0], str) else providers[0][0]
+        if wanted not in used:  # it continues on the CPU where libraries of the provider are missing
+            name = wanted.removesuffix("ExecutionProvider")
+            raise ConfigError(
+                f"--device {provider or device}: ONNX Runtime cannot start its {name} provider: are the libraries it "
+                "needs installed (CUDA and cuDNN, TensorRT, OpenVINO), in the right versions? Or use --device cpu"
+            )
         LOGGER.info("%s: ONNX Runtime %s, %s", path, ort.__version__, ", ".join(used))
 
     def _infer(self, images: torch.Tensor) -> torch.Tensor:

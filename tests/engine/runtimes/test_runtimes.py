@@ -228,6 +228,13 @@ def test_missing_provider_is_refused(tmp_path, device, provider):
         choose_providers(["CPUExecutionProvider"], torch.device(device), provider, tmp_path / "x.onnx")
 
 
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_provider_that_cannot_be_started_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ALL)  # this build has no OpenVINO provider
+    with pytest.raises(ConfigError, match="cannot start its OpenVINO provider"):
+        open_runtime([onnx_file(tmp_path / "x.onnx")], CPU, provider="openvino")
+
+
 def refused(tmp_path, case):
     good = onnx_file(tmp_path / "good.onnx")
     for name in ("bad.onnx", "bad.torchscript", "bad.xyz"):
