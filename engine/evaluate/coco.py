@@ -106,10 +106,7 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
         known = coco_class()
         known.dataset = dict(truth) if isinstance(truth, Mapping) else _read(truth)
         known.createIndex()
-        strangers = set(ids) - set(known.getImgIds())
-        if strangers:
-            where = truth if isinstance(truth, Path) else "ground truth"
-            raise DataError(f"{where}: lacks {len(strangers)} of the images, such as id {min(strangers)}")
+        _check_images(truth, known.getImgIds(), ids)
         if not results:  # neither package reads an empty list
             LOGGER.info("COCO: no detections, all metrics are 0")
             return [0.0] * STATISTICS
@@ -121,6 +118,18 @@ def score(truth: Path | Mapping[str, Any], results: Sequence[Mapping[str, Any]],
     table = [line for line in output.getvalue().splitlines() if line.lstrip().startswith("Average")]
     LOGGER.info("COCO evaluation:\n%s", "\n".join(table[:STATISTICS]))
     return [max(0.0, float(value)) for value in evaluation.stats[:STATISTICS]]
+
+
+def check_truth(path: Path, ids: Sequence[int]) -> None:
+    """Raise DataError, before any work is done, for an annotation file that `score` would refuse."""
+    _check_images(path, [image.get("id") for image in _read(path)["images"]], ids)
+
+
+def _check_images(truth: Path | Mapping[str, Any], known: Sequence[int], ids: Sequence[int]) -> None:
+    strangers = set(ids) - set(known)
+    if strangers:
+        where = truth if isinstance(truth, Path) else "ground truth"
+        raise DataError(f"{where}: lacks {len(strangers)} of the images, such as id {min(strangers)}")
 
 
 @contextlib.contextmanager

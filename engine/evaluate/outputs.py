@@ -170,6 +170,7 @@ class CocoSink:
         official = data.root / coco_eval.OFFICIAL_ANNOTATIONS
         truth: Mapping[str, Any] | Path | None = None
         if is_coco and official.is_file() and all("val2017" in record.path.parts for record in records):
+            coco_eval.check_truth(official, list(ids.values()))
             truth = official
         elif annotations.report.boxes:
             images = [(ids[str(record.path)], record.path.name, record) for record in records]

@@ -139,7 +139,12 @@ def test_coco_itself_uses_its_own_annotations(tmp_path):
     sink = CocoSink.for_data(data, annotations, names)
     assert sink.categories == COCO_CATEGORIES and isinstance(sink.truth, dict)
     (tmp_path / "annotations").mkdir()
-    (tmp_path / coco_eval.OFFICIAL_ANNOTATIONS).write_text("{}")
+    official = tmp_path / coco_eval.OFFICIAL_ANNOTATIONS
+    for content in ({}, {"images": [{"id": 1}], "annotations": [], "categories": []}):  # before the evaluation
+        official.write_text(json.dumps(content))
+        with pytest.raises(DataError, match=r"instances_val2017\.json: (not a COCO|lacks 1 of the images)"):
+            CocoSink.for_data(data, annotations, names)
+    official.write_text('{"images": [{"id": 139}], "annotations": [], "categories": []}')
     assert CocoSink.for_data(data, annotations, names).truth == tmp_path / coco_eval.OFFICIAL_ANNOTATIONS
     found = torch.tensor([[0, 0, 9, 9, 0.5, 79.0]])
     sink(ImageOutcome(str(annotations.records[0].path), (100, 200), found, None, None))
