@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, Field
+from numbers import Integral, Real
 from typing import Any
 
 from utils.errors import ConfigError
@@ -16,8 +17,9 @@ WORDS: Mapping[Any, str] = {int: "an integer", float: "a number", str: "a string
 def settled(options: Iterable[Field[Any]], keywords: Mapping[str, Any]) -> dict[str, Any]:
     """Convert keywords to the types of the fields of an option dataclass.
 
-    A single value becomes a list of one, and a tuple a list. A path, number or device becomes a string where one is
-    expected (`device=0`, `freeze=[10]`). `True` means the option without a value (`cache=True`), None its default.
+    A single value becomes a list of one, and a tuple a list. A path, integer or device becomes a string where one is
+    expected (`device=0`, `freeze=[10]`). NumPy's numbers are numbers. `True` means the option without a value
+    (`cache=True`), None its default.
 
     Args:
         options: fields of the dataclass, made by `engine.cli.config.option`.
@@ -52,14 +54,16 @@ def _settled(f: Field[Any], value: object) -> object:
 
 def _one(kind: Callable[[Any], Any], value: object) -> object:
     """Return a single value converted to its type, or raise TypeError."""
-    number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    number = value if isinstance(value, Real) and not isinstance(value, bool) else None  # NumPy's numbers, too
     if kind is bool and isinstance(value, bool):
         return value
     if kind is float and number is not None:
         return float(number)
-    if kind is int and number is not None and number == int(number):
+    if kind is int and isinstance(number, Integral):
         return int(number)
-    if kind is str and (isinstance(value, (str, os.PathLike, int)) and not isinstance(value, bool)):
+    if kind is int and number is not None and float(number).is_integer():
+        return int(float(number))
+    if kind is str and (isinstance(value, (str, os.PathLike, Integral)) and not isinstance(value, bool)):
         return os.fspath(value) if isinstance(value, os.PathLike) else str(value)
     if kind is str and type(value).__name__ == "device":  # a torch.device; torch is not imported
         return str(value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import numpy as np
 import pytest
 
 from engine.cli.config import HYP_RANGES, DetectConfig, Hyperparameters, TrainConfig, ValConfig
@@ -41,6 +42,20 @@ def test_spellings(argv, name, value):
     status, config = _run(argv)
     assert status == 0
     assert getattr(config, name) == value
+
+
+def test_keywords_take_numbers_of_numpy():
+    config = TrainConfig.from_keywords(
+        seed=np.int64(3), freeze=[np.int64(10)], epochs=2.0, label_smoothing=np.float32(0.5)
+    )
+    assert (config.seed, config.freeze, config.epochs, config.label_smoothing) == (3, ["10"], 2, 0.5)
+    assert type(config.seed) is type(config.epochs) is int and type(config.label_smoothing) is float
+
+
+@pytest.mark.parametrize("epochs", [float("inf"), float("nan"), 1.5, True, "2"])
+def test_keywords_refuse_what_is_no_integer(epochs):
+    with pytest.raises(ConfigError, match="^epochs=.*: an integer is needed$"):
+        TrainConfig.from_keywords(epochs=epochs)
 
 
 def _argument(field, default) -> list[str]:
