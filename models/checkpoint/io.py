@@ -7,6 +7,7 @@ Our file is a dictionary of plain values and tensors, which `torch.load(weights_
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from models.checkpoint.state_dict import shorten, tensors_in
 from utils.errors import CheckpointError
 from utils.files import atomic_path
 
+LOGGER = logging.getLogger(__name__)
 FORMAT = "detector-1"
 REQUIRED = ("spec", "names", "stride", "state")
 OWN_TYPES: dict[str, tuple[type, ...]] = {
@@ -126,10 +128,12 @@ def write_checkpoint(path: str | Path, mapping: Mapping[str, Any]) -> Path:
 
 
 def strip(path: Path) -> None:
-    """Rewrite a checkpoint without its training state, if the file exists."""
+    """Rewrite a checkpoint in our format without its training state, if the file exists."""
     if not path.is_file():
         return
     c = read_checkpoint(path)
+    if c.source == "official":
+        LOGGER.warning("%s: is rewritten in the format of this project, which YOLOv5 cannot read", path)
     content = {"format": FORMAT, "spec": c.spec, "names": c.names, "stride": list(c.stride), "state": c.state}
     write_checkpoint(path, content | {"epoch": c.epoch, "metadata": dict(c.metadata)})
 

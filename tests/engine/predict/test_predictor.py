@@ -417,7 +417,7 @@ def test_detect_command_on_real_weights(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_update_strips_the_weights(tmp_path, monkeypatch):
+def test_update_strips_the_weights(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "w.pt").write_bytes(CHECKPOINT.read_bytes())
     save(tmp_path / "a.png", ONE)
@@ -425,3 +425,4 @@ def test_update_strips_the_weights(tmp_path, monkeypatch):
     assert report.failures == ()
     loaded = torch.load(tmp_path / "w.pt", weights_only=True)
     assert "train" not in loaded and set(loaded["names"].values()) == {"RBC", "WBC", "Platelets"}
+    assert "w.pt: is rewritten in the format of this project" in caplog.text  # the file is an official one
