@@ -30,7 +30,7 @@ from utils.files import atomic_path
 
 LOGGER = logging.getLogger(__name__)
 EAGER = "pytorch"
-ROUNDS = 15  # one image per format and round, so that the load of the machine affects all formats alike
+ROUNDS = 15  # one batch per format and round, so that the load of the machine affects all formats alike
 COLUMNS = ("format", "file", "MB", "mAP50", "mAP50-95", "ms per image", "ratio to pytorch")
 
 
@@ -43,7 +43,7 @@ class BenchmarkRow:
         file: name without folders.
         megabytes: size of the file.
         map50, map: mAP on the validation split, square images.
-        milliseconds: median per image, batch 1.
+        milliseconds: median per image.
         ratio: speed relative to PyTorch (above 1 is faster).
     """
 
@@ -92,7 +92,7 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
     runtimes |= {file.format: open_runtime([str(file.path)], device) for file in exported.exported_files}
     sides = chosen_sides(config.imgsz, config.is_given("imgsz"), getattr(runtimes[EAGER], "models", ()))
     side = -(-sides[0] // runtimes[EAGER].stride) * runtimes[EAGER].stride
-    milliseconds = time_in_turns(runtimes, side)
+    milliseconds = time_in_turns(runtimes, side, config.batch_size)
     dataset = load_data_config(data)
     check_classes(runtimes[EAGER].names, dataset, weights[0])
     path = Path(weights[0])
@@ -105,7 +105,7 @@ def benchmark(config: ExportConfig) -> BenchmarkReport:
         )
         for name, runtime in runtimes.items()
     ]  # fmt: skip
-    files = write_table(path, rows, side)
+    files = write_table(path, rows, side, config.batch_size)
     return BenchmarkReport(tuple(rows), files, exported.failures)
 
 
@@ -120,20 +120,20 @@ def formats(config: ExportConfig) -> list[str]:
     return [name for name in FORMATS if not missing[name]]
 
 
-def time_in_turns(runtimes: Mapping[str, Runtime], side: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Return the median milliseconds per image of `side` x `side` pixels.
+def time_in_turns(runtimes: Mapping[str, Runtime], side: int, batch: int = 1, rounds: int = ROUNDS) -> dict[str, float]:
+    """Return the median milliseconds per image of `side` x `side` pixels, in batches of `batch` images.
 
-    Formats take turns within a round. Files with a fixed batch get full batches.
+    Formats take turns within a round.
     """
-    images = {name: torch.rand(runtime.fixed_batch or 1, 3, side, side) for name, runtime in runtimes.items()}
+    images = torch.rand(batch, 3, side, side)
     seconds: dict[str, list[float]] = {name: [] for name in runtimes}
     for number in range(rounds + 2):  # the first two warm up
         for name, runtime in runtimes.items():
             start = time.perf_counter()
-            runtime(images[name])
+            runtime(images)
             synchronize(runtime.device)
             if number >= 2:
-                seconds[name].append((time.perf_counter() - start) / len(images[name]))
+                seconds[name].append((time.perf_counter() - start) / batch)
     return {name: 1000 * statistics.median(values) for name, values in seconds.items()}
 
 
@@ -146,7 +146,7 @@ def _accuracy(runtime: Runtime, data: DataConfig, side: int, batch_size: int) ->
     return result.map50, result.map
 
 
-def write_table(weights: Path, rows: Sequence[BenchmarkRow], side: int) -> tuple[Path, Path]:
+def write_table(weights: Path, rows: Sequence[BenchmarkRow], side: int, batch: int) -> tuple[Path, Path]:
     """Write the table as CSV and Markdown beside the weights, and log it."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -154,7 +154,8 @@ def write_table(weights: Path, rows: Sequence[BenchmarkRow], side: int) -> tuple
     writer.writerows(row.cells() for row in rows)
     lines = [COLUMNS, ("---",) * len(COLUMNS), *(row.cells() for row in rows)]
     markdown = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    note = f"{side} x {side} pixels, batch 1, median of {ROUNDS} rounds in turns, {torch.get_num_threads()} thread(s)."
+    threads = torch.get_num_threads()
+    note = f"{side} x {side} pixels, batch {batch}, median of {ROUNDS} rounds in turns, {threads} thread(s)."
     files = weights.with_name(f"{weights.stem}_benchmark.csv"), weights.with_name(f"{weights.stem}_benchmark.md")
     for path, content in zip(files, (text.getvalue(), f"{markdown}\n\n{note}\n")):
         with atomic_path(path) as temporary:

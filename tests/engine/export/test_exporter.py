@@ -451,7 +451,7 @@ def test_export_size_is_rounded_to_stride(own_weights, caplog):
 
 def test_time_in_turns_alternates_formats():
     class Clock:
-        device, fixed_batch = CPU, 2
+        device, fixed_batch = CPU, None
 
         def __init__(self):
             self.calls = 0
@@ -461,7 +461,7 @@ def test_time_in_turns_alternates_formats():
             self.calls += 1
 
     runtimes = {"a": Clock(), "b": Clock()}
-    taken = time_in_turns(runtimes, 32, rounds=3)
+    taken = time_in_turns(runtimes, 32, batch=2, rounds=3)  # also where a runtime takes any batch
     assert set(taken) == {"a", "b"} and all(0 <= t < 1000 for t in taken.values())
     assert [r.calls for r in runtimes.values()] == [5, 5]
 
