@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -16,10 +17,11 @@ from models.backbones.timm_measure import is_timm_name, timm_package
 from models.build.spec import FOLDERS
 from models.checkpoint.file_kinds import find_checkpoint
 from models.checkpoint.io import read_checkpoint
-from utils.errors import ConfigError, DataError, UserError, did_you_mean
+from utils.errors import ConfigError, DataError, UserError, did_you_mean, listed
 from utils.files import ROOT, find_file
 from utils.yaml_lines import dump_yaml, load_yaml, plain
 
+LOGGER = logging.getLogger(__name__)
 TEMPLATE = ROOT / "models" / "yolov5-timm.yaml"  # the neck of yolov5n behind a backbone row
 YAML_SUFFIXES = (".yaml", ".yml")
 # Feature maps of plain vision transformers: the widths of yolov5n's backbone, as in the YAMLs in models/.
@@ -81,6 +83,7 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
             problems.append(str(error))
     if problems:
         raise ConfigError("; ".join(problems))
+    _warn_without_effect(config, [given for given, path, trained in found if not trained and path.parent != specs])
     labels = unique_labels([_names_of(*names) for names in found])
     candidates = []
     for label, (given, path, is_trained) in zip(labels, found):
@@ -94,6 +97,14 @@ def resolve(config: CompareConfig, data: DataConfig, specs: Path) -> list[Candid
             Candidate(f"{label} ({head})", given, path, None, digest([key, head]), label, head) for head in config.head
         ]
     return candidates
+
+
+def _warn_without_effect(config: CompareConfig, yamls: Sequence[str]) -> None:
+    """Log a warning for options without effect; `yamls` are the candidates that are model YAMLs."""
+    if config.pretrained and yamls:
+        LOGGER.warning("--pretrained has no effect on %s: the backbone row of a YAML names its weights", listed(yamls))
+    if len(config.seeds) > 1 and not config.epochs:
+        LOGGER.warning("--seeds has no effect: nothing is trained; add --epochs")
 
 
 def unique_labels(names: Sequence[Sequence[str]]) -> list[str]:

@@ -47,11 +47,15 @@ def warn_without_effect(config: TrainConfig, world_size: int) -> None:
         ("--image-weights", config.image_weights and config.rect, "--rect keeps the order of the images"),
         ("--close-mosaic", config.close_mosaic > 0 and config.rect, "--rect uses no mosaic"),
         ("--freeze-epochs", config.freeze_epochs > 0 and not frozen, "nothing is frozen; add --freeze"),
+        (
+            "--freeze-epochs", frozen and config.freeze_epochs >= config.epochs,
+            f"nothing is unfrozen, since the training has {config.epochs} epochs",
+        ),
         ("--sync-bn", config.sync_bn and world_size == 1, "one process; start several by torchrun"),
         ("--save-period", config.save_period > 0 and config.nosave, "--nosave writes the final epoch only"),
         ("--backbone-weights", config.backbone_weights and config.weights, "--weights has those of the backbone"),
         ("--partial-weights", config.partial_weights and not config.weights, "there are no --weights"),
-    )
+    )  # fmt: skip
     for flag, given, reason in rules:
         if given:
             LOGGER.warning("%s has no effect: %s", flag, reason)

@@ -414,6 +414,18 @@ def test_command_words_hold_the_given_options():
     ).split("|")
 
 
+def test_options_without_effect_are_named(dataset, tmp_path, caplog):
+    data = load_data_config(dataset)
+    options = {"data": str(dataset), "pretrained": True, "seeds": [0, 1]}
+    resolve(CompareConfig(cfg=["yolov5n.yaml", "riformer_s12"], **options), data, tmp_path)
+    assert [record.getMessage()[:47] for record in caplog.records] == [
+        "--pretrained has no effect on 'yolov5n.yaml': t", "--seeds has no effect: nothing is trained; add ",
+    ]  # fmt: skip
+    caplog.clear()
+    resolve(CompareConfig(cfg=["riformer_s12"], epochs=1, **options), data, tmp_path)
+    assert not caplog.records
+
+
 def test_resolve_combines_every_cfg_with_every_head(dataset, tmp_path):
     data = load_data_config(dataset)
     options = {"cfg": ["yolov5n.yaml", "yolov5s.yaml"], "data": str(dataset)}

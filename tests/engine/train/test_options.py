@@ -84,6 +84,7 @@ def test_bare_names_are_logged_once(caplog):
         ({"rect": True, "image_weights": True}, "--image-weights has no effect: --rect"),
         ({"rect": True, "close_mosaic": 3}, "--close-mosaic has no effect: --rect"),
         ({"freeze_epochs": 3}, "--freeze-epochs has no effect: nothing is frozen"),
+        ({"freeze": ["2"], "freeze_epochs": 5, "epochs": 5}, "--freeze-epochs has no effect: nothing is unfrozen"),
         ({"sync_bn": True}, "--sync-bn has no effect: one process"),
         ({"save_period": 2, "nosave": True}, "--save-period has no effect: --nosave"),
         ({"weights": "a.pt", "backbone_weights": "b.pt"}, "--backbone-weights has no effect: --weights"),
