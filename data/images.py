@@ -48,7 +48,6 @@ MAX_PIXELS = int(os.environ.get("MAX_IMAGE_PIXELS") or 178_956_970)
 """Most pixels of an image (Pillow's limit); the environment variable MAX_IMAGE_PIXELS changes it."""
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_ORIENTATION = 0x0112  # EXIF tag
 _FLOATS = "floating-point pixels have no agreed range; save it with 8 or 16 bits per channel"
 _CUT = "truncated: the JPEG data ends before the image does"
 
@@ -212,9 +211,12 @@ def _jpeg_size(data: bytes, name: str) -> tuple[int, int] | None:
     if image is None or image.format not in ("JPEG", "MPO") or not jpeg.is_whole(data):
         return None
     try:
-        turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        orientation = jpeg.orientation(image.info.get("exif", b""))  # `image.getexif()` takes that of XMP, too
+        if orientation is None:
+            return None
         if plain is None and cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_REDUCED_GRAYSCALE_8) is None:
             return None
     except Exception:  # noqa: BLE001 -- Pillow raises anything on damaged metadata; a full decode decides
         return None
+    turned = orientation in (5, 6, 7, 8)
     return (image.width, image.height) if turned else (image.height, image.width)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import lru_cache
+from typing import Literal
 
 START, END = b"\xff\xd8", b"\xff\xd9"
 _START_OF_SCAN = 0xDA
@@ -14,6 +15,8 @@ _SEQUENTIAL = (0xC0, 0xC1)  # baseline and extended sequential frames, Huffman c
 _SAMPLING = frozenset({0x11, 0x12, 0x21, 0x22})  # of the first of three components; the others have 0x11
 _MARKER, _MARKER_BUT_RESTART = re.compile(rb"\xff[^\x00]"), re.compile(rb"\xff[^\x00\xd0-\xd7]")
 _MAX_SIDE = 65500  # of libjpeg
+_ORIENTATION = 0x0112  # EXIF tag
+_BYTE_ORDERS: dict[bytes, Literal["little", "big"]] = {b"II*\0": "little", b"MM\0*": "big"}
 
 
 def plain_size(data: bytes) -> tuple[int, int, bool] | None:
@@ -107,6 +110,29 @@ def _frame_size(frame: bytes, scan: bytes, tables: set[tuple[str, int]]) -> tupl
         needed |= {("DC", scan[2 + 2 * place] >> 4), ("AC", scan[2 + 2 * place] & 15)}
     height, width = frame[1] << 8 | frame[2], frame[3] << 8 | frame[4]
     return (height, width) if needed <= tables and 0 < height <= _MAX_SIDE and 0 < width <= _MAX_SIDE else None
+
+
+def orientation(exif: bytes) -> int | None:
+    """Read the orientation of EXIF data as OpenCV applies it, which ignores that of XMP.
+
+    Args:
+        exif: content of the segment, from `Exif` on; empty without one.
+
+    Returns:
+        1 to 8 (1: upright) or a number without a meaning; None for anything unusual, where a decoder has to decide.
+    """
+    tiff = exif[6:]
+    order = _BYTE_ORDERS.get(tiff[:4])
+    if not exif or order is None:
+        return None if exif else 1
+    start = int.from_bytes(tiff[4:8], order) + 2
+    end = start + 12 * int.from_bytes(tiff[start - 2 : start], order)
+    entries = [tiff[at : at + 12] for at in range(start, min(end, len(tiff)), 12)]
+    found = [entry for entry in entries if int.from_bytes(entry[:2], order) == _ORIENTATION]
+    one_short = (3).to_bytes(2, order) + (1).to_bytes(4, order)  # type and count of a usual entry
+    if end > len(tiff) or len(found) > 1 or (found and found[0][2:8] != one_short):
+        return None
+    return int.from_bytes(found[0][8:10], order) if found else 1
 
 
 def is_whole(data: bytes) -> bool:

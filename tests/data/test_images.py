@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 import zlib
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,40 @@ def test_gray_is_repeated_over_three_channels(tmp_path: Path, mode: str, kind: s
     image = read(put(tmp_path, "x.png", encode(mode, kind)))
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert (image == image[..., :1]).all() and image.std() > 20
+
+
+def exif_segment(order: str, kind: int, value: int, count: int = 1, cut: int = 0) -> bytes:
+    """An APP1 segment with one orientation entry: byte order, type (1 BYTE, 3 SHORT, 4 LONG), value."""
+    entry = struct.pack(f"{order}HHI", 0x0112, kind, count)
+    entry += struct.pack(f"{order}{ {1: 'Bxxx', 3: 'Hxx', 4: 'I'}[kind] }", value)
+    tiff = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}IH", 8, 1) + entry + bytes(4)
+    body = b"Exif\0\0" + tiff[: len(tiff) - cut]
+    return b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("kind", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("value", "more"), [(1, {}), (6, {}), (0, {}), (9, {}), (6, {"count": 0}), (6, {"cut": 6}), (6, {"cut": 14})]
+)
+def test_size_is_that_of_the_pixels_for_any_exif(
+    tmp_path: Path, order: str, kind: int, value: int, more: dict[str, int]
+) -> None:
+    """Decoders differ on unusual entries: then the pixels decide."""
+    data = encode("RGB", "JPEG")
+    (tmp_path / "x.jpg").write_bytes(data[:2] + exif_segment(order, kind, value, **more) + data[2:])
+    assert probe(tmp_path / "x.jpg") == read(tmp_path / "x.jpg").shape[:2]
+
+
+@pytest.mark.parametrize("with_exif", [False, True])
+def test_orientation_of_xmp_counts_neither_for_the_size_nor_for_the_pixels(tmp_path: Path, with_exif: bool) -> None:
+    """As in OpenCV. Pillow takes it where EXIF has none: the size of the header was then not that of the pixels."""
+    exif = Image.Exif()
+    if with_exif:
+        exif[0x010F] = "maker"
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    Image.fromarray(scene()).save(tmp_path / "x.jpg", exif=exif, xmp=xmp)
+    assert probe(tmp_path / "x.jpg") == read(tmp_path / "x.jpg").shape[:2] == scene().shape[:2]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
