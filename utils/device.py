@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from utils.errors import ConfigError
+from utils.errors import ConfigError, MemoryLimitError
 
 LOGGER = logging.getLogger(__name__)
 CPUINFO = Path("/proc/cpuinfo")
@@ -95,14 +95,14 @@ def amp_dtype(text: str, device: torch.device) -> torch.dtype | None:
 
 @contextmanager
 def out_of_memory(shape: Sequence[int], advice: str) -> Iterator[None]:
-    """Convert out-of-memory errors inside the block to a one-line ConfigError.
+    """Convert out-of-memory errors inside the block to a one-line error.
 
     Args:
         shape: (B, C, H, W) of the images that are processed.
         advice: options to try.
 
     Raises:
-        ConfigError: PyTorch ran out of memory.
+        MemoryLimitError: PyTorch ran out of memory.
     """
     try:
         yield
@@ -110,7 +110,8 @@ def out_of_memory(shape: Sequence[int], advice: str) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         batch, _, height, width = shape
-        raise ConfigError(f"out of memory with {batch} images of {height} x {width} pixels; try {advice}") from error
+        size = f"{batch} images of {height} x {width} pixels"
+        raise MemoryLimitError(f"out of memory with {size}; try {advice}") from error
 
 
 @cache

@@ -108,6 +108,10 @@ class ConfigError(UserError):
     """An option, a hyperparameter or a configuration file with a value that is not allowed."""
 
 
+class MemoryLimitError(ConfigError):
+    """Images of a size or number for which the device has too little memory."""
+
+
 class ExportError(UserError):
     """A model that cannot be exported to a format, or an exported file whose outputs differ from the model's."""
 

@@ -36,7 +36,7 @@ from engine.tune.outputs import (
 )
 from engine.tune.space import inside, point_of, population, space_for, widened, with_values
 from engine.tune.study import Plan, StudyLock
-from utils.errors import ConfigError, TrainingError, UserError
+from utils.errors import ConfigError, MemoryLimitError, TrainingError, UserError
 from utils.files import make_folder, make_run_folder
 from utils.log import set_error_folder, world_size
 from utils.metrics import fitness
@@ -54,6 +54,8 @@ OWN_CHOICE = ("device", "workers", "cache", "noplots")
 NO_OPTIONS = ("evolve", "resume_evolve", "evolve_population", "project", "name", "exist_ok", "resume", "local_rank")
 POLL = 3.0
 """Seconds between checks of the trials of other processes."""
+FAILURES = (TrainingError, MemoryLimitError, torch.OutOfMemoryError)
+"""Errors of a training that depend on its hyperparameters, so the search continues."""
 MOST_FAILED = 5
 """Trials of this process that may fail in a row before it ends."""
 
@@ -262,7 +264,7 @@ class SearchRun:
         self.number = -1
         begin = time.time()
         try:
-            self.study.optimize(self._objective, n_trials=1, catch=(TrainingError, torch.OutOfMemoryError))
+            self.study.optimize(self._objective, n_trials=1, catch=FAILURES)
         except UserError:
             raise
         except ValueError as error:  # optuna refuses the result of a finished trial
@@ -337,7 +339,7 @@ class SearchRun:
             result = train(self._options(folder), on_epoch)
             if not math.isfinite(result.fitness):
                 raise TrainingError(f"fitness is {result.fitness}")
-        except (TrainingError, torch.OutOfMemoryError) as error:
+        except FAILURES as error:
             trial.set_user_attr("error", str(error).splitlines()[0] if str(error) else type(error).__name__)
             LOGGER.warning("trial %d failed: %s", trial.number, error)
             _drop_weights(folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import cv2
 import pytest
+import torch
 
 import train as train_script
 from engine.cli.config import Hyperparameters, TrainConfig
@@ -30,6 +31,7 @@ from engine.tune.search import MOST_FAILED, evolve
 from engine.tune.space import inside, point_of, population, space_for, widened
 from models.build.spec import HEADS
 from tests.helpers.training import TINY
+from utils.device import out_of_memory
 from utils.errors import ConfigError, DataError, TrainingError
 from utils.yaml_lines import load_yaml
 
@@ -203,6 +205,17 @@ def test_failed_trials_do_not_end_the_search(tmp_path, trainings):
     ):
         evolve(config(tmp_path, name="bad"))
     assert len(table(tmp_path / "runs/bad")) == MOST_FAILED == 5
+
+
+@pytest.mark.parametrize("message", ["CUDA out of memory", "DefaultCPUAllocator: can't allocate memory"])
+def test_trial_that_runs_out_of_memory_does_not_end_the_search(tmp_path, trainings, message):
+    """A training reports it as an error of its options."""
+    error = torch.OutOfMemoryError if "CUDA" in message else RuntimeError
+    with pytest.raises(ConfigError) as caught, out_of_memory((16, 3, 640, 640), "a smaller --batch-size"):
+        raise error(message)
+    trainings.events = {1: caught.value}
+    result = evolve(config(tmp_path, evolve=2))
+    assert [r["state"] for r in table(result.folder)] == ["complete", "failed", "complete"]
 
 
 def test_trials_behind_the_median_are_pruned(tmp_path, trainings, monkeypatch):
