@@ -36,7 +36,8 @@ def quantized(model: ModelProto, batches: Sequence[NDArray[np.float32]]) -> Mode
     """Quantize convolutions and matrix products to int8 with QuantizeLinear and DequantizeLinear pairs.
 
     Weights get a scale per output channel, activations one per tensor, from the minimum and maximum over the images.
-    The decoding after the last convolutions stays float32: pixel positions need more than 8 bits.
+    The decoding after the last convolutions stays float32, also the matrix product of the anchor-free head: pixel
+    positions need more than 8 bits.
 
     Args:
         model: ONNX `ModelProto`, float32.
@@ -63,6 +64,7 @@ def quantized(model: ModelProto, batches: Sequence[NDArray[np.float32]]) -> Mode
                 Reader(batches),
                 quant_format=q.QuantFormat.QDQ,
                 op_types_to_quantize=list(QUANTIZED),
+                nodes_to_exclude=expectations(onnx.load(prepared)),
                 per_channel=True,
                 activation_type=q.QuantType.QUInt8,
                 weight_type=q.QuantType.QInt8,
@@ -71,3 +73,15 @@ def quantized(model: ModelProto, batches: Sequence[NDArray[np.float32]]) -> Mode
             return onnx.load(result)
         except Exception as error:  # the quantizer raises plain exceptions of many kinds
             raise ExportError(f"--int8: the quantizer failed: {str(error).strip().splitlines()[0][:300]}") from error
+
+
+def expectations(model: ModelProto) -> list[str]:
+    """Return the names of the matrix products of a softmax with a constant: box distances, expected values over bins.
+
+    Those of attention have no constant factor.
+    """
+    constants = {initializer.name for initializer in model.graph.initializer}
+    constants |= {name for node in model.graph.node if node.op_type == "Constant" for name in node.output}
+    softmax = {name for node in model.graph.node if node.op_type == "Softmax" for name in node.output}
+    products = [node for node in model.graph.node if node.op_type == "MatMul"]
+    return [node.name for node in products if node.input[0] in softmax and node.input[1] in constants]
