@@ -152,7 +152,8 @@ def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
     """Return the recommended candidate.
 
     The best mAP50-95 among those that qualify; where others tie with it (their ranges overlap), the fastest of these;
-    where latencies tie as well, the smallest. No candidate is recommended where accuracies cannot be ranked.
+    where latencies tie as well, the smallest. No candidate is recommended where accuracies cannot be ranked, nor one
+    below `RANKING_FLOOR`.
 
     Args:
         points: compared values by candidate.
@@ -177,7 +178,8 @@ def pick(points: Mapping[str, Point], limits: Limits) -> Pick:
 def _most_accurate(points: Mapping[str, Point], among: str) -> tuple[str, str]:
     accuracy = {name: point.accuracy for name, point in points.items() if point.accuracy is not None}
     best = max(accuracy.values(), key=lambda spread: spread.middle)
-    tied = {name: points[name] for name, spread in accuracy.items() if spread.overlaps(best)}
+    ranked = {name: spread for name, spread in accuracy.items() if spread.middle >= RANKING_FLOOR}
+    tied = {name: points[name] for name, spread in ranked.items() if spread.overlaps(best)}
     doubt = "; one training each: the variation between seeds is not included" if len(best.values) <= 1 else ""
     if len(tied) == 1:
         (label,) = tied

@@ -208,6 +208,13 @@ def test_pick(points, limits, label, words):
     assert words in found.reason
 
 
+def test_pick_is_ranked():
+    """A fast candidate below the floor ties with the best one, but has no rank."""
+    points = {"fast": point(1, spread(0.045, 0.03, 0.06)), "best": point(9, spread(0.055, 0.04, 0.08))}
+    assert pick(points, Limits()).label == "best"
+    assert pick({**points, "fast": point(1, spread(0.05, 0.03, 0.06))}, Limits()).label == "fast"
+
+
 def test_pick_without_accuracy_names_the_front():
     found = pick({"a": point(9, parameters=1), "b": point(5, parameters=2), "c": point(9.5, parameters=3)}, Limits())
     assert (found.label, found.front) == (None, ("b", "a"))
