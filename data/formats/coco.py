@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.yolo import ImageRecord, LabelFile, checked, from_pixels, to_pixels
+from data.formats.yolo import ImageRecord, LabelFile, checked, fitting, from_pixels, to_pixels
 from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import read_text
 
@@ -190,7 +190,8 @@ def image_labels(
     labels = np.zeros((len(kept), 5), np.float64)
     labels[:, 0] = [numbers[item["category_id"]] for item in kept]
     labels[:, 1:] = from_pixels(np.array(boxes, np.float64).reshape(-1, 4), size, places)
-    return checked(labels, polygons, places, crowd=len(items) - len(kept))
+    fit, notes = fitting(polygons, labels[:, 1:], size, places)
+    return checked(labels, fit, places, notes=notes, crowd=len(items) - len(kept))
 
 
 def join_polygons(parts: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:

@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from numpy.typing import NDArray
 
-from data.formats.yolo import LabelFile, checked, from_pixels, number
+from data.formats.yolo import LabelFile, checked, fitting, from_pixels, number
 from data.images import IMAGE_SUFFIXES
 from utils.errors import DataError, did_you_mean, listed, shown
 from utils.files import check_regular, read_text
@@ -144,7 +144,8 @@ def read_voc(path: Path, classes: Sequence[str], size: tuple[int, int]) -> Label
     places = [item.place for item in used]
     labels = np.array([numbers[item.name] for item in used], np.float64)
     rows = np.concatenate((labels[:, None], from_pixels(boxes, size, places)), 1)
-    return checked(rows, polygons, places, difficult=len(annotation.objects) - len(used))
+    fit, notes = fitting(polygons, rows[:, 1:], size, places)
+    return checked(rows, fit, places, notes=notes, difficult=len(annotation.objects) - len(used))
 
 
 def class_names(files: Iterable[Path]) -> tuple[str, ...]:

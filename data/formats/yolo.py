@@ -232,6 +232,40 @@ def checked(
     return LabelFile(labels, tuple(segments), removed, tuple(notes), crowd, difficult)
 
 
+def fitting(
+    polygons: Sequence[NDArray[np.floating] | None],
+    boxes: NDArray[np.float64],
+    size: tuple[int, int],
+    places: Sequence[str],
+) -> tuple[list[NDArray[np.floating] | None], tuple[str, ...]]:
+    """Leave out polygons that do not have the boxes of their objects: training follows polygons, validation boxes.
+
+    Args:
+        polygons: polygon of each object, (k, 2) normalized, or None.
+        boxes: (n, 4) normalized cxcywh of the objects.
+        size: (height, width) of the image in pixels.
+        places: file and place of each object, for messages.
+
+    Returns:
+        The polygons, None where the box around one differs from the object's by more than `ROUNDING`; notes on them.
+    """
+    out = list(polygons)
+    for i, polygon in enumerate(polygons):
+        if polygon is not None:
+            low, high = polygon.min(0), polygon.max(0)
+            half = boxes[i, 2:] / 2
+            ends = (boxes[i, :2] - half).clip(0, 1), (boxes[i, :2] + half).clip(0, 1)
+            off = np.abs((low - ends[0], high - ends[1])) * (size[1], size[0])
+            out[i] = polygon if off.max() <= ROUNDING + 1e-3 else None
+    wrong = [i for i, polygon in enumerate(out) if polygon is not polygons[i]]
+    if not wrong:
+        return out, ()
+    return out, (
+        f"{places[wrong[0]]}: {len(wrong)} polygons differ from the boxes of their objects by more than {ROUNDING:g}"
+        " pixel, the first one here; only the boxes are used",
+    )
+
+
 def enclosing_box(points: NDArray[np.floating]) -> tuple[np.floating, ...]:
     """Return cxcywh of the box around (k, 2) points."""
     low, high = points.min(0), points.max(0)

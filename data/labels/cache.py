@@ -25,7 +25,7 @@ from utils.files import atomic_path, is_writable
 
 LOGGER = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Raise it whenever the verification or this layout changes: older caches are then written again."""
 
 

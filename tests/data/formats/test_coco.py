@@ -12,8 +12,10 @@ import cv2
 import numpy as np
 import pytest
 
+from data.augment.config import AugmentConfig
 from data.config import load_data_config
 from data.formats.coco import join_polygons
+from data.loading.dataset import DetectionDataset
 from tests.helpers.annotation_files import (
     box,
     coco_set,
@@ -75,6 +77,28 @@ def test_polygons_become_polygons_and_boxes_get_their_corners(tmp_path: Path) ->
     without = {key: value for key, value in box(1, 7, 6, 4, 1, 1, segmentation=[triangle]).items() if key != "bbox"}
     (row, _) = load(coco_set(tmp_path / "b", [without])).records
     np.testing.assert_allclose(row.labels, [[1, 0.2, 0.2, 0.2, 0.2]], atol=1e-6)
+
+
+def test_polygon_of_another_box_is_left_out(tmp_path: Path) -> None:
+    """Training follows polygons where there are any, validation boxes: the targets would differ."""
+    triangle = [6, 4, 18, 4, 6, 12]
+    fits = [
+        box(1, 7, 6, 4, 12, 8.9, segmentation=[triangle]),
+        box(1, 7, -0.5, 4, 5, 8, segmentation=[[0, 4, 4.5, 4, 0, 12]]),
+    ]
+    wide = box(1, 3, 6, 4, 24, 8, segmentation=[triangle])
+    found = load(coco_set(tmp_path, [*fits, wide]))
+    (record, _) = found.records
+    assert [len(segment) for segment in record.segments] == [3, 3, 4]
+    assert (
+        "annotation 106: 1 polygons differ from the boxes of their objects by more than 1 pixel"
+        in found.report.messages[0]
+    )
+    dataset = DetectionDataset(found.records[:1], 60, augment=AugmentConfig())
+    plain = DetectionDataset(found.records[:1], 60)
+    np.testing.assert_allclose(dataset[0].labels, plain[0].labels, atol=1.01 / 60)
+    (alone, _) = load(coco_set(tmp_path / "b", [wide])).records
+    assert alone.segments == ()
 
 
 def test_parts_of_an_object_are_joined_without_covering_more() -> None:

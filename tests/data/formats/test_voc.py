@@ -41,6 +41,9 @@ def test_voc_polygon_becomes_a_segment(tmp_path: Path) -> None:
     points = "".join(f"<x{i}>{x}</x{i}><y{i}>{y}</y{i}>" for i, (x, y) in enumerate([(6, 4), (18, 4), (6, 12)], 1))
     root = voc_set(tmp_path, a=[voc_object("dog", 6, 4, 18, 12, extra=f"<polygon>{points}</polygon>")])
     np.testing.assert_allclose(load(root).records[0].segments[0], [[0.1, 0.1], [0.3, 0.1], [0.1, 0.3]], atol=1e-7)
+    voc_set(tmp_path, a=[voc_object("dog", 6, 4, 38, 12, extra=f"<polygon>{points}</polygon>")])
+    found = load(root)
+    assert found.records[0].segments == () and "1 polygons differ from the boxes" in found.report.messages[0]
 
 
 def test_unknown_voc_class_is_an_error_for_the_set(tmp_path: Path) -> None:
