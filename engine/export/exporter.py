@@ -36,7 +36,7 @@ from engine.runtimes.metadata import Metadata
 from engine.runtimes.pytorch import chosen_sides, grid_of
 from engine.runtimes.registry import CHECKPOINT_SUFFIXES, choose_weights, open_runtime
 from models.checkpoint.io import read_checkpoint
-from models.loading import load_detector
+from models.loading import load_detector, require_rgb
 from models.yolo import DetectionModel
 from utils.device import out_of_memory, select_device
 from utils.errors import CheckpointError, ConfigError, ExportError
@@ -143,6 +143,7 @@ class Job:
         checkpoint = read_checkpoint(weights)
         make_folder(weights.parent)
         model = load_detector(weights, device)
+        require_rgb(model)
         shape = input_shape(config, model)
         images = find_images(config.data, checkpoint.metadata)
         calibration = find_images(config.data, checkpoint.metadata, CALIBRATION_SPLITS) if config.int8 else images

@@ -28,6 +28,7 @@ from engine.export.wrapper import ExportGraph, reparameterized_copy
 from engine.predict.predictor import detect
 from engine.runtimes.registry import open_runtime
 from models.loading import load_detector
+from models.yolo import DetectionModel
 from tests.helpers.detectors import BACKBONES, build, build_anchor_free, save
 from utils.errors import ExportError
 from utils.files import ROOT
@@ -433,6 +434,12 @@ def test_export_refuses_bad_weights(own_weights, capsys, tmp_path):
         status, text = cli(["--weights", path], capsys)
         assert status == 2 and text.count("\n") == 1 and words in text, text
     assert {p.name for p in (tmp_path / "bad").iterdir()} == {"cut.pt", "best.onnx"}
+
+
+def test_export_of_one_channel_is_refused(tmp_path, capsys):
+    gray = DetectionModel({**build("yolov5").yaml, "ch": 1})
+    status, text = cli(["--weights", save(gray, tmp_path / "gray.pt")], capsys)
+    assert status == 2 and text.count("\n") == 1 and "ch is 1; images are read with 3 channels" in text
 
 
 def test_export_to_read_only_folder_is_refused(own_weights, monkeypatch, capsys):
