@@ -191,6 +191,7 @@ def make_logs(
     hyp: Mapping[str, Any],
     start_epoch: int = 0,
     losses: Sequence[str] = LOSSES,
+    resumed: bool = False,
 ) -> Logs:
     """Open results.csv, TensorBoard, and the hosted trackers; call it on rank zero only.
 
@@ -199,8 +200,9 @@ def make_logs(
         folder: run folder.
         options: options of the command; `project` and `entity` are used.
         hyp: hyperparameters.
-        start_epoch: first epoch that will be reported; above 0 the run is resumed, in the trackers too.
+        start_epoch: first epoch that will be reported.
         losses: names of the three parts of the loss.
+        resumed: continue the run in the trackers, too; also after an interruption in the first epoch.
 
     Raises:
         ConfigError: a tracker that is not known, not installed, or cannot be started (no account, no server).
@@ -210,7 +212,7 @@ def make_logs(
     columns = columns_for(losses)
     csv = CsvLog(folder, columns)
     csv.drop_from(start_epoch)
-    ids = _read_ids(folder) if start_epoch else {}
+    ids = _read_ids(folder) if resumed else {}
     hosted: list[HostedLogger] = []
     for name in names:
         log = HOSTED[name]()

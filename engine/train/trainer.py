@@ -220,7 +220,9 @@ class Trainer:
         dump_yaml(run.folder / "opt.yaml", {**options, "save_dir": str(run.folder), "given": typed})
         dump_yaml(run.folder / "hyp.yaml", hyp)
         LOGGER.info("Training on %s, results in %s", describe_device(run.device), run.folder)
-        self.logs = make_logs(run.config.logger, run.folder, options, hyp, run.start_epoch, self.criterion.names)
+        self.logs = make_logs(
+            run.config.logger, run.folder, options, hyp, run.start_epoch, self.criterion.names, run.resumed is not None
+        )  # fmt: skip
         if not run.config.noplots and run.start_epoch == 0:
             plots.labels(run.folder, self.data.labels, self.data.names)
 

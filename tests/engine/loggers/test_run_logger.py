@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import types
 
 import pytest
 
+from engine.cli.config import TrainConfig
 from engine.loggers import run_logger as hooks
 from engine.loggers import trackers as loggers
 from engine.loggers.run_logger import (
@@ -21,7 +23,8 @@ from engine.loggers.run_logger import (
     project_name,
 )
 from engine.loggers.trackers import HostedLogger, check_loggers
-from tests.helpers.training import results_row
+from engine.train.trainer import train
+from tests.helpers.training import config, results_row, signal_at
 from utils.errors import ConfigError, DataError
 
 OPTIONS = {"project": "runs/blood", "entity": None, "epochs": 3}
@@ -67,6 +70,15 @@ def recorder(monkeypatch):
     monkeypatch.setattr(hooks, "HOSTED", {"recorder": Recorder})
     Recorder.calls, Recorder.broken = [], ""
     return Recorder
+
+
+def test_run_interrupted_in_its_first_epoch_continues_in_the_tracker(project, recorder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        signal_at(patch, signal.SIGTERM, (0, 0))
+        train(config(project, epochs=1, logger=["recorder"]))
+    train(TrainConfig.from_keywords(resume=str(project / "runs/exp/weights/last.pt")))
+    assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1"]
+    assert [value[0] for what, value in recorder.calls if what == "add"] == [0]
 
 
 def test_csv_has_a_header_and_a_row_per_epoch(tmp_path):
@@ -190,7 +202,7 @@ def test_logs_report_a_run_from_start_to_end(recorder, tmp_path):
 def test_make_logs_resumes_under_the_same_id(recorder, tmp_path):
     with make_logs(["recorder"], tmp_path, OPTIONS, {}) as logs:
         logs.add(results_row(0))
-    make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1).close()
+    make_logs(["recorder"], tmp_path, OPTIONS, {}, start_epoch=1, resumed=True).close()
     make_logs(["recorder"], tmp_path, OPTIONS, {}).close()  # a new run in the same folder (--exist-ok) has a new name
     assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1", None]
 

@@ -34,7 +34,7 @@ def train(name, folder):
     with make_logs([name], folder, OPTIONS, HYP) as logs:
         logs.add(results_row(0, 0.1))
         logs.add(results_row(1, 0.2))
-    with make_logs([name], folder, OPTIONS, HYP, start_epoch=2) as logs:
+    with make_logs([name], folder, OPTIONS, HYP, start_epoch=2, resumed=True) as logs:
         logs.add(results_row(2, 0.3))
         logs.finish()
         assert logs.hosted, "disabled"
