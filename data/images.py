@@ -185,6 +185,10 @@ def _decode_with_pillow(data: bytes, name: str) -> NDArray[np.uint8]:
                 gray = np.asarray(upright).astype(np.int64)
                 if gray.min() < 0 or gray.max() > 0xFFFF:
                     raise DataError(f"{name}: pixels of more than 16 bits; save it with 8 or 16 bits per channel")
+                if upright.mode == "I" and 0 < gray.max() <= 0xFF:  # without the low byte it would be black
+                    raise DataError(
+                        f"{name}: 32-bit pixels of at most {gray.max()}; save it with 8 or 16 bits per channel"
+                    )
                 return np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2)
             return np.ascontiguousarray(np.asarray(upright.convert("RGB"))[..., ::-1])
     except DataError:

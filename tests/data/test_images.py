@@ -153,6 +153,15 @@ def test_pillow_agrees_where_opencv_gives_up(
     np.testing.assert_allclose(image.astype(int), expected.astype(int), atol=1)
 
 
+def test_32_bits_are_read_as_16_but_not_as_8(tmp_path: Path) -> None:
+    gray = np.arange(600, dtype=np.int32).reshape(20, 30)
+    Image.fromarray(gray * 100).save(tmp_path / "x.tif")
+    assert np.array_equal(read(tmp_path / "x.tif")[..., 0], gray * 100 >> 8)
+    Image.fromarray(gray % 256).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif: 32-bit pixels of at most 255; save it with 8 or 16 bits per channel"):
+        read(tmp_path / "x.tif")
+
+
 @pytest.mark.skipif(not features.check("avif"), reason="Pillow without AVIF")
 def test_avif_is_turned_upright(tmp_path: Path) -> None:
     exif = Image.Exif()
