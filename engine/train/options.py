@@ -162,7 +162,7 @@ def resolve_run(config: TrainConfig) -> tuple[TrainConfig, Checkpoint | None]:
             f"--resume {path}: the run used the plug-in file(s) {files}; files named in a checkpoint are not executed; "
             f"if you trust them, add: --plugin {files}"
         )
-    LOGGER.info("Resuming %s after epoch %d", path, checkpoint.epoch)
+    LOGGER.info("Resuming %s: %d of %d epochs are finished", path, checkpoint.epoch + 1, saved.epochs)
     return _resumed_options(config, saved, path, checkpoint.train), checkpoint
 
 

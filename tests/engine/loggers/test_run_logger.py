@@ -72,11 +72,13 @@ def recorder(monkeypatch):
     return Recorder
 
 
-def test_run_interrupted_in_its_first_epoch_continues_in_the_tracker(project, recorder, monkeypatch):
+def test_run_interrupted_in_its_first_epoch_continues_in_the_tracker(project, recorder, monkeypatch, caplog):
+    caplog.set_level("INFO")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         signal_at(patch, signal.SIGTERM, (0, 0))
         train(config(project, epochs=1, logger=["recorder"]))
     train(TrainConfig.from_keywords(resume=str(project / "runs/exp/weights/last.pt")))
+    assert "last.pt: 0 of 1 epochs are finished" in caplog.text  # once "after epoch -1"
     assert [run.resume_id for what, run in recorder.calls if what == "start"] == [None, "id-1"]
     assert [value[0] for what, value in recorder.calls if what == "add"] == [0]
 
