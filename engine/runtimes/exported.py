@@ -49,10 +49,7 @@ class ExportedRuntime(ABC):
         self.fixed_batch = batch
         self.best_conf = _number(metadata.about.get("best_conf"))
         self.imgsz = None if height is None or width is None else (height, width)
-        classes = len(metadata.names)
-        self.transposed = metadata.about.get("layout") == "v8" or (  # files of other exporters do not state it
-            "layout" not in metadata.about and output[1] == 4 + classes and output[2] != 5 + classes
-        )
+        self.transposed = _is_layout_v8(metadata, output)
         columns = (output[1] + 1 if output[1] else None) if self.transposed else output[2]
         self.names: Mapping[int, str] = dict(metadata.names) or {i: str(i) for i in range((columns or 6) - 5)}
         if columns is not None:
@@ -104,6 +101,23 @@ class ExportedRuntime(ABC):
         """See `Runtime`."""
         batch = shape[0] if self.fixed_batch is None else min(shape[0], self.fixed_batch)
         self(torch.zeros((batch, 3, *(self.imgsz or shape[2:])), dtype=torch.uint8))
+
+
+def _is_layout_v8(metadata: Metadata, output: Shape) -> bool:
+    """Return whether a file has the layout (B, 4 + nc, N); files of other exporters do not state it.
+
+    Args:
+        metadata: of the file; without class names there are fewer columns than rows.
+        output: shape of its output.
+    """
+    if "layout" in metadata.about or metadata.nms:
+        return metadata.about.get("layout") == "v8"
+    _, first, last = output
+    if first is None:
+        return False
+    if not metadata.names:
+        return last is None or first < last
+    return first == 4 + len(metadata.names) and last != 5 + len(metadata.names)
 
 
 def rows_from_v8(output: torch.Tensor) -> torch.Tensor:

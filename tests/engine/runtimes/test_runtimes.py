@@ -121,6 +121,9 @@ def test_layout_v8_of_other_exporters_is_recognized_by_its_shape(tmp_path, names
     found = open_runtime([onnx_file(tmp_path / "x.onnx", texts=texts, rows=rows, side=side)], CPU)(images)
     free = [onnx_file(tmp_path / "free.onnx", texts=texts, rows=(rows[0], "anchors"), side="side", batch="batch")]
     assert open_runtime(free, CPU)(images).equal(found)
+    for file in ({"rows": rows, "side": side}, {"rows": (rows[0], "anchors"), "side": "side", "batch": "batch"}):
+        bare = open_runtime([onnx_file(tmp_path / "bare.onnx", texts={}, **file)], CPU)
+        assert len(bare.names) == names and bare(images).equal(found)
     columns = (images * 2).reshape(1, *rows).transpose(1, 2)
     assert found.shape == (1, rows[1], 5 + names) and (found[..., 4] == 1).all()
     torch.testing.assert_close(found[..., [0, 1, 2, 3, *range(5, 5 + names)]], columns, rtol=0, atol=1e-6)
