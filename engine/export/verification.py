@@ -295,7 +295,7 @@ class Verification:
         self.inputs, self.origin, self.device = list(inputs), origin, device
         training = self._run(lambda images: ExportGraph(model).eval()(images.to(device)))
         self.rows = self._run(lambda images: ExportGraph(deployed).eval()(images.to(device)))
-        self.conf = choose_conf(training)
+        self.conf = self.file_conf = choose_conf(training)
         self.deployment = compare_rows("re-parameterized model", training, self.rows, TOLERANCES["float32"], self.conf)
         if self.deployment.problems:
             raise ExportError(
@@ -335,6 +335,7 @@ class Verification:
         if isinstance(runtime, OnnxRuntime):  # accepts a threshold low enough to compare boxes
             conf = min(conf, self.conf)
             runtime.overrides["conf_thres"] = torch.tensor([conf]).numpy()
+        self.file_conf = conf
         found = self._run(runtime.output, runtime.fixed_batch)
         boxes = [[image[image[:, 4] > 0] for image in batch] for batch in found]
         nms = NmsRule(conf, config.iou_thres, config.agnostic_nms, config.topk_per_class, config.topk_all)
@@ -363,7 +364,8 @@ class Verification:
                 "shapes": [list(images.shape) for images in self.inputs],
                 "random": f"{NOISES} images with the images' mean and deviation per channel",
             },
-            "NMS": {"conf": self.conf, "iou": config.iou_thres if config.nms else IOU_THRES},
+            "NMS": {"conf": self.conf, "iou": IOU_THRES},
+            **({"NMS of the file": {"conf": self.file_conf, "iou": config.iou_thres}} if config.nms else {}),
             "tolerance": {"re-parameterized model": asdict(TOLERANCES["float32"]), "file": asdict(TOLERANCES[kind])},
             "stages": [self.deployment.to_dict(), comparison.to_dict()],
         }

@@ -159,7 +159,11 @@ def test_openvino_with_nms(weights):
 @pytest.mark.slow
 def test_verification_without_boxes_is_logged(weights, caplog):
     """OpenVINO's threshold cannot be lowered for the verification, as ONNX Runtime's can."""
-    assert one(weights, "openvino", nms=True, conf_thres=0.999).comparison.reference == 0
+    exported = one(weights, "openvino", nms=True, conf_thres=0.999, iou_thres=0.6)
+    assert exported.comparison.reference == 0
+    record = json.loads(exported.verification.read_text())
+    assert record["NMS"]["conf"] <= 0.25 and record["NMS"]["iou"] == 0.45  # of the stages before the file
+    assert record["NMS of the file"] == {"conf": 0.999, "iou": 0.6}
     assert "no box above --conf-thres 0.999" in caplog.text
 
 
