@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from dataclasses import asdict, replace
@@ -424,6 +425,7 @@ def test_command_words_hold_the_given_options():
 def test_options_without_effect_are_named(dataset, tmp_path, caplog):
     data = load_data_config(dataset)
     options = {"data": str(dataset), "pretrained": True, "seeds": [0, 1]}
+    caplog.set_level(logging.WARNING)
     resolve(CompareConfig(cfg=["yolov5n.yaml", "riformer_s12"], **options), data, tmp_path)
     assert [record.getMessage()[:47] for record in caplog.records] == [
         "--pretrained has no effect on 'yolov5n.yaml': t", "--seeds has no effect: nothing is trained; add ",
