@@ -123,14 +123,14 @@ class Pairs(NamedTuple):
         sort_key: (P,) int64 target times `METRIC_RANGE`.
         is_best: (P,) int64 1 where the rank within the target, after sorting, is below `TOP_K`, else 0.
         reverse_row: (P,) int64 2^31 - 1 - row.
-        bins: (P, 4, 2) int64 the two bins around each distance.
+        bins: (P, 4, 2) int64 positions of the two bins around each distance among the logits of the distinct places.
         corners: (P, 4) float32 target in pixels.
         sides: (P, 2) float32 its width and height.
         area: (P,) float32 its area, plus `EPS`.
         angle: (P,) float32 2 / pi times the arc tangent of width / height.
         center: (P, 4) float32 the point, as a box without area.
         stride: (P, 1) float32 pixels per cell.
-        bin_weight: (P, 4, 2) float32 weight of the two bins in the mean over four distances, negative.
+        bin_weight: (P, 4, 2) float32 weight of the two bins in the mean over four distances.
     """
 
     place: Tensor
@@ -177,9 +177,10 @@ def prepare(candidates: Candidates, shape: tuple[int, int], reg_max: int, device
     ltrb = ((corners - centers) / stride).clamp(0, max(reg_max - 1.01, 0))
     low = ltrb.floor()
     upper = ltrb - low  # weight of bin low + 1 (GFL, equation 6)
-    bins, bin_weight = (torch.stack(columns, 2).flatten(1) for columns in ((low, low + 1), (upper - 1, -upper)))
+    bins, bin_weight = (torch.stack(columns, 2).flatten(1) for columns in ((low, low + 1), (1 - upper, upper)))
 
-    integers = torch.cat((integers, bins.long()), 1)
+    side = torch.arange(4).repeat_interleave(2)
+    integers = torch.cat((integers, bins.long() + (4 * distinct_row[:, None] + side) * reg_max), 1)
     floats = torch.cat((corners, sides, sides.prod(1, keepdim=True) + EPS, angle, centers, stride, bin_weight / 4), 1)
     if device.type == "cuda":
         integers, floats, places = integers.pin_memory(), floats.pin_memory(), places.pin_memory()
@@ -323,18 +324,20 @@ class AnchorFreeLoss(LossModule):
         if on_cpu:  # nothing to wait for: a second pass over the positives alone costs less than gradients of all pairs
             positive = weight.nonzero()[:, 0]
             pairs, weight = Pairs(*(column[positive] for column in pairs)), weight[positive]
-            pairs = pairs._replace(row=torch.arange(len(positive)))
+            row = torch.arange(len(positive))
+            pairs = pairs._replace(row=row, bins=pairs.bins + 4 * self.reg_max * (row - pairs.row)[:, None, None])
             picked, logit, iou = self._predictions(box_logits[pairs.place], cls_logits, pairs)
         total = weight.sum()
-        box = total - weight.dot(iou)
         # Binary cross-entropy of logit z and soft target y: softplus(z) - y z; only positives have y > 0.
-        cls = F.softplus(cls_logits).sum() - weight.dot(logit)
+        cls = F.softplus(cls_logits).sum()
         if self.class_weights is not None:
             extra = (self.class_weights[pairs.cls] - 1) * (weight > 0)
             cls = cls + extra.dot(F.softplus(logit) - weight * logit)
-        dfl = weight.dot(self._focal(picked, pairs)) if self.reg_max > 1 else torch.zeros_like(box)
+        likelihood = self._log_likelihood(picked, pairs) if self.reg_max > 1 else torch.zeros_like(iou)
+        # `bins[0]` is 0.
+        sums = torch.stack((total, cls, self.bins[0])) - torch.stack((iou, logit, likelihood)) @ weight
         z = total if self.mean is None or not self.training else self.mean(total)
-        return torch.stack((box, cls, dfl)) / z.clamp(min=1 / self.processes if self.training else 1)
+        return sums / z.clamp(min=1 / self.processes if self.training else 1)
 
     def _predictions(self, logits: Tensor, cls_logits: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Decode the distances of distinct points, and pair them with targets.
@@ -348,11 +351,11 @@ class AnchorFreeLoss(LossModule):
             The distance logits (U, 4R) float32, the logit of the target's class (P,) and the CIoU (P,) of the pairs.
         """
         logits = logits.float()
-        corners = torch.addcmul(pairs.center, distances(logits, self.bins)[pairs.row], pairs.stride)
+        corners = torch.addcmul(pairs.center, distances(logits, self.bins).index_select(0, pairs.row), pairs.stride)
         return logits, cls_logits[pairs.place, pairs.cls], paired_ciou(corners, pairs)
 
-    def _focal(self, logits: Tensor, pairs: Pairs) -> Tensor:
-        """Return the distribution focal loss (P,), mean over the four distances (GFL, equation 6)."""
-        log_p = logits.unflatten(1, (4, self.reg_max)).log_softmax(-1)
-        side = torch.arange(4, device=logits.device)[:, None]
-        return (log_p[pairs.row[:, None, None], side, pairs.bins] * pairs.bin_weight).sum((1, 2))
+    def _log_likelihood(self, logits: Tensor, pairs: Pairs) -> Tensor:
+        """Return the negative distribution focal loss (P,), mean over the four distances (GFL, equation 6)."""
+        log_p = logits.unflatten(1, (4, self.reg_max)).log_softmax(-1).flatten()
+        picked = log_p.index_select(0, pairs.bins.flatten()).view_as(pairs.bin_weight)
+        return (picked * pairs.bin_weight).sum((1, 2))
