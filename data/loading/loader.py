@@ -121,7 +121,7 @@ class DetectionLoader:
         group = self._batches_per_task()
         self._tasks.tasks = [batches[i : i + group] for i in range(0, len(batches), group)]
         with worker_losses_reported():
-            for made in self._loader:
+            for made in _received(self._loader):
                 if isinstance(made, UserError):
                     raise made
                 yield from made
@@ -187,6 +187,21 @@ class DetectionLoader:
             prefetch_factor=(1 if self._batches_per_task() > 1 else 2) if self.workers else None,
             persistent_workers=self.workers > 0,
         )
+
+
+def _received(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Yield the results of a loader; RuntimeError where a worker is gone whose tensors are to be received."""
+    results = iter(loader)
+    while True:
+        try:
+            result = next(results)
+        except StopIteration:
+            return
+        except (ConnectionError, EOFError, FileNotFoundError) as error:  # of the socket that passes shared memory
+            if not loader.num_workers:
+                raise
+            raise RuntimeError(f"DataLoader worker is gone: {type(error).__name__}: {error}") from error
+        yield result
 
 
 @contextmanager

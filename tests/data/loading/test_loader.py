@@ -17,7 +17,7 @@ import data.loading.loader as loader_module
 from data.augment.config import AugmentConfig
 from data.loading.collate import collate, collate_quad
 from data.loading.dataset import DetectionDataset
-from data.loading.loader import DetectionLoader
+from data.loading.loader import DetectionLoader, _received, worker_losses_reported
 from data.loading.order import as_key, epoch_order
 from tests.helpers.image_files import write_set
 from tests.helpers.processes import ends
@@ -282,3 +282,19 @@ def test_worker_ends_although_its_parent_was_killed_during_its_start(records, tm
     assert process.exitcode == -signal.SIGKILL
     pid = int((tmp_path / "pid").read_text())
     assert ends(pid, seconds=20)
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_worker_that_ends_while_it_passes_a_batch_is_reported(error) -> None:
+    class Loader:
+        num_workers = 2
+
+        def __iter__(self):
+            yield 1
+            raise error
+
+    with pytest.raises(TrainingError, match="a loader worker ended .*fewer --workers"), worker_losses_reported():
+        assert list(_received(Loader())) == [1]
+    Loader.num_workers = 0
+    with pytest.raises(type(error)), worker_losses_reported():
+        list(_received(Loader()))
