@@ -17,7 +17,7 @@ from data.labels.labels import load_annotations
 from engine.cli.config import ValConfig
 from engine.cli.parser import run_main
 from engine.evaluate.evaluator import EvalOptions, build_loader, evaluate, input_side, validate, warn_without_effect
-from engine.evaluate.outputs import TextSink, run_folder
+from engine.evaluate.outputs import TextSink
 from engine.evaluate.size_sweep import study
 from engine.runtimes.base import RawRuntime
 from engine.runtimes.pytorch import PyTorchRuntime
@@ -456,33 +456,6 @@ def test_exit_status_and_message(data_file, capsys):
     assert run_main(ValConfig, "val.py", "", val.work, argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and error.startswith("val.py: error: ")
-
-
-# ---- run folder -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("error", [UserError("no"), KeyboardInterrupt(), MemoryError()])
-def test_a_broken_run_leaves_nothing(tmp_path, error):
-    with pytest.raises(type(error)), run_folder(tmp_path / "exp") as run:
-        (run.folder / "half.txt").write_text("half")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_run_folders_count_up_or_are_shared(tmp_path, caplog):
-    for text, exist_ok in (("a", False), ("b", False), ("c", True)):
-        with run_folder(tmp_path / "exp", exist_ok) as run:
-            (run.folder / f"{text}.txt").write_text(text)
-            (run.folder / "labels").mkdir()
-            (run.folder / "labels/same.txt").write_text(text)
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.txt")) == [
-        "exp/a.txt", "exp/c.txt", "exp/labels/same.txt", "exp2/b.txt", "exp2/labels/same.txt",
-    ]  # fmt: skip
-    assert (tmp_path / "exp/labels/same.txt").read_text() == "c"
-    assert [record.getMessage() for record in caplog.records] == [
-        f"--exist-ok: {tmp_path / 'exp'}: 1 file(s) of earlier runs stay unless overwritten"
-    ]
-    assert (tmp_path / "exp").stat().st_mode & 0o077
 
 
 @pytest.mark.parametrize(
